@@ -1,0 +1,41 @@
+"""What the four tiny runs share: data, optimizer, logging."""
+
+import ml_collections
+
+
+def get_config(stage: str) -> ml_collections.ConfigDict:
+  """The fields every stage has; each file adds its own."""
+  cfg = ml_collections.ConfigDict()
+  cfg.stage = stage
+  cfg.seed = 0
+  cfg.model_dir = "runs/tiny/model"  # parts are read from and written to here
+  cfg.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)  # -1: the rest
+  cfg.data = dict(
+    kind="shapes",  # or "jsonl", "tfds": see lavit_jax/data/sources.py
+    image_size=48,
+    seed=0,
+    train_size=20_000,
+    held_out_size=1_000,
+    path="",
+    held_out_path="",
+    name="",
+    train_split="train",
+    held_out_split="test",
+    data_dir="",
+    image_feature="image",
+    text_feature="caption",
+    text_vocab=512,
+    text_length=48,
+    threads=2,
+  )
+  cfg.optimizer = dict(
+    b1=0.9,
+    b2=0.98,
+    weight_decay=0.02,
+    clip_norm=1.0,
+    groups=dict(base=1.0),
+  )
+  cfg.log = dict(every=50)
+  cfg.eval = dict(every=500, batches=8)
+  cfg.checkpoint = dict(every=500, keep=2)
+  return cfg

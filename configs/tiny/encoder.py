@@ -1,0 +1,41 @@
+"""A small vision encoder from nothing: contrast + masked patches + whitening.
+
+lavit train --config configs/tiny/encoder.py --workdir runs/tiny/encoder
+"""
+
+from lavit_jax.configs.tiny import common
+
+
+def get_config():
+  """48 px, 36 patches, width 96."""
+  cfg = common.get_config("encoder")
+  cfg.batch_size = 128
+  cfg.model = dict(
+    vit=dict(
+      image_size=48,
+      patch_size=8,
+      width=96,
+      depth=4,
+      num_heads=4,
+      mlp_dim=384,
+      mask_token=True,
+    ),
+    text=dict(
+      width=96, depth=1, num_heads=4, num_kv_heads=4, mlp_dim=256, max_len=64
+    ),
+    embed_dim=64,
+  )
+  cfg.schedule = ("train",)
+  cfg.phases = dict(
+    train=dict(
+      steps=700,
+      lr=2e-3,
+      warmup=50,
+      train={"all": "base"},
+      mask_share=0.3,
+      contrast_weight=1.0,
+      pixel_weight=10.0,
+      whitening_weight=0.1,
+    )
+  )
+  return cfg

@@ -1,0 +1,8 @@
+"""`python -m lavit_jax`: the same as the command `lavit`."""
+
+import sys
+
+from lavit_jax import cli
+
+if __name__ == "__main__":
+  sys.exit(cli.main())

@@ -1,0 +1,204 @@
+"""Orbax on disk: checkpoints of a run, and model directories for use.
+
+A *run checkpoint* is the whole truth of a training run: parameters, optimizer,
+stage state, rng, step, data-iterator state and config. A *model directory* is
+what inference loads: one folder a part (`encoder`, `tokenizer`, `pixels`,
+`llm`), each with its parameters and a `part.json` that describes it.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from lavit_jax import errors
+
+PARTS = ("encoder", "tokenizer", "pixels", "llm")
+FORMAT = 1
+_PART_FILE = "part.json"
+_WEIGHTS = "weights"
+
+
+class RunCheckpoints:
+  """Keeps the last `keep` checkpoints of a run and the best one.
+
+  `best` is a metric name of the held-out evaluation; `best_mode` is "min" or
+  "max". Saving is asynchronous; `close` waits for it.
+  """
+
+  def __init__(
+    self, directory, *, keep: int = 2, best: str = "loss", best_mode="min"
+  ):
+    sign = -1.0 if best_mode == "min" else 1.0
+
+    def score(metrics):
+      return sign * float((metrics or {}).get(best, sign * -jnp.inf))
+
+    policy = checkpoint_managers.AnyPreservationPolicy(
+      [
+        checkpoint_managers.LatestN(keep),
+        checkpoint_managers.BestN(get_metric_fn=score, n=1),
+      ]
+    )
+    self._manager = ocp.CheckpointManager(
+      pathlib.Path(directory).absolute(),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policy, cleanup_tmp_directories=True
+      ),
+      item_names=("state", "meta"),
+    )
+
+  def latest_step(self) -> int | None:
+    """The newest complete checkpoint's step, None for a new run."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state, meta: Mapping[str, Any], metrics=None):
+    """Starts to write `state` (arrays) and `meta` (JSON) at `step`."""
+    if step == self._manager.latest_step():
+      return
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
+    )
+    self._manager.save(step, args=args, metrics=metrics, force=True)
+
+  def meta(self, step: int) -> dict[str, Any]:
+    """The JSON part of a checkpoint: config, data state, versions."""
+    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    return self._manager.restore(step, args=args)["meta"]
+
+  def restore(self, step: int, abstract_state):
+    """State at `step`, laid out as `abstract_state` (shapes + shardings)."""
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+    try:
+      return self._manager.restore(step, args=args)["state"]
+    except (ValueError, KeyError, TypeError) as e:
+      raise errors.CheckpointError(
+        f"Checkpoint {self._manager.directory}/{step} does not fit the model"
+        f" of this config: {str(e).splitlines()[0][:300]} Train in another"
+        " --workdir, or use the config that wrote it."
+      ) from e
+
+  def wait(self):
+    """Returns once everything saved so far is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self):
+    """Waits for pending saves and closes."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One part of a model directory: its parameters and its description."""
+
+  params: Any
+  meta: dict[str, Any]
+
+
+def save_part(
+  directory, name: str, params, meta: Mapping[str, Any], dtype=None
+) -> pathlib.Path:
+  """Writes one part of a model directory, whole or not at all.
+
+  Args:
+    directory: the model directory; made if missing.
+    name: one of `PARTS`.
+    params: tree of arrays.
+    meta: JSON-able description (model config, provenance, metrics).
+    dtype: cast floating arrays to this dtype first (e.g. jnp.float16).
+
+  Raises:
+    errors.UsageError: `name` is no part of a model.
+  """
+  if name not in PARTS:
+    raise errors.UsageError(f"A model has parts {PARTS}; {name!r} is none.")
+  final = pathlib.Path(directory).absolute() / name
+  partial = final.with_name(f".{name}.partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  if dtype is not None:
+    params = jax.tree.map(lambda x: _cast(x, dtype), params)
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(partial / _WEIGHTS, params)
+  text = json.dumps({"format": FORMAT, "part": name, **meta}, indent=1)
+  (partial / _PART_FILE).write_text(text + "\n")
+  shutil.rmtree(final, ignore_errors=True)
+  partial.rename(final)
+  return final
+
+
+def _cast(x, dtype):
+  return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def load_part(directory, name: str, *, dtype=jnp.float32) -> Part:
+  """Reads one part of a model directory onto the default device.
+
+  Raises:
+    errors.CheckpointError: the directory or the part is missing or damaged.
+  """
+  folder = pathlib.Path(directory).absolute() / name
+  meta = read_meta(directory, name)
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      stored = checkpointer.metadata(folder / _WEIGHTS)
+      tree = getattr(stored, "item_metadata", stored)
+      tree = getattr(tree, "tree", tree)
+      target = jax.tree.map(
+        lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=host), tree
+      )
+      params = checkpointer.restore(folder / _WEIGHTS, target)
+  except (ValueError, KeyError, OSError) as e:
+    raise errors.CheckpointError(
+      f"{folder / _WEIGHTS} cannot be read as an Orbax checkpoint:"
+      f" {str(e).splitlines()[0][:300]} It is damaged or incomplete; restore"
+      f" it from where it came, or train the {name} stage again."
+    ) from e
+  if dtype is not None:
+    params = jax.tree.map(lambda x: _cast(x, dtype), params)
+  return Part(params, meta)
+
+
+def read_meta(directory, name: str) -> dict[str, Any]:
+  """The description of one part, without its weights."""
+  directory = pathlib.Path(directory)
+  path = directory / name / _PART_FILE
+  if not path.is_file():
+    have = parts_in(directory)
+    raise errors.CheckpointError(
+      f"{directory} has no part {name!r}"
+      + (f" (it has {', '.join(have)})." if have else ", nor any other part.")
+      + f" Expected {path}. Train that stage with --config.model_dir="
+      f"{directory}, or give a complete model directory."
+    )
+  try:
+    meta = json.loads(path.read_text())
+  except json.JSONDecodeError as e:
+    raise errors.CheckpointError(f"{path} is not valid JSON: {e}.") from e
+  if meta.get("format") != FORMAT:
+    raise errors.CheckpointError(
+      f"{path} has format {meta.get('format')!r}; this version of lavit_jax"
+      f" reads format {FORMAT}. Install the version that wrote it."
+    )
+  return meta
+
+
+def parts_in(directory) -> Sequence[str]:
+  """Names of the parts that a model directory holds, in house order."""
+  directory = pathlib.Path(directory)
+  return [p for p in PARTS if (directory / p / _PART_FILE).is_file()]
+
+
+def count_params(tree) -> int:
+  """Number of scalars in a tree of arrays."""
+  return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))

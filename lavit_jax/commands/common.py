@@ -1,0 +1,123 @@
+"""What the commands share: options, checks before loading, and printing."""
+
+import argparse
+import errno
+import functools
+import json
+import os
+import pathlib
+import textwrap
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any
+
+from lavit_jax import errors
+
+FORMATTER = functools.partial(
+  argparse.RawDescriptionHelpFormatter, max_help_position=28
+)
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def version() -> str:
+  """The installed version of the package."""
+  try:
+    return metadata.version("lavit_jax")
+  except metadata.PackageNotFoundError:  # run from a checkout
+    return "not installed"
+
+
+def command(
+  subparsers,
+  name: str,
+  run: Callable[[argparse.Namespace], None],
+  summary: str,
+  details: str,
+) -> argparse.ArgumentParser:
+  """The parser of a command that `run` carries out, with `--json`."""
+  parser = subparsers.add_parser(
+    name,
+    help=summary,
+    description=f"{summary[0].upper()}{summary[1:]}.",
+    epilog=textwrap.dedent(details),
+    formatter_class=FORMATTER,
+  )
+  json_help = "print one JSON document"
+  parser.add_argument("--json", action="store_true", help=json_help)
+  parser.set_defaults(run=run)
+  return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+  """Adds `--model`."""
+  parser.add_argument(
+    "--model",
+    default="tiny",
+    metavar="PATH",
+    help='a model directory, or "tiny", the one shipped here (the default)',
+  )
+
+
+def add_images(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
+  """Adds the positional `images`."""
+  parser.add_argument(
+    "images", nargs=nargs, metavar="IMAGE", help="a picture file"
+  )
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+  """The named options that were given."""
+  values = {name: getattr(args, name, None) for name in names}
+  return {name: value for name, value in values.items() if value is not None}
+
+
+def print_answer(
+  args: argparse.Namespace, document: Any, lines: Sequence[str]
+) -> None:
+  """Prints `document` as JSON if that was asked for, else `lines`."""
+  if args.json:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+  else:
+    print("\n".join(lines))
+
+
+def load(args: argparse.Namespace):
+  """The `LaVIT` of `--model`."""
+  from lavit_jax.infer import pipeline
+
+  return pipeline.LaVIT.load(args.model)
+
+
+def require_files(paths: Sequence[str]) -> None:
+  """FileNotFoundError for the first that is missing, before anything loads."""
+  for path in paths:
+    if not os.path.exists(path):
+      raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+
+def outputs(out: str, count: int) -> list[pathlib.Path]:
+  """Where to draw `count` pictures: out.png, or out_0.png, out_1.png, ….
+
+  Raises:
+    errors.UsageError: the name does not end as a picture's.
+  """
+  path = pathlib.Path(out)
+  if path.suffix.lower() not in SUFFIXES:
+    raise errors.UsageError(
+      f"--out {out} does not end in a picture format; expected one of"
+      f" {' '.join(SUFFIXES)}. Try --out {path.with_suffix('.png')}."
+    )
+  if count == 1:
+    return [path]
+  digits = len(str(count - 1))
+  return [
+    path.with_name(f"{path.stem}_{i:0{digits}d}{path.suffix}")
+    for i in range(count)
+  ]
+
+
+def save(pictures, paths: Sequence[pathlib.Path]) -> None:
+  """Writes PIL images, making the folders that are missing."""
+  for picture, path in zip(pictures, paths, strict=True):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)

@@ -1,0 +1,193 @@
+"""Commands that read pictures: tokenize, caption, answer."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from lavit_jax import errors
+from lavit_jax.commands import common
+
+
+def add(subparsers) -> None:
+  """Adds the commands of this file to the parser of `lavit`."""
+  _add_tokenize(subparsers)
+  _add_caption(subparsers)
+  _add_answer(subparsers)
+
+
+def _add_tokenize(subparsers) -> None:
+  parser = common.command(
+    subparsers,
+    "tokenize",
+    _tokenize,
+    "turn pictures into visual tokens, or a whole dataset beside its data",
+    """\
+    examples:
+      lavit tokenize photo.jpg                       its tokens, printed
+      lavit tokenize *.jpg --overlay kept.png        what is kept, drawn
+      lavit tokenize --data my.jsonl --out codes     a cache for training
+    """,
+  )
+  common.add_model(parser)
+  common.add_images(parser, nargs="*")
+  parser.add_argument(
+    "--overlay", metavar="FILE", help="draw kept and dropped patches"
+  )
+  parser.add_argument(
+    "--seed", type=int, metavar="N", help="sample which patches are kept"
+  )
+  parser.add_argument(
+    "--budget", type=int, metavar="K", help="keep exactly K patches a picture"
+  )
+  parser.add_argument(
+    "--data", metavar="X", help="a .jsonl file, shapes, or tfds:NAME"
+  )
+  parser.add_argument(
+    "--split", metavar="NAME", help="with --data: train (default) or held_out"
+  )
+  parser.add_argument(
+    "--out", metavar="DIR", help="with --data: where the cache goes"
+  )
+
+
+def _tokenize(args: argparse.Namespace) -> None:
+  of_pictures = common.given(args, "seed", "budget", "overlay")
+  of_data = common.given(args, "data", "split", "out")
+  if args.images and not of_data:
+    _tokenize_pictures(args)
+  elif args.data and args.out and not (args.images or of_pictures):
+    _tokenize_data(args)
+  else:
+    raise errors.UsageError(
+      "tokenize takes either pictures (lavit tokenize IMAGE ... [--overlay"
+      " FILE] [--seed N] [--budget K]) or a dataset (lavit tokenize --data X"
+      " --out DIR [--split NAME])."
+    )
+
+
+def _tokenize_data(args: argparse.Namespace) -> None:
+  data = _data_config(args.data)
+  from lavit_jax.infer import tokenize_data
+
+  split = args.split or "train"
+  summary = tokenize_data.write_cache(args.model, data, args.out, split=split)
+  common.print_answer(args, summary, [f"wrote {args.out}"])
+
+
+def _data_config(name: str) -> dict[str, Any]:
+  """The config.data of `shapes`, `tfds:NAME` or a .jsonl file."""
+  from lavit_jax.configs.tiny import common as defaults
+
+  data = defaults.get_config("pretrain").data.to_dict()
+  if name == "shapes":
+    return data | {"kind": "shapes"}
+  if name.startswith("tfds:"):
+    return data | {"kind": "tfds", "name": name.removeprefix("tfds:")}
+  common.require_files([name])
+  return data | {"kind": "jsonl", "path": os.path.abspath(name)}
+
+
+def _tokenize_pictures(args: argparse.Namespace) -> None:
+  common.require_files(args.images)
+  overlay = common.outputs(args.overlay, 1) if args.overlay else []
+  rows = []
+  options = common.given(args, "seed", "budget")
+  tokens = common.load(args).tokenize(args.images, **options)
+  for path, token in zip(args.images, tokens, strict=True):
+    keep, codes = ([int(v) for v in token[name]] for name in ("keep", "codes"))
+    rows.append({"image": path, "keep": keep, "codes": codes})
+  if overlay:
+    common.save([_overlay_sheet(rows)], overlay)
+  lines = [
+    f"{row['image']}: {sum(row['keep'])} of {len(row['keep'])} patches kept,"
+    f" codes {' '.join(map(str, row['codes']))}"
+    for row in rows
+  ]
+  common.print_answer(args, rows, lines)
+
+
+def _overlay_sheet(rows: Sequence[dict[str, Any]]):
+  """One picture of all masks, with names below where there are several."""
+  from lavit_jax import images
+  from lavit_jax.report import figures
+
+  size = 480 if len(rows) == 1 else 240
+  masks = [
+    figures.overlay_mask(images.load(row["image"]), row["keep"], size=size)
+    for row in rows
+  ]
+  if len(masks) == 1:
+    return masks[0]
+  labels = [
+    f"{os.path.basename(row['image'])}: {sum(row['keep'])} kept" for row in rows
+  ]
+  return figures.contact_sheet(masks, labels, cell=size)
+
+
+def _add_caption(subparsers) -> None:
+  parser = common.command(
+    subparsers,
+    "caption",
+    _caption,
+    "say what is in pictures",
+    """\
+    examples:
+      lavit caption photo.jpg
+      lavit caption *.png --json
+      lavit caption photo.jpg --prompt "a photo of"
+    """,
+  )
+  common.add_model(parser)
+  common.add_images(parser)
+  parser.add_argument("--prompt", metavar="TEXT", help="how a caption begins")
+
+
+def _caption(args: argparse.Namespace) -> None:
+  common.require_files(args.images)
+  captions = common.load(args).caption(
+    args.images, **common.given(args, "prompt")
+  )
+  rows = [
+    {"image": path, "caption": caption}
+    for path, caption in zip(args.images, captions, strict=True)
+  ]
+  alone = len(rows) == 1
+  lines = [
+    row["caption"] if alone else f"{row['image']}: {row['caption']}"
+    for row in rows
+  ]
+  common.print_answer(args, rows, lines)
+
+
+def _add_answer(subparsers) -> None:
+  parser = common.command(
+    subparsers,
+    "answer",
+    _answer,
+    "answer questions about a picture",
+    """\
+    examples:
+      lavit answer photo.jpg "What color is the circle?"
+      lavit answer photo.jpg "How many objects are there?" "Is one red?" --json
+    """,
+  )
+  common.add_model(parser)
+  parser.add_argument("image", metavar="IMAGE", help="a picture file")
+  parser.add_argument("questions", nargs="+", metavar="QUESTION")
+
+
+def _answer(args: argparse.Namespace) -> None:
+  common.require_files([args.image])
+  images = [args.image] * len(args.questions)
+  answers = common.load(args).answer(images, args.questions)
+  rows = [
+    {"image": args.image, "question": question, "answer": answer}
+    for question, answer in zip(args.questions, answers, strict=True)
+  ]
+  alone = len(rows) == 1
+  lines = [
+    row["answer"] if alone else f"{row['question']} {row['answer']}"
+    for row in rows
+  ]
+  common.print_answer(args, rows, lines)

@@ -1,0 +1,185 @@
+"""Commands that train: quickstart, with options, and train, with a config."""
+
+import argparse
+import json
+import os
+import pathlib
+import shlex
+import sys
+from collections.abc import Sequence
+
+from lavit_jax import errors
+from lavit_jax.commands import common
+
+_TRAIN_HELP = """\
+usage: lavit train --config FILE --workdir DIR [--config.FIELD=VALUE ...]
+
+Train one stage as its config file says; go on where DIR was left.
+
+  --config FILE          a Python file with get_config(); tiny/pretrain.py
+                         finds the one that is shipped here
+  --workdir DIR          checkpoints, metrics.jsonl and TensorBoard events
+  --config.FIELD=VALUE   override any field of the config (after --config)
+
+examples:
+  lavit train --config configs/tiny/pretrain.py --workdir runs/pretrain
+  lavit train --config tiny/tokenizer.py --workdir runs/t --config.steps=100
+
+Interrupt it anywhere and run it again: it resumes with the same batches.
+"""
+
+
+def add(subparsers) -> None:
+  """Adds the commands of this file to the parser of `lavit`."""
+  parser = common.command(
+    subparsers,
+    "quickstart",
+    _quickstart,
+    "train every stage from scratch, evaluate, write a report",
+    """\
+    examples:
+      lavit quickstart                      drawn shapes, nothing to download
+      lavit quickstart --data my.jsonl      your own pictures and captions
+      lavit quickstart --evaluate-only --model tiny
+
+    my.jsonl holds one JSON object a line: {"image": "a.jpg", "caption": "..."},
+    paths relative to the file. Interrupt the run anywhere and start it again:
+    it goes on where it was. Results: DIR/report/index.html and metrics.json.
+    """,
+  )
+  parser.add_argument(
+    "--workdir",
+    default="runs/quickstart",
+    metavar="DIR",
+    help="checkpoints, metrics and report (runs/quickstart)",
+  )
+  parser.add_argument(
+    "--minutes", type=float, metavar="M", help="fit all stages to this budget"
+  )
+  parser.add_argument(
+    "--data", metavar="FILE", help="JSON lines with image and caption"
+  )
+  parser.add_argument(
+    "--evaluate-only", action="store_true", help="train nothing"
+  )
+  parser.add_argument(
+    "--model", metavar="PATH", help="with --evaluate-only: evaluate this one"
+  )
+  # For the list in `lavit --help`; its own words are absl's: see `train`.
+  subparsers.add_parser("train", help="train one stage from a config file")
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+  if args.model and not args.evaluate_only:
+    raise errors.UsageError(
+      f"--model {args.model} goes with --evaluate-only: quickstart trains a"
+      " model of its own. Add --evaluate-only, or leave --model out."
+    )
+  if args.minutes is not None and not args.minutes > 0:
+    raise errors.UsageError(
+      f"--minutes {args.minutes:g}: the budget must be more than 0 minutes."
+    )
+  common.require_files([args.data] if args.data else [])
+  from lavit_jax import quickstart
+
+  metrics = quickstart.run(
+    args.workdir,
+    minutes=args.minutes,
+    data=args.data,
+    evaluate_only=args.evaluate_only,
+    model=args.model,
+  )
+  if args.json:
+    print(json.dumps(metrics, indent=2))
+
+
+def train(argv: Sequence[str]) -> int:
+  """Reads a config file and its overrides, trains that stage; exit status."""
+  if not argv or {"-h", "--help"} & set(argv):
+    print(_TRAIN_HELP, end="", file=sys.stdout if argv else sys.stderr)
+    return 0 if argv else 2
+  config, workdir = read_config(argv)
+  from lavit_jax.train import loop
+
+  loop.train(config, workdir)
+  return 0
+
+
+def read_config(argv: Sequence[str]):
+  """The locked ConfigDict of `--config` with its overrides, and `--workdir`.
+
+  Raises:
+    errors.UsageError: a flag is missing or unknown, or a word too many.
+    errors.ConfigError: no such config file, field or value.
+  """
+  from absl import flags
+  from ml_collections import config_flags
+
+  argv = ["lavit train", *_find_shipped(argv)]
+  values = flags.FlagValues()
+  config = config_flags.DEFINE_config_file(
+    "config", None, "", flag_values=values, sys_argv=argv
+  )
+  workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
+  try:
+    rest = values(argv)[1:]
+  except flags.Error as error:
+    raise errors.UsageError(f"{error}. See lavit train --help.") from error
+  except Exception as error:  # whatever the config file itself raises
+    raise errors.ConfigError(_config_message(error)) from error
+  wrong = [f"cannot use {shlex.join(rest)}"] if rest else []
+  wrong += ["--config FILE is missing"] if config.value is None else []
+  wrong += [] if workdir.value else ["--workdir DIR is missing"]
+  if wrong:
+    raise errors.UsageError(
+      f"{'; '.join(wrong)}. Expected: lavit train --config FILE --workdir DIR"
+      " [--config.FIELD=VALUE ...]. See lavit train --help."
+    )
+  return config.value, workdir.value
+
+
+def _config_message(error: Exception) -> str:
+  text = str(error.args[0] if error.args else error).strip()
+  last = text.rpartition("Traceback")[2].splitlines() or [""]
+  if isinstance(error, (AttributeError, KeyError)):
+    return f"the config has no field {' '.join(last)} See the config file."
+  return (
+    f"the config file does not load: {type(error).__name__}: {last[-1]}"
+    " LAVIT_DEBUG=1 shows where."
+  )
+
+
+def _find_shipped(argv: Sequence[str]) -> list[str]:
+  """`argv` with a config path that exists only in the package made whole."""
+  argv = list(argv)
+  for i, word in enumerate(argv):
+    name, equals, path = word.lstrip("-").partition("=")
+    if not word.startswith("-") or name != "config":
+      continue
+    at = i if equals else i + 1
+    path = path if equals else "".join(argv[at : at + 1])
+    file, colon, rest = path.partition(":")
+    if not file or pathlib.Path(file).is_file():
+      continue
+    found = f"{_shipped_config(file)}{colon}{rest}"
+    argv[at] = f"--config={found}" if equals else found
+  return argv
+
+
+def _shipped_config(name: str) -> pathlib.Path:
+  """The file of `tiny/pretrain.py` or `configs/tiny/pretrain.py`."""
+  from lavit_jax import configs
+
+  root = pathlib.Path(configs.__file__).parent
+  path = root / name.removeprefix("configs/")
+  if path.is_file():
+    return path
+  shipped = sorted(
+    str(file.relative_to(root))
+    for file in root.glob("*/*.py")
+    if file.name != "__init__.py"
+  )
+  raise errors.ConfigError(
+    f"no config file {name}, neither in {os.getcwd()} nor among the shipped"
+    f" ones: {', '.join(shipped)}."
+  )

@@ -1,0 +1,280 @@
+"""Sources to batches, with Grain: random access, one integer of state.
+
+  packed = packed_rows(source, cache, tokenizer, vocabulary, mixture=…, …)
+  for batch in iterate(packed, start_batch=step): …
+
+Batch k is a pure function of the arguments and k: a run that is resumed, or
+split over other processes, sees the same rows.
+"""
+
+import dataclasses
+import zlib
+
+import grain.python as grain
+import numpy as np
+
+from lavit_jax import errors, images
+from lavit_jax import vocabulary as vocabulary_lib
+from lavit_jax.data import faults as faults_lib
+from lavit_jax.data import packing, sequences
+
+_ENDLESS = 1 << 48  # rows of an endless dataset
+_AHEAD = 4  # batches decoded ahead of the one in use
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+  """Rows by number (a grain.MapDataset of dicts) and the global batch size.
+
+  `faults` holds the FaultLogs of what was skipped so far.
+  """
+
+  rows: grain.MapDataset
+  batch_size: int
+  faults: tuple = ()
+
+  def __len__(self):
+    """Number of batches; the last may be padded. Endless ones are 2**48."""
+    return -(-len(self.rows) // self.batch_size)
+
+  def __getitem__(self, k):
+    """Global batch k."""
+    return next(iterate(self, start_batch=k, num_threads=0, process=(0, 1)))
+
+
+class Iterator:
+  """Iterates over batches; `next_batch` is its whole state."""
+
+  def __init__(self, dataset, start):
+    self._iterator, self.next_batch = iter(dataset), start
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    batch = next(self._iterator)
+    self.next_batch += 1
+    return batch
+
+
+def iterate(batches, *, start_batch=0, num_threads=2, process=None):
+  """Iterates over this process's share of every batch.
+
+  Args:
+    batches: a Batches.
+    start_batch: the batch to begin with, `next_batch` of an earlier iterator.
+    num_threads: threads that decode ahead; 0 decodes when asked.
+    process: (index, count); by default what JAX says. Process p of n gets rows
+      p * B / n up to (p + 1) * B / n of each batch of B.
+
+  Returns:
+    Iterator of dicts of arrays [B / n, ...]. A finite dataset ends; its last
+    batch is filled up with zeros (weights and valid are zero there).
+
+  Raises:
+    errors.ConfigError: the batch does not divide among the processes.
+  """
+  index, count = process or _jax_process()
+  size, rows = batches.batch_size, batches.rows
+  if size < 1 or size % count:
+    raise errors.ConfigError(
+      f"batch_size={size} does not divide among {count} processes; make it a"
+      f" multiple of {count}."
+    )
+  share = size // count
+
+  def row(local):
+    k, j = divmod(local, share)
+    number = k * size + index * share + j
+    if number < len(rows):
+      return rows[number]
+    return {name: np.zeros_like(value) for name, value in rows[0].items()}
+
+  stop = len(batches) * share
+  local = grain.MapDataset.range(min(start_batch * share, stop), stop)
+  options = grain.ReadOptions(
+    num_threads=num_threads, prefetch_buffer_size=_AHEAD if num_threads else 0
+  )
+  dataset = local.map(row).batch(share).to_iter_dataset(options)
+  return Iterator(dataset, start_batch)
+
+
+def _jax_process():
+  import jax
+
+  return jax.process_index(), jax.process_count()
+
+
+def image_batches(
+  source,
+  batch_size,
+  *,
+  seed=None,
+  tokenizer=None,
+  text_length=None,
+  limit_share=0.05,
+):
+  """Batches of single pictures, with a caption each if a tokenizer is given.
+
+  Args:
+    source: an examples.Source.
+    batch_size: global number of pictures.
+    seed: of the endless shuffled order; None: each picture once, in order.
+    tokenizer: a vocabulary.TextTokenizer, or None for pictures alone.
+    text_length: T, ids of a caption; longer ones are cut.
+    limit_share: share of bad pictures that stops the run.
+
+  Returns:
+    Batches of image uint8[B, H, W, 3], valid float32[B], index int64[B], and
+    text int32[B, T], text_mask bool[B, T] (ids, then </s>, then padding).
+  """
+  log = faults_lib.FaultLog(f"pictures of {source.name}", limit_share)
+  order = grain.MapDataset.range(source.num_images)
+  if not source.num_images:
+    raise errors.DataError(f"{source.name} holds no pictures.")
+  if seed is not None:
+    order = order.shuffle(packing.make_seed(seed)).repeat()
+
+  def row(number):
+    i = int(order[number])
+    pixels, valid = _picture(source, i, log)
+    out = {"image": pixels, "valid": np.float32(valid), "index": np.int64(i)}
+    if tokenizer is not None:
+      captions = source.captions(i)
+      rng = np.random.default_rng([seed or 0, number])
+      text = captions[rng.integers(len(captions))] if captions else ""
+      out["text"], out["text_mask"] = _text(tokenizer, text, text_length)
+    return out
+
+  length = min(len(order), _ENDLESS)
+  rows = grain.MapDataset.range(length).map(row)
+  return Batches(rows, batch_size, (log,))
+
+
+def _text(tokenizer, text, length):
+  """Ids of a caption, cut to length and ended by </s>, and their mask."""
+  ids = sequences.text_ids(tokenizer, text)[: length - 1]
+  ids = [*ids, vocabulary_lib.EOS_ID]
+  out, mask = np.zeros(length, np.int32), np.arange(length) < len(ids)
+  out[: len(ids)] = ids
+  return out, mask & bool(text)
+
+
+def _picture(source, i, log):
+  """(uint8[H, W, 3], valid) of a picture; a bad one is black and logged."""
+  try:
+    pixels = source.image(i)
+  except images.ImageError as error:
+    log.fault(source.image_key(i), error)
+    return np.zeros((source.image_size,) * 2 + (3,), np.uint8), False
+  log.good()
+  return pixels, True
+
+
+def packed_rows(source, cache, tokenizer, vocabulary, *, mixture, **kwargs):
+  """Packed rows of one source: `packed_mixture` of its tasks.
+
+  Args:
+    source: an examples.Source.
+    cache: its CodeCache.
+    tokenizer: a vocabulary.TextTokenizer.
+    vocabulary: a vocabulary.Vocabulary.
+    mixture: weight of each task, counted in documents; 0 leaves it out, and so
+      does a source without examples of a task.
+    **kwargs: as of `packed_mixture`.
+  """
+  if unknown := sorted(set(mixture) - set(source.tasks())):
+    usable = sorted(set(source.tasks()) & set(mixture))
+    if not any(mixture[t] for t in usable):
+      raise errors.ConfigError(
+        f"mixture names {unknown}, but {source.name} only has"
+        f" {sorted(source.tasks())}; give one of these a weight."
+      )
+  components = [
+    packing.Component(source, task, weight, cache)
+    for task, weight in mixture.items()
+    if weight and task in source.tasks() and source.num_examples(task)
+  ]
+  return packed_mixture(components, tokenizer, vocabulary, **kwargs)
+
+
+def packed_mixture(
+  components,
+  tokenizer,
+  vocabulary,
+  *,
+  length,
+  slots,
+  batch_size,
+  seed=0,
+  window=1024,
+  limit_share=0.05,
+):
+  """Packed rows of several sources and tasks in exact proportions.
+
+  Args:
+    components: list of packing.Component.
+    tokenizer: a vocabulary.TextTokenizer.
+    vocabulary: a vocabulary.Vocabulary.
+    length: L, positions a row; longer documents are left out and named.
+    slots: S, pictures read a row; documents with more are left out and named.
+    batch_size: rows a global batch.
+    seed: of mixture, order and packing.
+    window: documents packed together.
+    limit_share: share of bad documents, or pictures, that stops the run.
+
+  Returns:
+    Batches of tokens, targets, segments, positions, slot, order int32[B, L];
+    weights float32[B, L]; pixels uint8[B, S, H, W, 3]; keep bool[B, S, N];
+    row, doc_hash int64[B]. Segments count from 1; 0 is padding.
+
+  Raises:
+    errors.ConfigError, errors.DataError: nothing to pack, sizes that differ
+      between components, or a cache of another codebook.
+  """
+  _check_components(components, vocabulary)
+  documents = _Documents(
+    components, tokenizer, vocabulary, length, slots, seed, limit_share
+  )
+  plan = packing.Plan(
+    documents.sizes,
+    max_len=length,
+    max_pictures=slots,
+    window=window,
+    seed=seed,
+  )
+  rows = _Rows(plan, documents, length, slots)
+  dataset = grain.MapDataset.range(_ENDLESS).map(rows)
+  return Batches(dataset, batch_size, documents.logs)
+
+
+def _check_components(components, vocabulary):
+  """Everything that can be known to be wrong before a batch is made."""
+  if not components:
+    raise errors.ConfigError(
+      "The mixture has no component with a weight and with examples."
+    )
+  for c in components:
+    cache, source = c.cache, c.source
+    if cache is None:
+      continue
+    if len(cache) != source.num_images:
+      raise errors.DataError(
+        f"The code cache {cache.directory} has {len(cache)} pictures, but"
+        f" {source.name} has {source.num_images}: it was made from other data."
+        " Run `lavit tokenize` for this data."
+      )
+    if cache.meta.num_codes != vocabulary.num_codes:
+      raise errors.DataError(
+        f"The code cache {cache.directory} has codes of a codebook of"
+        f" {cache.meta.num_codes}, the vocabulary one of"
+        f" {vocabulary.num_codes}. Run `lavit tokenize` with this tokenizer."
+      )
+  for what, values in (
+    ("image_size", {c.source.image_size for c in components}),
+    ("num_patches", {c.cache.num_patches for c in components if c.cache}),
+  ):
+    if len(values) > 1:
+      raise errors.ConfigError(
+        f"The sources of a mixture must agree on {what}, got {sorted(values)}."
+      )

@@ -1,0 +1,147 @@
+"""Examples to token sequences: LaVIT's unified form (paper, section 3.2).
+
+  picture read:     [IMG] continuous tokens [/IMG]   (targets are its codes)
+  picture written:  [IMG] code ids [/IMG]
+  text:             pieces; </s> ends a document whose last part is text
+
+There is no <s>. A picture that ends a document is ended by [/IMG] alone.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from lavit_jax import errors
+from lavit_jax import vocabulary as vocabulary_lib
+from lavit_jax.data import examples
+
+
+class Unusable(Exception):
+  """An example that cannot become a sequence; says why, is skipped."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sequence:
+  """One document of n positions; position j predicts token j + 1.
+
+  tokens, targets: int32[n]; weights: float32[n], the loss weight of targets;
+  slot: int32[n], which of `pictures` a position reads, -1 for none;
+  order: int32[n], which of its merged tokens (0, 1, …; 0 elsewhere);
+  pictures: the image indices that are read, in reading order, each once.
+  """
+
+  tokens: np.ndarray
+  targets: np.ndarray
+  weights: np.ndarray
+  slot: np.ndarray
+  order: np.ndarray
+  pictures: tuple
+
+  def __len__(self):
+    return len(self.tokens)
+
+
+def text_ids(tokenizer, text):
+  """Ids of one text part: " red" gives what "red" gives.
+
+  SentencePiece puts a space before a text by itself, so the one that joins
+  a part to its predecessor is dropped. Prompts at inference do the same.
+  """
+  return tokenizer.encode(text.removeprefix(" "))
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+  """A part with its number of ids; `ids` is None for a picture."""
+
+  part: examples.TextPart | examples.ImagePart
+  ids: tuple | None
+  count: int
+
+
+def spans(example, cache, tokenizer):
+  """The parts of an example with their lengths, </s> included.
+
+  Needs the counts of the cache only: neither a picture nor its codes.
+
+  Args:
+    example: an examples.Example.
+    cache: the source's CodeCache; None if the example has no picture.
+    tokenizer: a vocabulary.TextTokenizer.
+
+  Returns:
+    tuple of Span.
+
+  Raises:
+    Unusable: a picture could not be tokenised, or nothing is to be learnt.
+  """
+  out = []
+  for part in example.parts:
+    if isinstance(part, examples.TextPart):
+      ids = text_ids(tokenizer, part.text)
+      out.append(Span(part, tuple(ids), len(ids)))
+    else:
+      out.append(Span(part, None, _count(example, part, cache) + 2))
+  if out and out[-1].ids is not None:
+    ids = (*out[-1].ids, vocabulary_lib.EOS_ID)
+    out[-1] = Span(out[-1].part, ids, len(ids))
+  if not any([s.part.weight for s in out for _ in range(s.count)][1:]):
+    raise Unusable("holds nothing to learn: it is empty or has no weights")
+  return tuple(out)
+
+
+def size(parts):
+  """(positions, pictures read) of the Sequence that `assemble` will make."""
+  read = {s.part.image for s in parts if s.ids is None and not s.part.write}
+  return sum(s.count for s in parts) - 1, len(read)
+
+
+def assemble(parts, cache, vocabulary):
+  """Makes the Sequence of `spans`; reads the codes, not the pictures."""
+  ids, weights, slot, order, pictures = [], [], [], [], []
+  for span in parts:
+    slots, orders = [-1] * span.count, [0] * span.count
+    new = span.ids
+    if new is None:
+      codes = vocabulary.to_ids(cache.codes(span.part.image)).tolist()
+      new = [vocabulary.image_begin, *codes, vocabulary.image_end]
+      if not span.part.write:
+        if span.part.image not in pictures:
+          pictures.append(span.part.image)
+        slots[1:-1] = [pictures.index(span.part.image)] * len(codes)
+        orders[1:-1] = range(len(codes))
+    ids += new
+    slot += slots
+    order += orders
+    weights += [span.part.weight] * span.count
+  return Sequence(
+    tokens=np.array(ids[:-1], np.int32),
+    targets=np.array(ids[1:], np.int32),
+    weights=np.array(weights[1:], np.float32),
+    slot=np.array(slot[:-1], np.int32),
+    order=np.array(order[:-1], np.int32),
+    pictures=tuple(pictures),
+  )
+
+
+def build(example, cache, tokenizer, vocabulary):
+  """Makes the Sequence of one example: `assemble` of its `spans`.
+
+  A picture followed by "red": [IMG] c0 c1 [/IMG] ▁red </s> becomes the five
+  tokens [IMG] c0 c1 [/IMG] ▁red with the targets c0 c1 [/IMG] ▁red </s>,
+  slot -1 0 0 -1 -1 and order 0 0 1 0 0.
+  """
+  return assemble(spans(example, cache, tokenizer), cache, vocabulary)
+
+
+def _count(example, part, cache):
+  """Number of codes of a picture; errors.DataError without a cache."""
+  if cache is None:
+    raise errors.DataError(
+      f"Example {example.key} has a picture, but its source has no code cache."
+      " Run `lavit tokenize --data … --out DIR` and give DIR as its cache."
+    )
+  count = int(cache.counts[part.image])
+  if count < 1:
+    raise Unusable(f"picture {part.image} could not be tokenised")
+  return count

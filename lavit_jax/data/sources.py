@@ -1,0 +1,77 @@
+"""From config.data to a source; the one list of kinds of data."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lavit_jax import errors
+from lavit_jax.data import examples
+
+
+def build(config: Mapping[str, Any], split: str) -> examples.Source:
+  """The source that config.data describes.
+
+  Args:
+    config: fields `kind` ("shapes", "jsonl" or "tfds"), `image_size`, `seed`
+      and those of the kind: shapes `train_size`, `held_out_size`; jsonl
+      `path`, `held_out_path` (empty: the training file); tfds `name`,
+      `train_split`, `held_out_split`, `data_dir`, `image_feature`,
+      `text_feature`.
+    split: "train", "held_out" or (shapes only) "never_seen".
+
+  Raises:
+    errors.ConfigError: an unknown kind, or a split this kind lacks.
+  """
+  kind = config["kind"]
+  if kind == "shapes":
+    from lavit_jax.data import shapes
+
+    size = "train_size" if split == "train" else "held_out_size"
+    return shapes.ShapesSource(
+      split,
+      size=config[size],
+      image_size=config["image_size"],
+      seed=config["seed"],
+    )
+  if split not in ("train", "held_out"):
+    raise errors.ConfigError(
+      f"Data of kind {kind!r} has splits train and held_out, not {split!r};"
+      " only the embedded shapes know never_seen."
+    )
+  if kind == "jsonl":
+    from lavit_jax.data import jsonl
+
+    path = config["path"]
+    if split == "held_out" and config.get("held_out_path"):
+      path = config["held_out_path"]
+    return jsonl.JsonlSource(path, image_size=config["image_size"])
+  if kind == "tfds":
+    from lavit_jax.data import tfds
+
+    return tfds.TfdsSource(
+      config["name"],
+      split=config[f"{split}_split"],
+      data_dir=config["data_dir"] or None,
+      image_feature=config["image_feature"],
+      text_feature=config["text_feature"],
+      image_size=config["image_size"],
+    )
+  raise errors.ConfigError(
+    f"config.data.kind={kind!r} is unknown; expected shapes, jsonl or tfds."
+  )
+
+
+def sentences(source: examples.Source, limit: int) -> list[str]:
+  """Up to `limit` texts of a source, every task in turn, for SentencePiece."""
+  texts: list[str] = []
+  tasks = [t for t in source.tasks() if source.num_examples(t)]
+  index = 0
+  while tasks and len(texts) < limit:
+    for task in list(tasks):
+      if index >= source.num_examples(task):
+        tasks.remove(task)
+        continue
+      for part in source.example(task, index).parts:
+        if isinstance(part, examples.TextPart) and part.text.strip():
+          texts.append(part.text.strip())
+    index += 1
+  return texts[:limit]

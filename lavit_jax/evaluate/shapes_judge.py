@@ -1,0 +1,134 @@
+"""Reads the objects of a shapes picture by plain image processing.
+
+Analysis by synthesis in each quadrant: of every shape, size, position and
+colour, the sprite that explains most of what is not ground. No model, nothing
+learnt; ground lightness, mild noise and mild blur do not matter.
+"""
+
+import functools
+
+import numpy as np
+from PIL import Image
+
+from lavit_jax.data import shapes_render, shapes_scene
+
+_SIZE = 48  # every picture is read at this size
+_HALF = _SIZE // 2
+_REACH = 4  # pixels that an object may lie off its place, to each side
+_LIGHTNESS_WEIGHT = 0.6  # a ground is grey: trust hue more than lightness
+_AMPLITUDES = (0.6, 1.15)  # paler and stronger than the palette, still read
+# An object must be drawn about as strongly as its sprite, and must explain
+# this share of what its quadrant holds beside the ground.
+_MIN_STRENGTH = 0.3
+_MIN_EXPLAINED = 0.35
+_MAX_GROUND_CHROMA = 45
+# Rows: two axes of hue and chroma, one of lightness.
+_AXES = np.array(
+  [
+    [0.8165, -0.4082, -0.4082],
+    [0.0, 0.7071, -0.7071],
+    [0.5774 * _LIGHTNESS_WEIGHT] * 3,
+  ],
+  np.float32,
+)
+
+
+def judge(image):
+  """Reads uint8[H, W, 3] as a list of Object, in raster order of place.
+
+  Pictures of another size than 48 px are resized first. Raises ValueError for
+  anything that is not an RGB byte image.
+  """
+  image = np.asarray(image)
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+    raise ValueError(
+      f"The judge was given {image.dtype}{list(image.shape)}; it reads"
+      " uint8[H, W, 3]. Convert the drawing to 8-bit RGB first."
+    )
+  pixels = _at_reading_size(image)
+  found = [
+    _read(pixels[y : y + _HALF, x : x + _HALF], place)
+    for place, (y, x) in zip(
+      shapes_scene.PLACES,
+      ((0, 0), (0, _HALF), (_HALF, 0), (_HALF, _HALF)),
+      strict=True,
+    )
+  ]
+  return [obj for obj in found if obj is not None]
+
+
+def _at_reading_size(image):
+  """Resizes to float32[48, 48, 3]."""
+  if image.shape[:2] != (_SIZE, _SIZE):
+    picture = Image.fromarray(image)
+    image = picture.resize((_SIZE, _SIZE), Image.Resampling.BILINEAR)
+  return np.asarray(image, np.float32)
+
+
+def _read(window, place):
+  """The object of one quadrant float32[24, 24, 3], or None."""
+  ground = _ground(window)
+  seen = (window - ground).reshape(-1, 3) @ _AXES.T  # [576, 3]
+  sprites, energies, kinds = _bank()
+  colors = np.array(list(shapes_scene.COLORS.values()), np.float32)
+  wanted = (colors - ground) @ _AXES.T  # [8, 3]
+  # |seen - a * alpha * wanted|^2 falls by a (2 match - a full).
+  match = (sprites @ seen) @ wanted.T  # [T, 8]
+  full = energies[:, None] * (wanted * wanted).sum(1)
+  amplitude = np.clip(match / full, *_AMPLITUDES)
+  gain = amplitude * (2 * match - amplitude * full)
+  best, color = np.unravel_index(np.argmax(gain), gain.shape)
+  total = max(float((seen * seen).sum()), 1.0)
+  if (
+    gain[best, color] < _MIN_STRENGTH * full[best, color]
+    or gain[best, color] < _MIN_EXPLAINED * total
+  ):
+    return None
+  shape, size = kinds[best]
+  name = tuple(shapes_scene.COLORS)[color]
+  return shapes_scene.Object(shape, name, size, place)
+
+
+def _ground(window):
+  """The colour around the object: median of pixels that are almost grey."""
+  blocks = window.reshape(_HALF, _HALF, 3)
+  chroma = np.ptp(_blur(blocks), axis=-1)
+  grey = blocks[chroma < _MAX_GROUND_CHROMA]
+  if len(grey) < 30:  # all colour: its least colourful pixels
+    order = np.argsort(chroma, axis=None)[:60]
+    grey = blocks.reshape(-1, 3)[order]
+  return np.median(grey, axis=0)
+
+
+def _blur(window):
+  """Mean over 3 x 3 pixels, edges repeated."""
+  padded = np.pad(window, ((1, 1), (1, 1), (0, 0)), mode="edge")
+  rows = padded[:-2] + padded[1:-1] + padded[2:]
+  return (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9
+
+
+@functools.cache
+def _bank():
+  """All sprites in a quadrant: float32[T, 576], sums of squares, kinds."""
+  sprites, kinds = [], []
+  for shape in shapes_scene.SHAPES:
+    for size in shapes_scene.SIZES:
+      extent = shapes_render.EXTENTS[size] * _HALF
+      for dy in range(-_REACH, _REACH + 1):
+        for dx in range(-_REACH, _REACH + 1):
+          sprites.append(_sprite_at(shape, extent, dx, dy))
+          kinds.append((shape, size))
+  bank = np.stack(sprites).reshape(len(sprites), -1)
+  return bank, (bank * bank).sum(1), tuple(kinds)
+
+
+def _sprite_at(shape, extent, dx, dy):
+  """A softened sprite (dx, dy) pixels off the middle of a quadrant."""
+  alpha = shapes_render.sprite(shape, extent, 0, 0)
+  canvas = np.zeros((2 * _HALF, 2 * _HALF), np.float32)
+  left = _HALF + dx - len(alpha) // 2
+  top = _HALF + dy - len(alpha) // 2
+  canvas[top : top + len(alpha), left : left + len(alpha)] = alpha
+  soft = 0.5 * canvas + 0.5 * _blur(canvas[..., None])[..., 0]
+  edge = _HALF // 2
+  return soft[edge : edge + _HALF, edge : edge + _HALF]

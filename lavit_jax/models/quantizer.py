@@ -1,0 +1,236 @@
+"""The vector quantizer: merged tokens to code ids, and how codes are learned.
+
+Codes get no gradient. They move by exponential moving averages of the vectors
+assigned to them (van den Oord et al., arXiv 1711.00937, appendix A.1), start
+from spherical k-means, and are replaced when they die. In training they have
+unit norm, so nearest is highest cosine; official codes are not unit and are
+used as stored. Sums run over the whole batch: under `jit` with a sharded
+batch they are global.
+
+The statistics are a dict: `codes` float[Kc, dim] of unit norm, `counts`
+float[Kc] and `sums` float[Kc, dim], the moving averages.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lavit_jax.models import layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+  """Sizes of projection and codebook.
+
+  Attributes:
+    width: D, the merger's.
+    num_codes: size of the codebook.
+    code_dim: width of a code.
+    decay: of the moving averages.
+    dtype: of the projection; distances are float32.
+  """
+
+  width: int
+  num_codes: int
+  code_dim: int
+  decay: float = 0.99
+  dtype: str = "float32"
+
+
+LAVIT_7B = QuantizerConfig(width=1408, num_codes=16384, code_dim=32)
+TINY = QuantizerConfig(width=96, num_codes=512, code_dim=32)
+
+
+class VectorQuantizer(nn.Module):
+  """The learned part: Linear, tanh, Linear to the codes' space."""
+
+  config: QuantizerConfig
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Maps float[..., D] to float32[..., code_dim], not normalised."""
+    c = self.config
+    fc1 = layers.dense(c.width, ("embed", "mlp"), dtype=c.dtype, name="fc1")
+    axes = ("mlp", "code_dim")
+    fc2 = layers.dense(c.code_dim, axes, dtype=c.dtype, name="fc2")
+    return fc2(jnp.tanh(fc1(tokens))).astype(jnp.float32)
+
+
+def lookup(z: jax.Array, codes: jax.Array) -> jax.Array:
+  """Ids int32[...] of the nearest codes; z float[..., dim] is normalised.
+
+  The codes float[Kc, dim] are not: |z|^2 + |e|^2 - 2 z e, as LaVIT has it.
+  """
+  z = layers.l2_normalize(z.astype(jnp.float32))
+  product = jnp.einsum("...d,kd->...k", z, codes)
+  # |z|^2 is the same for every code.
+  distance = jnp.square(codes).sum(-1) - 2.0 * product
+  return jnp.argmin(distance, axis=-1).astype(jnp.int32)
+
+
+def quantize(z: jax.Array, codes: jax.Array):
+  """Codes in place of z, with z's gradient.
+
+  Args:
+    z: float[..., dim], normalised here.
+    codes: float[Kc, dim].
+
+  Returns:
+    (float[..., dim] the codes, straight-through; int32[...] their ids).
+  """
+  z = layers.l2_normalize(z)
+  ids = lookup(jax.lax.stop_gradient(z), codes)
+  chosen = jnp.take(codes, ids, axis=0)
+  return chosen + (z - jax.lax.stop_gradient(z)), ids
+
+
+def commitment(z: jax.Array, codes: jax.Array, ids: jax.Array) -> jax.Array:
+  """Squared distance float[...] of normalised z to its code, none to codes."""
+  chosen = jax.lax.stop_gradient(jnp.take(codes, ids, axis=0))
+  return jnp.square(layers.l2_normalize(z) - chosen).sum(-1)
+
+
+def init_stats(rng: jax.Array, num_codes: int, code_dim: int):
+  """Random unit codes, each as if one vector had been assigned to it."""
+  codes = jax.random.normal(rng, (num_codes, code_dim))
+  return _stats(layers.l2_normalize(codes), jnp.ones((num_codes,)))
+
+
+def _stats(codes, counts):
+  return {"codes": codes, "counts": counts, "sums": codes * counts[:, None]}
+
+
+def ema_update(stats, z, ids, weights, decay: float = 0.99):
+  """Moves the codes towards the mean direction of what chose them.
+
+  Args:
+    stats: see the module.
+    z: float[..., dim], normalised here; no gradient passes.
+    ids: int[...], the code of each vector.
+    weights: float[...], 0 for padding.
+    decay: of the moving averages.
+
+  Returns:
+    The new statistics; `codes` among them. A code nobody chose stays.
+  """
+  num_codes, dim = stats["codes"].shape
+  z = layers.l2_normalize(jax.lax.stop_gradient(z)).reshape(-1, dim)
+  weights = weights.reshape(-1).astype(jnp.float32)
+  counts, sums = _assigned(z, ids.reshape(-1), weights, num_codes)
+  sums = decay * stats["sums"] + (1.0 - decay) * sums
+  codes = jnp.where(counts[:, None] > 0, _unit(sums, stats), stats["codes"])
+  return {
+    "codes": codes,
+    "counts": decay * stats["counts"] + (1.0 - decay) * counts,
+    "sums": sums,
+  }
+
+
+def _unit(sums, stats):
+  """Directions of the sums; the old code where they cancel out."""
+  vanished = jnp.square(sums).sum(-1, keepdims=True) < 1e-16
+  return jnp.where(vanished, stats["codes"], layers.l2_normalize(sums))
+
+
+def _assigned(z, ids, weights, num_codes):
+  """Weighted counts float[Kc] and sums float[Kc, dim] of each code."""
+  chosen = jax.nn.one_hot(ids, num_codes) * weights[:, None]  # [M, Kc]
+  return chosen.sum(0), jnp.einsum("mk,md->kd", chosen, z)
+
+
+def code_counts(ids, weights, num_codes: int) -> jax.Array:
+  """float[Kc]: how often each code was chosen; a scatter, ids int[...]."""
+  zeros = jnp.zeros((num_codes,), jnp.float32)
+  return zeros.at[ids.reshape(-1)].add(weights.reshape(-1).astype(jnp.float32))
+
+
+def usage(counts: jax.Array):
+  """(share of codes chosen at all, exp of the entropy of their use)."""
+  share = jnp.mean((counts > 0).astype(jnp.float32))
+  p = counts / jnp.maximum(counts.sum(), 1e-12)
+  entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0)))
+  return share, jnp.exp(entropy)
+
+
+def revive_dead(stats, z, weights, rng: jax.Array, threshold: float):
+  """Codes whose moving count fell below the threshold start anew.
+
+  Each takes the place of a vector of the batch, drawn by weight, and counts
+  twice the threshold, so that it has time to be chosen.
+
+  Args:
+    stats: see the module.
+    z: float[..., dim], normalised here.
+    weights: float[...], 0 for padding; all zero: nothing is revived.
+    rng: a key.
+    threshold: on `counts`, vectors a step.
+
+  Returns:
+    (the new statistics, float[] how many codes were revived).
+  """
+  num_codes, dim = stats["codes"].shape
+  z = layers.l2_normalize(jax.lax.stop_gradient(z)).reshape(-1, dim)
+  weights = weights.reshape(-1).astype(jnp.float32)
+  dead = (stats["counts"] < threshold) & (weights.sum() > 0)
+  drawn = jnp.take(z, _draw(rng, weights, (num_codes,)), axis=0)
+  fresh = _stats(drawn, jnp.full((num_codes,), 2.0 * threshold))
+  rows = {"codes": dead[:, None], "counts": dead, "sums": dead[:, None]}
+  stats = jax.tree.map(jnp.where, rows, fresh, dict(stats))
+  return stats, dead.sum().astype(jnp.float32)
+
+
+def _draw(rng, weights, shape):
+  """Indices int[shape] drawn in proportion to weights float[M]."""
+  edges = jnp.cumsum(weights)
+  point = jax.random.uniform(rng, shape) * edges[-1]
+  return jnp.clip(jnp.searchsorted(edges, point, "right"), 0, len(weights) - 1)
+
+
+def kmeans_init(rng: jax.Array, z, weights, num_codes: int, iters: int):
+  """Statistics whose codes are the centres of spherical k-means.
+
+  Seeds are drawn as k-means++ does (Arthur & Vassilvitskii, 2007), far from
+  those already drawn; an empty cluster is seeded again from the data.
+
+  Args:
+    rng: a key.
+    z: float[M, dim], normalised here.
+    weights: float[M], 0 for padding.
+    num_codes: Kc.
+    iters: steps of Lloyd's algorithm.
+
+  Returns:
+    Statistics as `init_stats` gives; the mean of `counts` is one.
+  """
+  z = layers.l2_normalize(jax.lax.stop_gradient(z).astype(jnp.float32))
+  weights = weights.astype(jnp.float32)
+  seed_rng, rng = jax.random.split(rng)
+  codes = _seeds(seed_rng, z, weights, num_codes)
+
+  def step(codes, rng):
+    ids = lookup(z, codes)
+    counts, sums = _assigned(z, ids, weights, num_codes)
+    again = jnp.take(z, _draw(rng, weights, (num_codes,)), axis=0)
+    centres = layers.l2_normalize(sums)
+    return jnp.where(counts[:, None] > 0, centres, again), None
+
+  codes, _ = jax.lax.scan(step, codes, jax.random.split(rng, iters))
+  counts, _ = _assigned(z, lookup(z, codes), weights, num_codes)
+  return _stats(codes, counts / jnp.maximum(counts.mean(), 1e-12))
+
+
+def _seeds(rng, z, weights, num_codes):
+  """num_codes vectors of z, each drawn by its distance to the others."""
+
+  def step(carry, rng):
+    distance, _ = carry
+    index = _draw(rng, distance * weights, ())
+    seed = z[index]
+    away = jnp.maximum(2.0 - 2.0 * (z @ seed), 0.0)  # |a - b|^2, unit norm
+    return (jnp.minimum(distance, away), None), seed
+
+  start = (jnp.full(weights.shape, 4.0), None)
+  _, seeds = jax.lax.scan(step, start, jax.random.split(rng, num_codes))
+  return seeds

@@ -1,0 +1,161 @@
+"""Every stage in a row on the embedded default, or on the user's own jsonl.
+
+encoder -> tokenizer -> code cache -> pixels -> pretrain -> evaluation ->
+report. Interrupt it anywhere and run it again: finished stages are skipped,
+and the one that was running resumes from its checkpoint.
+"""
+
+import importlib
+import json
+import pathlib
+import time
+
+from lavit_jax import errors
+from lavit_jax.evaluate import suite
+from lavit_jax.infer import pipeline, tokenize_data
+from lavit_jax.report import build as report_build
+from lavit_jax.train import loop
+
+STAGES = ("encoder", "tokenizer", "codes", "pixels", "pretrain")
+# What the committed steps take on two idle cores; --minutes scales the steps.
+DEFAULT_MINUTES = 30.0
+
+
+def run(
+  workdir,
+  *,
+  minutes: float | None = None,
+  data: str | None = None,
+  evaluate_only: bool = False,
+  model: str | None = None,
+  config: str = "tiny",
+  scenes: int = 500,
+  quiet: bool = False,
+) -> dict:
+  """Trains everything, evaluates it, writes the report.
+
+  Args:
+    workdir: everything goes here; DIR/model is the model.
+    minutes: rough budget of the stages; scales every phase's steps by
+      minutes / 30. None keeps the committed steps.
+    data: a jsonl file of the user's own pictures instead of the shapes.
+    evaluate_only: no training; evaluate `model` (default DIR/model).
+    model: a model directory or "tiny"; only with evaluate_only.
+    config: folder of configs/ to take the stages' configs from.
+    scenes: held-out scenes to evaluate on.
+    quiet: no progress bars.
+
+  Returns:
+    The metrics, as in DIR/report/metrics.json.
+
+  Raises:
+    errors.UsageError: arguments that contradict each other.
+  """
+  if model is not None and not evaluate_only:
+    raise errors.UsageError(
+      "--model names a trained model to evaluate; add --evaluate-only, or"
+      " leave --model out to train one."
+    )
+  workdir = pathlib.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  if not evaluate_only:
+    configs = _configs(workdir, config, minutes, data)
+    _print_budget(configs)
+    for stage in STAGES:
+      _once(workdir, stage, lambda s=stage: _run_stage(s, configs, quiet))
+  lavit = pipeline.LaVIT.load(model or workdir / "model")
+  metrics, exhibits = suite.evaluate(
+    lavit, data=_data_of(workdir, evaluate_only, data), scenes=scenes,
+    quiet=quiet,
+  )
+  metrics["seconds"] = _seconds(workdir)
+  folder = report_build.write(workdir, lavit, metrics, exhibits)
+  print(f"Report: {folder / 'index.html'}")
+  return metrics
+
+
+def _data_of(workdir, evaluate_only, data):
+  """config.data of the run that is evaluated; the shapes by default."""
+  stored = workdir / "pretrain" / "config.json"
+  if stored.exists():
+    return json.loads(stored.read_text())["data"]
+  common = importlib.import_module("lavit_jax.configs.tiny.common")
+  chosen = common.get_config("pretrain").data.to_dict()
+  if data:
+    chosen |= {"kind": "jsonl", "path": str(data)}
+  return chosen
+
+
+def _configs(workdir, folder, minutes, data):
+  """The stage configs, pointed at workdir and scaled to the budget."""
+  configs = {}
+  for stage in STAGES:
+    if stage == "codes":
+      continue
+    module = importlib.import_module(f"lavit_jax.configs.{folder}.{stage}")
+    config = module.get_config()
+    config.model_dir = str(workdir / "model")
+    if data:
+      config.data.kind = "jsonl"
+      config.data.path = str(pathlib.Path(data).absolute())
+    if minutes is not None:
+      for name in config.schedule:
+        phase = config.phases[name]
+        scaled = round(phase.steps * minutes / DEFAULT_MINUTES)
+        phase.steps = max(scaled, 2)
+    if stage == "pretrain":
+      config.data.cache_dir = str(workdir / "codes" / "train")
+      config.data.held_out_cache_dir = str(workdir / "codes" / "held_out")
+    configs[stage] = config
+  return configs
+
+
+def _print_budget(configs):
+  print("Stages and their fixed steps:")
+  for stage, config in configs.items():
+    steps = {name: config.phases[name].steps for name in config.schedule}
+    text = ", ".join(f"{name} {count}" for name, count in steps.items())
+    print(f"  {stage:10s} {text} (batch {config.batch_size})")
+
+
+def _run_stage(stage, configs, quiet):
+  if stage == "codes":
+    config = configs["pretrain"]
+    for split, out in (
+      ("train", config.data.cache_dir),
+      ("held_out", config.data.held_out_cache_dir),
+    ):
+      tokenize_data.write_cache(
+        config.model_dir, config.data.to_dict(), out, split=split, quiet=quiet
+      )
+    return
+  config = configs[stage]
+  workdir = pathlib.Path(config.model_dir).parent / stage
+  loop.train(config, workdir, quiet=quiet)
+
+
+def _once(workdir, stage, action):
+  """Runs a stage unless it is done, and adds up the seconds it took."""
+  path = workdir / "stages.json"
+  done = json.loads(path.read_text()) if path.exists() else {}
+  entry = done.get(stage, {"seconds": 0.0, "finished": False})
+  if entry["finished"]:
+    print(f"{stage}: done before, {entry['seconds']:.0f} s")
+    return
+  began = time.monotonic()
+  try:
+    action()
+    entry["finished"] = True
+  finally:
+    entry["seconds"] += time.monotonic() - began
+    done[stage] = entry
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(done, indent=1) + "\n")
+    partial.replace(path)
+  print(f"{stage}: {entry['seconds']:.0f} s")
+
+
+def _seconds(workdir) -> dict[str, float]:
+  path = workdir / "stages.json"
+  done = json.loads(path.read_text()) if path.exists() else {}
+  return {stage: round(done[stage]["seconds"], 1) for stage in done}

@@ -1,0 +1,163 @@
+"""The device mesh, and the one table from logical axes to mesh axes.
+
+Models name what a dimension *is* ("embed", "mlp", ...); this file alone says
+where it lives. Changing the parallelism is a change of config.mesh.
+"""
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from lavit_jax import errors
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+RULES = (
+  # Parameters.
+  ("embed", "fsdp"),
+  ("mlp", "tensor"),
+  ("heads", "tensor"),
+  ("kv", "tensor"),
+  ("vocab", "tensor"),
+  ("code", "fsdp"),
+  ("code_dim", None),
+  ("layers", None),
+  ("patch", None),
+  ("position", None),
+  ("classes", None),
+  ("conv", None),
+  ("conv_in", "fsdp"),
+  ("conv_out", "tensor"),
+  ("norm", None),
+  ("time", None),
+  # Activations.
+  ("act_batch", ("data", "fsdp")),
+  ("act_len", "context"),
+  ("act_embed", None),
+  ("act_mlp", "tensor"),
+  ("act_heads", "tensor"),
+  ("act_vocab", "tensor"),
+)
+_NAMES = frozenset(name for name, _ in RULES)
+
+
+def make_mesh(
+  sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+  """Builds the mesh `("data", "fsdp", "context", "tensor")`.
+
+  Args:
+    sizes: size of each mesh axis; a missing axis is 1 and at most one is -1,
+      "the rest". `{"data": -1, "tensor": 2}` on 8 devices is 4 x 1 x 1 x 2.
+    devices: the devices to use, all of them by default.
+
+  Raises:
+    errors.ConfigError: an unknown axis, or sizes whose product is not the
+      number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  if unknown := sorted(set(sizes) - set(MESH_AXES)):
+    raise errors.ConfigError(
+      f"config.mesh names {unknown}, but the mesh axes are"
+      f" {list(MESH_AXES)}. Remove or rename them."
+    )
+  shape = [int(sizes.get(axis, 1)) for axis in MESH_AXES]
+  if shape.count(-1) == 1:
+    rest = math.prod(size for size in shape if size != -1)
+    if rest and len(devices) % rest == 0:
+      shape[shape.index(-1)] = len(devices) // rest
+  if math.prod(shape) != len(devices):
+    raise errors.ConfigError(
+      f"config.mesh={dict(sizes)} does not fill the {len(devices)} devices"
+      " here: the product of its axes must equal their number. Set one axis"
+      " to -1 for the rest."
+    )
+  auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+  return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices)
+
+
+@contextlib.contextmanager
+def use(mesh: jax.sharding.Mesh):
+  """Makes the mesh and the rules current for Linen's logical constraints."""
+  with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    yield mesh
+
+
+def param_shardings(variables, mesh: jax.sharding.Mesh):
+  """Shardings of a tree of boxed (abstract) parameters.
+
+  Args:
+    variables: a tree whose leaves may be `nn.LogicallyPartitioned` boxes, as
+      `jax.eval_shape(module.init, ...)` returns it. Leaves without a box are
+      replicated.
+    mesh: from `make_mesh`.
+
+  Returns:
+    The same tree, unboxed, of `jax.sharding.NamedSharding`.
+
+  Raises:
+    errors.ConfigError: a logical axis without a rule, or a dimension that the
+      mesh axes assigned to it do not divide.
+  """
+  boxed = jax.tree_util.tree_leaves_with_path(
+    variables, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+  )
+  specs = nn.get_partition_spec(variables)
+  spec_leaves = jax.tree.leaves(
+    specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec)
+  )
+  for (path, leaf), spec in zip(boxed, spec_leaves, strict=True):
+    if isinstance(leaf, nn.LogicallyPartitioned):
+      _check(jax.tree_util.keystr(path), leaf.value.shape, spec, mesh)
+  return nn.logical_to_mesh_sharding(specs, mesh, RULES)
+
+
+def _check(path, shape, spec, mesh):
+  names = tuple(spec)
+  if unknown := [n for n in names if n is not None and n not in _NAMES]:
+    raise errors.ConfigError(
+      f"Parameter {path} has logical axes {unknown} that sharding.RULES does"
+      " not know, so it would silently stay replicated. Add a rule or use a"
+      f" known name: {sorted(_NAMES)}."
+    )
+  axes = nn.logical_to_mesh_axes(names, RULES)
+  for size, axis in zip(shape, axes, strict=False):
+    split = (axis,) if isinstance(axis, str) else tuple(axis or ())
+    ways = math.prod(mesh.shape[a] for a in split)
+    if size % ways:
+      raise errors.ConfigError(
+        f"Parameter {path} of shape {tuple(shape)} cannot be split {ways} ways"
+        f" over mesh axes {split}: {size} % {ways} != 0. Choose a model size"
+        f" that divides, or smaller config.mesh sizes for {split}."
+      )
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """Leading axis over data and fsdp, everything else whole."""
+  spec = jax.sharding.PartitionSpec(("data", "fsdp"))
+  return jax.sharding.NamedSharding(mesh, spec)
+
+
+def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """The same value on every device."""
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh):
+  """Global arrays [B, ...] from this process's share of each batch array."""
+  target = batch_sharding(mesh)
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  size = len(next(iter(batch.values()))) * jax.process_count()
+  if size % ways:
+    raise errors.ConfigError(
+      f"A global batch of {size} does not divide over data x fsdp = {ways}"
+      " devices. Change config.batch_size or config.mesh."
+    )
+  return {
+    name: jax.make_array_from_process_local_data(target, np.asarray(value))
+    for name, value in batch.items()
+  }

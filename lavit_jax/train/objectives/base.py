@@ -1,0 +1,117 @@
+"""What every stage shares: its data, its held-out loop, its default hooks."""
+
+import functools
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from lavit_jax import errors, vocabulary
+from lavit_jax.data import pipeline, sources
+from lavit_jax.train import optimizer
+
+
+class Objective:
+  """A stage: what is learned, from which batches, and how it is judged.
+
+  Subclasses set `part`, `best_metric`, `best_mode`, `frozen` and implement
+  `init`, `loss`, `held_out_metrics` and `export`. `frozen` is a tree of arrays that
+  the step takes as an argument and never differentiates.
+  """
+
+  part: str
+  best_metric: str = "loss"
+  best_mode: str = "min"
+
+  def __init__(self, config):
+    self.config = config
+    self.source = sources.build(config.data.to_dict(), "train")
+    self.held_out = sources.build(config.data.to_dict(), "held_out")
+    self.last_phase = config.phases[config.schedule[-1]].to_dict()
+
+  def labels(self, phase, params):
+    """Group of each parameter: the first matching prefix of `phase.train`.
+
+    `phase["train"]` maps a path prefix ("merger", "selector/head", "" for
+    everything) to a learning-rate group; what matches none is frozen.
+    """
+    rules = sorted(dict(phase["train"]).items(), key=lambda kv: -len(kv[0]))
+    used = set()
+
+    def label(path, _):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      for prefix, group in rules:
+        if prefix in ("", "all") or name.startswith(prefix):
+          used.add(prefix)
+          return group
+      return optimizer.FROZEN
+
+    labels = jax.tree_util.tree_map_with_path(label, params)
+    if unused := sorted({prefix for prefix, _ in rules} - used):
+      raise errors.ConfigError(
+        f"Phase setting train={dict(phase['train'])} names {unused}, which no"
+        f" parameter path starts with. Top-level names: {sorted(params)}."
+      )
+    return labels
+
+  def begin_phase(self, phase, state, frozen, batch_at):
+    """Changes (params, extra) between phases; nothing by default."""
+    del phase, frozen, batch_at
+    return state.params, state.extra
+
+  def text_tokenizer(self) -> vocabulary.TextTokenizer:
+    """The model directory's SentencePiece model, trained if there is none."""
+    path = pathlib.Path(self.config.model_dir) / "tokenizer.model"
+    if not path.exists():
+      path.parent.mkdir(parents=True, exist_ok=True)
+      sentences = sources.sentences(self.source, limit=20_000)
+      vocabulary.TextTokenizer.train(
+        sentences, path, self.config.data.text_vocab
+      )
+    return vocabulary.TextTokenizer.load(path)
+
+  def use_images(self, text=None, text_length=None):
+    """Batches of pictures (and captions) from the sources of config.data."""
+    make = lambda source: pipeline.image_batches(
+      source,
+      self.config.batch_size,
+      seed=self.config.seed,
+      tokenizer=text,
+      text_length=text_length,
+    )
+    self._train_data = make(self.source)
+    self._held_out_data = make(self.held_out)
+    self.batch_examples = self.config.batch_size
+
+  def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
+    """This process's share of every global batch from `start` on."""
+    return pipeline.iterate(
+      self._train_data,
+      start_batch=start,
+      num_threads=self.config.data.get("threads", 2),
+    )
+
+  def count_tokens(self, batch) -> int:
+    """LLM tokens of a host batch, 0 for stages without them."""
+    if "segments" not in batch:
+      return 0
+    return int((batch["segments"] > 0).sum())
+
+  def held_out_batches(self) -> Iterator[dict[str, np.ndarray]]:
+    """The first config.eval.batches held-out batches, always the same."""
+    data = pipeline.iterate(self._held_out_data, start_batch=0, num_threads=0)
+    for _ in range(self.config.eval.batches):
+      yield next(data)
+
+  @functools.cached_property
+  def _compiled_held_out(self):
+    return jax.jit(self.held_out_metrics)
+
+  def evaluate(self, params, frozen, state) -> dict[str, float]:
+    """Means of `held_out_metrics` over the held-out batches."""
+    rows = [
+      jax.device_get(self._compiled_held_out(params, frozen, state, batch))
+      for batch in self.held_out_batches()
+    ]
+    return {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}

@@ -1,0 +1,161 @@
+"""Stage `pretrain`: one next-token loss over text and visual words.
+
+Paper section 3.2 (unified generative pretraining): a picture that is read
+enters as the merger's continuous tokens, a picture that is written as code
+ids; both are targets over the one vocabulary. The stage-1 tokenizer that made
+the ids stays frozen; the merger and projection of the continuous branch start
+from it and train with the LLM.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lavit_jax import checkpoints, errors, images, vocabulary
+from lavit_jax.data import cache, pipeline
+from lavit_jax.models import llama, tokenizer, unified
+from lavit_jax.train import losses
+from lavit_jax.train.objectives import base
+
+
+class PretrainObjective(base.Objective):
+  """Trains the LLM with the merger and projection it reads pictures by."""
+
+  part = "llm"
+  best_metric = "loss"
+  best_mode = "min"
+
+  def __init__(self, config):
+    super().__init__(config)
+    encoder = checkpoints.load_part(config.model_dir, "encoder")
+    stage1 = checkpoints.load_part(config.model_dir, "tokenizer")
+    self.tokenizer_config = tokenizer.config_from_dict(stage1.meta["tokenizer"])
+    self.text = self.text_tokenizer()
+    self.vocabulary = vocabulary.Vocabulary(
+      text_size=self.text.size,
+      num_codes=self.tokenizer_config.quantizer.num_codes,
+    )
+    self.llama_config = llama.LlamaConfig(
+      **config.model.llm.to_dict() | {"vocab_size": self.vocabulary.size}
+    )
+    self.capacity = int(config.data.capacity)
+    self.model = unified.UnifiedModel(
+      self.llama_config, self.tokenizer_config, self.capacity
+    )
+    # Only what the continuous branch starts from; ids come from the cache.
+    self.frozen = {"encoder": encoder.params}
+    self._merger = stage1.params["merger"]
+    self._use_rows()
+
+  def _use_rows(self):
+    data = self.config.data
+    make = lambda source, directory: pipeline.packed_rows(
+      source,
+      cache.CodeCache.load(directory),
+      self.text,
+      self.vocabulary,
+      mixture=data.mixture.to_dict(),
+      length=data.length,
+      slots=data.slots,
+      seed=self.config.seed,
+      batch_size=self.config.batch_size,
+      window=data.window,
+    )
+    self._train_data = make(self.source, data.cache_dir)
+    self._held_out_data = make(self.held_out, data.held_out_cache_dir)
+    self.batch_examples = self.config.batch_size
+
+  def init(self, rng):
+    """Boxed parameters `llm`, `merger`, `projection`."""
+    config = self.tokenizer_config
+    grid = config.num_patches
+    variables = self.model.init(
+      rng,
+      jnp.zeros((1, 8), jnp.int32),
+      features=jnp.zeros((1, 1, grid, config.width)),
+      keep=jnp.ones((1, 1, grid), bool),
+      slot=jnp.zeros((1, 8), jnp.int32),
+      order=jnp.zeros((1, 8), jnp.int32),
+      positions=jnp.zeros((1, 8), jnp.int32),
+      segments=jnp.ones((1, 8), jnp.int32),
+    )
+    return variables["params"], {}
+
+  def begin_phase(self, phase, state, frozen, batch_at):
+    """The continuous branch's merger starts as stage 1 left it."""
+    if phase.start:
+      return state.params, state.extra
+    ours = jax.tree.structure(state.params["merger"])
+    theirs = jax.tree.structure(self._merger)
+    if ours != theirs:
+      raise errors.CheckpointError(
+        f"The tokenizer in {self.config.model_dir} has another merger than"
+        " its description says; train the tokenizer stage again."
+      )
+    return state.params | {"merger": self._merger}, state.extra
+
+  def loss(self, phase, params, frozen, state, batch, rng):
+    """Weighted mean next-token nll; text and visual targets reported apart."""
+    features = self._features(frozen["encoder"], batch["pixels"])
+    hidden = self.model.apply(
+      {"params": params},
+      batch["tokens"],
+      features=features,
+      keep=batch["keep"],
+      slot=batch["slot"],
+      order=batch["order"],
+      positions=batch["positions"],
+      segments=batch["segments"],
+    )
+    weights = batch["weights"]
+    total, nll = losses.next_token_blocked(
+      hidden,
+      params["llm"]["head"],
+      batch["targets"],
+      weights,
+      vocab_size=self.vocabulary.size,
+    )
+    count = weights.sum()
+    loss = total / jnp.maximum(count, 1.0)
+    learnt = weights > 0
+    visual = learnt & (batch["targets"] >= self.vocabulary.image_begin)
+    metrics = {
+      "text_loss": _mean(nll, learnt & ~visual),
+      "visual_loss": _mean(nll, visual),
+      "tokens": (batch["segments"] > 0).sum().astype(jnp.float32),
+      "fill": (batch["segments"] > 0).mean(),
+    }
+    return loss, (state, metrics)
+
+  def _features(self, encoder, pixels):
+    """float[B, S, N, D] of uint8[B, S, H, W, 3]; no gradient."""
+    batch, slots = pixels.shape[:2]
+    flat = pixels.reshape(batch * slots, *pixels.shape[2:])
+    features = tokenizer.encode_images(
+      self.tokenizer_config, encoder, images.normalize(flat)
+    )
+    features = jax.lax.stop_gradient(features)
+    return features.reshape(batch, slots, *features.shape[1:])
+
+  def held_out_metrics(self, params, frozen, state, batch):
+    """The training loss on held-out rows."""
+    phase = self.last_phase
+    loss, (_, metrics) = self.loss(phase, params, frozen, state, batch, None)
+    return {k: metrics[k] for k in ("text_loss", "visual_loss")} | {
+      "loss": loss
+    }
+
+  def export(self, params, state):
+    """LLM, merger and projection, with what is needed to use them."""
+    meta = {
+      "llama": dataclasses.asdict(self.llama_config),
+      "vocabulary": dataclasses.asdict(self.vocabulary),
+      "capacity": self.capacity,
+    }
+    return nn.meta.unbox(params), meta
+
+
+def _mean(values, mask):
+  return (values * mask).sum() / jnp.maximum(mask.sum(), 1)

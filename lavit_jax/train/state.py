@@ -1,0 +1,103 @@
+"""The state of a run and the pure step that advances it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from lavit_jax import sharding
+from lavit_jax.train import optimizer
+
+
+@flax.struct.dataclass
+class TrainState:
+  """What a checkpoint holds as arrays.
+
+  Attributes:
+    step: int32[], updates done.
+    params: the stage's parameters, float32.
+    opt_state: optimizer moments of this phase's trainable parameters.
+    extra: what changes without a gradient (codebook sums, EMA weights).
+    rng: uint32[2], key data of the run; step keys are folded from it.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  extra: Any
+  rng: jax.Array
+
+
+def step_rng(state: TrainState) -> jax.Array:
+  """The key of this step: the same after a resume."""
+  return jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+
+
+def init_fn(objective, seed: int) -> Callable[[], TrainState]:
+  """A traceable function that makes the first (boxed) state of a run."""
+
+  def init():
+    key = jax.random.key(seed)
+    init_key, run_key = jax.random.split(key)
+    params, extra = objective.init(init_key)
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=None,
+      extra=extra,
+      rng=jax.random.key_data(run_key),
+    )
+
+  return init
+
+
+def shardings(abstract: TrainState, mesh) -> TrainState:
+  """Shardings of a boxed abstract state, checked against the rules."""
+  return sharding.param_shardings(abstract, mesh)
+
+
+def make_step(objective, phase, labels, tx):
+  """The pure update of one phase: (state, frozen, batch) -> state, metrics.
+
+  Only parameters whose label is not `optimizer.FROZEN` are differentiated, so
+  that XLA never builds a backward graph for the others.
+  """
+
+  def step(state: TrainState, frozen, batch):
+    rng = step_rng(state)
+    trainable = optimizer.select(state.params, labels)
+
+    def loss_fn(trainable):
+      params = optimizer.merge(trainable, state.params)
+      return objective.loss(phase, params, frozen, state.extra, batch, rng)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, (extra, metrics)), grads = grad_fn(trainable)
+    updates, opt_state = tx.update(grads, state.opt_state, trainable)
+    trainable = optax.apply_updates(trainable, updates)
+    metrics = metrics | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    state = state.replace(
+      step=state.step + 1,
+      params=optimizer.merge(trainable, state.params),
+      opt_state=opt_state,
+      extra=extra,
+    )
+    return state, metrics
+
+  return step
+
+
+def unbox(tree):
+  """A tree of (abstract) arrays without their logical-axis boxes.
+
+  Unlike `nn.meta.unbox` it adds no sharding constraint: the layout is given
+  from outside, by `shardings`.
+  """
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+  return jax.tree.map(
+    lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box
+  )

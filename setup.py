@@ -1,0 +1,66 @@
+"""Packaging of lavit_jax; tool settings are in pyproject.toml."""
+
+import pathlib
+
+import setuptools
+
+README = pathlib.Path(__file__).parent / "README.md"
+
+REQUIRED = [
+  "absl-py>=2.5",
+  "array_record>=0.8.6",
+  "clu>=0.0.12",
+  "flax>=0.12.8",
+  "grain>=0.2.18",
+  "jax>=0.10.2",
+  "ml-collections>=1.1.0",
+  "numpy>=2.4",
+  "optax>=0.2.8",
+  "orbax-checkpoint>=0.12.8",
+  "pillow>=13.0",
+  "sentencepiece>=0.2.3",
+  "tensorflow-datasets>=4.9.10",  # its data_source needs no TensorFlow
+]
+
+EXTRAS = {
+  "tpu": ["jax[tpu]>=0.10.2"],
+  "cuda": ["jax[cuda12]>=0.10.2"],
+  "torch": ["safetensors>=0.8", "torch>=2.6"],
+  "eval": ["scipy>=1.17"],
+  "app": ["gradio>=6.0"],
+  "test": [
+    "hypothesis>=6.170",
+    "ipykernel>=7.4",
+    "nbclient>=0.11",
+    "nbformat>=5.11",
+    "pytest>=9.2",
+    "ruff>=0.17.6,<0.18",  # another minor version formats otherwise
+    "safetensors>=0.8",
+    "tensorboard>=2.21",  # reads back the event files we write
+  ],
+}
+
+# `configs/` lies beside the package for those who read and edit it, and ships
+# inside it, so that an installed package finds its quickstart.
+PACKAGES = setuptools.find_packages(include=["lavit_jax", "lavit_jax.*"])
+CONFIGS = [
+  "configs",
+  *(f"configs.{p}" for p in setuptools.find_packages("configs")),
+]
+
+setuptools.setup(
+  name="lavit_jax",
+  version="0.1.0",
+  description="LaVIT in JAX: train it, let it read, answer and draw",
+  long_description=README.read_text() if README.exists() else "",
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  license_files=["LICENSE"],
+  python_requires=">=3.11",
+  install_requires=REQUIRED,
+  extras_require=EXTRAS,
+  packages=[*PACKAGES, *(f"lavit_jax.{name}" for name in CONFIGS)],
+  package_dir={"lavit_jax.configs": "configs"},
+  package_data={"lavit_jax": ["weights/**/*", "weights/**/.*"]},
+  entry_points={"console_scripts": ["lavit=lavit_jax.cli:main"]},
+)

@@ -1,0 +1,457 @@
+"""The command line: what it hands on, what it prints, how it fails.
+
+A recorder stands in for the model; whole runs are in the tests of the parts.
+"""
+
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lavit_jax
+import lavit_jax.infer
+import lavit_jax.train
+from lavit_jax import cli, errors
+from lavit_jax.commands import train as train_command
+
+CONFIG = """
+import ml_collections
+
+def get_config():
+  cfg = ml_collections.ConfigDict()
+  cfg.steps = 3
+  cfg.model = dict(width=16)
+  return cfg
+"""
+
+
+class Model:
+  """Records the last call; draws what it was asked for."""
+
+  def __init__(self):
+    self.loaded = self.called = None
+
+  def load(self, name):
+    self.loaded = name
+    return self
+
+  def _record(self, name, *args, **options):
+    self.called = (name, *args, options)
+
+  def tokenize(self, images, **options):
+    self._record("tokenize", images, **options)
+    keep = np.array([True, False, False, True])
+    return [{"keep": keep, "codes": np.array([5, 301])} for _ in images]
+
+  def caption(self, images, **options):
+    self._record("caption", images, **options)
+    return [f"a picture {i}" for i, _ in enumerate(images)]
+
+  def answer(self, images, questions):
+    self._record("answer", images, questions)
+    return [question[:1] for question in questions]
+
+  def generate(self, prompts, **options):
+    self._record("generate", prompts, **options)
+    return [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(len(prompts))]
+
+  def synthesize(self, parts, **options):
+    self._record("synthesize", parts, **options)
+    return Image.new("RGB", (4, 4), "red")
+
+  def reconstruct(self, images, **options):
+    self._record("reconstruct", images, **options)
+    return [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(len(images))]
+
+  def info(self):
+    return {"parts": {"llm": {"parameters": 3}}, "tasks": ["caption", "answer"]}
+
+
+def stand_in(monkeypatch, package, name, **members):
+  """Puts a module with these members in place of package.name."""
+  module = types.SimpleNamespace(**members)
+  monkeypatch.setitem(sys.modules, f"{package.__name__}.{name}", module)
+  monkeypatch.setattr(package, name, module, raising=False)
+
+
+@pytest.fixture
+def model(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.delenv("LAVIT_DEBUG", raising=False)
+  for i, name in enumerate(("a.png", "b c.png")):
+    Image.new("RGB", (8, 8), (0, 0, 10 * i)).save(tmp_path / name)
+  model = Model()
+  stand_in(monkeypatch, lavit_jax.infer, "pipeline", LaVIT=model)
+  return model
+
+
+def run(capsys, *argv):
+  status = cli.main(argv)
+  out, err = capsys.readouterr()
+  return status, out, err
+
+
+def failed(capsys, *argv):
+  """The paragraph of a command that must fail as the user's mistake."""
+  status, out, err = run(capsys, *argv)
+  assert status == 2
+  assert out == ""
+  assert err.count("\n") == 1
+  assert err.startswith("lavit: ")
+  return err
+
+
+def test_help_names_every_command_and_loads_nothing_heavy():
+  code = (
+    "import sys; from lavit_jax import cli\n"
+    "try: cli.main(['--help'])\n"
+    "except SystemExit as e: assert e.code == 0\n"
+    "heavy = {'jax', 'numpy', 'PIL', 'absl'} & set(sys.modules)\n"
+    "assert not heavy, heavy"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+  assert done.returncode == 0, done.stderr.decode()
+  names = (
+    "quickstart train tokenize caption answer generate synthesize reconstruct"
+    " info"
+  )
+  for name in names.split():
+    assert f"\n    {name} " in done.stdout.decode()
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["quickstart", "train", "tokenize", "caption", "answer", "generate"]
+  + ["synthesize", "reconstruct", "info"],
+)
+def test_help_of_every_command_shows_examples(name, capsys):
+  try:
+    status = cli.main([name, "--help"])
+  except SystemExit as stop:
+    status = stop.code
+  assert status == 0
+  assert f"examples:\n  lavit {name}" in capsys.readouterr().out
+
+
+def test_one_caption_is_printed_alone(model, capsys):
+  assert run(capsys, "caption", "a.png") == (0, "a picture 0\n", "")
+  assert model.called == ("caption", ["a.png"], {})
+  assert model.loaded == "tiny"
+
+
+def test_several_captions_are_printed_with_their_names(model, capsys):
+  argv = ("caption", "a.png", "b c.png", "--model", "m", "--prompt", "a photo")
+  _, out, _ = run(capsys, *argv)
+  assert out == "a.png: a picture 0\nb c.png: a picture 1\n"
+  assert model.called[-1] == {"prompt": "a photo"}
+  assert model.loaded == "m"
+  _, out, _ = run(capsys, *argv, "--json")
+  assert json.loads(out)[1] == {"image": "b c.png", "caption": "a picture 1"}
+
+
+def test_every_question_is_asked_of_the_picture(model, capsys):
+  status, out, _ = run(capsys, "answer", "a.png", "How many?", "Is it red?")
+  assert (status, out) == (0, "How many? H\nIs it red? I\n")
+  questions = ["How many?", "Is it red?"]
+  assert model.called == ("answer", ["a.png", "a.png"], questions, {})
+  _, out, _ = run(capsys, "answer", "a.png", "Why?", "--json")
+  assert json.loads(out) == [
+    {"image": "a.png", "question": "Why?", "answer": "W"}
+  ]
+
+
+def test_generate_hands_on_the_options_that_are_given(model, capsys, tmp_path):
+  status, out, _ = run(capsys, "generate", "a red circle", "--out", "x/y.png")
+  assert (status, out) == (0, "x/y.png\n")
+  assert model.called == ("generate", ["a red circle"], {})
+  assert Image.open(tmp_path / "x" / "y.png").size == (4, 4)
+  options = shlex.split(
+    "--seed 7 --steps 9 --guidance 2.5 --decoder-guidance 1.5"
+  )
+  run(capsys, "generate", "one", *options)
+  assert model.called[-1] == {
+    "seed": 7,
+    "steps": 9,
+    "guidance_scale": 2.5,
+    "decoder_guidance_scale": 1.5,
+  }
+
+
+def test_several_drawings_are_numbered_in_order(model, capsys, tmp_path):
+  argv = ("generate", "one", "two", "--count", "6", "--out", "d.png", "--json")
+  _, out, _ = run(capsys, *argv)
+  rows = json.loads(out)
+  assert [row["prompt"] for row in rows] == ["one"] * 6 + ["two"] * 6
+  assert rows[0]["file"] == "d_00.png"
+  assert rows[11]["file"] == "d_11.png"
+  for i, row in enumerate(rows):
+    assert Image.open(tmp_path / row["file"]).getpixel((0, 0)) == (i, 0, 0)
+
+
+def test_synthesize_tells_pictures_from_texts(model, capsys, tmp_path):
+  run(capsys, "synthesize", "b c.png", "make it red", "--out", "e.png")
+  _, (picture, text), options = model.called
+  assert picture.getpixel((0, 0)) == (0, 0, 10)
+  assert (text, options) == ("make it red", {})
+  assert Image.open(tmp_path / "e.png").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_misspelt_picture_is_not_taken_for_text(model, capsys):
+  err = failed(capsys, "synthesize", "a.pgn.PNG", "make it red")
+  assert "a.pgn.PNG" in err
+  assert model.loaded is None
+
+
+def test_reconstruct_draws_each_picture(model, capsys, tmp_path):
+  _, out, _ = run(capsys, "reconstruct", "a.png", "b c.png", "--steps", "3")
+  assert out.split() == ["reconstructed_0.png", "reconstructed_1.png"]
+  assert model.called == ("reconstruct", ["a.png", "b c.png"], {"steps": 3})
+  picture = Image.open(tmp_path / "reconstructed_1.png")
+  assert picture.getpixel((0, 0)) == (1, 0, 0)
+
+
+def test_tokenize_prints_what_is_kept(model, capsys):
+  _, out, _ = run(capsys, "tokenize", "a.png", "--budget", "2")
+  assert out == "a.png: 2 of 4 patches kept, codes 5 301\n"
+  assert model.called == ("tokenize", ["a.png"], {"budget": 2})
+  _, out, _ = run(capsys, "tokenize", "a.png", "--json")
+  assert json.loads(out) == [
+    {"image": "a.png", "keep": [1, 0, 0, 1], "codes": [5, 301]}
+  ]
+
+
+def test_tokenize_draws_kept_and_dropped_patches(model, capsys, tmp_path):
+  run(capsys, "tokenize", "a.png", "--overlay", "one.png")
+  one = Image.open(tmp_path / "one.png")
+  assert one.getpixel((60, 60)) == (0, 0, 0)
+  assert min(one.getpixel((300, 60))) > 150
+  run(capsys, "tokenize", "a.png", "b c.png", "--overlay", "two.png")
+  assert Image.open(tmp_path / "two.png").width > one.width
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [
+    ("my.jsonl", {"kind": "jsonl"}),
+    ("shapes", {"kind": "shapes"}),
+    ("tfds:coco/2017", {"kind": "tfds", "name": "coco/2017"}),
+  ],
+)
+def test_tokenize_a_dataset_writes_a_cache(
+  model, capsys, monkeypatch, tmp_path, name, expected
+):
+  pytest.importorskip("lavit_jax.configs.tiny.common")
+  (tmp_path / "my.jsonl").write_text("{}\n")
+  calls = []
+
+  def write_cache(model, data, out, *, split):
+    calls.append((model, data, out, split))
+    return {"images": 2}
+
+  stand_in(
+    monkeypatch, lavit_jax.infer, "tokenize_data", write_cache=write_cache
+  )
+  argv = ("tokenize", "--data", name, "--out", "codes", "--json")
+  status, out, _ = run(capsys, *argv, "--split", "held_out")
+  assert (status, json.loads(out)) == (0, {"images": 2})
+  ((model_name, data, out, split),) = calls
+  assert (model_name, out, split) == ("tiny", "codes", "held_out")
+  assert expected.items() <= data.items()
+  if name == "my.jsonl":
+    assert data["path"] == str(tmp_path / "my.jsonl")
+
+
+def test_info_is_flat_for_people_and_nested_for_programs(model, capsys):
+  _, out, _ = run(capsys, "info")
+  assert "model.parts.llm.parameters: 3\n" in out
+  assert "model.tasks: caption, answer\n" in out
+  _, out, _ = run(capsys, "info", "--json")
+  assert json.loads(out)["model"] == model.info()
+
+
+def test_quickstart_hands_on_its_options(model, capsys, monkeypatch, tmp_path):
+  (tmp_path / "my.jsonl").write_text("")
+  calls = []
+
+  def start(workdir, **options):
+    calls.append((workdir, options))
+    return {"caption_exact": 0.5}
+
+  stand_in(monkeypatch, lavit_jax, "quickstart", run=start)
+  argv = shlex.split("quickstart --workdir d --minutes 2 --data my.jsonl")
+  assert run(capsys, *argv) == (0, "", "")
+  assert calls[0] == (
+    "d",
+    {"minutes": 2.0, "data": "my.jsonl", "evaluate_only": False, "model": None},
+  )
+  argv = shlex.split("quickstart --evaluate-only --model tiny --json")
+  _, out, _ = run(capsys, *argv)
+  assert json.loads(out) == {"caption_exact": 0.5}
+  assert calls[1][1]["evaluate_only"] is True
+  assert calls[1][1]["model"] == "tiny"
+
+
+@pytest.mark.parametrize(
+  ("argv", "says"),
+  [
+    ("caption missing.png", "missing.png"),
+    ("generate x --out drawing.xyz", "drawing.xyz"),
+    ("generate x --out drawing", "--out drawing.png"),
+    ("generate x --count 0", "--count 0"),
+    ("tokenize", "IMAGE"),
+    ("tokenize a.png --data x.jsonl --out d", "--data X"),
+    ("tokenize --data x.jsonl", "--out DIR"),
+    ("tokenize a.png --overlay kept", "--out kept"),
+    ("quickstart --model tiny", "--evaluate-only"),
+    ("quickstart --minutes 0", "--minutes 0"),
+    ("quickstart --data missing.jsonl", "missing.jsonl"),
+  ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(model, capsys, argv, says):
+  assert says in failed(capsys, *argv.split())
+  assert model.loaded is None
+
+
+@pytest.mark.parametrize("argv", ["", "draw", "caption", "generate x --seed y"])
+def test_unknown_words_exit_with_2(argv, capsys):
+  with pytest.raises(SystemExit) as stop:
+    cli.main(argv.split())
+  assert stop.value.code == 2
+
+
+def raising(error):
+  def fail(*unused, **unused_options):
+    raise error
+
+  return fail
+
+
+@pytest.mark.parametrize(
+  ("error", "says"),
+  [
+    (
+      errors.CheckpointError("no model at x;\n give another"),
+      "no model at x; g",
+    ),
+    (OSError(28, "No space left on device", "f"), "disk is full"),
+    (ValueError("tensorstore: No space left on device"), "disk is full"),
+    (FileNotFoundError(2, "No such file", "lost.png"), "lost.png"),
+    (PermissionError(13, "Permission denied", "secret"), "secret: Permission"),
+    (RuntimeError("RESOURCE_EXHAUSTED: 9 GB"), "out of memory"),
+  ],
+)
+def test_known_errors_are_one_paragraph(
+  model, capsys, monkeypatch, error, says
+):
+  monkeypatch.setattr(model, "caption", raising(error))
+  assert says in failed(capsys, "caption", "a.png")
+  monkeypatch.setenv("LAVIT_DEBUG", "1")
+  with pytest.raises(type(error)):
+    cli.main(["caption", "a.png"])
+
+
+@pytest.mark.parametrize(
+  "error", [ValueError("math"), KeyError("x"), OSError()]
+)
+def test_a_defect_keeps_its_traceback(model, monkeypatch, error):
+  monkeypatch.setattr(model, "caption", raising(error))
+  with pytest.raises(type(error)):
+    cli.main(["caption", "a.png"])
+
+
+def test_a_value_error_that_our_code_raises_is_told(model, capsys, monkeypatch):
+  from lavit_jax.report import figures
+
+  def refuse(*unused, **unused_options):
+    return figures.to_pil(np.zeros((2, 2, 3)))
+
+  monkeypatch.setattr(model, "caption", refuse)
+  assert "float64[2, 2, 3]" in failed(capsys, "caption", "a.png")
+
+
+def test_control_c_says_how_to_go_on(model, capsys, monkeypatch):
+  stand_in(
+    monkeypatch, lavit_jax, "quickstart", run=raising(KeyboardInterrupt())
+  )
+  argv = ("quickstart", "--workdir", "my dir")
+  status, _, err = run(capsys, *argv)
+  assert status == 130
+  assert "\n  lavit quickstart --workdir 'my dir'\n" in err
+  monkeypatch.setattr(model, "caption", raising(KeyboardInterrupt()))
+  status, _, err = run(capsys, "caption", "a.png")
+  assert (status, err) == (130, "lavit: interrupted.\n")
+
+
+@pytest.fixture
+def trained(model, monkeypatch, tmp_path):
+  (tmp_path / "c.py").write_text(CONFIG)
+  calls = []
+  stand_in(
+    monkeypatch,
+    lavit_jax.train,
+    "loop",
+    train=lambda config, workdir: calls.append((config, workdir)),
+  )
+  return calls
+
+
+def test_train_reads_the_config_with_its_overrides(trained, capsys):
+  argv = shlex.split("train --config c.py --workdir w --config.steps=7")
+  assert run(capsys, *argv, "--config.model.width", "32") == (0, "", "")
+  ((config, workdir),) = trained
+  assert (config.steps, config.model.width, workdir) == (7, 32, "w")
+  assert config.is_locked
+  assert run(capsys, *argv)[0] == 0  # flags of one run do not reach the next
+  assert trained[1][0].model.width == 16
+
+
+@pytest.mark.parametrize(
+  ("argv", "says"),
+  [
+    ("--config c.py", "--workdir DIR is missing"),
+    ("--workdir w", "--config FILE is missing"),
+    (
+      "--config c.py --workdir w --config.step=7",
+      "'step' Did you mean \"steps",
+    ),
+    ("--config c.py --workdir w --config.model.widht=7", 'mean "width'),
+    ("--config c.py --workdir w --config.steps=many", "many"),
+    ("--config c.py --workdir w --wordir=x", "wordir"),
+    ("--config c.py --workdir w extra", "cannot use extra"),
+    ("--config d.py --workdir w", "no config file d.py"),
+    ("--config bad.py --workdir w", "NameError: name 'lr'"),
+    ("--config worse.py --workdir w", "ValueError: width is 3"),
+  ],
+)
+def test_train_tells_what_is_wrong_with_its_flags(
+  trained, capsys, tmp_path, argv, says
+):
+  bad = "def get_config():\n  "
+  (tmp_path / "bad.py").write_text(bad + "return lr\n")
+  (tmp_path / "worse.py").write_text(bad + "raise ValueError('width is 3')\n")
+  assert says in failed(capsys, "train", *argv.split())
+  assert trained == []
+
+
+def test_train_without_flags_shows_its_help(capsys):
+  status, out, err = run(capsys, "train")
+  assert (status, out) == (2, "")
+  assert err.startswith("usage: lavit train")
+
+
+@pytest.mark.parametrize(
+  "flag", ["--config=tiny/encoder.py", "--config=configs/tiny/encoder.py"]
+)
+@pytest.mark.parametrize("split", [True, False])
+def test_a_shipped_config_is_found_from_anywhere(model, flag, split):
+  pytest.importorskip("lavit_jax.configs")
+  argv = flag.split("=") if split else [flag]
+  config, _ = train_command.read_config([*argv, "--workdir", "w"])
+  assert config.stage == "encoder"
+  assert not pathlib.Path("configs").exists()
