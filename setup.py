@@ -52,7 +52,7 @@ setuptools.setup(
   name="lavit_jax",
   version="0.1.0",
   description="LaVIT in JAX: train it, let it read, answer and draw",
-  long_description=README.read_text() if README.exists() else "",
+  long_description=README.read_text("utf-8") if README.exists() else "",
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   license_files=["LICENSE"],

@@ -40,9 +40,7 @@ def _add_tokenize(subparsers) -> None:
   parser.add_argument(
     "--budget", type=int, metavar="K", help="keep exactly K patches a picture"
   )
-  parser.add_argument(
-    "--data", metavar="X", help="a .jsonl file, shapes, or tfds:NAME"
-  )
+  parser.add_argument("--data", metavar="X", help="a .jsonl file, or shapes")
   parser.add_argument(
     "--split", metavar="NAME", help="with --data: train (default) or held_out"
   )
@@ -67,25 +65,14 @@ def _tokenize(args: argparse.Namespace) -> None:
 
 
 def _tokenize_data(args: argparse.Namespace) -> None:
-  data = _data_config(args.data)
-  from lavit_jax.infer import tokenize_data
+  common.require_files([] if args.data == "shapes" else [args.data])
+  from lavit_jax.infer import pipeline, tokenize_data
 
+  model = pipeline.resolve(args.model)
   split = args.split or "train"
-  summary = tokenize_data.write_cache(args.model, data, args.out, split=split)
-  common.print_answer(args, summary, [f"wrote {args.out}"])
-
-
-def _data_config(name: str) -> dict[str, Any]:
-  """The config.data of `shapes`, `tfds:NAME` or a .jsonl file."""
-  from lavit_jax.configs.tiny import common as defaults
-
-  data = defaults.get_config("pretrain").data.to_dict()
-  if name == "shapes":
-    return data | {"kind": "shapes"}
-  if name.startswith("tfds:"):
-    return data | {"kind": "tfds", "name": name.removeprefix("tfds:")}
-  common.require_files([name])
-  return data | {"kind": "jsonl", "path": os.path.abspath(name)}
+  summary = tokenize_data.write_cache(model, args.data, args.out, split=split)
+  lines = [f"{name}: {value}" for name, value in summary.items()]
+  common.print_answer(args, summary, lines)
 
 
 def _tokenize_pictures(args: argparse.Namespace) -> None:

@@ -139,10 +139,14 @@ def read_config(argv: Sequence[str]):
 
 
 def _config_message(error: Exception) -> str:
+  unknown = isinstance(error, (AttributeError, KeyError))
+  while error.args and isinstance(error.args[0], Exception):
+    error = error.args[0]  # ml_collections wraps a KeyError
   text = str(error.args[0] if error.args else error).strip()
   last = text.rpartition("Traceback")[2].splitlines() or [""]
-  if isinstance(error, (AttributeError, KeyError)):
-    return f"the config has no field {' '.join(last)} See the config file."
+  if unknown:
+    named = ". ".join(last).rstrip("?")
+    return f"the config has no field {named}: see the config file."
   return (
     f"the config file does not load: {type(error).__name__}: {last[-1]}"
     " LAVIT_DEBUG=1 shows where."

@@ -9,8 +9,11 @@ import bisect
 import dataclasses
 import fractions
 import functools
+import logging
 import math
+import os
 import threading
+import zlib
 from typing import Any
 
 import grain.python as grain
@@ -18,8 +21,12 @@ import numpy as np
 
 from lavit_jax import errors
 
+_LOG = logging.getLogger(__name__)
 _MAX_PERIOD = 100_000
+_FEW = 1 << 16
 _MAX_EMPTY = 16  # windows in a row without one usable document
+_WINDOWS_KEPT = 8  # windows whose rows stay in memory
+_SAVE_EVERY = 4  # windows between two writes of the memo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +41,32 @@ class Component:
   task: str
   weight: float = 1.0
   cache: Any = None
+
+
+class Order:
+  """An endless order: all of 0 … count - 1, anew shuffled each epoch.
+
+  Order(3, seed)[k] is a pure function of k. Grain's shuffle walks a cycle of
+  2**16 at least, milliseconds an item where there are few: below that a
+  permutation of the epoch is drawn instead.
+  """
+
+  def __init__(self, count, seed):
+    self._count, self._seed = count, seed
+    if count < _FEW:
+      self._permutation = functools.lru_cache(maxsize=4)(self._permute)
+    else:
+      self._shuffled = grain.MapDataset.range(count).shuffle(seed).repeat()
+
+  def __getitem__(self, k):
+    if self._count >= _FEW:
+      return int(self._shuffled[k])
+    epoch, place = divmod(k, self._count)
+    return int(self._permutation(epoch)[place])
+
+  def _permute(self, epoch):
+    rng = np.random.default_rng([self._seed, epoch])
+    return rng.permutation(self._count)
 
 
 class Mixture:
@@ -58,8 +91,7 @@ class Mixture:
     self._before = np.cumsum(ones, axis=0) - ones  # [P, C] seen before
     self._in_period = ones.sum(axis=0)  # [C]
     self._orders = [
-      grain.MapDataset.range(max(n, 1)).shuffle(make_seed(seed, c)).repeat()
-      for c, n in enumerate(counts)
+      Order(max(n, 1), make_seed(seed, c)) for c, n in enumerate(counts)
     ]
 
   def document(self, g):
@@ -67,7 +99,7 @@ class Mixture:
     turn, place = divmod(int(g), len(self._pattern))
     c = int(self._pattern[place])
     ordinal = turn * int(self._in_period[c]) + int(self._before[place, c])
-    return c, int(self._orders[c][ordinal])
+    return c, self._orders[c][ordinal]
 
 
 def _shares(counts, weights):
@@ -165,38 +197,93 @@ class Plan:
     max_pictures: pictures a row.
     window: documents packed together.
     seed: of the order of the rows in a window.
+    memo: file that remembers how many rows each window has, so that a resumed
+      run need not pack the windows before it again; None for none. It may be
+      deleted at any time, and is checked when it is used.
   """
 
-  def __init__(self, sizes, *, max_len, max_pictures, window=1024, seed=0):
+  def __init__(
+    self, sizes, *, max_len, max_pictures, window=1024, seed=0, memo=None
+  ):
     self._sizes, self.window, self._shuffle_seed = sizes, window, seed
     self.max_len, self.max_pictures = max_len, max_pictures
-    self._starts = [0]  # first row of each window known so far
+    self._memo = memo
+    # Of each window known so far: its rows, and a check of its documents.
+    self._known = _read_known(memo)
+    self._starts = [0, *np.cumsum([n for n, _ in self._known]).tolist()]
+    self._saved = len(self._known)
+    self._trusted = False  # until the last window remembered is packed again
     self._lock = threading.RLock()
-    self._window_rows = functools.lru_cache(maxsize=8)(self._pack)
+    self._window_rows = functools.lru_cache(maxsize=_WINDOWS_KEPT)(self._pack)
 
   def row(self, number):
     """The documents of a row, a tuple of stream positions g."""
     with self._lock:
-      empty = 0
-      while self._starts[-1] <= number:
-        added = len(self._window_rows(len(self._starts) - 1))
-        self._starts.append(self._starts[-1] + added)
-        empty = 0 if added else empty + 1
-        if empty >= _MAX_EMPTY:
-          raise errors.DataError(
-            f"None of {empty * self.window} documents in a row can be used:"
-            f" they are longer than max_len={self.max_len}, have more than"
-            f" {self.max_pictures} pictures, or are bad. See the log for names."
-          )
+      if not self._trusted and self._known:
+        self._check(len(self._known) - 1)
+      self._trusted = True
+      self._extend(number)
       window = bisect.bisect_right(self._starts, number) - 1
-      return self._window_rows(window)[number - self._starts[window]]
+      if not self._check(window):
+        return self.row(number)
+      return self._window_rows(window)[0][number - self._starts[window]]
+
+  def _check(self, window):
+    """Whether a window is as remembered; forgets everything if it is not."""
+    rows, check = self._window_rows(window)
+    if (len(rows), check) == self._known[window]:
+      return True
+    _LOG.warning("%s is of other data and is not used", self._memo)
+    self._known, self._starts, self._saved = [], [0], 0
+    return False
+
+  def _extend(self, number):
+    """Packs further windows until the row is among them."""
+    empty = 0
+    while self._starts[-1] <= number:
+      rows, check = self._window_rows(len(self._known))
+      self._known.append((len(rows), check))
+      self._starts.append(self._starts[-1] + len(rows))
+      empty = 0 if rows else empty + 1
+      if empty >= _MAX_EMPTY:
+        raise errors.DataError(
+          f"None of {empty * self.window} documents in a row can be used: they"
+          f" are longer than max_len={self.max_len}, have more than"
+          f" {self.max_pictures} pictures, or are bad. See the log for names."
+        )
+      if self._memo and len(self._known) >= self._saved + _SAVE_EVERY:
+        self._saved = len(self._known)
+        _write_known(self._memo, self._known)
 
   def _pack(self, window):
-    """Rows of one window in shuffled order."""
+    """Rows of one window in shuffled order, and a check of its sizes."""
     start = window * self.window
-    sizes = self._sizes(start, start + self.window)
+    sizes = np.asarray(self._sizes(start, start + self.window), np.int64)
     rows = first_fit(sizes, self.max_len, self.max_pictures)
-    rng = np.random.default_rng([self._shuffle_seed, window])
-    return [
-      tuple(start + i for i in rows[j]) for j in rng.permutation(len(rows))
+    order = np.random.default_rng([self._shuffle_seed, window])
+    shuffled = [
+      tuple(start + i for i in rows[j]) for j in order.permutation(len(rows))
     ]
+    return shuffled, zlib.crc32(sizes.tobytes())
+
+
+def _read_known(memo):
+  """What the memo remembers, [] where it holds nothing that makes sense."""
+  try:
+    known = np.load(memo) if memo else np.zeros((0, 2), np.int64)
+  except (OSError, ValueError):
+    return []
+  good = known.ndim == 2 and known.shape[1] == 2 and (known >= 0).all()
+  return [tuple(pair) for pair in known.tolist()] if good else []
+
+
+def _write_known(memo, known):
+  """Remembers the windows; a folder that cannot be written is no fault."""
+  unfinished = memo.with_name(f"{memo.stem}.{os.getpid()}.tmp")
+  try:
+    memo.parent.mkdir(exist_ok=True)
+    with unfinished.open("wb") as file:
+      np.save(file, np.array(known, np.int64))
+    os.replace(unfinished, memo)
+  except OSError as error:
+    _LOG.info("%s is not written (%s); resuming will be slower", memo, error)

@@ -8,15 +8,15 @@ split over other processes, sees the same rows.
 """
 
 import dataclasses
-import zlib
 
 import grain.python as grain
 import numpy as np
 
-from lavit_jax import errors, images
+from lavit_jax import errors
 from lavit_jax import vocabulary as vocabulary_lib
 from lavit_jax.data import faults as faults_lib
 from lavit_jax.data import packing, sequences
+from lavit_jax.data import rows as rows_lib
 
 _ENDLESS = 1 << 48  # rows of an endless dataset
 _AHEAD = 4  # batches decoded ahead of the one in use
@@ -129,15 +129,16 @@ def image_batches(
     text int32[B, T], text_mask bool[B, T] (ids, then </s>, then padding).
   """
   log = faults_lib.FaultLog(f"pictures of {source.name}", limit_share)
-  order = grain.MapDataset.range(source.num_images)
   if not source.num_images:
     raise errors.DataError(f"{source.name} holds no pictures.")
+  order, length = range(source.num_images), source.num_images
   if seed is not None:
-    order = order.shuffle(packing.make_seed(seed)).repeat()
+    order = packing.Order(length, packing.make_seed(seed))
+    length = _ENDLESS
 
   def row(number):
     i = int(order[number])
-    pixels, valid = _picture(source, i, log)
+    pixels, valid = rows_lib.picture(source, i, log)
     out = {"image": pixels, "valid": np.float32(valid), "index": np.int64(i)}
     if tokenizer is not None:
       captions = source.captions(i)
@@ -146,7 +147,6 @@ def image_batches(
       out["text"], out["text_mask"] = _text(tokenizer, text, text_length)
     return out
 
-  length = min(len(order), _ENDLESS)
   rows = grain.MapDataset.range(length).map(row)
   return Batches(rows, batch_size, (log,))
 
@@ -158,17 +158,6 @@ def _text(tokenizer, text, length):
   out, mask = np.zeros(length, np.int32), np.arange(length) < len(ids)
   out[: len(ids)] = ids
   return out, mask & bool(text)
-
-
-def _picture(source, i, log):
-  """(uint8[H, W, 3], valid) of a picture; a bad one is black and logged."""
-  try:
-    pixels = source.image(i)
-  except images.ImageError as error:
-    log.fault(source.image_key(i), error)
-    return np.zeros((source.image_size,) * 2 + (3,), np.uint8), False
-  log.good()
-  return pixels, True
 
 
 def packed_rows(source, cache, tokenizer, vocabulary, *, mixture, **kwargs):
@@ -233,17 +222,25 @@ def packed_mixture(
       between components, or a cache of another codebook.
   """
   _check_components(components, vocabulary)
-  documents = _Documents(
-    components, tokenizer, vocabulary, length, slots, seed, limit_share
+  documents = rows_lib.Documents(
+    components,
+    tokenizer,
+    vocabulary,
+    limits=(length, slots),
+    seed=seed,
+    limit_share=limit_share,
+    window=window,
   )
+  settings = dict(limits=(length, slots), seed=seed, window=window)
   plan = packing.Plan(
     documents.sizes,
     max_len=length,
     max_pictures=slots,
     window=window,
     seed=seed,
+    memo=rows_lib.memo_path(components, tokenizer, **settings),
   )
-  rows = _Rows(plan, documents, length, slots)
+  rows = rows_lib.Rows(plan, documents, length, slots)
   dataset = grain.MapDataset.range(_ENDLESS).map(rows)
   return Batches(dataset, batch_size, documents.logs)
 

@@ -5,7 +5,6 @@ import hashlib
 import pickle
 import zlib
 
-import grain.python as grain
 import numpy as np
 
 from lavit_jax import images
@@ -15,17 +14,30 @@ _WINDOWS_KEPT = 4  # windows whose tokenised texts stay in memory
 
 
 class Documents:
-  """Documents of the stream g: their sizes and their sequences."""
+  """Documents of the stream g: their sizes and their sequences.
+
+  `limits` are (positions, pictures) a row; a document beyond them, or one that
+  holds nothing to learn, gets size -1 and is named in the log.
+  """
 
   def __init__(
-    self, components, tokenizer, vocabulary, length, slots, seed, limit_share
+    self,
+    components,
+    tokenizer,
+    vocabulary,
+    *,
+    limits,
+    seed,
+    limit_share,
+    window,
   ):
     self._parts, self._tokenizer = components, tokenizer
-    self._vocabulary, self._limits = vocabulary, (length, slots)
+    self._vocabulary, self._limits = vocabulary, limits
     counts = [c.source.num_examples(c.task) for c in components]
-    self._stream = packing.Mixture(counts, [c.weight for c in components], seed)
-    self._known = [np.zeros((n, 2), np.int32) for n in counts]  # 0: not yet
-    self._reasons = {}
+    weights = [c.weight for c in components]
+    self._stream = packing.Mixture(counts, weights, seed)
+    keep = functools.lru_cache(maxsize=_WINDOWS_KEPT * window)
+    self._spans = keep(self._find_spans)
     self.image_size = components[0].source.image_size
     patches = [c.cache.num_patches for c in components if c.cache]
     self.num_patches = patches[0] if patches else 1
@@ -36,55 +48,73 @@ class Documents:
 
   def sizes(self, start, stop):
     """int32[stop - start, 2]: positions and pictures, -1 if left out."""
-    out = np.empty((stop - start, 2), np.int32)
+    out = np.full((stop - start, 2), -1, np.int32)
     for g in range(start, stop):
       c, i = self._stream.document(g)
-      if not self._known[c][i].any():
-        self._known[c][i] = self._size(c, i)
-      out[g - start] = self._known[c][i]
-      if out[g - start, 0] < 0:
-        self.logs[0].fault(*self._reasons[c, i])
-      else:
-        self.logs[0].good()
+      spans = self._spans(c, i)
+      if isinstance(spans, str):
+        key = self._parts[c].source.example(self._parts[c].task, i).key
+        self.logs[0].fault(key, spans)
+        continue
+      out[g - start] = sequences.size(spans)
+      self.logs[0].good()
     return out
-
-  def _size(self, c, i):
-    """Size of one document, (-1, -1) with a reason if it cannot be used."""
-    example = self._example(c, i)
-    length, slots = self._limits
-    try:
-      size = sequences.size(example, self._parts[c].cache, self._tokenizer)
-      if size[0] > length:
-        reason = f"{size[0]} positions, more than length={length}"
-      elif size[1] > slots:
-        reason = f"{size[1]} pictures read, more than slots={slots}"
-      else:
-        return size
-    except sequences.Unusable as error:
-      reason = str(error)
-    self._reasons[c, i] = (
-      f"{self._parts[c].source.name}:{example.key}",
-      reason,
-    )
-    return -1, -1
-
-  def _example(self, c, i):
-    return self._parts[c].source.example(self._parts[c].task, i)
 
   def build(self, g):
     """(component, Sequence) of document g."""
     c, i = self._stream.document(g)
-    sequence = sequences.build(
-      self._example(c, i),
-      self._parts[c].cache,
-      self._tokenizer,
-      self._vocabulary,
-    )
-    return self._parts[c], sequence
+    part = self._parts[c]
+    spans = self._spans(c, i)
+    return part, sequences.assemble(spans, part.cache, self._vocabulary)
 
   def picture(self, component, i):
-    """(pixels, valid) of a picture that is read."""
-    return _picture(component.source, i, self.logs[1])
+    """(uint8[H, W, 3], valid) of a picture that is read."""
+    return picture(component.source, i, self.logs[1])
+
+  def _find_spans(self, c, i):
+    """The spans of an example, or why it cannot be used, a str."""
+    part, (length, slots) = self._parts[c], self._limits
+    example = part.source.example(part.task, i)
+    try:
+      spans = sequences.spans(example, part.cache, self._tokenizer)
+    except sequences.Unusable as error:
+      return str(error)
+    positions, pictures = sequences.size(spans)
+    if positions > length:
+      return f"{positions} positions, more than length={length}"
+    if pictures > slots:
+      return f"{pictures} pictures read, more than slots={slots}"
+    return spans
+
+
+def picture(source, i, log):
+  """(uint8[H, W, 3], valid) of a picture; a bad one is black and logged."""
+  try:
+    pixels = source.image(i)
+  except images.ImageError as error:
+    log.fault(source.image_key(i), error)
+    return np.zeros((source.image_size,) * 2 + (3,), np.uint8), False
+  log.good()
+  return pixels, True
+
+
+def memo_path(components, tokenizer, **settings):
+  """Where the plan of a mixture is remembered: beside its first code cache.
+
+  The name is a digest of everything that the plan depends on, but for the
+  texts themselves; the plan checks what it reads there. None without a cache.
+  """
+  caches = [c.cache for c in components if c.cache is not None]
+  if not caches:
+    return None
+  digest = hashlib.sha256(pickle.dumps(tokenizer))
+  for c in components:
+    size = c.source.num_examples(c.task)
+    digest.update(repr((c.source.name, c.task, str(c.weight), size)).encode())
+    if c.cache is not None:
+      digest.update(repr(c.cache.meta).encode() + c.cache.counts.tobytes())
+  digest.update(repr(sorted(settings.items())).encode())
+  return caches[0].directory / "plans" / f"{digest.hexdigest()[:32]}.npy"
 
 
 class Rows:

@@ -73,20 +73,25 @@ def spans(example, cache, tokenizer):
     tuple of Span.
 
   Raises:
-    Unusable: a picture could not be tokenised, or nothing is to be learnt.
+    Unusable: a picture could not be tokenised, a text is empty, or nothing is
+      to be learnt.
   """
   out = []
   for part in example.parts:
     if isinstance(part, examples.TextPart):
       ids = text_ids(tokenizer, part.text)
+      if not ids:
+        raise Unusable("has an empty text")
       out.append(Span(part, tuple(ids), len(ids)))
     else:
       out.append(Span(part, None, _count(example, part, cache) + 2))
   if out and out[-1].ids is not None:
     ids = (*out[-1].ids, vocabulary_lib.EOS_ID)
     out[-1] = Span(out[-1].part, ids, len(ids))
+  if not out:
+    raise Unusable("is empty")
   if not any([s.part.weight for s in out for _ in range(s.count)][1:]):
-    raise Unusable("holds nothing to learn: it is empty or has no weights")
+    raise Unusable("holds nothing to learn: no part has a weight")
   return tuple(out)
 
 

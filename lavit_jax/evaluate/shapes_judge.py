@@ -6,6 +6,7 @@ learnt; ground lightness, mild noise and mild blur do not matter.
 """
 
 import functools
+import itertools
 
 import numpy as np
 from PIL import Image
@@ -22,6 +23,7 @@ _AMPLITUDES = (0.6, 1.15)  # paler and stronger than the palette, still read
 _MIN_STRENGTH = 0.3
 _MIN_EXPLAINED = 0.35
 _MAX_GROUND_CHROMA = 45
+_KINDS = tuple(itertools.product(shapes_scene.SHAPES, shapes_scene.SIZES))
 # Rows: two axes of hue and chroma, one of lightness.
 _AXES = np.array(
   [
@@ -69,24 +71,25 @@ def _read(window, place):
   """The object of one quadrant float32[24, 24, 3], or None."""
   ground = _ground(window)
   seen = (window - ground).reshape(-1, 3) @ _AXES.T  # [576, 3]
-  sprites, energies, kinds = _bank()
+  sprites, energies = _bank()
   colors = np.array(list(shapes_scene.COLORS.values()), np.float32)
   wanted = (colors - ground) @ _AXES.T  # [8, 3]
-  # |seen - a * alpha * wanted|^2 falls by a (2 match - a full).
-  match = (sprites @ seen) @ wanted.T  # [T, 8]
-  full = energies[:, None] * (wanted * wanted).sum(1)
+  # |seen - a * alpha * wanted|^2 falls by a (2 match - a full). One product a
+  # kind is too small for BLAS to spread over threads, which would only wait.
+  match = (sprites @ seen) @ wanted.T  # [T, P, 8]
+  full = energies[..., None] * (wanted * wanted).sum(1)
   amplitude = np.clip(match / full, *_AMPLITUDES)
   gain = amplitude * (2 * match - amplitude * full)
-  best, color = np.unravel_index(np.argmax(gain), gain.shape)
+  best = np.unravel_index(np.argmax(gain), gain.shape)
   total = max(float((seen * seen).sum()), 1.0)
   if (
-    gain[best, color] < _MIN_STRENGTH * full[best, color]
-    or gain[best, color] < _MIN_EXPLAINED * total
+    gain[best] < _MIN_STRENGTH * full[best]
+    or gain[best] < _MIN_EXPLAINED * total
   ):
     return None
-  shape, size = kinds[best]
-  name = tuple(shapes_scene.COLORS)[color]
-  return shapes_scene.Object(shape, name, size, place)
+  shape, size = _KINDS[best[0]]
+  color = tuple(shapes_scene.COLORS)[best[2]]
+  return shapes_scene.Object(shape, color, size, place)
 
 
 def _ground(window):
@@ -109,21 +112,20 @@ def _blur(window):
 
 @functools.cache
 def _bank():
-  """All sprites in a quadrant: float32[T, 576], sums of squares, kinds."""
-  sprites, kinds = [], []
-  for shape in shapes_scene.SHAPES:
-    for size in shapes_scene.SIZES:
-      extent = shapes_render.EXTENTS[size] * _HALF
-      for dy in range(-_REACH, _REACH + 1):
-        for dx in range(-_REACH, _REACH + 1):
-          sprites.append(_sprite_at(shape, extent, dx, dy))
-          kinds.append((shape, size))
-  bank = np.stack(sprites).reshape(len(sprites), -1)
-  return bank, (bank * bank).sum(1), tuple(kinds)
+  """Sprites of T kinds at P positions: float32[T, P, 576], squares [T, P]."""
+  steps = range(-_REACH, _REACH + 1)
+  bank = np.stack(
+    [
+      [_sprite_at(*kind, dx, dy).ravel() for dy in steps for dx in steps]
+      for kind in _KINDS
+    ]
+  )
+  return bank, (bank * bank).sum(-1)
 
 
-def _sprite_at(shape, extent, dx, dy):
+def _sprite_at(shape, size, dx, dy):
   """A softened sprite (dx, dy) pixels off the middle of a quadrant."""
+  extent = shapes_render.EXTENTS[size] * _HALF
   alpha = shapes_render.sprite(shape, extent, 0, 0)
   canvas = np.zeros((2 * _HALF, 2 * _HALF), np.float32)
   left = _HALF + dx - len(alpha) // 2

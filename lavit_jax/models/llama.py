@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lavit_jax import errors
-from lavit_jax.models import layers
+from lavit_jax.models import dots, layers
 
 _NO_CLASS = -1e9  # the logit of the padding rows of the head
 _VOCAB_MULTIPLE = 128
@@ -161,7 +161,7 @@ class Attention(nn.Module):
   def __call__(self, x, context: _Context, cache=None, layer=None):
     """float[B, L, D], the whole cache (k, v) or None -> the same."""
     c = self.config
-    dense = functools.partial(layers.dense, use_bias=False, dtype=c.dtype)
+    dense = functools.partial(_dense, dtype=c.dtype)
     heads, groups = c.num_heads, c.num_kv_heads
     q = dense(heads * c.head_dim, ("embed", "heads"), name="query")(x)
     k = dense(groups * c.head_dim, ("embed", "kv"), name="key")(x)
@@ -193,6 +193,22 @@ class Attention(nn.Module):
     return dense(c.width, ("heads", "embed"), name="out")(out), cache
 
 
+class Mlp(nn.Module):
+  """SwiGLU: (silu(x gate) * (x up)) down."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(self, x):
+    """Maps float[B, L, D] to float[B, L, D]."""
+    c = self.config
+    up, down = ("embed", "mlp"), ("mlp", "embed")
+    gate = nn.silu(_dense(c.mlp_dim, up, c.dtype, name="gate")(x))
+    h = gate * _dense(c.mlp_dim, up, c.dtype, name="up")(x)  # [B, L, F]
+    h = nn.with_logical_constraint(h, ("act_batch", "act_len", "act_mlp"))
+    return _dense(c.width, down, c.dtype, name="down")(h)
+
+
 class Block(nn.Module):
   """One layer, in the form `nn.scan` wants."""
 
@@ -207,8 +223,7 @@ class Block(nn.Module):
     attention = Attention(c, name="attention")
     y, cache = attention(norm(name="attention_norm")(x), context, cache, layer)
     x = x + y
-    mlp = layers.GatedMlp(c.mlp_dim, dtype=c.dtype, name="mlp")
-    x = x + mlp(norm(name="mlp_norm")(x))
+    x = x + Mlp(c, name="mlp")(norm(name="mlp_norm")(x))
     x = nn.with_logical_constraint(x, ("act_batch", "act_len", "act_embed"))
     return (x, cache, layer + 1), None
 
@@ -334,3 +349,16 @@ def _extend(cache, x, positions, mask):
   seen = slots <= index + jnp.arange(length)[:, None]  # [L, M]
   seen = seen[None, None] & valid[:, None, None]
   return _Context(positions, seen, None, index), cache | {"valid": valid}
+
+
+def _dense(features, axes, dtype, name):
+  """A kernel without bias, with its logical axes, by `dots.linear`."""
+  init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
+  return nn.Dense(
+    features,
+    use_bias=False,
+    dtype=jnp.dtype(dtype),
+    kernel_init=init,
+    dot_general=dots.dot_general,
+    name=name,
+  )

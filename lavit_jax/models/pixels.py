@@ -150,12 +150,23 @@ class PixelDecoder(nn.Module):
     return tokens + position
 
   def _grid(self, tokens, size):
-    """Tokens on their grid, enlarged to size: float[B, size, size, C]."""
-    config = self.config
-    axes = ("embed", "conv_out")
-    grid = layers.dense(
-      config.grid_channels, axes, name="grid_proj", dtype=config.unet.dtype
-    )(tokens)
+    """Tokens on their grid, enlarged to size: float[B, size, size, C].
+
+    Each place within a token's patch has its own projection: convolutions
+    alone could not tell which part of the patch they stand on.
+    """
+    config, dtype = self.config, self.config.unet.dtype
     side = math.isqrt(config.num_patches)
-    grid = grid.reshape(-1, side, side, config.grid_channels)
-    return grid.repeat(size // side, axis=1).repeat(size // side, axis=2)
+    times = size // side
+    hidden = layers.dense(
+      2 * tokens.shape[-1], ("embed", "mlp"), name="grid_fc", dtype=dtype
+    )
+    project = layers.dense(
+      times**2 * config.grid_channels,
+      ("mlp", "conv_out"),
+      name="grid_proj",
+      dtype=dtype,
+    )
+    grid = project(nn.gelu(hidden(tokens), approximate=False))
+    grid = grid.reshape(-1, side, side, times**2 * config.grid_channels)
+    return depth_to_space(grid, times)

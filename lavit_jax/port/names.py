@@ -116,7 +116,9 @@ def _attention_block(own: str, cross: str) -> Table:
     Row("blocks.{i}.norm0.bias", "blocks/norm0/bias"),
     Row(f"blocks.{{i}}.{own}.qkv.weight", f"blocks/{own}/qkv_kernel", "qkv"),
     Row(f"blocks.{{i}}.{own}.qkv.bias", f"blocks/{own}/qkv_bias", "qkv_bias"),
-    Row(f"blocks.{{i}}.{own}.proj.weight", f"blocks/{own}/proj/kernel", "linear"),
+    Row(
+      f"blocks.{{i}}.{own}.proj.weight", f"blocks/{own}/proj/kernel", "linear"
+    ),
     Row(f"blocks.{{i}}.{own}.proj.bias", f"blocks/{own}/proj/bias"),
     Row("blocks.{i}.norm1.weight", "blocks/norm1/scale"),
     Row("blocks.{i}.norm1.bias", "blocks/norm1/bias"),
@@ -222,13 +224,17 @@ _LAYER = "model.layers.{i}."
 LLM: Table = (
   Row("model.embed_tokens.weight", "embedding", "rows"),
   Row(
-    _LAYER + "self_attn.q_proj.weight", "layers/attention/query/kernel", "linear"
+    _LAYER + "self_attn.q_proj.weight",
+    "layers/attention/query/kernel",
+    "linear",
   ),
   Row(
     _LAYER + "self_attn.k_proj.weight", "layers/attention/key/kernel", "linear"
   ),
   Row(
-    _LAYER + "self_attn.v_proj.weight", "layers/attention/value/kernel", "linear"
+    _LAYER + "self_attn.v_proj.weight",
+    "layers/attention/value/kernel",
+    "linear",
   ),
   Row(
     _LAYER + "self_attn.o_proj.weight", "layers/attention/out/kernel", "linear"
@@ -303,8 +309,9 @@ def to_official(
   """
   flat = flatten(tree)
   paths = [row.ours for row in table]
-  missing, unknown = sorted(set(paths) - set(flat)), sorted(
-    set(flat) - set(paths)
+  missing, unknown = (
+    sorted(set(paths) - set(flat)),
+    sorted(set(flat) - set(paths)),
   )
   if missing or unknown:
     raise errors.CheckpointError(

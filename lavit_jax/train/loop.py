@@ -336,6 +336,7 @@ class _Run:
       "config": json.loads(self.config.to_json_best_effort()),
       "metrics": self.evaluated,
       "step": int(state.step),
+      "parameters": checkpoints.count_params(params),
     }
     checkpoints.save_part(
       self.config.model_dir, self.objective.part, params, meta

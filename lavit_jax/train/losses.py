@@ -64,18 +64,22 @@ def next_token_blocked(
 
 def _nll(hidden, head, targets, vocab_size):
   """Nll float32[B, L] of float[B, L, D] against a head float[V, D]."""
+  shape = targets.shape
+  hidden = hidden.reshape(-1, hidden.shape[-1])  # [B * L, D]: see models/dots
+  targets = targets.reshape(-1)
   logits = jnp.einsum(
-    "bld,vd->blv",
+    "nd,vd->nv",
     hidden,
     head.astype(hidden.dtype),
     preferred_element_type=jnp.float32,
   )
-  ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, head.shape[0]), 2)
+  ids = jnp.arange(head.shape[0])
   if vocab_size < head.shape[0]:
     logits = jnp.where(ids < vocab_size, logits, _NO_CLASS)
   # A masked sum, not a gather: it fuses, and it shards over the vocabulary.
   chosen = jnp.where(ids == targets[..., None], logits, 0.0).sum(-1)
-  return jax.nn.logsumexp(logits, axis=-1) - chosen
+  nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+  return nll.reshape(shape)
 
 
 def cosine(a, b):

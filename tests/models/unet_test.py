@@ -31,7 +31,8 @@ _MASK = jnp.arange(7) < jnp.array([[4], [7]])
 def model():
   """(compiled apply, params), once for the tests of this file."""
   net = unet.UNet(_CONFIG)
-  variables = nn.meta.unbox(net.init(jax.random.key(0), _X, _T, _CONDITION))
+  init = jax.jit(net.init)
+  variables = nn.meta.unbox(init(jax.random.key(0), _X, _T, _CONDITION))
   return jax.jit(net.apply), variables
 
 
@@ -134,7 +135,7 @@ def test_downsampling_pads_both_sides():
 
 
 def test_sizes_that_do_not_fit_are_named():
-  with pytest.raises(ValueError, match="unet.num_heads"):
+  with pytest.raises(ValueError, match="Change unet"):
     dataclasses.replace(_CONFIG, num_heads=(2,))
   with pytest.raises(ValueError, match="groups=5"):
     dataclasses.replace(_CONFIG, groups=5)

@@ -37,7 +37,8 @@ class PixelsObjective(base.Objective):
     stage1 = checkpoints.load_part(config.model_dir, "tokenizer")
     self.tokenizer_config = tokenizer.config_from_dict(stage1.meta["tokenizer"])
     self.tokenizer = tokenizer.DynamicVisualTokenizer(self.tokenizer_config)
-    self.frozen = {"encoder": encoder.params, "tokenizer": stage1.params}
+    variables = {k: stage1.params[k] for k in ("params", "codebook")}
+    self.frozen = {"encoder": encoder.params, "tokenizer": variables}
     self.decoder_config = pixels.PixelDecoderConfig(
       **config.model.pixels.to_dict()
     )
@@ -133,17 +134,13 @@ def reconstructed_features(model, frozen, image):
 
   Args:
     model: a `tokenizer.DynamicVisualTokenizer`.
-    frozen: {"encoder": params, "tokenizer": the parameters of the tokenizer
-      part, its codebook under "codebook"}.
+    frozen: {"encoder": params, "tokenizer": {"params", "codebook"}}.
     image: uint8[B, H, W, 3].
 
   Returns:
     float[B, N, D], from the expected number of tokens (deterministic).
   """
-  params = dict(frozen["tokenizer"])
-  codebook = params.pop("codebook")
-  variables = {"params": params, "codebook": {"codes": codebook["codes"]}}
-  config = model.config
+  variables, config = frozen["tokenizer"], model.config
   features = tokenizer.encode_images(
     config, frozen["encoder"], images.normalize(image)
   )

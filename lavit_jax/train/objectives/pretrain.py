@@ -40,20 +40,26 @@ class PretrainObjective(base.Objective):
     self.llama_config = llama.LlamaConfig(
       **config.model.llm.to_dict() | {"vocab_size": self.vocabulary.size}
     )
-    self.capacity = int(config.data.capacity)
+    data = config.data
+    self._caches = (
+      cache.CodeCache.load(data.cache_dir),
+      cache.CodeCache.load(data.held_out_cache_dir),
+    )
+    # No picture of this data has more words: nothing is ever cut.
+    self.capacity = int(max(c.counts.max() for c in self._caches))
     self.model = unified.UnifiedModel(
       self.llama_config, self.tokenizer_config, self.capacity
     )
     # Only what the continuous branch starts from; ids come from the cache.
     self.frozen = {"encoder": encoder.params}
-    self._merger = stage1.params["merger"]
+    self._merger = stage1.params["params"]["merger"]
     self._use_rows()
 
   def _use_rows(self):
     data = self.config.data
-    make = lambda source, directory: pipeline.packed_rows(
+    make = lambda source, codes: pipeline.packed_rows(
       source,
-      cache.CodeCache.load(directory),
+      codes,
       self.text,
       self.vocabulary,
       mixture=data.mixture.to_dict(),
@@ -63,8 +69,8 @@ class PretrainObjective(base.Objective):
       batch_size=self.config.batch_size,
       window=data.window,
     )
-    self._train_data = make(self.source, data.cache_dir)
-    self._held_out_data = make(self.held_out, data.held_out_cache_dir)
+    self._train_data = make(self.source, self._caches[0])
+    self._held_out_data = make(self.held_out, self._caches[1])
     self.batch_examples = self.config.batch_size
 
   def init(self, rng):

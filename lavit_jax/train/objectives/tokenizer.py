@@ -263,7 +263,7 @@ class TokenizerObjective(base.Objective):
     """Parameters of the four parts, the codebook and the mean features."""
     stored = {
       "params": params,
-      "codes": state["codebook"]["codes"],
+      "codebook": {"codes": state["codebook"]["codes"]},
       "feature_mean": state["feature_mean"],
     }
     return stored, {"tokenizer": dataclasses.asdict(self.model_config)}

@@ -1,0 +1,56 @@
+"""The pixel decoder: tokens to 48 px pictures.
+
+lavit train --config configs/tiny/pixels.py --workdir runs/tiny/pixels
+"""
+
+from lavit_jax.configs.tiny import common
+
+
+def get_config():
+  """Pixel-space U-Net on 4 x 4 pixel places, cosine schedule."""
+  cfg = common.get_config("pixels")
+  cfg.batch_size = 64
+  cfg.model = dict(
+    pixels=dict(
+      image_size=48,
+      patch=4,
+      num_patches=36,
+      feature_dim=96,
+      grid_channels=32,
+      unet=dict(
+        in_channels=80,
+        out_channels=48,
+        channels=(64, 96),
+        layers_per_block=1,
+        attention=(False, True),
+        transformer_layers=(1, 1),
+        num_heads=(4, 4),
+        cross_dim=96,
+        groups=8,
+        ff_mult=2,
+      ),
+    ),
+    schedule=dict(
+      num_steps=1000,
+      kind="cosine",
+      spacing="trailing",
+      alpha_to_one=True,
+      clip=1.0,
+      prediction="epsilon",
+    ),
+  )
+  cfg.schedule = ("train",)
+  cfg.phases = dict(
+    train=dict(
+      steps=800,
+      lr=2e-3,
+      warmup=50,
+      train={"all": "base"},
+      condition_dropout=0.1,
+      weighting="picture",
+      min_snr=5.0,
+      draws=1,
+      ema_decay=0.995,
+    )
+  )
+  return cfg

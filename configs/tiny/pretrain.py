@@ -1,0 +1,42 @@
+"""Unified pretraining: one LLM reads and writes words and pictures.
+
+lavit tokenize --model runs/tiny/model --data shapes --out runs/tiny/codes/train
+lavit train --config configs/tiny/pretrain.py --workdir runs/tiny/pretrain
+"""
+
+from lavit_jax.configs.tiny import common
+
+
+def get_config():
+  """About 3M parameters, rows of 256 tokens."""
+  cfg = common.get_config("pretrain")
+  cfg.batch_size = 16
+  cfg.model = dict(
+    llm=dict(
+      width=192,
+      depth=6,
+      num_heads=4,
+      num_kv_heads=4,
+      mlp_dim=512,
+      max_len=512,
+    )
+  )
+  cfg.data.cache_dir = "runs/tiny/codes/train"
+  cfg.data.held_out_cache_dir = "runs/tiny/codes/held_out"
+  cfg.data.length = 256  # tokens a row
+  cfg.data.slots = 8  # pictures read a row
+  cfg.data.window = 512  # documents packed together
+  cfg.data.mixture = dict(
+    image_text=1.0, text_image=1.0, vqa=1.0, edit=0.7, document=0.2, text=0.3
+  )
+  cfg.optimizer.groups = dict(llm=1.0, visual=1.0)
+  cfg.schedule = ("train",)
+  cfg.phases = dict(
+    train=dict(
+      steps=900,
+      lr=2e-3,
+      warmup=100,
+      train={"llm": "llm", "merger": "visual", "projection": "visual"},
+    )
+  )
+  return cfg

@@ -1,0 +1,186 @@
+"""Pictures to visual words and back to features, compiled and batched."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lavit_jax import checkpoints, errors, images
+from lavit_jax.models import selector, tokenizer
+
+
+class VisualTokenizer:
+  """The frozen encoder and the dynamic visual tokenizer, ready for use.
+
+  Arrays are numpy at the outside. Selection is deterministic (the K patches
+  of highest p(keep), K the rounded sum of p(keep)) unless a seed is given:
+  the official code always samples, so that two runs differ.
+  """
+
+  def __init__(self, encoder: checkpoints.Part, stage1: checkpoints.Part):
+    self.config = tokenizer.config_from_dict(stage1.meta["tokenizer"])
+    self.model = tokenizer.DynamicVisualTokenizer(self.config)
+    self._encoder = encoder.params
+    self._variables = {
+      "params": stage1.params["params"],
+      "codebook": stage1.params["codebook"],
+    }
+    self.feature_mean = np.asarray(stage1.params["feature_mean"])
+
+  @property
+  def image_size(self) -> int:
+    """Pixels a side of the pictures it takes."""
+    return self.config.vit.image_size
+
+  @property
+  def num_patches(self) -> int:
+    """N, patches of a picture."""
+    return self.config.num_patches
+
+  @property
+  def num_codes(self) -> int:
+    """Size of the visual language."""
+    return self.config.quantizer.num_codes
+
+  @functools.cached_property
+  def _encode(self):
+    return jax.jit(
+      lambda params, image: tokenizer.encode_images(
+        self.config, params, images.normalize(image)
+      )
+    )
+
+  @functools.cached_property
+  def _select(self):
+    return jax.jit(
+      lambda variables, features: self.model.apply(
+        variables, features, method="select"
+      )
+    )
+
+  @functools.cached_property
+  def _code(self):
+    return jax.jit(
+      lambda variables, features, keep: self.model.apply(
+        variables, features, keep, self.num_patches, method="encode"
+      )
+    )
+
+  @functools.cached_property
+  def _decode(self):
+    return jax.jit(
+      lambda variables, ids, valid: self.model.apply(
+        variables, ids, valid, method="decode_codes"
+      )
+    )
+
+  def features(self, batch) -> jax.Array:
+    """float32[B, N, D] of uint8[B, H, W, 3] by the frozen encoder."""
+    return self._encode(self._encoder, jnp.asarray(batch))
+
+  def log_probs(self, features) -> jax.Array:
+    """log p(keep), log p(drop), float32[B, N, 2]."""
+    return self._select(self._variables, features)
+
+  def keep_mask(self, features, *, seed=None, budget=None) -> jax.Array:
+    """bool[B, N]: which patches become words.
+
+    Args:
+      features: float[B, N, D].
+      seed: sample, as training does; None is deterministic.
+      budget: keep exactly so many patches.
+
+    Raises:
+      errors.UsageError: a budget outside 1 ... N, or with a seed.
+    """
+    if budget is not None and seed is not None:
+      raise errors.UsageError(
+        "A budget fixes the selection and a seed samples it: give one of them."
+      )
+    if budget is not None and not 1 <= budget <= self.num_patches:
+      raise errors.UsageError(
+        f"budget={budget}: a picture of {self.num_patches} patches keeps"
+        f" between 1 and {self.num_patches} of them."
+      )
+    log_probs = self.log_probs(features)
+    if budget is not None:
+      return selector.budget_mask(log_probs, budget)
+    if seed is None:
+      return selector.expected_count_mask(log_probs)
+    keep = selector.sample_mask(log_probs, jax.random.key(seed)) > 0.5
+    best = selector.budget_mask(log_probs, 1)
+    return jnp.where(keep.any(1, keepdims=True), keep, best)
+
+  def select(self, batch):
+    """(features float[B, N, D], keep bool[B, N]) of uint8[B, H, W, 3]."""
+    features = self.features(batch)
+    return features, self.keep_mask(features)
+
+  def encode(self, features, keep):
+    """(ids int32[B, N], valid bool[B, N]) of features and a keep mask."""
+    _, ids, valid = self._code(self._variables, features, keep)
+    return ids, valid
+
+  def decode(self, ids, valid) -> jax.Array:
+    """float[B, N, D] of ids int[B, K] and which of them are words."""
+    return self._decode(self._variables, ids, valid)
+
+  @functools.cached_property
+  def _uncoded(self):
+    def run(variables, features, keep):
+      tokens, valid, _ = self.model.apply(
+        variables, features, keep, self.num_patches, method="merge_compact"
+      )
+      z = self.model.apply(variables, tokens, method="project")
+      return self.model.apply(variables, z, valid, method="decode")
+
+    return jax.jit(run)
+
+  def reconstruct_without_codes(self, features, keep) -> jax.Array:
+    """float[B, N, D] from the unit vectors before quantization."""
+    return self._uncoded(self._variables, features, keep)
+
+  def tokenize(self, batch, *, seed=None, budget=None, count=None):
+    """One dict a picture: `keep` bool[N], `codes` int32[k].
+
+    Args:
+      batch: uint8[B, H, W, 3].
+      seed: see `keep_mask`.
+      budget: see `keep_mask`.
+      count: only the first so many pictures are returned.
+    """
+    features = self.features(batch)
+    keep = self.keep_mask(features, seed=seed, budget=budget)
+    ids, valid = (np.asarray(x) for x in self.encode(features, keep))
+    keep = np.asarray(keep)
+    rows = range(len(keep) if count is None else count)
+    return [
+      {"keep": keep[i], "codes": ids[i][valid[i]].astype(np.int32)}
+      for i in rows
+    ]
+
+  def features_of(self, codes) -> jax.Array:
+    """Reconstructed features float[B, N, D] of lists of codes int[k].
+
+    Raises:
+      errors.UsageError: no code, more codes than patches, or no such code.
+    """
+    num = self.num_patches
+    ids = np.zeros((len(codes), num), np.int32)
+    valid = np.zeros((len(codes), num), bool)
+    for i, row in enumerate(codes):
+      row = np.asarray(row, np.int32)
+      if not 1 <= len(row) <= num:
+        raise errors.UsageError(
+          f"Picture {i} has {len(row)} visual words; a picture has between 1"
+          f" and {num}, one for each patch that was kept."
+        )
+      if row.min() < 0 or row.max() >= self.num_codes:
+        raise errors.UsageError(
+          f"Picture {i} has code {row.min()} to {row.max()}; codes run from 0"
+          f" to {self.num_codes - 1}. Were they made by another tokenizer?"
+        )
+      ids[i, : len(row)] = row
+      valid[i, : len(row)] = True
+    return self.decode(ids, valid)

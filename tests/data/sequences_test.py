@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+
+from lavit_jax import errors, vocabulary
+from lavit_jax.data import examples, sequences
+from tests.data import fakes
+
+_WORDS = fakes.Words()
+_VOCABULARY = vocabulary.Vocabulary(_WORDS.size, fakes.CODES)
+_CACHE = fakes.Cache([2, 3, 1, -1])
+_BEGIN, _END, _EOS = _VOCABULARY.image_begin, _VOCABULARY.image_end, 2
+
+
+def _ids(i):
+  return _VOCABULARY.to_ids(_CACHE.codes(i)).tolist()
+
+
+def _build(example):
+  return sequences.build(example, _CACHE, _WORDS, _VOCABULARY)
+
+
+def _whole(sequence):
+  return [int(sequence.tokens[0]), *sequence.targets.tolist()]
+
+
+def test_a_picture_that_is_read_points_at_its_continuous_tokens():
+  made = _build(examples.image_text("k", 1, "red cat"))
+  red, cat = _WORDS.encode("red cat")
+  assert _whole(made) == [_BEGIN, *_ids(1), _END, red, cat, _EOS]
+  assert made.slot.tolist() == [-1, 0, 0, 0, -1, -1, -1]
+  assert made.order.tolist() == [0, 0, 1, 2, 0, 0, 0]
+  assert made.pictures == (1,)
+
+
+def test_image_text_learns_text_and_codes():
+  made = _build(examples.image_text("k", 1, "red cat"))
+  assert made.weights.tolist() == [1.0] * 7
+
+
+def test_a_picture_that_is_written_is_ids_and_ends_without_eos():
+  made = _build(examples.text_image("k", 0, "red cat"))
+  assert _whole(made) == [*_WORDS.encode("red cat"), _BEGIN, *_ids(0), _END]
+  assert (made.slot == -1).all()
+  assert made.pictures == ()
+  assert made.weights.tolist() == [1.0] * 5
+
+
+def test_vqa_weighs_the_answer_and_its_end_alone():
+  made = _build(examples.vqa("k", 2, "what color", "red"))
+  learnt = made.targets[made.weights > 0].tolist()
+  assert learnt == [*_WORDS.encode("red"), _EOS]
+
+
+def test_edit_reads_one_picture_and_learns_the_other():
+  made = _build(examples.edit("k", 0, "make it red", 1))
+  assert made.pictures == (0,)
+  assert made.tokens[made.slot == 0].tolist() == _ids(0)
+  learnt = made.targets[made.weights > 0].tolist()
+  assert learnt == [_BEGIN, *_ids(1), _END]
+
+
+def test_a_document_numbers_its_pictures_in_reading_order():
+  parts = (
+    examples.ImagePart(2, write=False),
+    examples.TextPart("then"),
+    examples.ImagePart(0, write=False),
+    examples.ImagePart(2, write=False),
+    examples.ImagePart(1, write=True),
+    examples.TextPart("end"),
+  )
+  made = _build(examples.Example("k", "document", parts))
+  assert made.pictures == (2, 0)
+  assert made.slot[made.slot >= 0].tolist() == [0, 1, 1, 0]
+  assert made.order[made.slot >= 0].tolist() == [0, 0, 1, 0]
+
+
+def test_text_ends_with_eos():
+  made = _build(examples.text("k", "one two"))
+  assert _whole(made) == [*_WORDS.encode("one two"), _EOS]
+
+
+def test_target_is_the_next_token_everywhere():
+  made = _build(examples.edit("k", 0, "make it red", 1))
+  np.testing.assert_array_equal(made.targets[:-1], made.tokens[1:])
+
+
+def test_size_is_the_size_of_what_is_built():
+  for example in (
+    examples.image_text("k", 1, "red cat"),
+    examples.edit("k", 0, "make it red", 1),
+    examples.vqa("k", 2, "what color", "red"),
+    examples.text("k", "one two"),
+  ):
+    made = _build(example)
+    spans = sequences.spans(example, _CACHE, _WORDS)
+    assert sequences.size(spans) == (len(made), len(made.pictures))
+
+
+@pytest.mark.parametrize(
+  ("example", "said"),
+  [
+    (examples.image_text("k", 3, "red"), "could not be tokenised"),
+    (examples.image_text("k", 1, " "), "empty text"),
+    (examples.text("k", ""), "empty text"),
+    (examples.Example("k", "document", ()), "is empty"),
+    (
+      examples.Example("k", "text", (examples.TextPart("a b", 0.0),)),
+      "nothing to learn",
+    ),
+  ],
+)
+def test_what_cannot_be_learnt_says_why(example, said):
+  with pytest.raises(sequences.Unusable, match=said):
+    _build(example)
+
+
+def test_pictures_without_a_cache_point_at_lavit_tokenize():
+  example = examples.image_text("k", 1, "red")
+  with pytest.raises(errors.DataError, match="lavit tokenize"):
+    sequences.spans(example, None, _WORDS)
+
+
+def test_a_real_tokenizer_gives_an_answer_the_ids_it_has_after_a_space(
+  tmp_path,
+):
+  lines = ["Question: what color is it? Answer: red"] * 50
+  text = vocabulary.TextTokenizer.train(lines, tmp_path / "t.model", 290)
+  parts = sequences.text_ids(text, "it? Answer:")
+  parts = parts + sequences.text_ids(text, " red")
+  assert parts == text.encode("it? Answer: red")

@@ -1,0 +1,136 @@
+"""class LaVIT on a micro model: shapes, batches, seeds, bad input."""
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from lavit_jax import errors, images
+from lavit_jax.data import shapes
+from lavit_jax.infer import pipeline
+
+
+@pytest.fixture(scope="module")
+def lavit(micro_runs):
+  return pipeline.LaVIT.load(micro_runs / "model")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+  source = shapes.ShapesSource("held_out", size=8)
+  return [source.image(i) for i in range(6)]
+
+
+def test_tokens_are_one_code_for_each_kept_patch(lavit, pictures):
+  rows = lavit.tokenize(pictures)
+  for row in rows:
+    assert row["keep"].shape == (36,)
+    assert row["keep"].sum() == len(row["codes"]) >= 1
+    assert row["codes"].min() >= 0
+    assert row["codes"].max() < lavit.visual.num_codes
+
+
+def test_one_picture_is_tokenized_as_in_a_batch(lavit, pictures):
+  alone = lavit.tokenize(pictures[2])
+  among = lavit.tokenize(pictures)[2]
+  np.testing.assert_array_equal(alone["keep"], among["keep"])
+  np.testing.assert_array_equal(alone["codes"], among["codes"])
+
+
+def test_paths_pil_and_arrays_are_the_same_picture(lavit, pictures, tmp_path):
+  path = tmp_path / "scene.png"
+  PIL.Image.fromarray(pictures[0]).save(path)
+  forms = [pictures[0], str(path), path, PIL.Image.open(path)]
+  codes = [lavit.tokenize(form)["codes"] for form in forms]
+  for other in codes[1:]:
+    np.testing.assert_array_equal(codes[0], other)
+
+
+def test_budget_and_seed_choose_the_selection(lavit, pictures):
+  assert [
+    len(row["codes"]) for row in lavit.tokenize(pictures[:3], budget=5)
+  ] == [5, 5, 5]
+  one, same = (lavit.tokenize(pictures[0], seed=1) for _ in range(2))
+  np.testing.assert_array_equal(one["keep"], same["keep"])
+  others = [lavit.tokenize(pictures[0], seed=s)["keep"] for s in range(2, 8)]
+  assert any((one["keep"] != other).any() for other in others)
+  with pytest.raises(errors.UsageError, match="budget=37"):
+    lavit.tokenize(pictures[0], budget=37)
+  with pytest.raises(errors.UsageError, match="give one"):
+    lavit.tokenize(pictures[0], budget=3, seed=1)
+
+
+def test_captions_and_answers_come_one_for_one(lavit, pictures):
+  captions = lavit.caption(pictures, max_new_tokens=4)
+  assert len(captions) == len(pictures)
+  assert lavit.caption(pictures[1], max_new_tokens=4) == captions[1]
+  answers = lavit.answer(pictures[0], ["how many?", "what color?"])
+  assert len(answers) == 2
+  with pytest.raises(errors.UsageError, match="6 pictures and 2 questions"):
+    lavit.answer(pictures, ["how many?", "what color?"])
+
+
+def test_a_drawing_is_a_function_of_prompt_and_seed(lavit):
+  kwargs = dict(steps=2, max_new_tokens=6)
+  both = lavit.generate(["a red circle", "a blue ring"], seed=3, **kwargs)
+  assert [image.size for image in both] == [(48, 48)] * 2
+  alone = lavit.generate("a red circle", seed=3, **kwargs)
+  assert np.abs(np.asarray(alone, int) - np.asarray(both[0], int)).max() <= 1
+  second = lavit.generate("a blue ring", seed=4, **kwargs)
+  assert np.abs(np.asarray(second, int) - np.asarray(both[1], int)).max() <= 1
+  other = lavit.write_codes([["a red circle"]], seed=99)[0]
+  mine = lavit.write_codes([["a red circle"]], seed=3)[0]
+  assert len(mine) != len(other) or (mine != other).any()
+
+
+def test_codes_written_are_codes(lavit):
+  for codes in lavit.write_codes([["a red circle"], ["a ring"]], seed=5):
+    assert 1 <= len(codes) <= 36
+    assert codes.min() >= 0
+    assert codes.max() < lavit.visual.num_codes
+
+
+def test_pictures_and_text_mix_in_a_prompt(lavit, pictures):
+  drawn = lavit.synthesize(
+    [pictures[0], "make the circle red", pictures[1]], steps=2
+  )
+  assert drawn.size == (48, 48)
+
+
+def test_the_continuous_tokens_of_a_prompt_are_read(lavit, pictures):
+  """Another picture in the prompt changes what comes out."""
+  prompts = [
+    lavit._prompt([lavit._parse([picture, "describe"])])
+    for picture in pictures[:2]
+  ]
+  for prompt in prompts:
+    kept = prompt["use_embeds"][0]
+    assert kept.any()
+    assert np.abs(prompt["embeds"][0][kept]).max() > 0
+    assert (prompt["embeds"][0][~kept] == 0).all()
+    assert not (kept & ~prompt["mask"][0]).any()
+
+
+def test_bad_input_is_named(lavit, pictures, tmp_path):
+  with pytest.raises(images.ImageError, match=r"nothing\.png"):
+    lavit.caption(tmp_path / "nothing.png")
+  with pytest.raises(errors.UsageError, match="No picture"):
+    lavit.tokenize([])
+  with pytest.raises(errors.UsageError, match="empty"):
+    lavit.synthesize([])
+  with pytest.raises(errors.UsageError, match="tokens long"):
+    lavit.generate("red circle " * 2000)
+  with pytest.raises(errors.UsageError, match="visual words"):
+    lavit.draw_codes([np.zeros(0, np.int32)])
+  with pytest.raises(errors.UsageError, match="codes run from 0"):
+    lavit.draw_codes([np.array([10_000])])
+
+
+def test_a_missing_model_says_what_to_give(tmp_path):
+  with pytest.raises(errors.CheckpointError, match="no model directory"):
+    pipeline.LaVIT.load(tmp_path)
+
+
+def test_info_lists_parts_and_tasks(lavit):
+  info = lavit.info()
+  assert list(info["parts"]) == ["encoder", "tokenizer", "pixels", "llm"]
+  assert all(info["tasks"].values())

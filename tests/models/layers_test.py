@@ -1,0 +1,177 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lavit_jax.models import layers
+
+
+def qkv(heads=4, groups=4, length=5, keys=5, dim=6):
+  rngs = jax.random.split(jax.random.key(0), 3)
+  return (
+    jax.random.normal(rngs[0], (2, length, heads, dim)),
+    jax.random.normal(rngs[1], (2, keys, groups, dim)),
+    jax.random.normal(rngs[2], (2, keys, groups, dim)),
+  )
+
+
+def by_hand(query, key, value, seen):
+  """Softmax attention with loops over heads, numpy float64."""
+  query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+  repeat = query.shape[2] // key.shape[2]
+  out = np.zeros_like(query)
+  for b, i, h in np.ndindex(*query.shape[:3]):
+    logits = key[b, :, h // repeat] @ query[b, i, h] / query.shape[-1] ** 0.5
+    weights = np.exp(logits) * seen[b, i]
+    out[b, i, h] = weights / weights.sum() @ value[b, :, h // repeat]
+  return out
+
+
+def test_attention_is_softmax_over_the_keys_seen():
+  query, key, value = qkv(heads=4, groups=2)
+  seen = np.array(jax.random.bernoulli(jax.random.key(1), 0.5, (2, 5, 5)))
+  seen |= np.eye(5, dtype=bool)
+  out = layers.attention(query, key, value, mask=jnp.asarray(seen)[:, None])
+  np.testing.assert_allclose(
+    out, by_hand(query, key, value, seen), rtol=2e-5, atol=2e-6
+  )
+
+
+def test_causal_queries_are_the_last_ones():
+  query, key, value = qkv(length=2, keys=5)
+  seen = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], bool)[None].repeat(2, 0)
+  out = layers.attention(query, key, value, causal=True)
+  np.testing.assert_allclose(
+    out, by_hand(query, key, value, seen), rtol=2e-5, atol=2e-6
+  )
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_masks_combine_and_a_blind_query_gives_zeros(implementation):
+  query, key, value = qkv()
+  segments = jnp.array([[1, 1, 2, 2, 2], [1, 2, 2, 3, 3]])
+  mask = jnp.ones((2, 1, 1, 5), bool).at[0, 0, 0, 2].set(False)
+  out = layers.attention(
+    query,
+    key,
+    value,
+    mask=mask,
+    causal=True,
+    segment_ids=segments,
+    implementation=implementation,
+  )
+  same = np.equal(segments[:, :, None], segments[:, None])
+  seen = same & np.tril(np.ones((5, 5), bool)) & np.asarray(mask[:, 0])
+  assert not seen[0, 2].any()  # the claim's blind query
+  seen[0, 2] = True
+  expected = by_hand(query, key, value, seen)
+  expected[0, 2] = 0.0
+  np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-6)
+
+
+def test_nothing_crosses_a_segment():
+  query, key, value = qkv()
+  segments = jnp.array([[1, 1, 2, 2, 2], [1, 2, 2, 3, 3]])
+
+  def first_segment(value):
+    out = layers.attention(query, key, value, segment_ids=segments)
+    return out[0, :2].sum() + out[1, :1].sum()
+
+  gradient = np.abs(jax.grad(first_segment)(value)).sum((2, 3))
+  np.testing.assert_array_equal(gradient > 0, np.asarray(segments) == 1)
+
+
+def test_policy_of_zeros_and_ones_is_a_mask():
+  query, key, value = qkv()
+  keep = jnp.array([[1, 0, 1, 1, 0], [0, 1, 0, 0, 1]])[:, None, None]
+  soft = layers.attention(query, key, value, policy=keep.astype(jnp.float32))
+  hard = layers.attention(query, key, value, mask=keep > 0)
+  np.testing.assert_allclose(soft, hard, rtol=1e-5, atol=1e-6)
+
+
+def test_policy_without_any_key_is_the_mean_and_has_finite_gradient():
+  query, key, value = qkv()
+  attend = lambda policy, query: layers.attention(
+    query, key, value, policy=policy
+  )
+  zeros = jnp.zeros((2, 1, 1, 5))
+  mean = jnp.broadcast_to(value.mean(1, keepdims=True), value.shape)
+  np.testing.assert_allclose(attend(zeros, query), mean, rtol=1e-5, atol=1e-6)
+  grads = jax.grad(lambda *a: attend(*a).sum(), (0, 1))(zeros, query)
+  assert all(bool(jnp.isfinite(g).all()) for g in grads)
+
+
+def test_policy_eps_is_the_official_formula():
+  logits = jnp.array([[1.0, 3.0, 2.0]])
+  policy = jnp.array([[1.0, 0.0, 1.0]])
+  weights = np.exp([-2.0, 0.0, -1.0]) * [1, 0, 1]  # max over all, masked too
+  expected = (weights + 0.1 / 3) / (weights.sum() + 0.1)
+  out = layers.policy_softmax(logits, policy, 0.1)
+  np.testing.assert_allclose(out[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "kwargs",
+  [
+    {"implementation": "flash"},
+    {"policy": 1.0, "mask": True},
+    {"policy": 1.0, "implementation": "xla"},
+  ],
+)
+def test_attention_refuses_what_it_cannot_do(kwargs):
+  kwargs = {
+    name: jnp.full((1, 1, 1, 1), x) if not isinstance(x, str) else x
+    for name, x in kwargs.items()
+  }
+  with pytest.raises(ValueError, match="implementation|policy"):
+    layers.attention(*qkv(), **kwargs)
+
+
+def test_attention_refuses_heads_that_do_not_divide():
+  with pytest.raises(ValueError, match="divide"):
+    layers.attention(*qkv(heads=4, groups=3))
+
+
+def test_rotary_turns_the_pairs_i_and_i_plus_half():
+  x = jnp.arange(1.0, 5.0).reshape(1, 1, 1, 4)
+  out = layers.rotary(x, jnp.array([[3]]), theta=100.0)[0, 0, 0]
+  a, b = np.array([1 + 3j, 2 + 4j]) * np.exp(1j * 3 * np.array([1.0, 0.1]))
+  expected = [a.real, b.real, a.imag, b.imag]
+  np.testing.assert_allclose(out, expected, rtol=1e-5)
+
+
+def test_rotary_products_depend_on_distance_alone():
+  a, b = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+  at = lambda x, place: layers.rotary(x, jnp.array([[place]]))
+  near = (at(a, 2) * at(b, 5)).sum()
+  far = (at(a, 902) * at(b, 905)).sum()
+  np.testing.assert_allclose(near, far, rtol=1e-4)
+
+
+def test_layer_norm_keeps_precision_far_from_zero():
+  x = jax.random.normal(jax.random.key(0), (4, 64)) + 3000.0
+  out = layers.LayerNorm(1e-5).init_with_output(jax.random.key(0), x)[0]
+  exact = np.asarray(x, np.float64)
+  exact -= exact.mean(-1, keepdims=True)
+  exact /= np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5)
+  np.testing.assert_allclose(out, exact, atol=2e-3)
+
+
+def test_rms_norm_divides_by_the_root_mean_square():
+  x = jnp.array([[3.0, 4.0]])
+  out = layers.RMSNorm(0.0).init_with_output(jax.random.key(0), x)[0]
+  np.testing.assert_allclose(out, x / np.sqrt(12.5), rtol=1e-6)
+
+
+def test_l2_normalize_is_safe_at_zero():
+  x = jnp.array([[3.0, 4.0], [0.0, 0.0]])
+  np.testing.assert_allclose(
+    layers.l2_normalize(x), [[0.6, 0.8], [0.0, 0.0]], rtol=1e-6
+  )
+  gradient = jax.grad(lambda x: layers.l2_normalize(x)[:, 0].sum())(x)
+  np.testing.assert_allclose(gradient, [[0.128, -0.096], [0.0, 0.0]], rtol=1e-5)
+
+
+def test_unknown_remat_policy_is_named():
+  with pytest.raises(ValueError, match=r"'most'.*full"):
+    layers.remat(layers.Mlp, "most")

@@ -1,0 +1,141 @@
+"""The loop: resume, kill, guards; every stage, at width 16."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from lavit_jax import checkpoints, errors
+from lavit_jax.train import loop, objectives, writers
+from tests import micro
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _crcs(workdir):
+  rows = writers.read_json_lines(workdir / "batches.jsonl")
+  return {row["step"]: row["crc32"] for row in rows}
+
+
+def _assert_same_part(a, b, part):
+  left = checkpoints.load_part(a / "model", part).params
+  right = checkpoints.load_part(b / "model", part).params
+  jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+_PART = {"tokenizer": "tokenizer", "pretrain": "llm"}
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "pretrain"])
+def test_resumed_equals_uninterrupted(stage, micro_runs, tmp_path):
+  """Stopped at an odd step and resumed: the same weights and batches."""
+  straight, again = micro.branch(micro_runs, tmp_path, 2)
+  overrides = {"phases__train__steps": 6} if stage == "pretrain" else {}
+  for root, stops in ((straight, [None]), (again, [3, None])):
+    for stop in stops:
+      cfg = micro.config(stage, root, **overrides)
+      loop.train(cfg, root / stage, stop_at=stop, quiet=True)
+  _assert_same_part(straight, again, _PART[stage])
+  assert _crcs(straight / stage) == _crcs(again / stage)
+  assert len(_crcs(straight / stage)) >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["tokenizer", "pretrain"])
+def test_sigkill_at_any_step_loses_nothing(stage, micro_runs, tmp_path):
+  """A killed process, started again, ends bit-equal with the same batches."""
+  straight, killed = micro.branch(micro_runs, tmp_path, 2)
+  steps = {"tokenizer": "random", "pretrain": "train"}[stage]
+  overrides = {f"phases__{steps}__steps": 40}
+  cfg = micro.config(stage, straight, **overrides)
+  loop.train(cfg, straight / stage, quiet=True)
+  code = (
+    "from tests import micro; from lavit_jax.train import loop;"
+    f"cfg = micro.config({stage!r}, {str(killed)!r}, **{overrides!r});"
+    f"loop.train(cfg, {str(killed / stage)!r}, quiet=True)"
+  )
+  log = killed / stage / "batches.jsonl"
+  env = os.environ | {"PYTHONPATH": str(_ROOT)}
+  child = subprocess.Popen([sys.executable, "-c", code], cwd=_ROOT, env=env)
+  deadline = time.monotonic() + 300
+  while time.monotonic() < deadline and child.poll() is None:
+    if log.exists() and len(log.read_text().splitlines()) >= 11:
+      break
+    time.sleep(0.02)
+  assert child.poll() is None, "the run ended before it could be killed"
+  child.send_signal(signal.SIGKILL)
+  child.wait()
+  subprocess.run([sys.executable, "-c", code], cwd=_ROOT, env=env, check=True)
+  _assert_same_part(straight, killed, _PART[stage])
+  assert _crcs(straight / stage) == _crcs(killed / stage)
+
+
+def test_a_finished_run_is_not_trained_again(micro_runs, tmp_path):
+  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  cfg = micro.config("pretrain", root)
+  loop.train(cfg, root / "pretrain", quiet=True)
+  before = _crcs(root / "pretrain")
+  metrics = loop.train(cfg, root / "pretrain", quiet=True)
+  assert _crcs(root / "pretrain") == before
+  assert np.isfinite(metrics["loss"])
+
+
+def test_a_workdir_of_another_config_is_refused(micro_runs, tmp_path):
+  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  loop.train(micro.config("pretrain", root), root / "run", quiet=True)
+  other = micro.config("pretrain", root, phases__train__lr=0.5)
+  with pytest.raises(errors.ConfigError, match=r"phases.train.lr \(0.002"):
+    loop.train(other, root / "run", quiet=True)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(
+  micro_runs, tmp_path
+):
+  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  cfg = micro.config(
+    "pretrain", root, phases__train__lr=1e30, phases__train__steps=30,
+    optimizer__clip_norm=1e30,
+  )
+  with pytest.raises(errors.LavitError, match="at step") as caught:
+    loop.train(cfg, root / "run", quiet=True)
+  assert "learning rate" in str(caught.value)
+  saved = sorted((root / "run" / "checkpoints").glob("[0-9]*"))
+  for folder in saved:
+    run = checkpoints.RunCheckpoints(root / "run" / "checkpoints")
+    assert run.meta(int(folder.name))["data"]["next_batch"] == int(folder.name)
+    run.close()
+
+
+def test_an_unknown_phase_and_stage_are_named():
+  cfg = micro.config("encoder", "unused")
+  cfg.schedule = ("train", "polish")
+  with pytest.raises(errors.ConfigError, match="polish"):
+    loop.phases_of(cfg)
+  cfg.stage = "dance"
+  with pytest.raises(errors.ConfigError, match="dance"):
+    objectives.build(cfg)
+
+
+def test_unknown_model_fields_name_the_nearest(micro_runs, tmp_path):
+  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  cfg = micro.config("tokenizer", root)
+  cfg.model.tokenizer.quantizer.num_code = 3
+  with pytest.raises(errors.ConfigError, match="did you mean 'num_codes'"):
+    loop.train(cfg, root / "run", quiet=True)
+
+
+def test_metrics_are_in_json_lines_and_events(micro_runs):
+  root = micro_runs / "pretrain"
+  rows = writers.read_json_lines(root / "metrics.jsonl")
+  assert any("text_loss" in row and "visual_loss" in row for row in rows)
+  assert any("held_out/loss" in row for row in rows)
+  assert list(root.glob("events.out.tfevents*"))
+  stored = json.loads((root / "config.json").read_text())
+  assert stored["stage"] == "pretrain"
