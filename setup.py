@@ -36,6 +36,7 @@ EXTRAS = {
     "pytest>=9.2",
     "ruff>=0.17.6,<0.18",  # another minor version formats otherwise
     "safetensors>=0.8",
+    "setuptools>=77",  # builds the wheel in tests without a download
     "tensorboard>=2.21",  # reads back the event files we write
   ],
 }

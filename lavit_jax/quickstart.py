@@ -99,10 +99,9 @@ def _configs(workdir, folder, minutes, data):
       config.data.kind = "jsonl"
       config.data.path = str(pathlib.Path(data).absolute())
     if minutes is not None:
-      for name in config.schedule:
-        phase = config.phases[name]
-        scaled = round(phase.steps * minutes / DEFAULT_MINUTES)
-        phase.steps = max(scaled, 2)
+      steps = sum(config.phases[name].steps for name in config.schedule)
+      scaled = round(steps * minutes / DEFAULT_MINUTES)
+      config.steps = max(scaled, 2 * len(config.schedule))
     if stage == "pretrain":
       config.data.cache_dir = str(workdir / "codes" / "train")
       config.data.held_out_cache_dir = str(workdir / "codes" / "held_out")
@@ -113,8 +112,8 @@ def _configs(workdir, folder, minutes, data):
 def _print_budget(configs):
   print("Stages and their fixed steps:")
   for stage, config in configs.items():
-    steps = {name: config.phases[name].steps for name in config.schedule}
-    text = ", ".join(f"{name} {count}" for name, count in steps.items())
+    phases = loop.phases_of(config)
+    text = ", ".join(f"{p.name} {p.stop - p.start}" for p in phases)
     print(f"  {stage:10s} {text} (batch {config.batch_size})")
 
 

@@ -35,7 +35,8 @@ def wheel(tmp_path_factory):
   for name in ("lavit_jax", "configs", "tests"):
     shutil.copytree(ROOT / name, source / name, ignore=ignore)
   out = tmp_path_factory.mktemp("wheel")
-  pip("wheel", "--no-deps", "--wheel-dir", out, source)
+  offline = ("--no-deps", "--no-build-isolation", "--no-index")
+  pip("wheel", *offline, "--wheel-dir", out, source)
   (path,) = out.glob("*.whl")
   return path
 
@@ -44,7 +45,8 @@ def wheel(tmp_path_factory):
 def installed(wheel, tmp_path_factory):
   """A folder with nothing but the wheel's files."""
   site = tmp_path_factory.mktemp("site")
-  pip("install", "--no-deps", "--no-compile", "--target", site, wheel)
+  options = ("--no-deps", "--no-index", "--no-compile", "--target", site)
+  pip("install", *options, wheel)
   return site
 
 

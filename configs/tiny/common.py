@@ -8,6 +8,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
   cfg = ml_collections.ConfigDict()
   cfg.stage = stage
   cfg.seed = 0
+  cfg.steps = 0  # 0: as the phases say; else they are scaled to this total
   cfg.model_dir = "runs/tiny/model"  # parts are read from and written to here
   cfg.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)  # -1: the rest
   cfg.data = dict(

@@ -71,4 +71,6 @@ def get_config():
       kmeans_batches=24,
     ),
   )
+  for name in cfg.schedule:
+    cfg.phases[name].detail_weight = 1.0
   return cfg

@@ -93,13 +93,23 @@ class JsonlSource:
     self._images, self._captions = {}, collections.defaultdict(list)
     self._questions = collections.defaultdict(list)
     self._examples = {task: [] for task in examples.TASKS}
+    self._read(split, held_out_share, only or {}, limit)
+    self.faults.check()
+    self._paths = list(self._images)
+    self.num_images = len(self._paths)
+    self._check_found(split, only)
+    kept = max(1, _KEPT_BYTES // (3 * self.image_size**2))
+    self._decoded = functools.lru_cache(maxsize=kept)(self._decode)
+
+  def _read(self, split, held_out_share, only, limit):
+    """Takes in the lines that are chosen; bad ones go to `faults`."""
     chosen = 0
     for number, line in _lines(self.path):
       if limit is not None and chosen >= limit:
         break
       try:
         row = _parse(line)
-        if any(row.get(k) != v for k, v in (only or {}).items()):
+        if any(row.get(k) != v for k, v in only.items()):
           continue
         entry = self._entry(row)
         if _held_out(entry, held_out_share, split):
@@ -108,12 +118,6 @@ class JsonlSource:
         self.faults.good()
       except _BadLine as error:
         self.faults.fault(f"{self.name}:{number}", error)
-    self.faults.check()
-    self._paths = list(self._images)
-    self.num_images = len(self._paths)
-    self._check_found(split, only)
-    kept = max(1, _KEPT_BYTES // (3 * self.image_size**2))
-    self._decoded = functools.lru_cache(maxsize=kept)(self._decode)
 
   def image(self, i):
     """Picture i as uint8[size, size, 3]; images.ImageError for a bad one."""

@@ -193,8 +193,7 @@ class Plan:
     sizes: function of (start, stop) giving int[stop - start, 2], positions and
       pictures of each document; negative for one that is left out. Must be
       pure.
-    max_len: positions a row.
-    max_pictures: pictures a row.
+    limits: (positions, pictures) a row.
     window: documents packed together.
     seed: of the order of the rows in a window.
     memo: file that remembers how many rows each window has, so that a resumed
@@ -202,11 +201,9 @@ class Plan:
       deleted at any time, and is checked when it is used.
   """
 
-  def __init__(
-    self, sizes, *, max_len, max_pictures, window=1024, seed=0, memo=None
-  ):
+  def __init__(self, sizes, *, limits, window=1024, seed=0, memo=None):
     self._sizes, self.window, self._shuffle_seed = sizes, window, seed
-    self.max_len, self.max_pictures = max_len, max_pictures
+    self.limits = limits
     self._memo = memo
     # Of each window known so far: its rows, and a check of its documents.
     self._known = _read_known(memo)
@@ -248,8 +245,8 @@ class Plan:
       if empty >= _MAX_EMPTY:
         raise errors.DataError(
           f"None of {empty * self.window} documents in a row can be used: they"
-          f" are longer than max_len={self.max_len}, have more than"
-          f" {self.max_pictures} pictures, or are bad. See the log for names."
+          f" are longer than {self.limits[0]} positions, read more than"
+          f" {self.limits[1]} pictures, or are bad. See the log for names."
         )
       if self._memo and len(self._known) >= self._saved + _SAVE_EVERY:
         self._saved = len(self._known)
@@ -259,7 +256,7 @@ class Plan:
     """Rows of one window in shuffled order, and a check of its sizes."""
     start = window * self.window
     sizes = np.asarray(self._sizes(start, start + self.window), np.int64)
-    rows = first_fit(sizes, self.max_len, self.max_pictures)
+    rows = first_fit(sizes, *self.limits)
     order = np.random.default_rng([self._shuffle_seed, window])
     shuffled = [
       tuple(start + i for i in rows[j]) for j in order.permutation(len(rows))

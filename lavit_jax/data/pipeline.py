@@ -222,27 +222,21 @@ def packed_mixture(
       between components, or a cache of another codebook.
   """
   _check_components(components, vocabulary)
+  limits = (length, slots)
   documents = rows_lib.Documents(
     components,
     tokenizer,
     vocabulary,
-    limits=(length, slots),
+    limits=limits,
     seed=seed,
     limit_share=limit_share,
     window=window,
   )
-  settings = dict(limits=(length, slots), seed=seed, window=window)
-  plan = packing.Plan(
-    documents.sizes,
-    max_len=length,
-    max_pictures=slots,
-    window=window,
-    seed=seed,
-    memo=rows_lib.memo_path(components, tokenizer, **settings),
-  )
-  rows = rows_lib.Rows(plan, documents, length, slots)
-  dataset = grain.MapDataset.range(_ENDLESS).map(rows)
-  return Batches(dataset, batch_size, documents.logs)
+  settings = dict(limits=limits, seed=seed, window=window)
+  memo = rows_lib.memo_path(components, tokenizer, **settings)
+  plan = packing.Plan(documents.sizes, memo=memo, **settings)
+  rows = grain.MapDataset.range(_ENDLESS).map(rows_lib.Rows(plan, documents))
+  return Batches(rows, batch_size, documents.logs)
 
 
 def _check_components(components, vocabulary):

@@ -120,9 +120,9 @@ def memo_path(components, tokenizer, **settings):
 class Rows:
   """Row number to the arrays of a packed row."""
 
-  def __init__(self, plan, documents, length, slots):
+  def __init__(self, plan, documents):
     self._plan, self._documents = plan, documents
-    self._length, self._slots = length, slots
+    self._length, self._slots = plan.limits
 
   def __call__(self, number):
     row = self._blank(number)

@@ -239,13 +239,22 @@ def _to_edit(scene, result):
   return Edit(kind, subject, value, dataclasses.replace(scene, objects=objects))
 
 
+# Upper edges of the kinds' shares: textures are the rarer grounds.
+_GROUND_EDGES = (
+  ("plain", 0.4),
+  ("gradient", 0.8),
+  ("waves", 0.9),
+  ("checks", 1.0),
+)
+
+
 def _sample_background(rng):
   """Grey of any lightness from 45 to 210, slightly tinted."""
   u = rng.random(8)
   grey = 45 + 165 * u[0]
   base = tuple(int(grey + 16 * (x - 0.5)) for x in u[1:4])
-  kind = BACKGROUNDS[int(u[4] * len(BACKGROUNDS))]
-  reach = {"plain": 0, "gradient": 25, "waves": 9, "checks": 7}[kind]
+  kind = next(k for k, edge in _GROUND_EDGES if u[4] < edge)
+  reach = {"plain": 0, "gradient": 25, "waves": 6, "checks": 5}[kind]
   return Background(
     kind=kind,
     base=base,

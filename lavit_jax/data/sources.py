@@ -13,7 +13,7 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
   Args:
     config: fields `kind` ("shapes", "jsonl" or "tfds"), `image_size`, `seed`
       and those of the kind: shapes `train_size`, `held_out_size`; jsonl
-      `path`, `held_out_path` (empty: the training file); tfds `name`,
+      `path`, `held_out_path` (empty: a tenth of `path`, by hash); tfds `name`,
       `train_split`, `held_out_split`, `data_dir`, `image_feature`,
       `text_feature`.
     split: "train", "held_out" or (shapes only) "never_seen".
@@ -40,10 +40,11 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
   if kind == "jsonl":
     from lavit_jax.data import jsonl
 
-    path = config["path"]
-    if split == "held_out" and config.get("held_out_path"):
-      path = config["held_out_path"]
-    return jsonl.JsonlSource(path, image_size=config["image_size"])
+    path, part = config["path"], split
+    if config.get("held_out_path"):
+      path = config["held_out_path"] if split == "held_out" else path
+      part = "all"
+    return jsonl.JsonlSource(path, config["image_size"], split=part)
   if kind == "tfds":
     from lavit_jax.data import tfds
 

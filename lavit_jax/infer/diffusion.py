@@ -163,6 +163,27 @@ def to_picture(schedule: Schedule, output, z, a):
   return jnp.sqrt(a) * z - jnp.sqrt(1 - a) * output
 
 
+def eps_error(schedule: Schedule, output, x, noise, a):
+  """Mean squared error of the predicted noise, float32[B].
+
+  Equal to that of `to_eps`, without its cancellation: for "velocity" it is
+  a * || output - (sqrt(a) noise - sqrt(1 - a) x) ||^2.
+
+  Args:
+    schedule: says which prediction.
+    output: float[B, ...], the network's for `add_noise(x, noise)`.
+    x: float[B, ...], clean pictures.
+    noise: float[B, ...].
+    a: float[B], alphas_cumprod of their steps.
+  """
+  axes = tuple(range(1, x.ndim))
+  if schedule.prediction == "epsilon":
+    return jnp.square(output - noise).mean(axes)
+  wide = _over(a, x)
+  velocity = jnp.sqrt(wide) * noise - jnp.sqrt(1 - wide) * x
+  return a * jnp.square(output - velocity).mean(axes)
+
+
 def ddim_step(schedule, output, z, a, a_next, *, eta=0.0, noise=None):
   """One step from level a to the cleaner level a_next.
 

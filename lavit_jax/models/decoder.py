@@ -113,11 +113,16 @@ class SemanticDecoder(nn.Module):
 
   def setup(self):
     c = self.config
-    boxed, small = nn.with_logical_partitioning, nn.initializers.normal(0.02)
+    # Unit scale: with the usual 0.02 all queries and all keys look alike to
+    # the first attentions, and it takes long until a patch finds its code.
+    boxed, unit = nn.with_logical_partitioning, nn.initializers.normal(1.0)
     axes, shape = (None, "position", "embed"), (1, c.num_patches, c.width)
-    self.in_proj = layers.dense(c.width, ("code_dim", "embed"), dtype=c.dtype)
-    self.pos_embed = self.param("pos_embed", boxed(small, axes), shape)
-    self.query_embed = self.param("query_embed", boxed(small, axes), shape)
+    self.in_proj = layers.dense(
+      c.width, ("code_dim", "embed"), dtype=c.dtype, kernel_init=unit
+    )
+    half = nn.initializers.normal(0.5)
+    self.pos_embed = self.param("pos_embed", boxed(half, axes), shape)
+    self.query_embed = self.param("query_embed", boxed(unit, axes), shape)
     self.blocks = layers.stack(Block, c.depth, c.remat, c.unroll)(c)
     self.norm = layers.LayerNorm(1e-5, c.dtype)
     self.fc1 = layers.dense(c.width, ("embed", "mlp"), dtype=c.dtype)

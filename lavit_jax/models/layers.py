@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lavit_jax.models import dots
+
 # What backward recomputes of a layer, by name (`remat` in every config).
 REMAT = {
   "none": None,  # keep everything
@@ -175,7 +177,7 @@ def policy_softmax(
 
 
 def l2_normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:
-  """Unit vectors x / max(norm, eps); zeros stay zeros, with gradient 0."""
+  """Unit vectors x / norm; where the norm is below eps, 0 with gradient 0."""
   square = jnp.square(x).sum(-1, keepdims=True)
   small = square <= eps * eps
   inverse = jax.lax.rsqrt(jnp.where(small, 1.0, square))
@@ -250,6 +252,7 @@ def dense(
     dtype=jnp.dtype(dtype),
     kernel_init=nn.with_logical_partitioning(kernel_init, axes),
     bias_init=nn.with_logical_partitioning(zeros, axes[-1:]),
+    dot_general=dots.dot_general,
     name=name,
   )
 

@@ -124,7 +124,7 @@ class TokenMerger(nn.Module):
     self.norm = layers.LayerNorm(1e-5, c.dtype)
 
   def __call__(
-    self, features: jax.Array, mask: jax.Array, *, form: str = "soft"
+    self, features: jax.Array, mask: jax.Array, *, form: str = "reference"
   ) -> jax.Array:
     """The all-positions form; differentiable in the mask.
 

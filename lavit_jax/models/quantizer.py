@@ -82,7 +82,7 @@ def quantize(z: jax.Array, codes: jax.Array):
   """
   z = layers.l2_normalize(z)
   ids = lookup(jax.lax.stop_gradient(z), codes)
-  chosen = jnp.take(codes, ids, axis=0)
+  chosen = jax.lax.stop_gradient(jnp.take(codes, ids, axis=0))
   return chosen + (z - jax.lax.stop_gradient(z)), ids
 
 

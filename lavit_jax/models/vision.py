@@ -71,7 +71,7 @@ EVA_VIT_G14 = ViTConfig(
   depth=40,
   num_heads=16,
   mlp_dim=6144,  # int(1408 * 4.3637)
-  head_dim_out=1000,
+  head_dim_out=1024,
   dtype="bfloat16",
   remat="full",
 )

@@ -63,9 +63,7 @@ def _sizes_of(seed, bad=0.1):
 @hypothesis.given(st.integers(0, 1000), st.integers(1, 40))
 def test_every_usable_document_of_a_window_is_in_exactly_one_row(seed, window):
   sizes = _sizes_of(seed)
-  plan = packing.Plan(
-    sizes, max_len=16, max_pictures=4, window=window, seed=seed
-  )
+  plan = packing.Plan(sizes, limits=(16, 4), window=window, seed=seed)
   placed = collections.Counter()
   row = 0
   while not placed or max(placed) < 3 * window:
@@ -77,9 +75,7 @@ def test_every_usable_document_of_a_window_is_in_exactly_one_row(seed, window):
 
 
 def test_a_row_is_the_same_whatever_was_asked_before():
-  make = lambda: packing.Plan(  # noqa: E731
-    _sizes_of(3), max_len=16, max_pictures=4, window=20, seed=1
-  )
+  make = lambda: packing.Plan(_sizes_of(3), limits=(16, 4), window=20, seed=1)
   forward = make()
   rows = [forward.row(r) for r in range(60)]
   backward = make()
@@ -88,9 +84,7 @@ def test_a_row_is_the_same_whatever_was_asked_before():
 
 def test_rows_come_in_an_order_of_the_seed():
   order = [
-    packing.Plan(
-      _sizes_of(3, bad=0), max_len=16, max_pictures=9, window=50, seed=seed
-    )
+    packing.Plan(_sizes_of(3, bad=0), limits=(16, 9), window=50, seed=seed)
     for seed in (1, 2)
   ]
   count = len(packing.first_fit(_sizes_of(3, bad=0)(0, 50), 16, 9))
@@ -100,8 +94,8 @@ def test_rows_come_in_an_order_of_the_seed():
 
 
 def test_threads_see_one_plan():
-  plan = packing.Plan(_sizes_of(5), max_len=16, max_pictures=4, window=16)
-  again = packing.Plan(_sizes_of(5), max_len=16, max_pictures=4, window=16)
+  plan = packing.Plan(_sizes_of(5), limits=(16, 4), window=16)
+  again = packing.Plan(_sizes_of(5), limits=(16, 4), window=16)
   rows = {}
 
   def read(part):
@@ -119,11 +113,10 @@ def test_threads_see_one_plan():
 def test_a_stream_without_one_usable_document_is_an_error():
   plan = packing.Plan(
     lambda start, stop: np.full((stop - start, 2), -1),
-    max_len=16,
-    max_pictures=4,
+    limits=(16, 4),
     window=8,
   )
-  with pytest.raises(errors.DataError, match="max_len=16"):
+  with pytest.raises(errors.DataError, match="longer than 16 positions"):
     plan.row(0)
 
 
@@ -139,7 +132,7 @@ def _counted(seed):
 
 def test_a_remembered_plan_packs_only_the_window_it_needs(tmp_path):
   memo = tmp_path / "plans" / "a.npy"
-  settings = dict(max_len=16, max_pictures=4, window=16, memo=memo)
+  settings = dict(limits=(16, 4), window=16, memo=memo)
   expected = packing.Plan(_sizes_of(5), **settings).row(150)
   sizes, asked = _counted(5)
   assert packing.Plan(sizes, **settings).row(150) == expected
@@ -148,7 +141,7 @@ def test_a_remembered_plan_packs_only_the_window_it_needs(tmp_path):
 
 def test_a_memo_of_other_data_is_found_out_and_not_used(tmp_path):
   memo = tmp_path / "plans" / "a.npy"
-  settings = dict(max_len=16, max_pictures=4, window=16)
+  settings = dict(limits=(16, 4), window=16)
   packing.Plan(_sizes_of(5), memo=memo, **settings).row(150)
   expected = packing.Plan(_sizes_of(6), **settings).row(150)
   assert packing.Plan(_sizes_of(6), memo=memo, **settings).row(150) == expected
@@ -157,7 +150,7 @@ def test_a_memo_of_other_data_is_found_out_and_not_used(tmp_path):
 def test_a_damaged_memo_is_ignored(tmp_path):
   memo = tmp_path / "a.npy"
   memo.write_bytes(b"no array")
-  settings = dict(max_len=16, max_pictures=4, window=16)
+  settings = dict(limits=(16, 4), window=16)
   expected = packing.Plan(_sizes_of(5), **settings).row(9)
   assert packing.Plan(_sizes_of(5), memo=memo, **settings).row(9) == expected
 

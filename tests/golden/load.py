@@ -8,8 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax.models import decoder, merger, quantizer, selector, tokenizer
-from lavit_jax.models import vision
+from lavit_jax.models import (
+  decoder,
+  merger,
+  quantizer,
+  selector,
+  tokenizer,
+  vision,
+)
 from lavit_jax.port import names
 
 ROOT = pathlib.Path(__file__).parent

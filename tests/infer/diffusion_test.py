@@ -119,6 +119,19 @@ def test_noise_and_picture_are_recovered_from_a_perfect_output(prediction):
   np.testing.assert_allclose(ours, x, atol=1e-4)
 
 
+@pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+def test_eps_error_is_that_of_the_predicted_noise(prediction):
+  schedule = diffusion.Schedule(kind="cosine", prediction=prediction)
+  x, eps, output = jax.random.normal(jax.random.key(0), (3, 4, 5, 5, 3))
+  t = jnp.array([10, 300, 500, 800])
+  a = jnp.asarray(diffusion.alphas_cumprod(schedule))[t]
+  z = diffusion.add_noise(schedule, x, eps, t)
+  guess = diffusion.to_eps(schedule, output, z, a)
+  wanted = jnp.square(guess - eps).mean((1, 2, 3))
+  ours = diffusion.eps_error(schedule, output, x, eps, a)
+  np.testing.assert_allclose(ours, wanted, rtol=1e-4)
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_sampling_equals_a_plain_loop(eta):
   seeds = jnp.array([5, 6, 7])

@@ -91,9 +91,10 @@ def test_policy_of_zeros_and_ones_is_a_mask():
 
 def test_policy_without_any_key_is_the_mean_and_has_finite_gradient():
   query, key, value = qkv()
-  attend = lambda policy, query: layers.attention(
-    query, key, value, policy=policy
-  )
+
+  def attend(policy, query):
+    return layers.attention(query, key, value, policy=policy)
+
   zeros = jnp.zeros((2, 1, 1, 5))
   mean = jnp.broadcast_to(value.mean(1, keepdims=True), value.shape)
   np.testing.assert_allclose(attend(zeros, query), mean, rtol=1e-5, atol=1e-6)
@@ -123,7 +124,7 @@ def test_attention_refuses_what_it_cannot_do(kwargs):
     name: jnp.full((1, 1, 1, 1), x) if not isinstance(x, str) else x
     for name, x in kwargs.items()
   }
-  with pytest.raises(ValueError, match="implementation|policy"):
+  with pytest.raises(ValueError, match=r"implementation|policy"):
     layers.attention(*qkv(), **kwargs)
 
 
@@ -142,9 +143,12 @@ def test_rotary_turns_the_pairs_i_and_i_plus_half():
 
 def test_rotary_products_depend_on_distance_alone():
   a, b = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-  at = lambda x, place: layers.rotary(x, jnp.array([[place]]))
-  near = (at(a, 2) * at(b, 5)).sum()
-  far = (at(a, 902) * at(b, 905)).sum()
+
+  def product(i, j):
+    x, y = (layers.rotary(x, jnp.array([[p]])) for x, p in ((a, i), (b, j)))
+    return (x * y).sum()
+
+  near, far = product(2, 5), product(902, 905)
   np.testing.assert_allclose(near, far, rtol=1e-4)
 
 

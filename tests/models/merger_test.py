@@ -69,7 +69,10 @@ def test_compact_equals_all_positions_with_eps_zero(name):
 def test_padding_of_the_capacity_changes_no_token():
   model, variables, features = build()
   keep = jnp.array([[0, 1, 0, 1, 0, 0], [1, 1, 1, 0, 0, 0]], bool)
-  apply = lambda k: model.apply(variables, features, keep, k, method="compact")
+
+  def apply(k):
+    return model.apply(variables, features, keep, k, method="compact")
+
   short, long = apply(3)[0], apply(6)[0]
   np.testing.assert_allclose(long[:, :3], short, atol=1e-6)
   assert float(jnp.abs(long[:, 3:]).max()) == 0.0
@@ -130,7 +133,7 @@ def test_gradient_reaches_the_mask_of_dropped_patches():
   mask = jnp.array([[1.0, 0, 1, 0, 0, 1], [0, 1, 0, 0, 1, 0]])
 
   def loss(mask):
-    out = model.apply(variables, features, mask)
+    out = model.apply(variables, features, mask, form="soft")
     kept = jax.lax.stop_gradient(mask)[..., None]
     return (out * kept * jnp.arange(16.0)).sum()
 
@@ -146,7 +149,8 @@ def test_no_gradient_is_nan_with_none_or_all_kept(kept):
   mask = jnp.full((2, 6), kept)
 
   def soft(variables, mask):
-    return jnp.square(model.apply(variables, features, mask) - 1).sum()
+    out = model.apply(variables, features, mask, form="soft")
+    return jnp.square(out - 1.0).sum()
 
   def compact(variables):
     out, _, _ = model.apply(variables, features, mask > 0, 4, method="compact")

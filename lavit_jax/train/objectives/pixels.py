@@ -211,8 +211,7 @@ def eps_loss(decoder, schedule, params, x, x_rec, valid, rng, phase):
   z = diffusion.add_noise(schedule, x, eps, t)
   output = decoder.apply({"params": params}, z, t, x_rec, drop=drop)
   a = jnp.asarray(diffusion.alphas_cumprod(schedule))[t]
-  guess = diffusion.to_eps(schedule, output, z, a)
-  error = jnp.square(guess - eps).mean((1, 2, 3))
+  error = diffusion.eps_error(schedule, output, x, eps, a)
   weights = loss_weights(phase["weighting"], a, phase["min_snr"])
   noisy = valid * (t >= schedule.num_steps // 2)
   metrics = {

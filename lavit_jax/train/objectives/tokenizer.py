@@ -194,16 +194,19 @@ class TokenizerObjective(base.Objective):
     return loss, (state, metrics)
 
   def _recon_loss(self, phase, state, features, x_rec, valid):
-    """Mean over patches of 1 - cos, raw and round each position's mean.
+    """1 - cos over patches (paper), and the detail term, weighted.
 
-    The centred term is what keeps detail: on raw features a constant scores
-    high, and the loss is soon flat in what pictures differ by.
+    The detail term is the squared error relative to the features' variance
+    round each position's mean. On raw features a constant scores a high
+    cosine, and every patch counts alike; here patches count by how far they
+    are from what is usual at their place, which is where objects are.
     """
     mean = state["feature_mean"]
-    raw = 1.0 - losses.cosine(features, x_rec)  # [B, N]
-    centred = 1.0 - losses.cosine(features - mean, x_rec - mean)
-    share = phase.get("centred_share", 0.5)
-    each = ((1.0 - share) * raw + share * centred).mean(1)
+    cosine = 1.0 - losses.cosine(features, x_rec)  # [B, N]
+    error = jnp.square(features - x_rec).mean(-1)
+    usual = jnp.square(features - mean).mean()
+    detail = error / jax.lax.stop_gradient(usual)
+    each = (cosine + phase["detail_weight"] * detail).mean(1)
     return (each * valid).sum() / jnp.maximum(valid.sum(), 1.0)
 
   def _selection_loss(self, phase, mask, log_probs, valid):

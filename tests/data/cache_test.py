@@ -1,0 +1,243 @@
+import dataclasses
+import errno
+import json
+import os
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from lavit_jax import errors
+from lavit_jax.data import cache
+
+_META = cache.Meta(
+  source="data",
+  tokenizer="weights",
+  num_images=10,
+  num_patches=9,
+  num_codes=100,
+  shard_size=4,
+)
+
+
+def _record(i, bad=(3,)):
+  if i in bad:
+    return i, None, None
+  rng = np.random.default_rng(i)
+  keep = rng.random(9) < 0.5
+  keep[i % 9] = True
+  return i, keep, rng.integers(0, 100, keep.sum())
+
+
+def _records(start, stop=10):
+  return (_record(i) for i in range(start, stop))
+
+
+def _check(made):
+  assert len(made) == 10
+  for i in range(10):
+    _, keep, codes = _record(i)
+    if keep is None:
+      assert made.counts[i] == cache.BAD
+      assert not made.keep(i).any()
+      assert not len(made.codes(i))
+      continue
+    assert made.counts[i] == len(codes)
+    np.testing.assert_array_equal(made.keep(i), keep)
+    np.testing.assert_array_equal(made.codes(i), codes)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_what_was_written_is_read_back(tmp_path, monkeypatch, in_memory):
+  if not in_memory:
+    monkeypatch.setattr(cache, "_IN_MEMORY", 0)
+  cache.write(tmp_path / "codes", _records, _META)
+  made = cache.CodeCache.load(
+    tmp_path / "codes", source="data", tokenizer="weights"
+  )
+  _check(made)
+  assert [p.name for p in tmp_path.iterdir()] == ["codes"]
+
+
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
+@hypothesis.given(
+  st.integers(1, 300),
+  st.sampled_from([2, 300, 65536, 65537, 1 << 20]),
+  st.data(),
+)
+def test_a_record_keeps_any_mask_and_any_code(patches, codes, data):
+  meta = dataclasses.replace(_META, num_patches=patches, num_codes=codes)
+  bits = data.draw(st.lists(st.booleans(), min_size=patches, max_size=patches))
+  bits[data.draw(st.integers(0, patches - 1))] = True
+  rng = np.random.default_rng(0)
+  ids = rng.integers(0, codes, sum(bits))
+  ids[0] = codes - 1
+  count, packed = cache._pack((0, np.array(bits), ids), 0, meta)
+  keep, found = cache._unpack(packed, meta)
+  assert count == sum(bits)
+  np.testing.assert_array_equal(keep, bits)
+  np.testing.assert_array_equal(found, ids)
+
+
+def test_an_interrupted_write_goes_on_where_it_stopped(tmp_path):
+  def dies(start):
+    yield from _records(start, 9)
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    cache.write(tmp_path / "codes", dies, _META)
+  assert not (tmp_path / "codes").exists()
+  with pytest.raises(errors.DataError, match=r"not finished.*lavit tokenize"):
+    cache.CodeCache.load(tmp_path / "codes")
+  assert cache.resume_point(tmp_path / "codes", _META) == 8
+  asked = []
+
+  def records(start):
+    asked.append(start)
+    return _records(start)
+
+  _check(cache.write(tmp_path / "codes", records, _META))
+  assert asked == [8]
+
+
+def test_a_finished_cache_is_not_written_again(tmp_path):
+  cache.write(tmp_path / "codes", _records, _META)
+  assert cache.resume_point(tmp_path / "codes", _META) == 10
+
+  def never(_):
+    raise AssertionError("asked for pictures")
+
+  _check(cache.write(tmp_path / "codes", never, _META))
+
+
+@pytest.mark.parametrize("shard", [0, 1, 2])
+def test_a_full_disk_leaves_nothing_that_loads_and_goes_on_later(
+  tmp_path, monkeypatch, shard
+):
+  fsync, calls = os.fsync, []
+
+  def full(descriptor):
+    calls.append(descriptor)
+    if len(calls) == 2 + 2 * shard:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    fsync(descriptor)
+
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(errors.DataError, match=r"No space left.*goes on there"):
+    cache.write(tmp_path / "codes", _records, _META)
+  monkeypatch.setattr(os, "fsync", fsync)
+  assert not (tmp_path / "codes").exists()
+  assert not list((tmp_path / "codes.partial").glob("*.tmp"))
+  _check(cache.write(tmp_path / "codes", _records, _META))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_writer_that_finds_the_disk_full_says_so(tmp_path, monkeypatch):
+  class Full(cache.array_record_module.ArrayRecordWriter):
+    def __init__(self, _, options):
+      super().__init__("/dev/full", options)
+
+  monkeypatch.setattr(cache.array_record_module, "ArrayRecordWriter", Full)
+  with pytest.raises(errors.DataError, match="No space left"):
+    cache.write(tmp_path / "codes", _records, _META)
+  monkeypatch.undo()
+  _check(cache.write(tmp_path / "codes", _records, _META))
+
+
+@pytest.mark.parametrize(
+  ("field", "value"), [("tokenizer", "others"), ("source", "others")]
+)
+def test_codes_of_another_tokenizer_or_data_are_refused(tmp_path, field, value):
+  directory = tmp_path / "codes"
+  cache.write(directory, _records, _META)
+  foreign = dataclasses.replace(_META, **{field: value})
+  said = f"another {field}.*lavit tokenize"
+  with pytest.raises(errors.DataError, match=said):
+    cache.CodeCache.load(directory, **{field: value})
+  with pytest.raises(errors.DataError, match=said):
+    cache.write(directory, _records, foreign)
+  with pytest.raises(errors.DataError, match=said):
+    cache.resume_point(directory, foreign)
+  _check(cache.CodeCache.load(directory))
+
+
+def test_an_unfinished_cache_of_another_tokenizer_is_refused(tmp_path):
+  with pytest.raises(errors.DataError, match="Only 2"):
+    cache.write(tmp_path / "codes", lambda s: _records(s, 6), _META)
+  foreign = dataclasses.replace(_META, tokenizer="others")
+  with pytest.raises(errors.DataError, match="another tokenizer"):
+    cache.write(tmp_path / "codes", _records, foreign)
+
+
+def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
+  (tmp_path / "thesis.txt").write_text("years of work")
+  with pytest.raises(errors.DataError, match="no code cache"):
+    cache.write(tmp_path, _records, _META)
+  assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_missing_cache_points_at_lavit_tokenize(tmp_path):
+  with pytest.raises(errors.DataError, match=r"is none.*lavit tokenize"):
+    cache.CodeCache.load(tmp_path / "codes")
+
+
+_ALL = np.ones(9, bool)
+
+
+@pytest.mark.parametrize(
+  ("record", "said"),
+  [
+    ((1, _ALL, np.zeros(9, int)), "Picture 1 came where 0 was due"),
+    ((0, np.ones(8, bool), np.zeros(8, int)), r"keep \(8,\)"),
+    ((0, _ALL, np.zeros(8, int)), r"codes \(8,\)"),
+    ((0, ~_ALL, np.zeros(0, int)), "at least one"),
+    ((0, _ALL, np.full(9, 100)), "codes from 100 to 100"),
+    ((0, _ALL, np.full(9, -1)), "codes from -1"),
+  ],
+)
+def test_records_that_do_not_fit_are_refused(tmp_path, record, said):
+  meta = dataclasses.replace(_META, num_images=1)
+  with pytest.raises(errors.DataError, match=said):
+    cache.write(tmp_path / "codes", lambda _: [record], meta)
+  assert not (tmp_path / "codes").exists()
+
+
+def _spoil_shard(directory):
+  path = directory / "codes-00001.array_record"
+  path.write_bytes(path.read_bytes()[:100])
+
+
+def _spoil_counts(directory):
+  np.save(directory / "counts.npy", np.zeros(3, np.int32))
+
+
+def _spoil_meta(directory):
+  (directory / "meta.json").write_text("{")
+
+
+def _spoil_format(directory):
+  path = directory / "meta.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+
+
+def _drop_shard(directory):
+  (directory / "codes-00001.array_record").unlink()
+
+
+@pytest.mark.parametrize(
+  "spoil",
+  [_spoil_shard, _spoil_counts, _spoil_meta, _spoil_format, _drop_shard],
+)
+def test_a_damaged_cache_is_named_and_refused(tmp_path, spoil):
+  cache.write(tmp_path / "codes", _records, _META)
+  spoil(tmp_path / "codes")
+  with pytest.raises(errors.DataError, match=r"codes is damaged.*again"):
+    cache.CodeCache.load(tmp_path / "codes")
+
+
+def test_a_picture_out_of_range_is_an_index_error(tmp_path):
+  made = cache.write(tmp_path / "codes", _records, _META)
+  for i in (-1, 10):
+    with pytest.raises(IndexError, match=f"picture {i} of 10"):
+      made.codes(i)
