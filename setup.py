@@ -12,6 +12,7 @@ REQUIRED = [
   "clu>=0.0.12",
   "flax>=0.12.8",
   "grain>=0.2.18",
+  "importlib_resources>=6.0",  # tensorflow-datasets needs it and forgets it
   "jax>=0.10.2",
   "ml-collections>=1.1.0",
   "numpy>=2.4",

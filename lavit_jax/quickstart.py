@@ -65,7 +65,9 @@ def run(
       _once(workdir, stage, lambda s=stage: _run_stage(s, configs, quiet))
   lavit = pipeline.LaVIT.load(model or workdir / "model")
   metrics, exhibits = suite.evaluate(
-    lavit, data=_data_of(workdir, evaluate_only, data), scenes=scenes,
+    lavit,
+    data=_data_of(workdir, evaluate_only, data),
+    scenes=scenes,
     quiet=quiet,
   )
   metrics["seconds"] = _seconds(workdir)

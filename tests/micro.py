@@ -31,9 +31,7 @@ def config(stage, root, **updates):
     parts.selector.width = 16
     parts.merger.update(small | {"mlp_dim": 32})
     parts.quantizer.update(dict(width=16, num_codes=32, code_dim=8))
-    parts.decoder.update(
-      small | {"mlp_dim": 32, "code_dim": 8, "out_dim": 16}
-    )
+    parts.decoder.update(small | {"mlp_dim": 32, "code_dim": 8, "out_dim": 16})
   if stage == "pixels":
     pixels = cfg.model.pixels
     pixels.feature_dim = 16

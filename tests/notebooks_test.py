@@ -15,7 +15,8 @@ _ROOT = pathlib.Path(__file__).parents[1]
 )
 def test_notebook_runs_and_shows_pictures(path):
   notebook = nbformat.read(path, as_version=4)
-  nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+  client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3")
+  client.execute()
   shown = [
     output
     for cell in notebook.cells

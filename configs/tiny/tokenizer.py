@@ -57,7 +57,9 @@ def get_config():
     select=dict(
       steps=300, lr=2e-3, warmup=20, train={"selector": "base"}, **selecting
     ),
-    joint=dict(steps=400, lr=6e-4, warmup=20, train={"all": "base"}, **selecting),
+    joint=dict(
+      steps=400, lr=6e-4, warmup=20, train={"all": "base"}, **selecting
+    ),
     codes=dict(
       steps=700,
       lr=6e-4,

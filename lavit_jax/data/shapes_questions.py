@@ -84,13 +84,13 @@ def _counted_things():
     things.append(("shape", words, lambda o, v=shape: o.shape == v))
   for kind in ("color", "size"):
     for value in _VALUES[kind]:
-      test = lambda o, k=kind, v=value: getattr(o, k) == v  # noqa: E731
+      test = lambda o, k=kind, v=value: getattr(o, k) == v
       things.append((kind, f"{value} shapes are there", test))
   for row in ("top", "bottom"):
-    test = lambda o, v=row: o.place.startswith(v)  # noqa: E731
+    test = lambda o, v=row: o.place.startswith(v)
     things.append(("row", f"shapes are at the {row}", test))
   for column in ("left", "right"):
-    test = lambda o, v=column: o.place.endswith(v)  # noqa: E731
+    test = lambda o, v=column: o.place.endswith(v)
     things.append(("column", f"shapes are on the {column}", test))
   return things
 

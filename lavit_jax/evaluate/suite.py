@@ -97,7 +97,8 @@ def _tokenizer(lavit, source, metrics, exhibits):
   kept = np.array([len(t["codes"]) for t in tokens])
   objects = np.array([len(source.scene(i).objects) for i in range(500)])
   for count in np.unique(objects):
-    metrics[f"tokens_for_{count}_objects"] = float(kept[objects == count].mean())
+    mean = float(kept[objects == count].mean())
+    metrics[f"tokens_for_{count}_objects"] = mean
   exhibits.pictures = list(pictures[:_EXHIBITS])
   exhibits.keeps = [t["keep"] for t in tokens[:_EXHIBITS]]
   exhibits.redrawn = lavit.reconstruct(list(pictures[:_EXHIBITS]))

@@ -124,8 +124,9 @@ class LaVIT:
     tokens = self.tokenize(pictures)
     single = isinstance(tokens, dict)
     rows = [tokens] if single else tokens
-    drawn = self.draw_codes([row["codes"] for row in rows], seed=seed,
-                            steps=steps)
+    drawn = self.draw_codes(
+      [row["codes"] for row in rows], seed=seed, steps=steps
+    )
     return drawn[0] if single else drawn
 
   def draw_codes(

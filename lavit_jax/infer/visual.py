@@ -80,7 +80,7 @@ class VisualTokenizer:
     return self._encode(self._encoder, jnp.asarray(batch))
 
   def log_probs(self, features) -> jax.Array:
-    """log p(keep), log p(drop), float32[B, N, 2]."""
+    """Log-probabilities of keep and drop, float32[B, N, 2]."""
     return self._select(self._variables, features)
 
   def keep_mask(self, features, *, seed=None, budget=None) -> jax.Array:

@@ -9,7 +9,6 @@ alone.
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from lavit_jax.models import layers, llama, vision
@@ -82,4 +81,3 @@ class Contrastive(nn.Module):
       "patches": self.pixel_head(features),
       "scale": jnp.exp(jnp.minimum(self.log_scale, jnp.log(100.0))),
     }
-

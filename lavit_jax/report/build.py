@@ -51,10 +51,18 @@ def _headline(metrics):
   if "vqa_majority" in metrics:
     floors["vqa_accuracy"] = (metrics["vqa_majority"] + 0.1, None)
   names = (
-    "caption_attributes caption_exact vqa_accuracy t2i_attributes"
-    " edit_attributes recon_gain recon_gain_objects codes_used_share"
-    " perplexity kept_share object_lift"
-  ).split()
+    "caption_attributes",
+    "caption_exact",
+    "vqa_accuracy",
+    "t2i_attributes",
+    "edit_attributes",
+    "recon_gain",
+    "recon_gain_objects",
+    "codes_used_share",
+    "perplexity",
+    "kept_share",
+    "object_lift",
+  )
   for name in names:
     if name in metrics:
       low, high = floors.get(name, (None, None))

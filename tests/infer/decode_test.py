@@ -32,7 +32,8 @@ NEW = 6
 @pytest.fixture(scope="module")
 def params():
   tokens = jnp.zeros((1, 2), jnp.int32)
-  params = nn.unbox(MODEL.init(jax.random.key(0), tokens)["params"])
+  params = jax.jit(MODEL.init)(jax.random.key(0), tokens)["params"]
+  params = nn.unbox(params)
   # Without training all continuations look alike: spread the logits.
   return params | {"head": params["head"] * 40}
 

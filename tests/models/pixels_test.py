@@ -96,7 +96,7 @@ def test_the_grid_lays_features_out_in_raster_order(model):
 
 def test_a_drawing_depends_on_its_seed_not_on_its_batch(model):
   decoder, _, variables = model
-  draw = lambda features, seeds: diffusion.draw(  # noqa: E731
+  draw = lambda features, seeds: diffusion.draw(
     decoder, diffusion.PIXELS, variables, features, seeds, steps=3
   )
   together = draw(_FEATURES, jnp.array([7, 8, 7]))

@@ -100,7 +100,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
 ):
   (root,) = micro.branch(micro_runs, tmp_path, 1)
   cfg = micro.config(
-    "pretrain", root, phases__train__lr=1e30, phases__train__steps=30,
+    "pretrain",
+    root,
+    phases__train__lr=1e30,
+    phases__train__steps=30,
     optimizer__clip_norm=1e30,
   )
   with pytest.raises(errors.LavitError, match="at step") as caught:

@@ -19,9 +19,7 @@ def _one_step(objective, phase, batch, sizes, count):
   with sharding.use(mesh):
     init = state_lib.init_fn(objective, 0)
     layout = state_lib.shardings(jax.eval_shape(init), mesh)
-    state = jax.jit(
-      lambda: state_lib.unbox(init()), out_shardings=layout
-    )()
+    state = jax.jit(lambda: state_lib.unbox(init()), out_shardings=layout)()
     frozen = jax.device_put(objective.frozen, sharding.replicated(mesh))
     labels = objective.labels(phase, state.params)
 
@@ -29,19 +27,16 @@ def _one_step(objective, phase, batch, sizes, count):
       def loss_fn(trainable):
         params = optimizer.merge(trainable, state.params)
         rng = state_lib.step_rng(state)
-        return objective.loss(
-          phase, params, frozen, state.extra, batch, rng
-        )
+        return objective.loss(phase, params, frozen, state.extra, batch, rng)
 
       trainable = optimizer.select(state.params, labels)
       return jax.value_and_grad(loss_fn, has_aux=True)(trainable)
 
     on_mesh = sharding.put_batch(batch, mesh)
     out = jax.jit(step)(state, frozen, on_mesh)
-    sharded = [
-      leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params)
-    ]
-    return jax.device_get(out), sharded
+    leaves = jax.tree.leaves(state.params)
+    replicated = [leaf.sharding.is_fully_replicated for leaf in leaves]
+    return jax.device_get(out), replicated
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ class Objective:
   """A stage: what is learned, from which batches, and how it is judged.
 
   Subclasses set `part`, `best_metric`, `best_mode`, `frozen` and implement
-  `init`, `loss`, `held_out_metrics` and `export`. `frozen` is a tree of arrays that
-  the step takes as an argument and never differentiates.
+  `init`, `loss`, `held_out_metrics` and `export`. `frozen` is a tree of
+  arrays that the step takes as an argument and never differentiates.
   """
 
   part: str
@@ -85,7 +85,7 @@ class Objective:
     self.batch_examples = self.config.batch_size
 
   def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
-    """This process's share of every global batch from `start` on."""
+    """The share of this process of every global batch from `start` on."""
     return pipeline.iterate(
       self._train_data,
       start_batch=start,

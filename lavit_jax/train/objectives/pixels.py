@@ -61,6 +61,13 @@ class PixelsObjective(base.Objective):
           f" the data of this run have {value}. Set"
           f" --config.model.pixels.{name}={value}."
         )
+    weighting = self.last_phase["weighting"]
+    if weighting == "picture" and self.schedule.prediction == "epsilon":
+      raise errors.ConfigError(
+        'weighting="picture" divides by the signal-to-noise ratio, which for'
+        ' model.schedule.prediction="epsilon" has no bound (a million at the'
+        ' last cosine step). Use prediction="velocity", or weighting="none".'
+      )
 
   def init(self, rng):
     """Boxed parameters; extra: their exponential mean and its updates."""

@@ -116,9 +116,7 @@ class TokenizerObjective(base.Objective):
       low, high = phase["keep_range"]
       share = jax.random.uniform(share_rng, shape[:1], minval=low, maxval=high)
       return selector.random_mask(rng, shape, share).astype(jnp.float32), None
-    log_probs = self.model.apply(
-      {"params": params}, features, method="select"
-    )
+    log_probs = self.model.apply({"params": params}, features, method="select")
     if kind == "gumbel":
       mask = selector.sample_mask(log_probs, rng, phase["temperature"])
     elif kind == "sampled":

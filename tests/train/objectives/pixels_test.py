@@ -247,3 +247,10 @@ def test_a_decoder_of_another_width_is_refused(stage):
   config.model.pixels.feature_dim = 9
   with pytest.raises(ValueError, match=r"model\.pixels\.feature_dim=8"):
     objective_lib.PixelsObjective(config)
+
+
+def test_a_weighting_without_bound_is_refused(stage):
+  config = _config(stage[0].config.model_dir)
+  config.model.schedule.prediction = "epsilon"
+  with pytest.raises(ValueError, match="velocity"):
+    objective_lib.PixelsObjective(config)
