@@ -28,7 +28,7 @@ def run(
   data: str | None = None,
   evaluate_only: bool = False,
   model: str | None = None,
-  config: str = "tiny",
+  configs=None,
   scenes: int = 500,
   quiet: bool = False,
 ) -> dict:
@@ -41,7 +41,8 @@ def run(
     data: a jsonl file of the user's own pictures instead of the shapes.
     evaluate_only: no training; evaluate `model` (default DIR/model).
     model: a model directory or "tiny"; only with evaluate_only.
-    config: folder of configs/ to take the stages' configs from.
+    configs: function of a stage's name that gives its config; by default
+      the committed ones in configs/tiny.
     scenes: held-out scenes to evaluate on.
     quiet: no progress bars.
 
@@ -59,10 +60,10 @@ def run(
   workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   if not evaluate_only:
-    configs = _configs(workdir, config, minutes, data)
-    _print_budget(configs)
+    stages = _configs(workdir, configs or _committed, minutes, data)
+    _print_budget(stages)
     for stage in STAGES:
-      _once(workdir, stage, lambda s=stage: _run_stage(s, configs, quiet))
+      _once(workdir, stage, lambda s=stage: _run_stage(s, stages, quiet))
   lavit = pipeline.LaVIT.load(model or workdir / "model")
   metrics, exhibits = suite.evaluate(
     lavit,
@@ -88,14 +89,18 @@ def _data_of(workdir, evaluate_only, data):
   return chosen
 
 
-def _configs(workdir, folder, minutes, data):
+def _committed(stage):
+  module = importlib.import_module(f"lavit_jax.configs.tiny.{stage}")
+  return module.get_config()
+
+
+def _configs(workdir, make, minutes, data):
   """The stage configs, pointed at workdir and scaled to the budget."""
   configs = {}
   for stage in STAGES:
     if stage == "codes":
       continue
-    module = importlib.import_module(f"lavit_jax.configs.{folder}.{stage}")
-    config = module.get_config()
+    config = make(stage)
     config.model_dir = str(workdir / "model")
     if data:
       config.data.kind = "jsonl"

@@ -368,7 +368,9 @@ def test_guided_scores_are_the_official_ones(official):
   }
   scalars = {"eos_id": vocab.image_end, "min_new_tokens": 20}
   suppress = vocab.suppress_for_image(official=True)
-  logits, cache = decode.prefill(model, params, prompt, 5)
+  prefill = jax.jit(decode.prefill, static_argnums=(0, 3))
+  advance = jax.jit(decode.advance, static_argnums=0)
+  logits, cache = prefill(model, params, prompt, 5)
   for step in range(5):
     plain = jax.nn.log_softmax(logits[:2])
     scores = decode.guide(plain, logits[2:], 4.0)
@@ -380,4 +382,4 @@ def test_guided_scores_are_the_official_ones(official):
     error = np.abs(ours[kept] - theirs[kept]).max()
     assert error <= 1e-4 * np.abs(theirs[kept]).max()
     ids = np.concatenate([tokens[:, step]] * 2)
-    logits, cache = decode.advance(model, params, jnp.asarray(ids), cache)
+    logits, cache = advance(model, params, jnp.asarray(ids), cache)

@@ -88,7 +88,7 @@ def test_the_grid_lays_features_out_in_raster_order(model):
   _, apply, variables = model
   keep = jnp.zeros(3, bool)
   out = apply(variables, _X, _T, _FEATURES, None, keep)
-  other = apply(variables, _X, _T, _FEATURES.at[:, 1].add(5.0), None, keep)
+  other = apply(variables, _X, _T, _FEATURES.at[:, 1, 0].add(5.0), None, keep)
   change = jnp.abs(out - other).mean((0, 3))  # [8, 8]
   quarters = change.reshape(2, 4, 2, 4).mean((1, 3))
   assert quarters.argmax() == 1

@@ -23,17 +23,15 @@ def official():
   features = tokenizer.encode_images(
     config, load.variables("encoder"), load.pixels(golden["in_pixels"])
   )
-  log_probs = model.apply(variables, features, method="select")
+  apply = jax.jit(model.apply, static_argnames=("method", "capacity"))
+  log_probs = apply(variables, features, method="select")
   keep = selector.mask_from_noise(log_probs, golden["in_gumbel"]) > 0
-  return model, variables, features, keep, golden
+  return apply, variables, features, keep, golden
 
 
 def test_ids_of_recorded_pictures_are_the_official_ones(official):
-  model, variables, features, keep, golden = official
-  encode = jax.jit(
-    lambda f, k: model.apply(variables, f, k, N, method="encode")
-  )
-  _, ids, valid = encode(features, keep)
+  apply, variables, features, keep, golden = official
+  _, ids, valid = apply(variables, features, keep, capacity=N, method="encode")
   np.testing.assert_array_equal(valid.sum(1), golden["out_lengths"])
   ours = np.where(valid, ids + 32002, -1)
   np.testing.assert_array_equal(ours, golden["out_ids"])
@@ -42,16 +40,16 @@ def test_ids_of_recorded_pictures_are_the_official_ones(official):
 
 
 def test_tokens_for_the_llm_are_the_official_ones(official):
-  model, variables, features, keep, golden = official
+  apply, variables, features, keep, golden = official
   weights = load.variables("understanding")
   params = variables["params"] | {
     "merger": weights["merger"],
     "llm_proj": weights["projection"],
   }
-  tokens, valid, _ = model.apply(
-    {"params": params}, features, keep, N, method="merge_compact"
+  tokens, valid, _ = apply(
+    {"params": params}, features, keep, capacity=N, method="merge_compact"
   )
-  embeds = model.apply({"params": params}, tokens, method="tokens_for_llm")
+  embeds = apply({"params": params}, tokens, method="tokens_for_llm")
   embeds = jnp.where(valid[..., None], embeds, 0.0)
   assert load.error(embeds, golden["out_embeds"]) <= 1e-5
   np.testing.assert_array_equal(valid.sum(1), golden["out_embeds_lengths"])
@@ -74,7 +72,8 @@ def test_soft_training_form_equals_the_use_of_the_codes():
   model = tokenizer.DynamicVisualTokenizer(tokenizer.config_from_dict(small()))
   features = jax.random.normal(jax.random.key(0), (2, 4, 8))
   mask = jnp.array([[1.0, 0, 1, 0], [0, 1, 1, 1]])
-  variables = nn.meta.unbox(model.init(jax.random.key(1), features, mask))
+  init = jax.jit(model.init)
+  variables = nn.meta.unbox(init(jax.random.key(1), features, mask))
   merged = model.apply(variables, features, mask, method="merge")
   z = model.apply(variables, merged, method="project")
   np.testing.assert_allclose(jnp.linalg.norm(z, axis=-1), 1.0, rtol=1e-5)
@@ -90,9 +89,8 @@ def test_codes_are_asked_for_by_name():
   config = tokenizer.config_from_dict(small())
   model = tokenizer.DynamicVisualTokenizer(config)
   features = jnp.ones((1, 4, 8))
-  variables = nn.meta.unbox(
-    model.init(jax.random.key(1), features, jnp.ones((1, 4)))
-  )
+  init = jax.jit(model.init)
+  variables = nn.meta.unbox(init(jax.random.key(1), features, jnp.ones((1, 4))))
   assert variables["codebook"]["codes"].shape == (6, 4)
   with pytest.raises(ValueError, match="codebook"):
     model.apply(

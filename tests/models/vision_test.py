@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -21,41 +22,48 @@ CONFIG = vision.ViTConfig(
 )
 
 
-def build(config=CONFIG):
-  model = vision.EvaVit(config)
+def jitted(model):
+  names = ("with_cls", "return_layers", "use_head")
+  return jax.jit(model.apply, static_argnames=names)
+
+
+@functools.cache
+def build():
+  """Apply, variables and pixels float[2, 8, 8, 3] of a small encoder."""
+  model = vision.EvaVit(CONFIG)
   pixels = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
-  variables = nn.meta.unbox(model.init(jax.random.key(0), pixels))
-  return model, variables, pixels
+  variables = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), pixels))
+  return jitted(model), variables, pixels
 
 
 def test_encoder_matches_the_official_one():
   golden = load.arrays("encoder")
-  model = vision.EvaVit(load.model_config().vit)
+  apply = jitted(vision.EvaVit(load.model_config().vit))
   variables = {"params": load.variables("encoder")}
   pixels = load.pixels(golden["in_pixels"])
-  features, outputs = model.apply(
+  features, outputs = apply(
     variables, pixels, with_cls=True, return_layers=True
   )
   assert load.error(features, golden["out_features"]) <= 1e-5
   assert load.error(outputs[0], golden["out_layer_0"]) <= 1e-5
   assert load.error(outputs[1], golden["out_layer_1"]) <= 1e-5
-  head = model.apply(variables, pixels, use_head=True)
+  head = apply(variables, pixels, use_head=True)
   assert load.error(head, golden["out_head"]) <= 1e-5
 
 
 def test_features_are_the_patches_without_cls():
-  model, variables, pixels = build()
-  both = model.apply(variables, pixels, with_cls=True)
+  apply, variables, pixels = build()
+  both = apply(variables, pixels, with_cls=True)
   assert both.shape == (2, 5, 8)
-  np.testing.assert_array_equal(model.apply(variables, pixels), both[:, 1:])
+  np.testing.assert_array_equal(apply(variables, pixels), both[:, 1:])
 
 
 def test_a_hidden_patch_cannot_be_seen():
-  model, variables, pixels = build()
+  apply, variables, pixels = build()
   hidden = jnp.zeros((2, 4), bool).at[:, 3].set(True)
 
   def see(pixels):
-    return model.apply(variables, pixels, patch_mask=hidden).sum()
+    return apply(variables, pixels, patch_mask=hidden).sum()
 
   gradient = jax.grad(see)(pixels)
   assert float(jnp.abs(gradient[:, 4:, 4:]).max()) == 0.0  # patch 3 of 2 x 2
@@ -63,35 +71,34 @@ def test_a_hidden_patch_cannot_be_seen():
 
 
 def test_hiding_patches_needs_a_mask_token():
-  model, variables, pixels = build(
-    dataclasses.replace(CONFIG, mask_token=False)
-  )
+  _, variables, pixels = build()
+  model = vision.EvaVit(dataclasses.replace(CONFIG, mask_token=False))
   with pytest.raises(ValueError, match="mask_token=True"):
     model.apply(variables, pixels, patch_mask=jnp.ones((2, 4), bool))
 
 
 @pytest.mark.parametrize("change", [{"remat": "full"}, {"unroll": 2}])
 def test_remat_and_unroll_change_no_number(change):
-  model, variables, pixels = build()
+  apply, variables, pixels = build()
   other = vision.EvaVit(dataclasses.replace(CONFIG, **change))
 
-  def gradient(model):
+  def gradient(apply):
     def loss(variables):
-      return jnp.square(model.apply(variables, pixels)).mean()
+      return jnp.square(apply(variables, pixels)).mean()
 
     return jax.jit(jax.grad(loss))(variables)
 
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-    gradient(model),
-    gradient(other),
+    gradient(apply),
+    gradient(other.apply),
   )
 
 
 def test_pictures_of_another_size_are_refused():
-  model, variables, _ = build()
+  apply, variables, _ = build()
   with pytest.raises(ValueError, match=r"\(1, 9, 8, 3\).*resize"):
-    model.apply(variables, jnp.zeros((1, 9, 8, 3)))
+    apply(variables, jnp.zeros((1, 9, 8, 3)))
 
 
 @pytest.mark.parametrize(

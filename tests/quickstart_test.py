@@ -1,0 +1,113 @@
+"""The main job end to end at width 16: every stage, evaluation, report."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from lavit_jax import cli, errors, quickstart
+from tests import micro
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("quickstart")
+  with micro.one_device():
+    metrics = quickstart.run(
+      workdir,
+      configs=lambda stage: micro.config(stage, workdir),
+      scenes=10,
+      quiet=True,
+    )
+  return workdir, metrics
+
+
+@pytest.mark.slow
+def test_quickstart_writes_model_metrics_and_report(run):
+  workdir, metrics = run
+  stored = json.loads((workdir / "report" / "metrics.json").read_text())
+  for name in (
+    "caption_attributes",
+    "vqa_accuracy",
+    "vqa_majority",
+    "t2i_attributes",
+    "t2i_attributes_shuffled",
+    "edit_attributes",
+    "recon_gain",
+    "recon_gain_objects",
+    "recon_gain_random",
+    "recon_gain_sampled",
+    "recon_gain_no_codes",
+    "codes_used_share",
+    "perplexity",
+    "kept_share",
+    "object_lift",
+    "never_seen_caption_attributes",
+    "never_seen_t2i_attributes",
+  ):
+    assert np.isfinite(stored[name]), name
+    assert stored[name] == metrics[name]
+  assert set(stored["seconds"]) == set(quickstart.STAGES)
+  assert set(stored["parameters"]) == {"encoder", "tokenizer", "pixels", "llm"}
+  page = (workdir / "report" / "index.html").read_text()
+  assert page.count("data:image/png;base64") >= 20
+  assert "<svg" in page
+
+
+@pytest.mark.slow
+def test_quickstart_again_skips_what_is_done(run, capsys):
+  workdir, metrics = run
+  again = quickstart.run(
+    workdir,
+    configs=lambda stage: micro.config(stage, workdir),
+    scenes=10,
+    quiet=True,
+  )
+  assert "pretrain: done before" in capsys.readouterr().out
+  assert again["caption_attributes"] == metrics["caption_attributes"]
+  assert again["t2i_attributes"] == metrics["t2i_attributes"]
+
+
+@pytest.mark.slow
+def test_every_command_works_on_the_trained_model(run, tmp_path, capsys):
+  workdir, _ = run
+  model = ["--model", str(workdir)]
+  scene = tmp_path / "scene.png"
+  pixels = np.full((60, 80, 3), 90, np.uint8)
+  pixels[10:30, 10:30] = (220, 20, 20)
+  PIL.Image.fromarray(pixels).save(scene)
+  out = str(tmp_path / "out.png")
+  commands = (
+    ["caption", str(scene), "--json"],
+    ["answer", str(scene), "how many?", "--json"],
+    ["tokenize", str(scene), "--json"],
+    ["info", "--json"],
+  )
+  for command in commands:
+    assert cli.main([*command, *model]) == 0, command
+    json.loads(capsys.readouterr().out)
+  overlay = str(tmp_path / "overlay.png")
+  assert cli.main(["tokenize", str(scene), "--overlay", overlay, *model]) == 0
+  assert PIL.Image.open(overlay).size[0] > 48
+  assert cli.main(["generate", "a red circle", "--out", out, *model]) == 0
+  assert PIL.Image.open(out).size == (48, 48)
+  assert cli.main(["reconstruct", str(scene), "--out", out, *model]) == 0
+  assert PIL.Image.open(out).size == (48, 48)
+
+
+@pytest.mark.slow
+def test_bad_pictures_end_the_command_with_a_paragraph(run, tmp_path, capsys):
+  workdir, _ = run
+  bad = tmp_path / "broken.jpg"
+  bad.write_bytes(b"\xff\xd8 this is no picture")
+  status = cli.main(["caption", str(bad), "--model", str(workdir)])
+  said = capsys.readouterr().err
+  assert status == 2
+  assert "broken.jpg" in said
+  assert "Traceback" not in said
+
+
+def test_model_without_evaluate_only_is_refused(tmp_path):
+  with pytest.raises(errors.UsageError, match="evaluate-only"):
+    quickstart.run(tmp_path, model="tiny")
