@@ -8,16 +8,16 @@ from lavit_jax.configs.tiny import common
 
 
 def get_config():
-  """About 3M parameters, rows of 256 tokens."""
+  """About 1.2M parameters, rows of 256 tokens."""
   cfg = common.get_config("pretrain")
   cfg.batch_size = 16
   cfg.model = dict(
     llm=dict(
-      width=192,
-      depth=6,
+      width=128,
+      depth=4,
       num_heads=4,
       num_kv_heads=4,
-      mlp_dim=512,
+      mlp_dim=384,
       max_len=512,
     )
   )
@@ -34,8 +34,8 @@ def get_config():
   cfg.phases = dict(
     train=dict(
       steps=900,
-      lr=2e-3,
-      warmup=100,
+      lr=3e-3,
+      warmup=50,
       train={"llm": "llm", "merger": "visual", "projection": "visual"},
     )
   )

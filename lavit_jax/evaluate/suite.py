@@ -129,7 +129,8 @@ def _captions(lavit, source, scenes, metrics, exhibits):
   objects = [source.scene(i).objects for i in range(scenes)]
   metrics |= shapes_scores.caption_scores(objects, captions)
   exhibits.captions = [
-    (pictures[i], source.captions(i)[0], captions[i]) for i in range(_EXHIBITS)
+    (pictures[i], source.captions(i)[0], captions[i])
+    for i in range(min(_EXHIBITS, scenes))
   ]
 
 
@@ -186,7 +187,7 @@ def _edits(lavit, source, scenes, metrics, exhibits):
     [objects for *_, objects in rows], [np.asarray(d) for d in drawn], "edit"
   )
   exhibits.edits = [
-    (rows[n][0], rows[n][1], drawn[n]) for n in range(_EXHIBITS)
+    (rows[n][0], rows[n][1], drawn[n]) for n in range(min(_EXHIBITS, scenes))
   ]
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.models import unet
+from lavit_jax.models import unet, unet_blocks
 
 _CONFIG = unet.UNetConfig(
   in_channels=5,
@@ -116,7 +116,7 @@ def test_stable_diffusion_has_its_number_of_parameters():
 
 
 def test_timestep_features_begin_with_cosines():
-  ours = unet.timestep_features(jnp.array([0, 5]), 4)
+  ours = unet_blocks.timestep_features(jnp.array([0, 5]), 4)
   rates = np.array([1.0, 0.01])
   wanted = np.concatenate([np.cos(5 * rates), np.sin(5 * rates)])
   np.testing.assert_allclose(ours[1], wanted, atol=1e-6)
@@ -126,7 +126,7 @@ def test_timestep_features_begin_with_cosines():
 def test_downsampling_pads_both_sides():
   """Zeros on both sides as torch does; XLA's SAME would pad the end only."""
   x = jnp.zeros((1, 4, 4, 1)).at[0, 0, 0, 0].set(1.0)
-  down = unet.Downsample(1)
+  down = unet_blocks.Downsample(1)
   kernel = jnp.arange(9.0).reshape(3, 3, 1, 1)
   params = {"conv": {"kernel": kernel, "bias": jnp.zeros(1)}}
   out = down.apply({"params": params}, x)
