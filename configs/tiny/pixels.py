@@ -9,9 +9,9 @@ from lavit_jax.configs.tiny import common
 def get_config():
   """Pixel-space U-Net on 4 x 4 pixel places, cosine schedule.
 
-  The network's output stands for the velocity, from which eps follows; the
-  loss is the paper's, on eps, weighted so that noisy steps count, where the
-  condition alone says what to draw.
+  The network's output stands for the clean picture, from which eps follows;
+  the loss is the paper's, on eps, weighted so that noisy steps count, where
+  the condition alone says what to draw.
   """
   cfg = common.get_config("pixels")
   cfg.batch_size = 32
@@ -42,7 +42,7 @@ def get_config():
       steps_offset=0,
       alpha_to_one=True,
       clip=1.0,
-      prediction="velocity",
+      prediction="sample",
     ),
   )
   cfg.schedule = ("train",)

@@ -18,7 +18,7 @@ from lavit_jax import errors
 
 KINDS = ("linear", "scaled_linear", "cosine")
 SPACINGS = ("leading", "trailing", "linspace")
-PREDICTIONS = ("epsilon", "velocity")
+PREDICTIONS = ("epsilon", "velocity", "sample")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,10 @@ def to_eps(schedule: Schedule, output, z, a):
   With prediction "epsilon" it is the output itself. With "velocity" (Salimans
   & Ho, arXiv 2202.00512) eps = sqrt(a) output + sqrt(1 - a) z: a network that
   gives 0 already copies the noise out of a noisy picture, and the predicted
-  picture stays bounded where nothing is left of it.
+  picture stays bounded where nothing is left of it. With "sample" the output
+  is the picture, and eps = (z - sqrt(a) output) / sqrt(1 - a): a small network
+  on large patches then never has to carry noise through (Li & He, arXiv
+  2511.13720).
 
   Args:
     schedule: says which prediction.
@@ -152,6 +155,8 @@ def to_eps(schedule: Schedule, output, z, a):
   if schedule.prediction == "epsilon":
     return output
   a = _over(jnp.asarray(a), z)
+  if schedule.prediction == "sample":
+    return (z - jnp.sqrt(a) * output) / jnp.sqrt(1 - a)
   return jnp.sqrt(a) * output + jnp.sqrt(1 - a) * z
 
 
@@ -160,6 +165,8 @@ def to_picture(schedule: Schedule, output, z, a):
   a = _over(jnp.asarray(a), z)
   if schedule.prediction == "epsilon":
     return (z - jnp.sqrt(1 - a) * output) / jnp.sqrt(a)
+  if schedule.prediction == "sample":
+    return output
   return jnp.sqrt(a) * z - jnp.sqrt(1 - a) * output
 
 
@@ -167,7 +174,8 @@ def eps_error(schedule: Schedule, output, x, noise, a):
   """Mean squared error of the predicted noise, float32[B].
 
   Equal to that of `to_eps`, without its cancellation: for "velocity" it is
-  a * || output - (sqrt(a) noise - sqrt(1 - a) x) ||^2.
+  a * || output - (sqrt(a) noise - sqrt(1 - a) x) ||^2, for "sample"
+  a / (1 - a) * || output - x ||^2.
 
   Args:
     schedule: says which prediction.
@@ -179,6 +187,8 @@ def eps_error(schedule: Schedule, output, x, noise, a):
   axes = tuple(range(1, x.ndim))
   if schedule.prediction == "epsilon":
     return jnp.square(output - noise).mean(axes)
+  if schedule.prediction == "sample":
+    return a / (1 - a) * jnp.square(output - x).mean(axes)
   wide = _over(a, x)
   velocity = jnp.sqrt(wide) * noise - jnp.sqrt(1 - wide) * x
   return a * jnp.square(output - velocity).mean(axes)
