@@ -30,7 +30,7 @@ def config(stage, root, **updates):
   cfg.log.every = 2
   cfg.eval.every, cfg.eval.batches = 1000, 1
   cfg.checkpoint.every = 2
-  small = dict(width=16, depth=1, num_heads=2)
+  small = dict(width=16, depth=1, num_heads=2, unroll=1)
   if stage == "encoder":
     cfg.model.vit.update(small | {"mlp_dim": 32})
     cfg.model.text.update(small | {"num_kv_heads": 2, "mlp_dim": 32})

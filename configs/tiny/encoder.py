@@ -19,6 +19,7 @@ def get_config():
       num_heads=4,
       mlp_dim=384,
       mask_token=True,
+      unroll=4,  # layers in one piece: faster on CPU, longer to compile
     ),
     text=dict(
       width=96, depth=1, num_heads=4, num_kv_heads=4, mlp_dim=256, max_len=64
@@ -28,14 +29,14 @@ def get_config():
   cfg.schedule = ("train",)
   cfg.phases = dict(
     train=dict(
-      steps=700,
+      steps=600,
       lr=2e-3,
       warmup=50,
       train={"all": "base"},
       mask_share=0.3,
       contrast_weight=1.0,
       pixel_weight=10.0,
-      whitening_weight=0.1,
+      whitening_weight=0.03,
     )
   )
   return cfg

@@ -48,7 +48,7 @@ def get_config():
   cfg.schedule = ("train",)
   cfg.phases = dict(
     train=dict(
-      steps=800,
+      steps=500,
       lr=2e-3,
       warmup=50,
       train={"all": "base"},

@@ -33,7 +33,7 @@ def get_config():
   cfg.schedule = ("train",)
   cfg.phases = dict(
     train=dict(
-      steps=900,
+      steps=700,
       lr=3e-3,
       warmup=50,
       train={"llm": "llm", "merger": "visual", "projection": "visual"},

@@ -18,7 +18,7 @@ def get_config():
   cfg.model = dict(
     tokenizer=dict(
       selector=dict(width=96),
-      merger=dict(width=96, depth=2, num_heads=4, mlp_dim=384),
+      merger=dict(width=96, depth=2, num_heads=4, mlp_dim=384, unroll=2),
       quantizer=dict(width=96, num_codes=512, code_dim=32, decay=0.99),
       decoder=dict(
         width=96,
@@ -28,6 +28,7 @@ def get_config():
         num_patches=36,
         code_dim=32,
         out_dim=96,
+        unroll=2,
       ),
       merger_form="compact",
     )

@@ -35,7 +35,8 @@ class TensorBoardWriter:
     directory.mkdir(parents=True, exist_ok=True)
     stamp = f"{int(time.time()):010d}.{socket.gethostname()}"
     first = not any(directory.glob("events.out.tfevents.*"))
-    name = f"events.out.tfevents.{stamp}.{os.getpid()}.{next(_SERIAL)}"
+    # TensorBoard reads files in the order of their names: numbers are padded.
+    name = f"events.out.tfevents.{stamp}.{os.getpid()}.{next(_SERIAL):06d}"
     self._file = (directory / name).open("xb")
     self._event(0, _bytes(3, b"brain.Event:2"))
     if first or resume_step is not None:
