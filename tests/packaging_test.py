@@ -1,6 +1,7 @@
 """The wheel: everything a user needs is in it, and nothing else."""
 
 import email.parser
+import json
 import os
 import pathlib
 import shutil
@@ -9,6 +10,7 @@ import sys
 import zipfile
 
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parent.parent
@@ -116,3 +118,14 @@ def test_the_installed_package_finds_its_configs(installed, tmp_path):
   stage, path = done.stdout.split()
   assert stage == "encoder"
   assert pathlib.Path(path).is_relative_to(installed)
+
+
+def test_the_installed_package_describes_a_picture(installed, tmp_path):
+  """`lavit caption` with the shipped weights, nothing of the checkout near."""
+  Image.new("RGB", (60, 40), (90, 90, 90)).save(tmp_path / "scene.png")
+  command = ("-m", "lavit_jax", "caption", "scene.png", "--json")
+  done = python(installed, tmp_path, *command)
+  assert done.returncode == 0, done.stderr
+  (row,) = json.loads(done.stdout)
+  assert row["image"] == "scene.png"
+  assert row["caption"]

@@ -25,15 +25,17 @@ _X = jax.random.normal(jax.random.key(1), (2, 4, 6, 5))
 _T = jnp.array([3, 700])
 _CONDITION = jax.random.normal(jax.random.key(2), (2, 7, 6))
 _MASK = jnp.arange(7) < jnp.array([[4], [7]])
+# Quick to compile; these programs are too small for optimizing to pay.
+_QUICK = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture(scope="module")
 def model():
   """(compiled apply, params), once for the tests of this file."""
   net = unet.UNet(_CONFIG)
-  init = jax.jit(net.init)
+  init = jax.jit(net.init, compiler_options=_QUICK)
   variables = nn.meta.unbox(init(jax.random.key(0), _X, _T, _CONDITION))
-  return jax.jit(net.apply), variables
+  return jax.jit(net.apply, compiler_options=_QUICK), variables
 
 
 def _differ(a, b):
@@ -75,7 +77,8 @@ def test_gradient_reaches_every_parameter(model):
   def loss(variables):
     return jnp.square(apply(variables, _X, _T, _CONDITION, _MASK) - _MASK[0, 0])
 
-  grads = jax.grad(lambda v: loss(v).sum())(variables)
+  grad = jax.jit(jax.grad(lambda v: loss(v).sum()), compiler_options=_QUICK)
+  grads = grad(variables)
   still = [
     jax.tree_util.keystr(path)
     for path, g in jax.tree_util.tree_leaves_with_path(grads)

@@ -66,6 +66,8 @@ _DECODER = pixels.PixelDecoderConfig(
     ff_mult=1,
   ),
 )
+# Quick to compile; these programs are too small for optimizing to pay.
+_QUICK = {"xla_backend_optimization_level": 0}
 _PHASE = {
   "steps": 10,
   "lr": 1e-3,
@@ -103,9 +105,11 @@ def _config(model_dir):
 def _save_parts(model_dir):
   model = tokenizer.DynamicVisualTokenizer(_TOKENIZER)
   features = jnp.zeros((1, 4, 8))
-  made = jax.jit(model.init)(jax.random.key(0), features, jnp.ones((1, 4)))
+  made = jax.jit(model.init, compiler_options=_QUICK)(
+    jax.random.key(0), features, jnp.ones((1, 4))
+  )
   variables = nn.meta.unbox(made)
-  vit = jax.jit(vision.EvaVit(_TOKENIZER.vit).init)(
+  vit = jax.jit(vision.EvaVit(_TOKENIZER.vit).init, compiler_options=_QUICK)(
     jax.random.key(1), jnp.zeros((1, 32, 32, 3))
   )
   encoder = nn.meta.unbox(vit)["params"]
@@ -122,7 +126,9 @@ def stage(tmp_path_factory):
   model_dir = tmp_path_factory.mktemp("model")
   _save_parts(model_dir)
   objective = objective_lib.PixelsObjective(_config(model_dir))
-  params, state = jax.jit(objective.init)(jax.random.key(0))
+  params, state = jax.jit(objective.init, compiler_options=_QUICK)(
+    jax.random.key(0)
+  )
   rng = np.random.default_rng(0)
   batch = {
     "image": rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8),
@@ -137,7 +143,9 @@ def _step(objective, phase):
   def loss(params, frozen, state, batch, rng):
     return objective.loss(phase, params, frozen, state, batch, rng)
 
-  return jax.jit(jax.value_and_grad(loss, has_aux=True))
+  return jax.jit(
+    jax.value_and_grad(loss, has_aux=True), compiler_options=_QUICK
+  )
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +226,7 @@ def test_the_exponential_mean_is_what_gets_exported(stage):
 def test_held_out_metrics_do_not_depend_on_the_order_of_training(stage):
   objective, params, state, batch = stage
   state = nn.meta.unbox(state)
-  measure = jax.jit(objective.held_out_metrics)
+  measure = jax.jit(objective.held_out_metrics, compiler_options=_QUICK)
   args = (objective.frozen, state, batch)
   first = measure(nn.meta.unbox(params), *args)
   again = measure(jax.tree.map(jnp.zeros_like, nn.meta.unbox(params)), *args)
