@@ -66,7 +66,7 @@ PIXELS = Schedule(
   spacing="trailing",
   steps_offset=0,
   alpha_to_one=True,
-  prediction="velocity",
+  prediction="sample",
   clip=1.0,
 )
 

@@ -11,7 +11,9 @@ import pytest
 from lavit_jax.infer import diffusion
 
 _GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "ddim_small.npz"
-_SHORT = dataclasses.replace(diffusion.PIXELS, num_steps=40)
+_SHORT = dataclasses.replace(
+  diffusion.PIXELS, num_steps=40, prediction="velocity"
+)
 
 
 def _linear_denoise(z, t, condition):

@@ -66,7 +66,7 @@ class PixelsObjective(base.Objective):
       raise errors.ConfigError(
         'weighting="picture" divides by the signal-to-noise ratio, which for'
         ' model.schedule.prediction="epsilon" has no bound (a million at the'
-        ' last cosine step). Use prediction="velocity", or weighting="none".'
+        ' last cosine step). Use prediction="sample", or weighting="none".'
       )
 
   def init(self, rng):

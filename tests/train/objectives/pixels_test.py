@@ -260,5 +260,5 @@ def test_a_decoder_of_another_width_is_refused(stage):
 def test_a_weighting_without_bound_is_refused(stage):
   config = _config(stage[0].config.model_dir)
   config.model.schedule.prediction = "epsilon"
-  with pytest.raises(ValueError, match="velocity"):
+  with pytest.raises(ValueError, match="sample"):
     objective_lib.PixelsObjective(config)
