@@ -6,6 +6,7 @@ what inference loads: one folder a part (`encoder`, `tokenizer`, `pixels`,
 `llm`), each with its parameters and a `part.json` that describes it.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -25,6 +26,19 @@ PARTS = ("encoder", "tokenizer", "pixels", "llm")
 FORMAT = 1
 _PART_FILE = "part.json"
 _WEIGHTS = "weights"
+
+
+@contextlib.contextmanager
+def _writing(directory):
+  """Names the disk when a write fails: full, over quota, not writable."""
+  try:
+    yield
+  except (OSError, ValueError) as e:  # Orbax reports a full disk as ValueError
+    raise errors.CheckpointError(
+      f"A checkpoint could not be written under {directory}:"
+      f" {str(e).splitlines()[0][:400]} Make room, then give the same command"
+      " again: training goes on from the newest checkpoint that is complete."
+    ) from e
 
 
 class RunCheckpoints:
@@ -61,13 +75,19 @@ class RunCheckpoints:
     return self._manager.latest_step()
 
   def save(self, step: int, state, meta: Mapping[str, Any], metrics=None):
-    """Starts to write `state` (arrays) and `meta` (JSON) at `step`."""
+    """Starts to write `state` (arrays) and `meta` (JSON) at `step`.
+
+    Raises:
+      errors.CheckpointError: this write, or the one before, failed. Complete
+        checkpoints are untouched.
+    """
     if step == self._manager.latest_step():
       return
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
     )
-    self._manager.save(step, args=args, metrics=metrics, force=True)
+    with _writing(self._manager.directory):
+      self._manager.save(step, args=args, metrics=metrics, force=True)
 
   def meta(self, step: int) -> dict[str, Any]:
     """The JSON part of a checkpoint: config, data state, versions."""
@@ -88,11 +108,12 @@ class RunCheckpoints:
 
   def wait(self):
     """Returns once everything saved so far is on disk."""
-    self._manager.wait_until_finished()
+    with _writing(self._manager.directory):
+      self._manager.wait_until_finished()
 
   def close(self):
     """Waits for pending saves and closes."""
-    self._manager.wait_until_finished()
+    self.wait()
     self._manager.close()
 
 
@@ -118,19 +139,21 @@ def save_part(
 
   Raises:
     errors.UsageError: `name` is no part of a model.
+    errors.CheckpointError: the disk is full; what was there before stays.
   """
   if name not in PARTS:
     raise errors.UsageError(f"A model has parts {PARTS}; {name!r} is none.")
   final = pathlib.Path(directory).absolute() / name
   partial = final.with_name(f".{name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
   if dtype is not None:
     params = jax.tree.map(lambda x: _cast(x, dtype), params)
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(partial / _WEIGHTS, params)
   text = json.dumps({"format": FORMAT, "part": name, **meta}, indent=1)
-  (partial / _PART_FILE).write_text(text + "\n")
+  with _writing(final.parent):
+    partial.mkdir(parents=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(partial / _WEIGHTS, params)
+    (partial / _PART_FILE).write_text(text + "\n")
   shutil.rmtree(final, ignore_errors=True)
   partial.rename(final)
   return final

@@ -17,8 +17,15 @@ from lavit_jax.report import build as report_build
 from lavit_jax.train import loop
 
 STAGES = ("encoder", "tokenizer", "codes", "pixels", "pretrain")
-# What the committed steps take on two idle cores; --minutes scales the steps.
-DEFAULT_MINUTES = 30.0
+# Minutes of the committed steps on two idle cores; --minutes scales the steps.
+MINUTES = {
+  "encoder": 5.0,
+  "tokenizer": 9.0,
+  "codes": 1.0,
+  "pixels": 5.0,
+  "pretrain": 7.0,
+  "evaluation": 3.0,
+}
 
 
 def run(
@@ -37,7 +44,7 @@ def run(
   Args:
     workdir: everything goes here; DIR/model is the model.
     minutes: rough budget of the stages; scales every phase's steps by
-      minutes / 30. None keeps the committed steps.
+      minutes / sum(MINUTES). None keeps the committed steps.
     data: a jsonl file of the user's own pictures instead of the shapes.
     evaluate_only: no training; evaluate `model` (default DIR/model).
     model: a model directory or "tiny"; only with evaluate_only.
@@ -61,17 +68,21 @@ def run(
   workdir.mkdir(parents=True, exist_ok=True)
   if not evaluate_only:
     stages = _configs(workdir, configs or _committed, minutes, data)
-    _print_budget(stages)
+    share = 1.0 if minutes is None else minutes / sum(MINUTES.values())
+    _print_budget(stages, share)
     for stage in STAGES:
       _once(workdir, stage, lambda s=stage: _run_stage(s, stages, quiet))
   lavit = pipeline.LaVIT.load(model or workdir / "model")
+  began = time.monotonic()
   metrics, exhibits = suite.evaluate(
     lavit,
     data=_data_of(workdir, evaluate_only, data),
     scenes=scenes,
     quiet=quiet,
   )
-  metrics["seconds"] = _seconds(workdir)
+  seconds = round(time.monotonic() - began, 1)
+  print(f"evaluation: {seconds:.0f} s")
+  metrics["seconds"] = _seconds(workdir) | {"evaluation": seconds}
   folder = report_build.write(workdir, lavit, metrics, exhibits)
   print(f"Report: {folder / 'index.html'}")
   return metrics
@@ -107,7 +118,7 @@ def _configs(workdir, make, minutes, data):
       config.data.path = str(pathlib.Path(data).absolute())
     if minutes is not None:
       steps = sum(config.phases[name].steps for name in config.schedule)
-      scaled = round(steps * minutes / DEFAULT_MINUTES)
+      scaled = round(steps * minutes / sum(MINUTES.values()))
       config.steps = max(scaled, 2 * len(config.schedule))
     if stage == "pretrain":
       config.data.cache_dir = str(workdir / "codes" / "train")
@@ -116,12 +127,17 @@ def _configs(workdir, make, minutes, data):
   return configs
 
 
-def _print_budget(configs):
-  print("Stages and their fixed steps:")
-  for stage, config in configs.items():
-    phases = loop.phases_of(config)
-    text = ", ".join(f"{p.name} {p.stop - p.start}" for p in phases)
-    print(f"  {stage:10s} {text} (batch {config.batch_size})")
+def _print_budget(configs, share):
+  """Steps and minutes a stage; `share` of the committed steps is run."""
+  total = share * sum(MINUTES.values())
+  print(f"Stages, about {total:.0f} minutes on two idle CPU cores:")
+  for stage, minutes in MINUTES.items():
+    text = ""
+    if stage in configs:
+      phases = loop.phases_of(configs[stage])
+      steps = ", ".join(f"{p.name} {p.stop - p.start}" for p in phases)
+      text = f"{steps} steps (batch {configs[stage].batch_size})"
+    print(f"  {stage:10s} {share * minutes:4.1f} min  {text}")
 
 
 def _run_stage(stage, configs, quiet):

@@ -33,7 +33,8 @@ def config(stage, root, **updates):
   small = dict(width=16, depth=1, num_heads=2, unroll=1)
   if stage == "encoder":
     cfg.model.vit.update(small | {"mlp_dim": 32})
-    cfg.model.text.update(small | {"num_kv_heads": 2, "mlp_dim": 32})
+    for text in (cfg.model.text, cfg.model.captioner):
+      text.update(small | {"num_kv_heads": 2, "mlp_dim": 32})
     cfg.model.embed_dim = 8
   if stage == "tokenizer":
     parts = cfg.model.tokenizer

@@ -1,4 +1,4 @@
-"""A small vision encoder from nothing: contrast + masked patches + whitening.
+"""A small vision encoder from nothing: contrast, captions, masked patches.
 
 lavit train --config configs/tiny/encoder.py --workdir runs/tiny/encoder
 """
@@ -9,7 +9,7 @@ from lavit_jax.configs.tiny import common
 def get_config():
   """48 px, 36 patches, width 96."""
   cfg = common.get_config("encoder")
-  cfg.batch_size = 128
+  cfg.batch_size = 96
   cfg.model = dict(
     vit=dict(
       image_size=48,
@@ -19,10 +19,20 @@ def get_config():
       num_heads=4,
       mlp_dim=384,
       mask_token=True,
+      position_std=0.5,
       unroll=4,  # layers in one piece: faster on CPU, longer to compile
     ),
     text=dict(
       width=96, depth=1, num_heads=4, num_kv_heads=4, mlp_dim=256, max_len=64
+    ),
+    captioner=dict(
+      width=96,
+      depth=2,
+      num_heads=4,
+      num_kv_heads=4,
+      mlp_dim=256,
+      max_len=96,
+      unroll=2,
     ),
     embed_dim=64,
   )
@@ -35,6 +45,8 @@ def get_config():
       train={"all": "base"},
       mask_share=0.3,
       contrast_weight=1.0,
+      caption_weight=1.0,
+      caption_every=2,
       pixel_weight=10.0,
       whitening_weight=0.03,
     )

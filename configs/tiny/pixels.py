@@ -14,7 +14,7 @@ def get_config():
   the condition alone says what to draw.
   """
   cfg = common.get_config("pixels")
-  cfg.batch_size = 32
+  cfg.batch_size = 24
   cfg.model = dict(
     pixels=dict(
       image_size=48,
@@ -48,7 +48,7 @@ def get_config():
   cfg.schedule = ("train",)
   cfg.phases = dict(
     train=dict(
-      steps=500,
+      steps=400,
       lr=2e-3,
       warmup=50,
       train={"all": "base"},

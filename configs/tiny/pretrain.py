@@ -8,9 +8,9 @@ from lavit_jax.configs.tiny import common
 
 
 def get_config():
-  """About 1.2M parameters, rows of 256 tokens."""
+  """About 1.2M parameters, rows of 128 tokens."""
   cfg = common.get_config("pretrain")
-  cfg.batch_size = 16
+  cfg.batch_size = 24
   cfg.model = dict(
     llm=dict(
       width=128,
@@ -19,12 +19,13 @@ def get_config():
       num_kv_heads=4,
       mlp_dim=384,
       max_len=512,
+      unroll=4,
     )
   )
   cfg.data.cache_dir = "runs/tiny/codes/train"
   cfg.data.held_out_cache_dir = "runs/tiny/codes/held_out"
-  cfg.data.length = 256  # tokens a row
-  cfg.data.slots = 8  # pictures read a row
+  cfg.data.length = 128  # tokens a row: attention costs little, fill is 98 %
+  cfg.data.slots = 4  # pictures read a row
   cfg.data.window = 512  # documents packed together
   cfg.data.mixture = dict(
     image_text=1.0, text_image=1.0, vqa=1.0, edit=0.7, document=0.2, text=0.3

@@ -13,7 +13,7 @@ from lavit_jax.configs.tiny import common
 def get_config():
   """36 patches, about 12 kept, width 96, 512 codes of 32."""
   cfg = common.get_config("tokenizer")
-  cfg.batch_size = 64
+  cfg.batch_size = 48
   cfg.data.capacity = 20  # tokens a picture in the gathered form
   cfg.model = dict(
     tokenizer=dict(
@@ -42,7 +42,7 @@ def get_config():
     mask="gumbel",
     temperature=0.5,
     rate=0.33,
-    rate_weight=8.0,  # paper: 2, on a loss a fourth of this one
+    rate_weight=30.0,  # paper: 2, on a loss a fourth of this one
     entropy_weight=0.02,
   )
   cfg.schedule = ("random", "select", "joint", "codes")
@@ -56,13 +56,13 @@ def get_config():
       keep_range=(0.15, 0.55),
     ),
     select=dict(
-      steps=300, lr=2e-3, warmup=20, train={"selector": "base"}, **selecting
+      steps=250, lr=2e-3, warmup=20, train={"selector": "base"}, **selecting
     ),
     joint=dict(
-      steps=400, lr=6e-4, warmup=20, train={"all": "base"}, **selecting
+      steps=350, lr=6e-4, warmup=20, train={"all": "base"}, **selecting
     ),
     codes=dict(
-      steps=700,
+      steps=600,
       lr=6e-4,
       warmup=20,
       train=everything_but_selector,

@@ -2,8 +2,9 @@
 
 LaVIT starts from EVA-CLIP, which is pretrained by masked image modelling and
 image-text contrast. No such weights can ship here, so the `encoder` stage
-trains a small ViT on the same two signals; the heads below live in that stage
-alone.
+trains a small ViT on the same two signals, and on captions read off its patch
+features, which makes short trainings see shapes (CapPa, Tschannen et al.,
+2023). The heads below live in that stage alone.
 """
 
 import dataclasses
@@ -16,10 +17,11 @@ from lavit_jax.models import layers, llama, vision
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContrastiveConfig:
-  """The ViT that is kept, and the text tower and heads that are not."""
+  """The ViT that is kept, and the text networks and heads that are not."""
 
   vit: vision.ViTConfig
   text: llama.LlamaConfig
+  captioner: llama.LlamaConfig
   embed_dim: int = 64
 
 
@@ -33,6 +35,13 @@ class Contrastive(nn.Module):
     init = nn.initializers.lecun_normal()
     self.vit = vision.EvaVit(config.vit)
     self.text = llama.Llama(config.text)
+    self.captioner = llama.Llama(config.captioner)
+    self.caption_norm = layers.LayerNorm(1e-6)
+    self.caption_in = nn.Dense(
+      config.captioner.width,
+      kernel_init=nn.with_logical_partitioning(init, ("embed", None)),
+      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+    )
     self.image_norm = layers.LayerNorm(1e-6)
     self.image_head = nn.Dense(
       config.embed_dim,
@@ -55,29 +64,45 @@ class Contrastive(nn.Module):
       (),
     )
 
-  def __call__(self, pixels, tokens, text_mask, patch_mask):
-    """Both embeddings, the features, and the patches' predicted pixels.
+  def __call__(
+    self, pixels, tokens, text_mask, patch_mask, *, caption_every: int = 1
+  ):
+    """Both embeddings, features, predicted pixels, and the caption's logits.
 
     Args:
       pixels: float[B, H, W, 3], CLIP-normalised.
       tokens: int[B, T] caption tokens, right padded.
       text_mask: bool[B, T], True where there is a token.
       patch_mask: bool[B, N], True where the patch is hidden from the ViT.
+      caption_every: read captions off every k-th picture only, for speed.
 
     Returns:
       dict: `image` float[B, E] and `text` float[B, E] of unit norm, `features`
-      float[B, N, D], `patches` float[B, N, P*P*3], `scale` float[].
+      float[B, N, D], `patches` float[B, N, P*P*3], `scale` float[], `caption`
+      float32[ceil(B / caption_every), T, V].
     """
     both = self.vit(pixels, with_cls=True, patch_mask=patch_mask)
     features = both[:, 1:]
-    image = self.image_head(self.image_norm(both[:, 0]))
+    image = self.image_head(self.image_norm(features.mean(1)))
     hidden = self.text(tokens, return_hidden=True)  # [B, T, D]
     last = jnp.maximum(text_mask.sum(-1) - 1, 0)
     text = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return {
+      "caption": self._caption(
+        features[::caption_every], tokens[::caption_every]
+      ),
       "image": layers.l2_normalize(image),
       "text": layers.l2_normalize(self.text_head(text)),
       "features": features,
       "patches": self.pixel_head(features),
       "scale": jnp.exp(jnp.minimum(self.log_scale, jnp.log(100.0))),
     }
+
+  def _caption(self, features, tokens):
+    """Logits of every caption token, given the patches and those before it."""
+    num = features.shape[1]
+    patches = self.caption_in(self.caption_norm(features))
+    words = self.captioner.embed(tokens[:, :-1])
+    x = jnp.concatenate([patches, words], axis=1)  # [B, N + T - 1, W]
+    x, _ = self.captioner.hidden(x, None, None, None, None)
+    return self.captioner.logits(x[:, num - 1 :])

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lavit_jax.models import dots
+from lavit_jax.models import activations, dots
 
 # What backward recomputes of a layer, by name (`remat` in every config).
 REMAT = {
@@ -307,7 +307,7 @@ class Mlp(nn.Module):
     """Maps float[B, L, D] to float[B, L, D]."""
     up, down = ("embed", "mlp"), ("mlp", "embed")
     h = dense(self.hidden_dim, up, dtype=self.dtype, name="fc1")(x)
-    h = nn.gelu(h, approximate=False)  # [B, L, F]
+    h = activations.gelu(h)  # [B, L, F]
     h = nn.with_logical_constraint(h, ("act_batch", "act_len", "act_mlp"))
     return dense(x.shape[-1], down, dtype=self.dtype, name="fc2")(h)
 
@@ -323,7 +323,7 @@ class GatedMlp(nn.Module):
     """Maps float[B, L, D] to float[B, L, D]."""
     linear = functools.partial(dense, use_bias=False, dtype=self.dtype)
     up, down = ("embed", "mlp"), ("mlp", "embed")
-    gate = nn.silu(linear(self.hidden_dim, up, name="gate")(x))
+    gate = activations.silu(linear(self.hidden_dim, up, name="gate")(x))
     h = gate * linear(self.hidden_dim, up, name="up")(x)  # [B, L, F]
     h = nn.with_logical_constraint(h, ("act_batch", "act_len", "act_mlp"))
     return linear(x.shape[-1], down, name="down")(h)

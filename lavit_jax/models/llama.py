@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lavit_jax import errors
-from lavit_jax.models import dots, layers
+from lavit_jax.models import activations, dots, layers
 
 _NO_CLASS = -1e9  # the logit of the padding rows of the head
 _VOCAB_MULTIPLE = 128
@@ -203,7 +203,7 @@ class Mlp(nn.Module):
     """Maps float[B, L, D] to float[B, L, D]."""
     c = self.config
     up, down = ("embed", "mlp"), ("mlp", "embed")
-    gate = nn.silu(_dense(c.mlp_dim, up, c.dtype, name="gate")(x))
+    gate = activations.silu(_dense(c.mlp_dim, up, c.dtype, name="gate")(x))
     h = gate * _dense(c.mlp_dim, up, c.dtype, name="up")(x)  # [B, L, F]
     h = nn.with_logical_constraint(h, ("act_batch", "act_len", "act_mlp"))
     return _dense(c.width, down, c.dtype, name="down")(h)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lavit_jax import errors
-from lavit_jax.models import layers, unet
+from lavit_jax.models import activations, layers, unet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,6 +167,6 @@ class PixelDecoder(nn.Module):
       name="grid_proj",
       dtype=dtype,
     )
-    grid = project(nn.gelu(hidden(tokens), approximate=False))
+    grid = project(activations.gelu(hidden(tokens)))
     grid = grid.reshape(-1, side, side, times**2 * config.grid_channels)
     return depth_to_space(grid, times)

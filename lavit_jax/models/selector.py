@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lavit_jax import errors
-from lavit_jax.models import layers
+from lavit_jax.models import activations, layers
 
 KEEP = 0
 
@@ -53,7 +53,7 @@ class TokenSelector(nn.Module):
     c = self.config
     linear = functools.partial(layers.dense, dtype=c.dtype)
     x = layers.LayerNorm(1e-5, c.dtype, name="norm")(features)
-    x = nn.gelu(linear(c.width, ("embed", "mlp"), name="in_proj")(x), False)
+    x = activations.gelu(linear(c.width, ("embed", "mlp"), name="in_proj")(x))
     local, globe = jnp.split(x, 2, axis=-1)  # [B, N, D/2] each
     if policy is None:
       globe = globe.mean(1, keepdims=True)
@@ -62,8 +62,8 @@ class TokenSelector(nn.Module):
       globe = (globe * weights).sum(1, keepdims=True)
       globe = globe / jnp.maximum(weights.sum(1, keepdims=True), 1e-6)
     x = jnp.concatenate([local, jnp.broadcast_to(globe, local.shape)], -1)
-    x = nn.gelu(linear(c.width // 2, ("embed", "mlp"), name="fc1")(x), False)
-    x = nn.gelu(linear(c.width // 4, ("mlp", None), name="fc2")(x), False)
+    x = activations.gelu(linear(c.width // 2, ("embed", "mlp"), name="fc1")(x))
+    x = activations.gelu(linear(c.width // 4, ("mlp", None), name="fc2")(x))
     logits = linear(2, (None, "classes"), name="fc3")(x)
     return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
 

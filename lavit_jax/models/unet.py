@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lavit_jax import errors
-from lavit_jax.models import unet_blocks
+from lavit_jax.models import activations, unet_blocks
 
 _TINY_INIT = nn.initializers.variance_scaling(1e-4, "fan_in", "normal")
 
@@ -198,7 +198,9 @@ class UNet(nn.Module):
       block = Block(config, level, depth, sampler, name=f"up_blocks_{i}")
       x, _ = block(x, time, condition, condition_mask, skips[-depth:])
       del skips[-depth:]
-    x = nn.silu(unet_blocks.group_norm(config.groups, 1e-5, "conv_norm_out")(x))
+    x = activations.silu(
+      unet_blocks.group_norm(config.groups, 1e-5, "conv_norm_out")(x)
+    )
     out = unet_blocks.conv(
       config.out_channels, "conv_out", dtype=dtype, init=_TINY_INIT
     )

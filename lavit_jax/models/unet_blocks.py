@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lavit_jax.models import layers
+from lavit_jax.models import activations, layers
 
 
 class Conv(nn.Conv):
@@ -75,7 +75,7 @@ class TimestepEmbedding(nn.Module):
     )
     axes = ("mlp", "embed")
     return layers.dense(self.width, axes, name="linear_2", dtype=self.dtype)(
-      nn.silu(h)
+      activations.silu(h)
     )
 
 
@@ -89,14 +89,14 @@ class ResnetBlock(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
     """Maps float[B, h, w, C] and float[B, T] to float[B, h, w, channels]."""
-    h = nn.silu(group_norm(self.groups, 1e-5, "norm1")(x))
+    h = activations.silu(group_norm(self.groups, 1e-5, "norm1")(x))
     h = conv(self.channels, "conv1", dtype=self.dtype)(h)
     axes = ("time", "conv_out")
     shift = layers.dense(
       self.channels, axes, name="time_emb_proj", dtype=self.dtype
     )
-    h = h + shift(nn.silu(time))[:, None, None]
-    h = nn.silu(group_norm(self.groups, 1e-5, "norm2")(h))
+    h = h + shift(activations.silu(time))[:, None, None]
+    h = activations.silu(group_norm(self.groups, 1e-5, "norm2")(h))
     h = conv(self.channels, "conv2", dtype=self.dtype)(h)
     if x.shape[-1] != self.channels:
       axes = ("conv_in", "conv_out")
@@ -151,7 +151,7 @@ class FeedForward(nn.Module):
     axes = ("embed", "mlp")
     h = layers.dense(2 * hidden, axes, name="net_0_proj", dtype=self.dtype)(x)
     h, gate = jnp.split(h, 2, axis=-1)  # [B, L, F] each
-    h = h * nn.gelu(gate, approximate=False)
+    h = h * activations.gelu(gate)
     return layers.dense(
       width, ("mlp", "embed"), name="net_2", dtype=self.dtype
     )(h)

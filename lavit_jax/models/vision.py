@@ -27,6 +27,9 @@ class ViTConfig:
     head_dim_out: width of EVA's `head`, which LaVIT does not use; 0: none,
       and no final norm either.
     mask_token: whether there is a learned embedding for hidden patches.
+    position_std: scale at which the position embedding starts. A ViT trained
+      from nothing for a short time keeps its features' place only if it
+      starts strong, and merger and decoder know places from features alone.
     dtype: of the computation; parameters and norms are float32.
     remat: name of a policy in `layers.REMAT`.
     unroll: layers a scan step; more is faster to run, slower to compile.
@@ -40,6 +43,7 @@ class ViTConfig:
   mlp_dim: int
   head_dim_out: int = 0
   mask_token: bool = False
+  position_std: float = 0.02
   dtype: str = "float32"
   remat: str = "none"
   unroll: int = 1
@@ -173,7 +177,9 @@ class EvaVit(nn.Module):
     cls = self.param("cls_token", token, (1, 1, c.width)).astype(x.dtype)
     cls = jnp.broadcast_to(cls, (x.shape[0], 1, c.width))
     x = jnp.concatenate([cls, x], axis=1)
-    places = boxed(small, (None, "position", "embed"))
+    places = boxed(
+      nn.initializers.normal(c.position_std), (None, "position", "embed")
+    )
     shape = (1, 1 + c.num_patches, c.width)
     return x + self.param("pos_embed", places, shape).astype(x.dtype)
 

@@ -159,11 +159,11 @@ class _Run:
     self.evaluated: dict[str, float] = {}
 
   def close(self):
-    self.checkpoints.close()
     if self.writer:
       self.writer.close()
     if self.hashes:
       self.hashes.close()
+    self.checkpoints.close()  # last: it may report a write that failed
 
   def train(self, stop_at):
     last = self.phases[-1].stop

@@ -102,7 +102,7 @@ def test_a_workdir_of_another_config_is_refused(micro_runs, tmp_path):
   (root,) = micro.branch(micro_runs, tmp_path, 1)
   loop.train(micro.config("pretrain", root), root / "run", quiet=True)
   other = micro.config("pretrain", root, phases__train__lr=0.5)
-  with pytest.raises(errors.ConfigError, match=r"phases.train.lr \(0.002"):
+  with pytest.raises(errors.ConfigError, match=r"phases.train.lr \(0.003"):
     loop.train(other, root / "run", quiet=True)
 
 

@@ -1,7 +1,8 @@
-"""Stage `encoder`: image-text contrast plus masked-patch reconstruction.
+"""Stage `encoder`: image-text contrast, captions and masked patches.
 
 Exists because no pretrained encoder can ship with the project: EVA-CLIP's two
-training signals, at small size. A whitening term keeps the feature directions
+training signals, at small size, and captions read off the patches (see
+models/contrastive.py). A whitening term keeps the feature directions
 comparable in variance; without it position and layout own the cosine that the
 tokenizer is trained on, and colour and shape are lost in it.
 """
@@ -27,11 +28,11 @@ class EncoderObjective(base.Objective):
   def __init__(self, config):
     super().__init__(config)
     tokenizer = self.text_tokenizer()
+    words = {"vocab_size": tokenizer.size}
     self.model_config = contrastive.ContrastiveConfig(
       vit=vision.ViTConfig(**config.model.vit),
-      text=llama.LlamaConfig(
-        **config.model.text.to_dict() | {"vocab_size": tokenizer.size}
-      ),
+      text=llama.LlamaConfig(**config.model.text.to_dict() | words),
+      captioner=llama.LlamaConfig(**config.model.captioner.to_dict() | words),
       embed_dim=config.model.embed_dim,
     )
     self.model = contrastive.Contrastive(self.model_config)
@@ -52,14 +53,19 @@ class EncoderObjective(base.Objective):
     return variables["params"], {}
 
   def loss(self, phase, params, frozen, state, batch, rng):
-    """Contrast + pixels of every patch, hidden ones included + whitening."""
+    """Contrast + captions + pixels of every patch, hidden too + whitening."""
     del frozen
     vit = self.model_config.vit
     pixels = images.normalize(batch["image"])
     shape = (pixels.shape[0], vit.num_patches)
     hidden = jax.random.uniform(rng, shape) < phase["mask_share"]
     out = self.model.apply(
-      {"params": params}, pixels, batch["text"], batch["text_mask"], hidden
+      {"params": params},
+      pixels,
+      batch["text"],
+      batch["text_mask"],
+      hidden,
+      caption_every=phase["caption_every"],
     )
     valid = batch["valid"]
     contrast, accuracy = contrast_loss(out, valid)
@@ -67,12 +73,15 @@ class EncoderObjective(base.Objective):
     error = jnp.square(out["patches"] - target).mean((1, 2))
     pixel = (error * valid).sum() / jnp.maximum(valid.sum(), 1.0)
     white = whitening_loss(out["features"])
+    caption = caption_loss(out["caption"], batch, phase["caption_every"])
     loss = (
       phase["contrast_weight"] * contrast
+      + phase["caption_weight"] * caption
       + phase["pixel_weight"] * pixel
       + phase["whitening_weight"] * white
     )
     metrics = {
+      "caption": caption,
       "contrast": contrast,
       "retrieval": accuracy,
       "pixel_mse": pixel,
@@ -102,6 +111,15 @@ def contrast_loss(out, valid):
   count = jnp.maximum(valid.sum(), 1.0)
   hits = (jnp.argmax(logits, axis=1) == labels) * valid
   return (0.5 * both * valid).sum() / count, hits.sum() / count
+
+
+def caption_loss(logits, batch, every):
+  """Mean nll of the caption tokens of every `every`-th picture."""
+  nll = optax.softmax_cross_entropy_with_integer_labels(
+    logits, batch["text"][::every]
+  )
+  weights = batch["text_mask"][::every] * batch["valid"][::every, None]
+  return (nll * weights).sum() / jnp.maximum(weights.sum(), 1.0)
 
 
 def whitening_loss(features):
