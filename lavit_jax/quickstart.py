@@ -7,6 +7,7 @@ and the one that was running resumes from its checkpoint.
 
 import importlib
 import json
+import math
 import pathlib
 import time
 
@@ -103,6 +104,12 @@ def _data_of(workdir, evaluate_only, data):
 def _committed(stage):
   module = importlib.import_module(f"lavit_jax.configs.tiny.{stage}")
   return module.get_config()
+
+
+def common_batch() -> int:
+  """What divides the batch of every stage."""
+  sizes = [_committed(stage).batch_size for stage in STAGES if stage != "codes"]
+  return math.gcd(*sizes)
 
 
 def _configs(workdir, make, minutes, data):

@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, and the persistent compilation cache."""
 
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = os.environ.get("XLA_FLAGS", "")
@@ -9,6 +10,12 @@ if "host_platform_device_count" not in _FLAGS:
     f"{_FLAGS} --xla_force_host_platform_device_count=8"
     " --xla_cpu_collective_call_terminate_timeout_seconds=300"
   ).strip()
+
+# The same small programs are compiled again and again, in processes of tests
+# too; kept between runs in pytest's own cache folder.
+_CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import pytest  # noqa: E402
 
