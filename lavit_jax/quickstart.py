@@ -20,12 +20,12 @@ from lavit_jax.train import loop
 STAGES = ("encoder", "tokenizer", "codes", "pixels", "pretrain")
 # Minutes of the committed steps on two idle cores; --minutes scales the steps.
 MINUTES = {
-  "encoder": 5.0,
-  "tokenizer": 9.0,
-  "codes": 1.0,
-  "pixels": 5.0,
-  "pretrain": 7.0,
-  "evaluation": 3.0,
+  "encoder": 5.9,
+  "tokenizer": 8.1,
+  "codes": 1.1,
+  "pixels": 6.4,
+  "pretrain": 7.6,
+  "evaluation": 3.4,
 }
 
 
