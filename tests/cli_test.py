@@ -26,6 +26,8 @@ import ml_collections
 def get_config():
   cfg = ml_collections.ConfigDict()
   cfg.steps = 3
+  cfg.batch_size = 8
+  cfg.mesh = dict(data=-1)
   cfg.model = dict(width=16)
   return cfg
 """
@@ -277,7 +279,9 @@ def test_quickstart_hands_on_its_options(model, capsys, monkeypatch, tmp_path):
     calls.append((workdir, options))
     return {"caption_exact": 0.5}
 
-  stand_in(monkeypatch, lavit_jax, "quickstart", run=start)
+  stand_in(
+    monkeypatch, lavit_jax, "quickstart", run=start, common_batch=lambda: 8
+  )
   argv = shlex.split("quickstart --workdir d --minutes 2 --data my.jsonl")
   assert run(capsys, *argv) == (0, "", "")
   assert calls[0] == (
@@ -372,7 +376,11 @@ def test_a_value_error_that_our_code_raises_is_told(model, capsys, monkeypatch):
 
 def test_control_c_says_how_to_go_on(model, capsys, monkeypatch):
   stand_in(
-    monkeypatch, lavit_jax, "quickstart", run=raising(KeyboardInterrupt())
+    monkeypatch,
+    lavit_jax,
+    "quickstart",
+    run=raising(KeyboardInterrupt()),
+    common_batch=lambda: 8,
   )
   argv = ("quickstart", "--workdir", "my dir")
   status, _, err = run(capsys, *argv)
