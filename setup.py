@@ -30,11 +30,13 @@ EXTRAS = {
   "eval": ["scipy>=1.17"],
   "app": ["gradio>=6.0"],
   "test": [
+    "filelock>=3.20",
     "hypothesis>=6.170",
     "ipykernel>=7.4",
     "nbclient>=0.11",
     "nbformat>=5.11",
     "pytest>=9.2",
+    "pytest-xdist>=3.8",
     "ruff>=0.17.6,<0.18",  # another minor version formats otherwise
     "safetensors>=0.8",
     "setuptools>=77",  # builds the wheel in tests without a download

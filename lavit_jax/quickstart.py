@@ -66,13 +66,8 @@ def run(
       " leave --model out to train one."
     )
   workdir = pathlib.Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
   if not evaluate_only:
-    stages = _configs(workdir, configs or _committed, minutes, data)
-    share = 1.0 if minutes is None else minutes / sum(MINUTES.values())
-    _print_budget(stages, share)
-    for stage in STAGES:
-      _once(workdir, stage, lambda s=stage: _run_stage(s, stages, quiet))
+    train(workdir, minutes=minutes, data=data, configs=configs, quiet=quiet)
   lavit = pipeline.LaVIT.load(model or workdir / "model")
   began = time.monotonic()
   metrics, exhibits = suite.evaluate(
@@ -87,6 +82,24 @@ def run(
   folder = report_build.write(workdir, lavit, metrics, exhibits)
   print(f"Report: {folder / 'index.html'}")
   return metrics
+
+
+def train(
+  workdir,
+  *,
+  minutes: float | None = None,
+  data: str | None = None,
+  configs=None,
+  quiet: bool = False,
+) -> None:
+  """The stages of `run` without evaluation and report; same arguments."""
+  workdir = pathlib.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  stages = _configs(workdir, configs or _committed, minutes, data)
+  share = 1.0 if minutes is None else minutes / sum(MINUTES.values())
+  _print_budget(stages, share)
+  for stage in STAGES:
+    _once(workdir, stage, lambda s=stage: _run_stage(s, stages, quiet))
 
 
 def _data_of(workdir, evaluate_only, data):

@@ -17,15 +17,25 @@ _CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+import filelock  # noqa: E402
 import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def micro_runs(tmp_path_factory):
+def micro_runs(tmp_path_factory, worker_id):
   """A root with every stage trained for a few steps at width 16.
 
   `root / "model"` is a complete model directory, `root / "codes"` its caches.
+  Trained once, by the first process of pytest-xdist that asks for it.
   """
   from tests import micro
 
-  return micro.train_all(tmp_path_factory.mktemp("micro"))
+  shared = tmp_path_factory.getbasetemp()
+  if worker_id != "master":
+    shared = shared.parent  # of all workers
+  root = shared / "micro"
+  with filelock.FileLock(shared / "micro.lock"):
+    if not (shared / "micro.done").exists():
+      micro.train_all(root)
+      (shared / "micro.done").touch()
+  return root

@@ -9,9 +9,7 @@ from unittest import mock
 
 import jax
 
-from lavit_jax import sharding
-from lavit_jax.infer import tokenize_data
-from lavit_jax.train import loop
+from lavit_jax import quickstart, sharding
 
 SCENES = 40
 
@@ -69,11 +67,11 @@ def config(stage, root, **updates):
 
 
 def train_all(root):
-  """Every stage in a row under `root`; returns it."""
-  root = pathlib.Path(root)
+  """Every stage in a row under `root`, as `lavit quickstart` trains them."""
   with one_device():
-    _train_all(root)
-  return root
+    quickstart.train(
+      root, configs=lambda stage: config(stage, root), quiet=True
+    )
 
 
 @contextlib.contextmanager
@@ -82,20 +80,6 @@ def one_device():
   first = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
   with mock.patch.object(sharding, "make_mesh", first):
     yield
-
-
-def _train_all(root):
-  for stage in ("encoder", "tokenizer", "pixels", "pretrain"):
-    cfg = config(stage, root)
-    if stage == "pretrain":
-      for split, out in (
-        ("train", cfg.data.cache_dir),
-        ("held_out", cfg.data.held_out_cache_dir),
-      ):
-        tokenize_data.write_cache(
-          cfg.model_dir, cfg.data.to_dict(), out, split=split, quiet=True
-        )
-    loop.train(cfg, root / stage, quiet=True)
 
 
 def branch(root, tmp_path, count):

@@ -1,6 +1,7 @@
 """The main job end to end at width 16: every stage, evaluation, report."""
 
 import json
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -9,10 +10,15 @@ import pytest
 from lavit_jax import cli, errors, quickstart
 from tests import micro
 
+# One evaluation serves all of them, so one process runs them all.
+pytestmark = pytest.mark.xdist_group("quickstart")
+
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("quickstart")
+def run(micro_runs, tmp_path_factory):
+  """A trained run, gone on with: evaluation and report are what is left."""
+  workdir = tmp_path_factory.mktemp("quickstart") / "run"
+  shutil.copytree(micro_runs, workdir)
   with micro.one_device():
     metrics = quickstart.run(
       workdir,

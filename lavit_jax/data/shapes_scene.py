@@ -44,7 +44,7 @@ NEVER_SEEN_PAIRS = frozenset(
 
 EDITS = ("color", "shape", "size", "place", "remove")
 BACKGROUNDS = ("plain", "gradient", "waves", "checks")
-JITTER = 7  # quarter pixels at 48 px, to each side
+JITTER = 4  # quarter pixels at 48 px, to each side
 _COUNT_SHARES = (0.3, 0.65)  # cumulative: one object, two objects, three
 _COLOR_NAMES = tuple(COLORS)
 
