@@ -76,7 +76,7 @@ def train(root, data):
     config = module.get_config()
     config.model_dir = str(root / "model")
     config.steps = STEPS[stage]
-    config.batch_size = 32 if stage != "pretrain" else 8
+    config.batch_size = 32 if stage != "pretrain" else 16
     config.eval.batches = 1
     config.data.update(
       dict(kind="jsonl", path=str(data), held_out_path=str(data))
