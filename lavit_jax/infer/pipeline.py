@@ -229,8 +229,8 @@ class LaVIT:
     prompts,
     *,
     seed: int = 0,
-    guidance_scale: float = 3.0,
-    temperature: float = 1.0,
+    guidance_scale: float = 1.5,
+    temperature: float = 0.5,
     top_k: int = 50,
     top_p: float = 1.0,
     max_new_tokens: int | None = None,
@@ -242,7 +242,9 @@ class LaVIT:
     Args:
       prompts: list of lists; see `synthesize`.
       seed: picture i is a function of its prompt and seed + i.
-      guidance_scale: of the LLM over visual words; 1 is off.
+      guidance_scale: of the LLM over visual words; 1 is off. The defaults of
+        this and of temperature are what draws best with `tiny`; the official
+        code has 3 and 1.
       temperature: 0 is greedy.
       top_k: keep the likeliest k visual words, 0 all.
       top_p: keep the likeliest words that hold this probability.
@@ -268,8 +270,8 @@ class LaVIT:
     prompts,
     *,
     seed: int = 0,
-    guidance_scale: float = 3.0,
-    temperature: float = 1.0,
+    guidance_scale: float = 1.5,
+    temperature: float = 0.5,
     top_k: int = 50,
     top_p: float = 1.0,
     max_new_tokens: int | None = None,
