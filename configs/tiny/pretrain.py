@@ -22,6 +22,7 @@ def get_config():
       unroll=4,
     )
   )
+  cfg.start_from = ""  # a model directory with an LLM to go on from
   cfg.data.cache_dir = "runs/tiny/codes/train"
   cfg.data.held_out_cache_dir = "runs/tiny/codes/held_out"
   cfg.data.length = 128  # tokens a row: attention costs little, fill is 98 %

@@ -101,6 +101,18 @@ def test_a_finished_run_is_not_trained_again(micro_runs, tmp_path):
   assert np.isfinite(metrics["loss"])
 
 
+def test_a_run_goes_on_from_the_llm_it_is_given(micro_runs, tmp_path):
+  """With a learning rate of 0 it ends with the weights it started from."""
+  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  start = {"start_from": str(micro_runs / "model"), "seed": 7}
+  cfg = micro.config("pretrain", root, phases__train__lr=0.0, **start)
+  loop.train(cfg, root / "run", quiet=True)
+  _assert_same_part(micro_runs, root, "llm")
+  other = micro.config("pretrain", root, model__llm__mlp_dim=48, **start)
+  with pytest.raises(errors.CheckpointError, match=r"32.* there.*48.* here"):
+    loop.train(other, root / "other", quiet=True)
+
+
 def test_a_workdir_of_another_config_is_refused(micro_runs, tmp_path):
   (root,) = micro.branch(micro_runs, tmp_path, 1)
   loop.train(micro.config("pretrain", root), root / "run", quiet=True)

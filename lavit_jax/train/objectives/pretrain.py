@@ -90,17 +90,33 @@ class PretrainObjective(base.Objective):
     return variables["params"], {}
 
   def begin_phase(self, phase, state, frozen, batch_at):
-    """The continuous branch's merger starts as stage 1 left it."""
+    """Starts from the LLM of config.start_from, or stage 1's merger alone."""
     if phase.start:
       return state.params, state.extra
-    ours = jax.tree.structure(state.params["merger"])
-    theirs = jax.tree.structure(self._merger)
-    if ours != theirs:
+    start = {"merger": self._merger}
+    folder = self.config.start_from
+    if folder:
+      start = checkpoints.load_part(folder, self.part).params
+    for name, theirs in start.items():
+      self._check_same(folder or self.config.model_dir, theirs, name, state)
+    return state.params | start, state.extra
+
+  def _check_same(self, folder, theirs, name, state):
+    """Raises CheckpointError unless names and shapes are those of ours."""
+    shapes = lambda tree: {
+      jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    ours, theirs = shapes(state.params[name]), shapes(theirs)
+    wrong = [k for k in ours | theirs if ours.get(k) != theirs.get(k)]
+    if wrong:
+      key = wrong[0]
       raise errors.CheckpointError(
-        f"The tokenizer in {self.config.model_dir} has another merger than"
-        " its description says; train the tokenizer stage again."
+        f"{len(wrong)} arrays of the {name} in {folder} do not fit this"
+        f" config, such as {key}: {theirs.get(key)} there, {ours.get(key)}"
+        " here. Use the config.model that they were trained with (see"
+        " part.json), or train the stage again."
       )
-    return state.params | {"merger": self._merger}, state.extra
 
   def loss(self, phase, params, frozen, state, batch, rng):
     """Weighted mean next-token nll; text and visual targets reported apart."""
