@@ -160,7 +160,13 @@ def save_part(
 
 
 def _cast(x, dtype):
-  return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+  return x.astype(_cast_dtype(x.dtype, dtype))
+
+
+def _cast_dtype(stored, wanted):
+  """`wanted` for floats, unless it is None; what is stored for the rest."""
+  floating = jnp.issubdtype(stored, jnp.floating)
+  return wanted if floating and wanted is not None else stored
 
 
 def load_part(directory, name: str, *, dtype=jnp.float32) -> Part:
@@ -177,8 +183,13 @@ def load_part(directory, name: str, *, dtype=jnp.float32) -> Part:
       stored = checkpointer.metadata(folder / _WEIGHTS)
       tree = getattr(stored, "item_metadata", stored)
       tree = getattr(tree, "tree", tree)
+      # Cast as they are read: a cast of arrays on one device would fail
+      # within the mesh of a training run.
       target = jax.tree.map(
-        lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=host), tree
+        lambda m: jax.ShapeDtypeStruct(
+          m.shape, _cast_dtype(m.dtype, dtype), sharding=host
+        ),
+        tree,
       )
       params = checkpointer.restore(folder / _WEIGHTS, target)
   except (ValueError, KeyError, OSError) as e:
@@ -187,8 +198,6 @@ def load_part(directory, name: str, *, dtype=jnp.float32) -> Part:
       f" {str(e).splitlines()[0][:300]} It is damaged or incomplete; restore"
       f" it from where it came, or train the {name} stage again."
     ) from e
-  if dtype is not None:
-    params = jax.tree.map(lambda x: _cast(x, dtype), params)
   return Part(params, meta)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax import checkpoints, errors
+from lavit_jax import checkpoints, errors, sharding
 
 # Random numbers: what compresses well would fit below the limit.
 _STATE = {
@@ -54,3 +54,16 @@ def test_a_full_disk_leaves_the_part_that_was_there(tmp_path):
   part = checkpoints.load_part(tmp_path, "llm")
   assert part.meta["step"] == 1
   np.testing.assert_array_equal(part.params["w"], _STATE["w"])
+
+
+def test_a_half_precision_part_is_read_within_the_mesh_of_a_run(tmp_path):
+  tree = {"a": jnp.arange(6.0), "n": jnp.arange(3)}
+  checkpoints.save_part(tmp_path, "llm", tree, {}, dtype=jnp.float16)
+  mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
+  with sharding.use(mesh):
+    found = checkpoints.load_part(tmp_path, "llm").params
+    stored = checkpoints.load_part(tmp_path, "llm", dtype=None).params
+  assert found["a"].dtype == jnp.float32
+  assert found["n"].dtype == stored["n"].dtype == tree["n"].dtype
+  assert stored["a"].dtype == jnp.float16
+  np.testing.assert_array_equal(found["a"], tree["a"])

@@ -46,7 +46,6 @@ def get_config():
       mask_share=0.3,
       contrast_weight=1.0,
       caption_weight=1.0,
-      caption_every=1,
       pixel_weight=10.0,
       whitening_weight=0.03,
     )

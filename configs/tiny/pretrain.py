@@ -26,10 +26,10 @@ def get_config():
   cfg.data.cache_dir = "runs/tiny/codes/train"
   cfg.data.held_out_cache_dir = "runs/tiny/codes/held_out"
   cfg.data.length = 128  # tokens a row: attention costs little, fill is 98 %
-  cfg.data.slots = 4  # pictures read a row
+  cfg.data.slots = 3  # pictures read a row
   cfg.data.window = 512  # documents packed together
   cfg.data.mixture = dict(
-    image_text=1.0, text_image=1.0, vqa=1.0, edit=0.7, document=0.2, text=0.3
+    image_text=1.0, text_image=1.0, vqa=0.6, edit=0.7, document=0.2, text=0.3
   )
   cfg.optimizer.groups = dict(llm=1.0, visual=1.0)
   cfg.schedule = ("train",)

@@ -12,6 +12,9 @@ import numpy as np
 
 TASKS = ("image_text", "text_image", "edit", "vqa", "document", "text")
 QUESTION = "Question: {} Answer:"  # the prompt of LaVIT's own evaluation
+# Loss weight of an answer's tokens: it is one or two of them, where a caption
+# or a picture is fifteen.
+ANSWER_WEIGHT = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +93,21 @@ def text_image(key, image, caption):
 
 def vqa(key, image, question, answer):
   """A picture and a question are read, the answer alone is learnt."""
-  parts = (
-    ImagePart(image, write=False, weight=0.0),
-    TextPart(QUESTION.format(question), weight=0.0),
-    TextPart(" " + answer),
-  )
-  return Example(key, "vqa", parts)
+  return dialogue(key, image, [(question, answer)])
+
+
+def dialogue(key, image, turns):
+  """A picture and questions on it, a vqa example; the answers are learnt.
+
+  `turns` are (question, answer) pairs. Questions have no weight, so the one
+  thing learnt to follow an answer is the end: a question alone is answered as
+  the first of several is.
+  """
+  parts = [ImagePart(image, write=False, weight=0.0)]
+  for question, answer in turns:
+    parts.append(TextPart(QUESTION.format(question), weight=0.0))
+    parts.append(TextPart(" " + answer, weight=ANSWER_WEIGHT))
+  return Example(key, "vqa", tuple(parts))
 
 
 def edit(key, image, instruction, result):

@@ -7,6 +7,8 @@ behind the Source protocol of examples.py.
 
 import dataclasses
 
+import numpy as np
+
 from lavit_jax.data import (
   examples,
   shapes_questions,
@@ -33,6 +35,12 @@ VARIATIONS = {
 }
 # Share of text_image examples with no text: the stream that guidance needs.
 UNPROMPTED_SHARE = 0.1
+# Questions on a picture in one vqa example: an answer is two tokens, and the
+# picture that it needs about fourteen.
+QUESTIONS_TOGETHER = 3
+# How often each type is among those after the first: what must find an object
+# by its looks, or compare, is learnt last.
+_MORE_OFTEN = {"place": 2.0, "count": 2.0, "yes/no": 3.0}
 # Purposes of random numbers, so that no two uses share a generator.
 _PURPOSES = {"scene": 0, "captions": 7, "questions": 8} | {
   task: n for n, task in enumerate(examples.TASKS, start=1)
@@ -161,8 +169,13 @@ class ShapesSource:
     return examples.edit(key, i, words, self.size + i)
 
   def _vqa(self, key, i, rng, kind):
-    question, answer = shapes_questions.question(self.scene(i), kind, rng)
-    return examples.vqa(key, i, question, answer)
+    others = [k for k in shapes_questions.TYPES if k != kind]
+    odds = np.array([_MORE_OFTEN.get(k, 1.0) for k in others])
+    count = QUESTIONS_TOGETHER - 1
+    more = rng.choice(others, count, replace=False, p=odds / odds.sum())
+    scene = self.scene(i)
+    turns = [shapes_questions.question(scene, k, rng) for k in (kind, *more)]
+    return examples.dialogue(key, i, turns)
 
   def _document(self, key, i, rng):
     build = (_draw_two, _read_two, _draw_a_change, _read_a_change)

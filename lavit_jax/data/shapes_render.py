@@ -14,7 +14,7 @@ from lavit_jax.data import shapes_scene
 MIN_IMAGE_SIZE = 32
 MAX_IMAGE_SIZE = 64
 # Extent of an object as a share of its quadrant (24 px of a 48 px image).
-EXTENTS = {"large": 20 / 24, "small": 13 / 24}
+EXTENTS = {"large": 20 / 24, "small": 12.5 / 24}
 _SAMPLES = 8  # a pixel side
 _STEPS = 4  # sprite positions a pixel side
 # Outlines are scaled so that no shape looks much smaller than the others.

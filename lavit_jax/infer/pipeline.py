@@ -23,6 +23,9 @@ from lavit_jax.models import llama, pixels, unified
 
 BATCHES = (1, 4, 16, 64)
 _PROMPT_MULTIPLE = 16
+# Of the LLM over visual words: with `tiny` better than the official 3 and 1.
+GUIDANCE_SCALE = 1.5
+TEMPERATURE = 0.5
 
 
 def resolve(model) -> pathlib.Path:
@@ -229,8 +232,8 @@ class LaVIT:
     prompts,
     *,
     seed: int = 0,
-    guidance_scale: float = 1.5,
-    temperature: float = 0.5,
+    guidance_scale: float = GUIDANCE_SCALE,
+    temperature: float = TEMPERATURE,
     top_k: int = 50,
     top_p: float = 1.0,
     max_new_tokens: int | None = None,
@@ -242,9 +245,7 @@ class LaVIT:
     Args:
       prompts: list of lists; see `synthesize`.
       seed: picture i is a function of its prompt and seed + i.
-      guidance_scale: of the LLM over visual words; 1 is off. The defaults of
-        this and of temperature are what draws best with `tiny`; the official
-        code has 3 and 1.
+      guidance_scale: of the LLM over visual words; 1 is off.
       temperature: 0 is greedy.
       top_k: keep the likeliest k visual words, 0 all.
       top_p: keep the likeliest words that hold this probability.
@@ -270,8 +271,8 @@ class LaVIT:
     prompts,
     *,
     seed: int = 0,
-    guidance_scale: float = 1.5,
-    temperature: float = 0.5,
+    guidance_scale: float = GUIDANCE_SCALE,
+    temperature: float = TEMPERATURE,
     top_k: int = 50,
     top_p: float = 1.0,
     max_new_tokens: int | None = None,

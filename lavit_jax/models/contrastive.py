@@ -64,9 +64,7 @@ class Contrastive(nn.Module):
       (),
     )
 
-  def __call__(
-    self, pixels, tokens, text_mask, patch_mask, *, caption_every: int = 1
-  ):
+  def __call__(self, pixels, tokens, text_mask, patch_mask):
     """Both embeddings, features, predicted pixels, and the caption's logits.
 
     Args:
@@ -74,12 +72,11 @@ class Contrastive(nn.Module):
       tokens: int[B, T] caption tokens, right padded.
       text_mask: bool[B, T], True where there is a token.
       patch_mask: bool[B, N], True where the patch is hidden from the ViT.
-      caption_every: read captions off every k-th picture only, for speed.
 
     Returns:
       dict: `image` float[B, E] and `text` float[B, E] of unit norm, `features`
       float[B, N, D], `patches` float[B, N, P*P*3], `scale` float[], `caption`
-      float32[ceil(B / caption_every), T, V].
+      float32[B, T, V].
     """
     both = self.vit(pixels, with_cls=True, patch_mask=patch_mask)
     features = both[:, 1:]
@@ -88,9 +85,7 @@ class Contrastive(nn.Module):
     last = jnp.maximum(text_mask.sum(-1) - 1, 0)
     text = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return {
-      "caption": self._caption(
-        features[::caption_every], tokens[::caption_every]
-      ),
+      "caption": self._caption(features, tokens),
       "image": layers.l2_normalize(image),
       "text": layers.l2_normalize(self.text_head(text)),
       "features": features,

@@ -6,9 +6,18 @@ from tests.data import fakes
 
 def test_vqa_learns_the_answer_alone():
   example = examples.vqa("k", 3, "What color?", "red")
-  assert [p.weight for p in example.parts] == [0.0, 0.0, 1.0]
+  assert [p.weight for p in example.parts] == [0.0, 0.0, 4.0]
   assert example.parts[1].text == "Question: What color? Answer:"
   assert not example.parts[0].write
+
+
+def test_a_dialogue_learns_every_answer():
+  turns = [("What color?", "red"), ("How many?", "2")]
+  example = examples.dialogue("k", 3, turns)
+  assert example.task == "vqa"
+  assert [p.weight for p in example.parts] == [0.0, 0.0, 4.0, 0.0, 4.0]
+  assert example.parts[3].text == "Question: How many? Answer:"
+  assert example.parts[4].text == " 2"
 
 
 def test_edit_reads_the_first_picture_and_writes_the_second():

@@ -51,6 +51,13 @@ def test_vqa_weighs_the_answer_and_its_end_alone():
   assert learnt == [*_WORDS.encode("red"), _EOS]
 
 
+def test_of_a_dialogue_answers_are_learnt_and_the_end_but_no_question():
+  made = _build(examples.dialogue("k", 2, [("a", "red cat"), ("b", "cat")]))
+  learnt = made.targets[made.weights > 0].tolist()
+  words = [*_WORDS.encode("red cat"), *_WORDS.encode("cat")]
+  assert learnt == [*words, _EOS]
+
+
 def test_edit_reads_one_picture_and_learns_the_other():
   made = _build(examples.edit("k", 0, "make it red", 1))
   assert made.pictures == (0,)

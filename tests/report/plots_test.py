@@ -55,7 +55,11 @@ def test_a_falling_loss_over_decades_gets_a_logarithmic_axis():
 
 @pytest.mark.parametrize("points", [[(3, 2.0)], [(0, 0.0), (5, 0.0)], []])
 def test_charts_without_extent_are_still_drawn(points):
-  ET.fromstring(plots.line_chart({"x": points}, title="a & <b>"))
+  svg = plots.line_chart({"x": points}, title="a & <b>")
+  assert "a & <b>" in texts(svg)
+  assert not re.search("nan|inf", svg)
+  marks = [*ET.fromstring(svg).iter("circle"), *lines(svg)]
+  assert bool(marks) == bool(points)
 
 
 def test_bars_are_as_long_as_their_values():

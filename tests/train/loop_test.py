@@ -1,5 +1,6 @@
 """The loop: resume, kill, guards; every stage, at width 16."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from lavit_jax import checkpoints, errors
+from lavit_jax import checkpoints, errors, vocabulary
 from lavit_jax.train import loop, objectives, writers
 from tests import micro
 
@@ -62,33 +63,39 @@ def test_sigkill_at_any_step_loses_nothing(stage, micro_runs, tmp_path):
   overrides = {f"phases__{steps}__steps": 40}
   if stage == "tokenizer":  # two phases have a seam, four only take longer
     overrides["schedule"] = ("random", "codes")
-  whole = _child(stage, straight, overrides)
-  child = _child(stage, killed, overrides)
   log = killed / stage / "batches.jsonl"
-  deadline = time.monotonic() + 600
-  while time.monotonic() < deadline and child.poll() is None:
-    if log.exists() and len(log.read_text().splitlines()) >= 11:
-      break
-    time.sleep(0.02)
-  assert child.poll() is None, "the run ended before it could be killed"
-  child.send_signal(signal.SIGKILL)
-  child.wait()
-  assert _child(stage, killed, overrides).wait(timeout=600) == 0
-  assert whole.wait(timeout=600) == 0
+  with _child(stage, straight, overrides) as whole:
+    with _child(stage, killed, overrides) as child:
+      deadline = time.monotonic() + 600
+      while time.monotonic() < deadline and child.poll() is None:
+        if log.exists() and len(log.read_text().splitlines()) >= 11:
+          break
+        time.sleep(0.02)
+      assert child.poll() is None, "the run ended before it could be killed"
+      child.send_signal(signal.SIGKILL)
+    with _child(stage, killed, overrides) as again:
+      assert again.wait(timeout=600) == 0
+    assert whole.wait(timeout=600) == 0
   _assert_same_part(straight, killed, _PART[stage])
   assert _crcs(straight / stage) == _crcs(killed / stage)
   assert len(_crcs(straight / stage)) >= 40
 
 
+@contextlib.contextmanager
 def _child(stage, root, overrides):
-  """The same training in a process of its own, on one device."""
+  """The same training in a process of its own, on one device; then none."""
   code = (
     "from tests import micro; from lavit_jax.train import loop;"
     f"cfg = micro.config({stage!r}, {str(root)!r}, **{overrides!r});"
     f"loop.train(cfg, {str(root / stage)!r}, quiet=True)"
   )
   env = os.environ | {"PYTHONPATH": str(_ROOT), "XLA_FLAGS": ""}
-  return subprocess.Popen([sys.executable, "-c", code], cwd=_ROOT, env=env)
+  child = subprocess.Popen([sys.executable, "-c", code], cwd=_ROOT, env=env)
+  try:
+    yield child
+  finally:
+    child.kill()
+    child.wait()
 
 
 def test_a_finished_run_is_not_trained_again(micro_runs, tmp_path):
@@ -111,6 +118,13 @@ def test_a_run_goes_on_from_the_llm_it_is_given(micro_runs, tmp_path):
   other = micro.config("pretrain", root, model__llm__mlp_dim=48, **start)
   with pytest.raises(errors.CheckpointError, match=r"32.* there.*48.* here"):
     loop.train(other, root / "other", quiet=True)
+  words = root / "model" / "tokenizer.model"
+  vocabulary.TextTokenizer.train(
+    ["a red ring", "a blue cross"] * 99, words, 264
+  )
+  cfg = micro.config("pretrain", root, **start)
+  with pytest.raises(errors.CheckpointError, match="byte for byte"):
+    loop.train(cfg, root / "words", quiet=True)
 
 
 def test_a_workdir_of_another_config_is_refused(micro_runs, tmp_path):

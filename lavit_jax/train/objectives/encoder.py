@@ -65,7 +65,6 @@ class EncoderObjective(base.Objective):
       batch["text"],
       batch["text_mask"],
       hidden,
-      caption_every=phase["caption_every"],
     )
     valid = batch["valid"]
     contrast, accuracy = contrast_loss(out, valid)
@@ -73,7 +72,7 @@ class EncoderObjective(base.Objective):
     error = jnp.square(out["patches"] - target).mean((1, 2))
     pixel = (error * valid).sum() / jnp.maximum(valid.sum(), 1.0)
     white = whitening_loss(out["features"])
-    caption = caption_loss(out["caption"], batch, phase["caption_every"])
+    caption = caption_loss(out["caption"], batch)
     loss = (
       phase["contrast_weight"] * contrast
       + phase["caption_weight"] * caption
@@ -113,12 +112,10 @@ def contrast_loss(out, valid):
   return (0.5 * both * valid).sum() / count, hits.sum() / count
 
 
-def caption_loss(logits, batch, every):
-  """Mean nll of the caption tokens of every `every`-th picture."""
-  nll = optax.softmax_cross_entropy_with_integer_labels(
-    logits, batch["text"][::every]
-  )
-  weights = batch["text_mask"][::every] * batch["valid"][::every, None]
+def caption_loss(logits, batch):
+  """Mean nll of the caption tokens."""
+  nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["text"])
+  weights = batch["text_mask"] * batch["valid"][:, None]
   return (nll * weights).sum() / jnp.maximum(weights.sum(), 1.0)
 
 

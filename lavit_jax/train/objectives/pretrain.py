@@ -8,6 +8,7 @@ from it and train with the LLM.
 """
 
 import dataclasses
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -96,10 +97,22 @@ class PretrainObjective(base.Objective):
     start = {"merger": self._merger}
     folder = self.config.start_from
     if folder:
+      self._check_same_words(folder)
       start = checkpoints.load_part(folder, self.part).params
     for name, theirs in start.items():
       self._check_same(folder or self.config.model_dir, theirs, name, state)
     return state.params | start, state.extra
+
+  def _check_same_words(self, folder):
+    """Raises CheckpointError unless its text ids mean what ours mean."""
+    theirs = pathlib.Path(folder) / "tokenizer.model"
+    ours = pathlib.Path(self.config.model_dir) / "tokenizer.model"
+    if not theirs.is_file() or theirs.read_bytes() != ours.read_bytes():
+      raise errors.CheckpointError(
+        f"{theirs} is missing or is not {ours}, byte for byte: ids of the LLM"
+        " in config.start_from would be other words here. Copy that file to"
+        " config.model_dir before the first stage is trained."
+      )
 
   def _check_same(self, folder, theirs, name, state):
     """Raises CheckpointError unless names and shapes are those of ours."""
