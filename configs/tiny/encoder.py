@@ -39,7 +39,7 @@ def get_config():
   cfg.schedule = ("train",)
   cfg.phases = dict(
     train=dict(
-      steps=600,
+      steps=700,
       lr=2e-3,
       warmup=50,
       train={"all": "base"},

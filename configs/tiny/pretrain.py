@@ -35,9 +35,10 @@ def get_config():
   cfg.schedule = ("train",)
   cfg.phases = dict(
     train=dict(
-      steps=700,
+      steps=800,
       lr=3e-3,
       warmup=50,
+      word_dropout=0.0,  # share of written visual words hidden from the LLM
       train={"llm": "llm", "merger": "visual", "projection": "visual"},
     )
   )

@@ -15,9 +15,9 @@ from lavit_jax.evaluate import tokenizer as tokenizer_scores
 from lavit_jax.train import progress
 
 CODE_PICTURES = 2_000  # pictures over which the use of codes is counted
-_NEVER_SEEN = 200  # scenes with never-seen pairs, at most
 _DRAWING_STEPS = 12  # of the pixel decoder; 20 are 0.01 to 0.02 better
 _EXHIBITS = 12
+_STEPS = 10  # of `_shapes`, for the progress bar
 
 
 @dataclasses.dataclass
@@ -65,23 +65,26 @@ def evaluate(
   sized = dict(data) | {"held_out_size": max(scenes, CODE_PICTURES)}
   held_out = sources.build(sized, "held_out")
   never_seen = sources.build(sized, "never_seen")
-  few = min(scenes, _NEVER_SEEN)
-  steps = (
-    ("tokenizer", lambda: _tokenizer(lavit, held_out, metrics, exhibits)),
-    ("captions", lambda: _captions(lavit, held_out, scenes, metrics, exhibits)),
-    ("answers", lambda: _answers(lavit, held_out, scenes, metrics, exhibits)),
-    ("drawings", lambda: _drawings(lavit, held_out, scenes, metrics, exhibits)),
-    ("edits", lambda: _edits(lavit, held_out, scenes, metrics, exhibits)),
-    ("never seen", lambda: _never_seen(lavit, never_seen, few, metrics)),
-  )
   with progress.Progress(
-    len(steps), label="evaluate", stream=io.StringIO() if quiet else None
+    _STEPS, label="evaluate", stream=io.StringIO() if quiet else None
   ) as bar:
-    for number, (name, action) in enumerate(steps):
-      action()
-      bar.update(number + 1)
+    steps = _shapes(lavit, held_out, never_seen, metrics, exhibits)
+    for number, name in enumerate(steps, start=1):
+      bar.update(number)
       bar.print(f"evaluate: {name} done")
   return metrics, exhibits
+
+
+def _shapes(lavit, held_out, never_seen, metrics, exhibits):
+  """Does the _STEPS of the embedded data one by one, yields their names."""
+  count = metrics["scenes"]
+  _tokenizer(lavit, held_out, metrics, exhibits)
+  yield "tokenizer"
+  yield from _scenes(lavit, held_out, count, metrics, exhibits)
+  _unguided(lavit, held_out, count, metrics)
+  yield "drawings without guidance"
+  for name in _scenes(lavit, never_seen, count, metrics, prefix="never_seen_"):
+    yield f"{name} of never-seen pairs"
 
 
 def _tokenizer(lavit, source, metrics, exhibits):
@@ -126,117 +129,82 @@ def _code_examples(pictures, tokens, side, exhibits, each: int = 6):
         found.append(picture[y : y + size, x : x + size])
 
 
-def _captions(lavit, source, scenes, metrics, exhibits):
-  pictures = [source.image(i) for i in range(scenes)]
+def _scenes(lavit, source, count, metrics, exhibits=None, prefix=""):
+  """Captions, answers, drawings and edits of the first `count` scenes.
+
+  A generator: yields the name of each when it is done. Scores go to `metrics`
+  under `prefix`; `exhibits` is for the report.
+  """
+  shown = exhibits or Exhibits()
+  pictures = [source.image(i) for i in range(count)]
+  objects = [source.scene(i).objects for i in range(count)]
   captions = lavit.caption(pictures)
-  objects = [source.scene(i).objects for i in range(scenes)]
-  metrics |= shapes_scores.caption_scores(objects, captions)
-  exhibits.captions = [
-    (pictures[i], source.captions(i)[0], captions[i])
-    for i in range(min(_EXHIBITS, scenes))
+  metrics |= shapes_scores.caption_scores(objects, captions, f"{prefix}caption")
+  wanted = [source.captions(i)[0] for i in range(min(_EXHIBITS, count))]
+  shown.captions = list(zip(pictures, wanted, captions, strict=False))
+  yield "captions"
+  asked = _asked(source, count)
+  answers = lavit.answer(
+    [pictures[i] for i, *_ in asked], [question for _, _, question, _ in asked]
+  )
+  metrics |= shapes_scores.vqa_scores(
+    [kind for _, kind, _, _ in asked],
+    [answer for *_, answer in asked],
+    answers,
+    f"{prefix}vqa",
+  )
+  shown.answers = [
+    (pictures[asked[n][0]], asked[n][2], asked[n][3], answers[n])
+    for n in range(0, min(len(asked), _EXHIBITS * 7), 7)
   ]
+  yield "answers"
+  prompts = [source.captions(i)[0] for i in range(count)]
+  drawn = lavit.generate(prompts, steps=_DRAWING_STEPS)
+  metrics |= _drawing_scores(objects, drawn, f"{prefix}t2i")
+  shown.drawings = list(zip(prompts, drawn, strict=True))[:_EXHIBITS]
+  yield "drawings"
+  rows = [_edit_prompt(source, i) for i in range(count)]
+  drawn = lavit.synthesize_batch(
+    [[picture, words] for picture, words, _ in rows], steps=_DRAWING_STEPS
+  )
+  results = [objects for *_, objects in rows]
+  metrics |= _drawing_scores(results, drawn, f"{prefix}edit")
+  shown.edits = [(*rows[n][:2], drawn[n]) for n in range(len(wanted))]
+  yield "edits"
 
 
-def _asked(source, scenes):
+def _asked(source, count):
   """(scene, type, question, answer): every second type, by turns."""
   return [
     (i, *question)
-    for i in range(scenes)
+    for i in range(count)
     for question in source.questions(i)[i % 2 :: 2]
   ]
 
 
-def _answers(lavit, source, scenes, metrics, exhibits):
-  asked = _asked(source, scenes)
-  pictures = [source.image(i) for i, *_ in asked]
-  answers = lavit.answer(pictures, [q for _, _, q, _ in asked])
-  metrics |= shapes_scores.vqa_scores(
-    [kind for _, kind, _, _ in asked], [a for *_, a in asked], answers
+def _edit_prompt(source, i):
+  """(picture, words, objects of the result) of a scene's edit."""
+  picture, words, result = source.example("edit", i).parts
+  return (
+    source.image(picture.image),
+    words.text,
+    source.scene(result.image).objects,
   )
-  exhibits.answers = [
-    (pictures[n], asked[n][2], asked[n][3], answers[n])
-    for n in range(0, min(len(asked), _EXHIBITS * 7), 7)
-  ]
 
 
-def _drawings(lavit, source, scenes, metrics, exhibits):
-  prompts = [source.captions(i)[0] for i in range(scenes)]
-  objects = [source.scene(i).objects for i in range(scenes)]
-  drawn = lavit.generate(prompts, steps=_DRAWING_STEPS)
-  arrays = [np.asarray(image) for image in drawn]
-  metrics |= shapes_scores.drawing_scores(objects, arrays)
-  plain = lavit.generate(
-    prompts[:100], guidance_scale=1.0, steps=_DRAWING_STEPS
+def _drawing_scores(objects, drawn, prefix):
+  return shapes_scores.drawing_scores(
+    objects, [np.asarray(image) for image in drawn], prefix
   )
-  scores = shapes_scores.drawing_scores(
-    objects[:100], [np.asarray(image) for image in plain]
-  )
+
+
+def _unguided(lavit, source, count, metrics):
+  """The score of the same drawings without guidance."""
+  prompts = [source.captions(i)[0] for i in range(count)]
+  objects = [source.scene(i).objects for i in range(count)]
+  drawn = lavit.generate(prompts, guidance_scale=1.0, steps=_DRAWING_STEPS)
+  scores = _drawing_scores(objects, drawn, "t2i")
   metrics["t2i_attributes_without_guidance"] = scores["t2i_attributes"]
-  guided = shapes_scores.drawing_scores(objects[:100], arrays[:100])
-  metrics["t2i_attributes_with_guidance"] = guided["t2i_attributes"]
-  exhibits.drawings = list(
-    zip(prompts[:_EXHIBITS], drawn[:_EXHIBITS], strict=True)
-  )
-
-
-def _edit_prompts(source, scenes):
-  """(picture, words, objects of the result) of each scene's edit."""
-  rows = []
-  for i in range(scenes):
-    parts = source.example("edit", i).parts
-    rows.append(
-      (
-        source.image(parts[0].image),
-        parts[1].text,
-        source.scene(parts[2].image).objects,
-      )
-    )
-  return rows
-
-
-def _edits(lavit, source, scenes, metrics, exhibits):
-  rows = _edit_prompts(source, scenes)
-  drawn = lavit.synthesize_batch(
-    [[image, words] for image, words, _ in rows], steps=_DRAWING_STEPS
-  )
-  metrics |= shapes_scores.drawing_scores(
-    [objects for *_, objects in rows], [np.asarray(d) for d in drawn], "edit"
-  )
-  exhibits.edits = [
-    (rows[n][0], rows[n][1], drawn[n]) for n in range(min(_EXHIBITS, scenes))
-  ]
-
-
-def _never_seen(lavit, source, scenes, metrics):
-  """The same scores on colour-shape pairs that no stage has seen."""
-  pictures = [source.image(i) for i in range(scenes)]
-  objects = [source.scene(i).objects for i in range(scenes)]
-  captions = lavit.caption(pictures)
-  metrics |= shapes_scores.caption_scores(
-    objects, captions, "never_seen_caption"
-  )
-  asked = _asked(source, scenes)
-  answers = lavit.answer(
-    [pictures[i] for i, *_ in asked], [q for _, _, q, _ in asked]
-  )
-  metrics |= shapes_scores.vqa_scores(
-    [kind for _, kind, _, _ in asked],
-    [a for *_, a in asked],
-    answers,
-    "never_seen_vqa",
-  )
-  prompts = [source.captions(i)[0] for i in range(scenes)]
-  drawn = lavit.generate(prompts, steps=_DRAWING_STEPS)
-  metrics |= shapes_scores.drawing_scores(
-    objects, [np.asarray(d) for d in drawn], "never_seen_t2i"
-  )
-  rows = _edit_prompts(source, scenes)
-  drawn = lavit.synthesize_batch(
-    [[image, words] for image, words, _ in rows], steps=_DRAWING_STEPS
-  )
-  metrics |= shapes_scores.drawing_scores(
-    [o for *_, o in rows], [np.asarray(d) for d in drawn], "never_seen_edit"
-  )
 
 
 def _own_data(lavit, source, metrics, exhibits):

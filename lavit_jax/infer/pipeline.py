@@ -24,7 +24,7 @@ from lavit_jax.models import llama, pixels, unified
 BATCHES = (1, 4, 16, 64)
 _PROMPT_MULTIPLE = 16
 # Of the LLM over visual words: with `tiny` better than the official 3 and 1.
-GUIDANCE_SCALE = 1.5
+GUIDANCE_SCALE = 2.0
 TEMPERATURE = 0.5
 
 

@@ -120,7 +120,7 @@ def test_a_run_goes_on_from_the_llm_it_is_given(micro_runs, tmp_path):
     loop.train(other, root / "other", quiet=True)
   words = root / "model" / "tokenizer.model"
   vocabulary.TextTokenizer.train(
-    ["a red ring", "a blue cross"] * 99, words, 264
+    ["a red ring", "a blue cross"] * 99, words, 280
   )
   cfg = micro.config("pretrain", root, **start)
   with pytest.raises(errors.CheckpointError, match="byte for byte"):

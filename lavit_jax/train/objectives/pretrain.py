@@ -134,9 +134,12 @@ class PretrainObjective(base.Objective):
   def loss(self, phase, params, frozen, state, batch, rng):
     """Weighted mean next-token nll; text and visual targets reported apart."""
     features = self._features(frozen["encoder"], batch["pixels"])
+    tokens = batch["tokens"]
+    if phase["word_dropout"]:
+      tokens = drop_words(self.vocabulary, tokens, phase["word_dropout"], rng)
     hidden = self.model.apply(
       {"params": params},
-      batch["tokens"],
+      tokens,
       features=features,
       keep=batch["keep"],
       slot=batch["slot"],
@@ -175,8 +178,8 @@ class PretrainObjective(base.Objective):
     return features.reshape(batch, slots, *features.shape[1:])
 
   def held_out_metrics(self, params, frozen, state, batch):
-    """The training loss on held-out rows."""
-    phase = self.last_phase
+    """The training loss on held-out rows, no word dropped."""
+    phase = dict(self.last_phase) | {"word_dropout": 0.0}
     loss, (_, metrics) = self.loss(phase, params, frozen, state, batch, None)
     return {k: metrics[k] for k in ("text_loss", "visual_loss")} | {
       "loss": loss
@@ -190,6 +193,30 @@ class PretrainObjective(base.Objective):
       "capacity": self.capacity,
     }
     return nn.meta.unbox(params), meta
+
+
+def drop_words(vocab, tokens, share: float, rng):
+  """Hides a share of the visual words the LLM is given from it.
+
+  Input words alone, targets stay: what a picture is to show must then be read
+  off the prompt, not guessed from the words before. (Word dropout of Bowman et
+  al. 2016, arXiv 1511.06349, section 3.1, with random words for unk.)
+
+  Args:
+    vocab: a vocabulary.Vocabulary.
+    tokens: int[B, L].
+    share: of the visual words, in [0, 1].
+    rng: a key.
+
+  Returns:
+    int[B, L]; text and image marks are as they were.
+  """
+  chosen_rng, word_rng = jax.random.split(rng)
+  first, end = vocab.code_offset, vocab.size
+  words = jax.random.randint(word_rng, tokens.shape, first, end, tokens.dtype)
+  chosen = jax.random.bernoulli(chosen_rng, share, tokens.shape)
+  visual = (tokens >= first) & (tokens < end)
+  return jnp.where(chosen & visual, words, tokens)
 
 
 def _mean(values, mask):
