@@ -48,7 +48,7 @@ def get_config():
   cfg.schedule = ("random", "select", "joint", "codes")
   cfg.phases = dict(
     random=dict(
-      steps=800,
+      steps=900,
       lr=1.5e-3,
       warmup=50,
       train=everything_but_selector,
@@ -56,13 +56,13 @@ def get_config():
       keep_range=(0.15, 0.55),
     ),
     select=dict(
-      steps=200, lr=2e-3, warmup=20, train={"selector": "base"}, **selecting
+      steps=400, lr=2e-3, warmup=20, train={"selector": "base"}, **selecting
     ),
     joint=dict(
-      steps=300, lr=6e-4, warmup=20, train={"all": "base"}, **selecting
+      steps=500, lr=6e-4, warmup=20, train={"all": "base"}, **selecting
     ),
     codes=dict(
-      steps=500,
+      steps=600,
       lr=6e-4,
       warmup=20,
       train=everything_but_selector,
