@@ -26,11 +26,12 @@ REQUIRED = [
 EXTRAS = {
   "tpu": ["jax[tpu]>=0.10.2"],
   "cuda": ["jax[cuda12]>=0.10.2"],
-  "torch": ["safetensors>=0.8", "torch>=2.6"],
+  "torch": ["huggingface_hub>=2.4", "safetensors>=0.8", "torch>=2.13"],
   "eval": ["scipy>=1.17"],
   "app": ["gradio>=6.0"],
   "test": [
     "filelock>=3.20",
+    "huggingface_hub>=2.4",
     "hypothesis>=6.170",
     "ipykernel>=7.4",
     "nbclient>=0.11",
@@ -41,6 +42,8 @@ EXTRAS = {
     "safetensors>=0.8",
     "setuptools>=77",  # builds the wheel in tests without a download
     "tensorboard>=2.21",  # reads back the event files we write
+    "torch>=2.13",  # checkpoints in and out
+    "transformers>=5.23",  # judges beam search and exported models
   ],
 }
 

@@ -3,7 +3,8 @@
 A *run checkpoint* is the whole truth of a training run: parameters, optimizer,
 stage state, rng, step, data-iterator state and config. A *model directory* is
 what inference loads: one folder a part (`encoder`, `tokenizer`, `pixels`,
-`llm`), each with its parameters and a `part.json` that describes it.
+`lowres`, `highres`, `llm`), each with its parameters and a `part.json` that
+describes it. `lowres` and `highres` are the official release's two decoders.
 """
 
 import contextlib
@@ -22,10 +23,11 @@ from orbax.checkpoint import checkpoint_managers
 
 from lavit_jax import errors
 
-PARTS = ("encoder", "tokenizer", "pixels", "llm")
+PARTS = ("encoder", "tokenizer", "pixels", "lowres", "highres", "llm")
 FORMAT = 1
 _PART_FILE = "part.json"
 _WEIGHTS = "weights"
+_CHUNK_BYTES = 1 << 25  # of an array mapped from a file, as Orbax stores it
 
 
 @contextlib.contextmanager
@@ -133,7 +135,9 @@ def save_part(
   Args:
     directory: the model directory; made if missing.
     name: one of `PARTS`.
-    params: tree of arrays.
+    params: tree of arrays. Where any is mapped from a file (np.memmap) all
+      must be numpy arrays, and they are stored one after the other: memory
+      holds about one and a half of the largest.
     meta: JSON-able description (model config, provenance, metrics).
     dtype: cast floating arrays to this dtype first (e.g. jnp.float16).
 
@@ -151,12 +155,47 @@ def save_part(
   text = json.dumps({"format": FORMAT, "part": name, **meta}, indent=1)
   with _writing(final.parent):
     partial.mkdir(parents=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(partial / _WEIGHTS, params)
+    if any(isinstance(x, np.memmap) for x in jax.tree.leaves(params)):
+      _save_mapped(partial / _WEIGHTS, params)
+    else:
+      with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial / _WEIGHTS, params)
     (partial / _PART_FILE).write_text(text + "\n")
   shutil.rmtree(final, ignore_errors=True)
   partial.rename(final)
   return final
+
+
+class _OneByOne(ocp.type_handlers.NumpyHandler):
+  """Writes arrays as they are, without a copy, one after the other.
+
+  Orbax by itself copies all of them first, and encodes all at once.
+  """
+
+  def __init__(self):
+    super().__init__(deepcopy_host_arrays=False)
+
+  async def serialize(self, values, infos, args=None):
+    for value, info, arg in zip(values, infos, args, strict=True):
+      for future in await super().serialize([value], [info], [arg]):
+        future.result()
+    return []
+
+
+def _save_mapped(path, params):
+  """Saves a tree of numpy arrays in bounded memory; `load_part` reads it."""
+  params = jax.tree.map(np.asarray, params)  # memmap to a view of its pages
+  handler = ocp.PyTreeCheckpointHandler(
+    type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+      (np.ndarray, _OneByOne()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+  )
+  save_args = jax.tree.map(
+    lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params
+  )
+  with ocp.Checkpointer(handler) as checkpointer:
+    args = ocp.args.PyTreeSave(params, save_args=save_args)
+    checkpointer.save(path, args=args)
 
 
 def _cast(x, dtype):
@@ -177,28 +216,68 @@ def load_part(directory, name: str, *, dtype=jnp.float32) -> Part:
   """
   folder = pathlib.Path(directory).absolute() / name
   meta = read_meta(directory, name)
-  try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-      stored = checkpointer.metadata(folder / _WEIGHTS)
-      tree = getattr(stored, "item_metadata", stored)
-      tree = getattr(tree, "tree", tree)
-      # Cast as they are read: a cast of arrays on one device would fail
-      # within the mesh of a training run.
-      target = jax.tree.map(
-        lambda m: jax.ShapeDtypeStruct(
-          m.shape, _cast_dtype(m.dtype, dtype), sharding=host
-        ),
-        tree,
+  with _reading(folder / _WEIGHTS), ocp.StandardCheckpointer() as checkpointer:
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    # Cast as they are read: a cast of arrays on one device would fail
+    # within the mesh of a training run.
+    target = jax.tree.map(
+      lambda m: jax.ShapeDtypeStruct(
+        m.shape, _cast_dtype(m.dtype, dtype), sharding=host
+      ),
+      _stored_tree(checkpointer, folder / _WEIGHTS),
+    )
+    params = checkpointer.restore(folder / _WEIGHTS, target)
+  return Part(params, meta)
+
+
+class StoredPart:
+  """One part on disk, its arrays read one by one when they are asked for."""
+
+  def __init__(self, directory, name: str):
+    """Opens a part; CheckpointError if it is missing or damaged."""
+    self.meta = read_meta(directory, name)
+    self._path = pathlib.Path(directory).absolute() / name / _WEIGHTS
+    with _reading(self._path):
+      self._handler = ocp.PyTreeCheckpointer()
+      tree = _stored_tree(self._handler, self._path)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    # By path, with slashes: what `read` takes, shapes and dtypes.
+    self.arrays = {
+      jax.tree_util.keystr(path, simple=True, separator="/"): (
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
       )
-      params = checkpointer.restore(folder / _WEIGHTS, target)
+      for path, leaf in leaves
+    }
+
+  def read(self, path: str) -> np.ndarray:
+    """One array, on the host."""
+    item = ocp.RestoreArgs(restore_type=np.ndarray)
+    for name in reversed(path.split("/")):
+      item = {name: item}
+    args = ocp.args.PyTreeRestore(item, restore_args=item, partial_restore=True)
+    with _reading(self._path):
+      restored = self._handler.restore(self._path, args=args)
+    return np.asarray(jax.tree.leaves(restored)[0])
+
+
+def _stored_tree(checkpointer, path):
+  """The tree of array metadata of an Orbax checkpoint."""
+  stored = checkpointer.metadata(path)
+  tree = getattr(stored, "item_metadata", stored)
+  return getattr(tree, "tree", tree)
+
+
+@contextlib.contextmanager
+def _reading(path):
+  """Says that a part is damaged where Orbax says it in its own words."""
+  try:
+    yield
   except (ValueError, KeyError, OSError) as e:
     raise errors.CheckpointError(
-      f"{folder / _WEIGHTS} cannot be read as an Orbax checkpoint:"
+      f"{path} cannot be read as an Orbax checkpoint:"
       f" {str(e).splitlines()[0][:300]} It is damaged or incomplete; restore"
-      f" it from where it came, or train the {name} stage again."
+      f" it from where it came, or make the {path.parent.name} part again."
     ) from e
-  return Part(params, meta)
 
 
 def read_meta(directory, name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 
 from lavit_jax import errors
-from lavit_jax.commands import common, draw, info, read, train
+from lavit_jax.commands import common, draw, info, port, read, train
 
 _DESCRIPTION = """\
 LaVIT: a language model that reads and draws pictures as tokens of its own.
@@ -37,15 +37,18 @@ _RESUMABLE = {"quickstart", "train", "tokenize"}
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; the exit status: 0, 2 for an error, 130 for Ctrl-C.
 
+  A command may return another status: 1 says that a check failed.
+
   Errors that are the user's to mend are one paragraph on stderr; any other
   exception is a defect and keeps its traceback.
   """
   argv = list(sys.argv[1:] if argv is None else argv)
+  status = None
   try:
     if argv[:1] == ["train"]:
       return train.train(argv[1:])
     args = _parser().parse_args(argv)
-    args.run(args)
+    status = args.run(args)
     sys.stdout.flush()
   except KeyboardInterrupt:
     _say(_interrupted(argv))
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise
     _say(f"lavit: {message}")
     return 2
-  return 0
+  return status or 0
 
 
 def _say(text: str) -> None:
@@ -121,6 +124,6 @@ def _parser() -> argparse.ArgumentParser:
   subparsers = parser.add_subparsers(
     title="commands", metavar="COMMAND", required=True
   )
-  for commands in (train, read, draw, info):
+  for commands in (train, read, draw, port, info):
     commands.add(subparsers)
   return parser

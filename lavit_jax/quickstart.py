@@ -20,12 +20,12 @@ from lavit_jax.train import loop
 STAGES = ("encoder", "tokenizer", "codes", "pixels", "pretrain")
 # Minutes of the committed steps on two idle cores; --minutes scales the steps.
 MINUTES = {
-  "encoder": 5.9,
-  "tokenizer": 8.1,
-  "codes": 1.1,
-  "pixels": 6.4,
-  "pretrain": 7.6,
-  "evaluation": 3.4,
+  "encoder": 5.3,
+  "tokenizer": 5.1,
+  "codes": 0.8,
+  "pixels": 2.8,
+  "pretrain": 4.5,
+  "evaluation": 2.5,
 }
 
 

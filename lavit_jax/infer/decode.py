@@ -117,11 +117,6 @@ def generate(
   sampled = rng is not None and float(temperature) > 0
   rows = _check(prompt, uncond, guided, guidance_scale, max_new_tokens)
   _check_sampling(temperature, top_k, top_p)
-  vocab = model.config.padded_vocab
-  ruled_out = np.arange(vocab) >= model.config.vocab_size
-  if suppress is not None:
-    suppress = np.asarray(suppress, bool)
-    ruled_out[: len(suppress)] |= suppress
   streams = _join(prompt, uncond if guided else None, rows)
   scalars = {
     "min_new_tokens": jnp.int32(min_new_tokens),
@@ -137,10 +132,10 @@ def generate(
     streams,
     _row_keys(rng, rows) if sampled else None,
     scalars,
-    ruled_out,
+    never_written(model.config, suppress),
     max_new_tokens=int(max_new_tokens),
     guided=guided,
-    top_k=min(int(top_k), vocab) if sampled else 0,
+    top_k=min(int(top_k), model.config.padded_vocab) if sampled else 0,
     nucleus=sampled and float(top_p) < 1,
   )
 
@@ -250,6 +245,15 @@ def guide(plain, uncond_logits, guidance):
   return guidance * (plain - uncond) + uncond
 
 
+def never_written(config: llama.LlamaConfig, suppress=None) -> np.ndarray:
+  """bool[V], True at `suppress` bool[<= V] and at the padding of the head."""
+  ruled_out = np.arange(config.padded_vocab) >= config.vocab_size
+  if suppress is not None:
+    suppress = np.asarray(suppress, bool)
+    ruled_out[: len(suppress)] |= suppress
+  return ruled_out
+
+
 def process(scores, step, scalars, ruled_out):
   """Rules out the eos too early, then suppressed ids: float32[B, V]."""
   ids = jnp.arange(scores.shape[-1])
@@ -296,15 +300,20 @@ def _row_keys(rng, rows):
   return rng
 
 
-def _join(prompt, uncond, rows):
-  """Both streams as one batch of equal length, the conditional rows first."""
+def arrays_of(prompt) -> dict[str, jax.Array]:
+  """A prompt dict as arrays, with a mask bool[B, L]; what is None falls out."""
   prompt = {k: jnp.asarray(v) for k, v in prompt.items() if v is not None}
   if "mask" not in prompt:
     prompt["mask"] = jnp.ones(prompt["tokens"].shape, bool)
-  prompt["mask"] = prompt["mask"].astype(bool)
+  return prompt | {"mask": prompt["mask"].astype(bool)}
+
+
+def _join(prompt, uncond, rows):
+  """Both streams as one batch of equal length, the conditional rows first."""
+  prompt = arrays_of(prompt)
   if uncond is None:
     return prompt
-  uncond = _join(uncond, None, rows)
+  uncond = arrays_of(uncond)
   length = max(x["tokens"].shape[1] for x in (prompt, uncond))
   joined = {}
   for name in prompt | uncond:
@@ -321,14 +330,20 @@ def _join(prompt, uncond, rows):
   return joined
 
 
-def _check(prompt, uncond, guided, guidance_scale, max_new_tokens):
-  """The number of rows; UsageError where the prompts do not go together."""
-  rows, length = prompt["tokens"].shape
+def check_not_empty(prompt, max_new_tokens):
+  """UsageError unless there is something to read and to write."""
+  length = prompt["tokens"].shape[1]
   if length < 1 or max_new_tokens < 1:
     raise errors.UsageError(
       f"A prompt of {length} tokens and max_new_tokens={max_new_tokens}: both"
       " must be at least 1. Start an empty prompt with [IMG] or a word."
     )
+
+
+def _check(prompt, uncond, guided, guidance_scale, max_new_tokens):
+  """The number of rows; UsageError where the prompts do not go together."""
+  rows = prompt["tokens"].shape[0]
+  check_not_empty(prompt, max_new_tokens)
   if uncond is None and np.any(np.asarray(guidance_scale) != 1):
     raise errors.UsageError(
       f"guidance_scale={guidance_scale} needs the prompt of the unconditional"

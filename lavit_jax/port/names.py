@@ -10,6 +10,7 @@ stacked on a first axis. The trees that the paths lead into:
   UNDERSTANDING      params of `unified.UnifiedModel`, less `llm`
   LOWRES, HIGHRES    params of `decoder.LowresDecoder`, `HighresDecoder`; the
                      `decoder` in each fits the tokenizer's
+  DECODER            that `decoder` alone
   LLM                params of `llama.Llama`
 """
 
@@ -151,7 +152,7 @@ _MERGER: Table = (
   Row("norm.bias", "norm/bias"),
 )
 
-_DECODER: Table = (
+DECODER: Table = (
   Row("pos_embed", "pos_embed"),
   Row("query_embed", "query_embed"),
   Row("in_proj.weight", "in_proj/kernel", "linear"),
@@ -192,14 +193,19 @@ UNDERSTANDING: Table = (
   Row("vit_proj.bias", "projection/bias"),
 )
 
+# Only where the overlay of the official understanding model has it.
+UNDERSTANDING_SELECTOR: Table = _under(
+  "token_predictor.", "selector/", _SELECTOR
+)
+
 LOWRES: Table = (
-  *_under("", "decoder/", _DECODER),
+  *_under("", "decoder/", DECODER),
   Row("unet_proj.weight", "unet_proj/kernel", "linear"),
   Row("unet_proj.bias", "unet_proj/bias"),
 )
 
 HIGHRES: Table = (
-  *_under("", "decoder/", _DECODER),
+  *_under("", "decoder/", DECODER),
   Row("unet_proj_1.weight", "unet_proj_1/kernel", "linear"),
   Row("unet_proj_1.bias", "unet_proj_1/bias"),
   Row("unet_proj_2.weight", "unet_proj_2/kernel", "linear"),
@@ -269,14 +275,13 @@ def to_ours(table: Table, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     errors.CheckpointError: names that are missing, or that nothing here
       needs: all of them at once.
   """
-  unused = _UNUSED.get(id(table))
   given = {
     name: np.asarray(value)
     for name, value in tensors.items()
-    if not (unused and re.match(unused, name))
+    if not is_unused(table, name)
   }
-  depth = _depth(table, given)
-  names = [name for row in table for name in _names(row, depth)]
+  depth = depth_of(table, given)
+  names = [name for row in table for name in names_of(row, depth)]
   missing = sorted(set(names) - set(given))
   unknown = sorted(set(given) - set(names))
   if missing or unknown:
@@ -288,8 +293,8 @@ def to_ours(table: Table, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
   flat = {}
   for row in table:
     forward = TRANSFORMS[row.transform].forward
-    arrays = [forward(given[name]) for name in _names(row, depth)]
-    flat[row.ours] = np.stack(arrays) if _stacked(row) else arrays[0]
+    arrays = [forward(given[name]) for name in names_of(row, depth)]
+    flat[row.ours] = np.stack(arrays) if is_stacked(row) else arrays[0]
   return unflatten(flat)
 
 
@@ -323,8 +328,8 @@ def to_official(
     backward = TRANSFORMS[row.transform].backward
     array = _array(flat[row.ours])
     array = array[:rows] if row.transform == "rows" else array
-    layers = list(array) if _stacked(row) else [array]
-    names = _names(row, len(layers))
+    layers = list(array) if is_stacked(row) else [array]
+    names = names_of(row, len(layers))
     tensors |= {n: backward(x) for n, x in zip(names, layers, strict=True)}
   return tensors
 
@@ -335,20 +340,27 @@ def _array(leaf):
   return np.asarray(leaf)
 
 
-def _stacked(row):
+def is_unused(table: Table, name: str) -> bool:
+  """Whether the official file may hold this name and nothing needs it."""
+  pattern = _UNUSED.get(id(table))
+  return bool(pattern and re.match(pattern, name))
+
+
+def is_stacked(row: Row) -> bool:
+  """Whether the row is one tensor a layer, stacked here."""
   return "{i}" in row.official
 
 
-def _names(row, depth):
+def names_of(row: Row, depth: int) -> list[str]:
   """Official names of one row, a name a layer."""
-  if not _stacked(row):
+  if not is_stacked(row):
     return [row.official]
   return [row.official.replace("{i}", str(i)) for i in range(depth)]
 
 
-def _depth(table, tensors):
-  """How many layers the tensors have, by the highest number that occurs."""
-  stacked = next(row.official for row in table if _stacked(row))
+def depth_of(table: Table, tensors) -> int:
+  """How many layers the names have, by the highest number that occurs."""
+  stacked = next(row.official for row in table if is_stacked(row))
   pattern = re.escape(stacked.split("{i}")[0]) + r"(\d+)\."
   found = [re.match(pattern, name) for name in tensors]
   return max((int(m[1]) + 1 for m in found if m), default=0)

@@ -1,0 +1,65 @@
+"""Checkpoints on the Hugging Face hub."""
+
+import pathlib
+import re
+from collections.abc import Sequence
+
+from lavit_jax import errors
+from lavit_jax.port import official, tensors
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_EVERY = ("*.json", "tokenizer.model")
+
+
+def resolve(source, only: Sequence[str] | None = None) -> pathlib.Path:
+  """The local place of a source: a path, or an id, which is downloaded.
+
+  A download that was interrupted goes on where it stopped, and what is in the
+  hub's cache already is not loaded again. HF_HOME and HF_TOKEN are read as
+  ever.
+
+  Args:
+    source: a path, or "owner/name" where no such path exists.
+    only: parts whose files are enough, of `official.PARTS`.
+
+  Raises:
+    errors.UsageError: neither a path nor an id.
+    errors.CheckpointError: the hub cannot be reached, or has no such model.
+  """
+  path = pathlib.Path(source)
+  if path.exists():
+    return path
+  if not _ID.fullmatch(str(source)):
+    raise errors.UsageError(
+      f"{source}: no such file or directory, and no id of the Hugging Face hub"
+      " (owner/name). Check the spelling."
+    )
+  hub = tensors.require("huggingface_hub", f"Downloading {source}")
+  try:
+    return pathlib.Path(
+      hub.snapshot_download(str(source), allow_patterns=patterns(only))
+    )
+  except Exception as e:  # the hub's errors, of requests and of files
+    raise errors.CheckpointError(
+      f"{source} is no local path and could not be downloaded from the Hugging"
+      f" Face hub: {' '.join(str(e).split())[:300]} Check the id and the"
+      " network, then give the same command again: it goes on where it stopped."
+    ) from e
+
+
+def patterns(only: Sequence[str] | None) -> list[str]:
+  """What to download for these parts; the pixel decoders are left.
+
+  Both layouts are covered: the official one and a plain LLaMA folder.
+  """
+  parts = set(only or official.PARTS)
+  files = {
+    official.FILES[file] for part in parts for file in official.NEEDS[part]
+  }
+  if "tokenizer" in parts:
+    files |= {official.FILES["lowres"]}
+  found = [*_EVERY, *sorted(files)]
+  if "llm" in parts:
+    found += [f"{official.LLM_FOLDER}/*", "model*.safetensors"]
+    found += ["pytorch_model*.bin"]
+  return found

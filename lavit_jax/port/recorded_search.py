@@ -1,0 +1,255 @@
+"""What is made of the recorded captions, answers and drawings; see `verify.py`.
+
+Prompts are built, embedded, searched and drawn from as the official code does
+(`infer/official.py`), so that the ids, beams and scores must come out again.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lavit_jax import images, vocabulary
+from lavit_jax.infer import beam, decode, official
+
+_EOS, _BOS = vocabulary.EOS_ID, vocabulary.BOS_ID
+_STEPS = 5  # of which processed scores are recorded
+
+
+def caption(a, parts):
+  """Two pictures described, without a prompt and with one."""
+  model = parts.model
+  pixels, gumbel = _nhwc(a["in_pixels"]), a["in_gumbel"]
+  recorded = json.loads((a.folder / "caption.json").read_text("utf-8"))
+  image = model.prompt(model.reading_rows(pixels, gumbel))
+  made = {
+    "out_image_embeds": (model.embedded(image), "float"),
+    "out_image_attns": (image["mask"], "exact"),
+  }
+  for name, row in recorded.items():  # "caption", "caption_prompt"
+    suffix = name.removeprefix("caption")
+    ids = [official.encode(model.text, row["prompt"])] * len(pixels)
+    rows = model.reading_rows(pixels, gumbel, ids)
+    made |= _searched(a, model, rows, suffix, official.CAPTION)
+    if suffix:
+      made["out_prompt_ids"] = np.array(ids), "exact"
+  return made
+
+
+def answer(a, parts):
+  """A question about each of two pictures answered."""
+  model = parts.model
+  recorded = json.loads((a.folder / "vqa.json").read_text("utf-8"))
+  words = [recorded["prompt"].format(q) for q in recorded["questions"]]
+  ids = [official.encode(model.text, text) for text in words]
+  padded = decode.left_pad(ids, pad_id=_EOS)
+  rows = model.reading_rows(_nhwc(a["in_pixels"]), a["in_gumbel"], ids)
+  return _searched(a, model, rows, "", official.ANSWER) | {
+    "out_prompt_ids": (padded["tokens"], "exact"),
+    "out_prompt_mask": (padded["mask"], "exact"),
+  }
+
+
+def _nhwc(recorded):
+  return jnp.asarray(recorded.transpose(0, 2, 3, 1))
+
+
+def _searched(a, model, rows, suffix, settings):
+  """Prompt, sequences, scores and the candidates of every step."""
+  prompt = model.prompt(rows)
+  found = beam.beam_search(
+    model.llm,
+    model.language["llm"],
+    prompt=prompt,
+    suppress=official.suppress_for_text(model.vocab),
+    eos_id=_EOS,
+    pad_id=_EOS,
+    trace=True,
+    **settings,
+  )
+  done = np.asarray(found.step_done)
+  made = {
+    "inputs_embeds": (model.embedded(prompt), "float"),
+    "attention_mask": (prompt["mask"], "exact"),
+    "sequences": (_sequences(a, f"sequences{suffix}", found, _BOS), "exact"),
+    "sequences_scores": (found.scores[:, 0], "score"),
+    "step_done": (done, "exact"),
+  }
+  for name, kind in (("scores", "float"), ("tokens", "exact")):
+    made[f"step_{name}"] = _steps(a, suffix, found, name, done), kind
+  made["step_beams"] = _steps(a, suffix, found, "beams", done), "exact"
+  return {f"out_{name}{suffix}": value for name, value in made.items()}
+
+
+def _steps(a, suffix, found, name, done):
+  """Candidates of every step; those of a prompt that is done mean nothing."""
+  ours = np.asarray(getattr(found, f"step_{name}"))
+  theirs = dict.__getitem__(a, f"out_step_{name}{suffix}")
+  if ours.shape != theirs.shape:
+    return ours
+  return np.where(done[..., None], theirs, ours)
+
+
+def _sequences(a, name, found, first):
+  """Written ids behind a first column, cut to the recorded length.
+
+  What is cut is padding; if it is not, nothing is cut, and shapes differ.
+  """
+  tokens = np.asarray(found.tokens)
+  tokens = tokens[:, 0] if tokens.ndim == 3 else tokens
+  tokens = np.insert(tokens, 0, first, axis=1)
+  length = dict.__getitem__(a, f"out_{name}").shape[1]
+  padding = (tokens[:, length:] == _EOS).all()
+  return tokens[:, :length] if padding else tokens
+
+
+def draw(a, parts):
+  """Ids of pictures, guided and not, from texts and from token prompts."""
+  model, vocab = parts.model, parts.model.vocab
+  recorded = json.loads((a.folder / "t2i_tokens.json").read_text("utf-8"))
+  texts = [official.encode(model.text, text) for text in recorded["prompts"]]
+  padded = decode.left_pad(texts, pad_id=_EOS)
+  mixed = _mixed_prompt(a, model, recorded)
+  made = {
+    "out_prompt_ids": (padded["tokens"], "exact"),
+    "out_prompt_mask": (padded["mask"], "exact"),
+    "out_mm_ids": (np.array(mixed), "exact"),
+    "out_mm_max_new_tokens": (np.array(len(mixed)), "exact"),
+  }
+  negative = [row[-3:] for row in texts]
+  pair = _prompts_of(a, model, "tok")
+  guided = {"guidance": official.GUIDANCE_TEXT}
+  by_tokens = {"max_new_tokens": len(mixed)}
+  cases = {
+    "": (texts, guided),
+    "_single": (texts[1:], guided),
+    "_neg": (texts, guided | {"uncond": negative}),
+    "_nocfg": (texts, {"guidance": 1.0}),
+    "_mm": ([mixed], {"guidance": official.GUIDANCE_MULTIMODAL} | by_tokens),
+    "_tok": (pair, guided | {"max_new_tokens": max(map(len, pair))}),
+  }
+  for suffix, (rows, settings) in cases.items():
+    rows = [[*row, vocab.image_begin] for row in rows]
+    made |= _drawn(a, model, rows, suffix, **settings)
+  rows = [[*mixed, vocab.image_begin]]
+  longer = {"guidance": official.GUIDANCE_MULTIMODAL, "max_new_tokens": 60}
+  made["out_sequences_mm60"] = (
+    _written(a, model, rows, "_mm60", **longer),
+    "exact",
+  )
+  return made | _warped(a)
+
+
+def _mixed_prompt(a, model, recorded):
+  """A picture as codes, then text, without any mark between them."""
+  size = model.config.vit.image_size
+  pixels = images.preprocess(a.folder / recorded["mm_image"], size)
+  ids, valid = model.codes(pixels[None], a["in_mm_gumbel"])
+  words = official.encode(model.text, recorded["mm_text"])
+  return [*ids[0][valid[0]].tolist(), *words]
+
+
+def _prompts_of(a, model, name):
+  """Token prompts that are recorded only as what they are embedded to."""
+  embeds = dict.__getitem__(a, f"out_inputs_embeds_{name}")
+  mask = dict.__getitem__(a, f"out_attention_mask_{name}").astype(bool)
+  table = np.asarray(model.language["llm"]["embedding"])
+  table = table[: model.llama_config.vocab_size]
+  rows = []
+  for line, used in zip(embeds, mask, strict=True):
+    line = line[used][:-1]  # less [IMG]
+    product = line @ table.T
+    distance = np.square(table).sum(1) - 2.0 * product
+    rows.append(distance.argmin(1).tolist())
+  return rows
+
+
+def _uncond(model, uncond, count):
+  rows = uncond or [[model.vocab.image_begin]] * count
+  return decode.left_pad(rows, pad_id=_EOS)
+
+
+def _written(
+  a, model, rows, suffix, *, guidance, uncond=None, max_new_tokens=None
+):
+  """Greedy ids after each prompt, behind a column of [IMG]."""
+  longest = max_new_tokens or official.DRAW["max_new_tokens"]
+  found = decode.generate(
+    model.llm,
+    model.language["llm"],
+    prompt=decode.left_pad(rows, pad_id=_EOS),
+    uncond=_uncond(model, uncond, len(rows)),
+    guidance_scale=guidance,
+    min_new_tokens=official.DRAW["min_new_tokens"],
+    max_new_tokens=longest,
+    suppress=official.suppress_for_image(model.vocab),
+    eos_id=model.vocab.image_end,
+    pad_id=_EOS,
+  )
+  return _sequences(a, f"sequences{suffix}", found, model.vocab.image_begin)
+
+
+def _drawn(a, model, rows, suffix, **settings):
+  """Prompt, ids, and processed scores of the first steps of one case."""
+  prompt = decode.left_pad(rows, pad_id=_EOS)
+  ids = _written(a, model, rows, suffix, **settings)
+  scores = _scores(model, rows, ids[:, 1:], settings)
+  made = {
+    "attention_mask": (prompt["mask"], "exact"),
+    "inputs_embeds": (model.embedded(prompt), "float"),
+    "sequences": (ids, "exact"),
+    "scores5": (scores[..., a["in_cols"]], "float"),
+  }
+  return {f"out_{name}{suffix}": value for name, value in made.items()}
+
+
+def _scores(model, rows, written, settings):
+  """Processed scores float[5, B, rows of the head] under the written ids."""
+  params, guidance = model.language["llm"], settings["guidance"]
+  uncond = _uncond(model, settings.get("uncond"), len(rows))
+  streams = [decode.left_pad(rows, pad_id=_EOS), uncond]
+  streams = [
+    decode.prefill(model.llm, params, decode.arrays_of(stream), _STEPS)
+    for stream in streams
+  ]
+  scalars = {
+    "eos_id": model.vocab.image_end,
+    "min_new_tokens": official.DRAW["min_new_tokens"],
+  }
+  ruled_out = decode.never_written(
+    model.llama_config, official.suppress_for_image(model.vocab)
+  )
+  out = []
+  for step in range(_STEPS):
+    plain, other = (logits for logits, _ in streams)
+    scores = jax.nn.log_softmax(plain)
+    if guidance != 1:
+      scores = decode.guide(scores, other, guidance)
+    else:
+      scores = plain  # nothing is normalised where nothing guides
+    out.append(decode.process(scores, step, scalars, ruled_out))
+    ids = jnp.asarray(written[:, step])
+    streams = [
+      decode.advance(model.llm, params, ids, cache) for _, cache in streams
+    ]
+  return np.stack(out)
+
+
+def _warped(a):
+  """Logits after the filters of sampling, what they cut at -inf."""
+  logits = a["in_warp_logits"]
+  cases = {
+    "topk50": (1.0, 50, None),
+    "topp09": (1.0, 0, 0.9),
+    "t07_k50_p09": (0.7, 50, 0.9),
+  }
+  made = {}
+  for name, (temperature, top_k, top_p) in cases.items():
+    scores, ids = decode.candidates(
+      jnp.asarray(logits) / np.float32(temperature), top_k, top_p
+    )
+    full = np.full(logits.shape, -np.inf, np.float32)
+    np.put_along_axis(full, np.asarray(ids), np.asarray(scores), axis=1)
+    made[f"out_warp_{name}"] = full, "float"
+  return made

@@ -1,0 +1,87 @@
+import fnmatch
+
+import pytest
+
+from lavit_jax import errors
+from lavit_jax.port import hub
+
+huggingface_hub = pytest.importorskip(
+  "huggingface_hub", reason="downloads from the hub"
+)
+
+RELEASE = (
+  "language_model/config.json",
+  "language_model/pytorch_model-00001-of-00002.bin",
+  "language_model/tokenizer.model",
+  "language_model/visual_weight.bin",
+  "visual_tokenizer/eva_vitg_psz14.bin",
+  "visual_tokenizer/highres_tokenizer_decoder.bin",
+  "visual_tokenizer/tokenizer_decoder.bin",
+  "visual_tokenizer/tokenizer_encoder.bin",
+)
+PIXELS = (
+  "pixel_decoding/unet/diffusion_pytorch_model.bin",
+  "highres_pixel_decoding/vae/diffusion_pytorch_model.safetensors",
+)
+
+
+def asked(only):
+  """Files of the release that the patterns of some parts match."""
+  patterns = hub.patterns(only)
+  return {
+    file
+    for file in RELEASE + PIXELS
+    if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
+  }
+
+
+def test_only_what_the_parts_need_is_downloaded():
+  assert asked(None) == set(RELEASE)
+  assert asked(["lowres"]) == {
+    "language_model/config.json",  # every .json, they are small
+    "visual_tokenizer/tokenizer_decoder.bin",
+  }
+  assert "visual_tokenizer/highres_tokenizer_decoder.bin" not in asked(["llm"])
+  assert "language_model/pytorch_model-00001-of-00002.bin" in asked(["llm"])
+
+
+def test_files_of_a_plain_llama_are_asked_for_too():
+  patterns = hub.patterns(None)
+  for file in (
+    "config.json",
+    "tokenizer.model",
+    "model-00001-of-00002.safetensors",
+    "pytorch_model.bin",
+  ):
+    assert any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
+
+
+def test_an_id_is_downloaded(monkeypatch, tmp_path):
+  calls = []
+
+  def download(repo, allow_patterns):
+    calls.append((repo, allow_patterns))
+    return str(tmp_path)
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  assert hub.resolve("rain1011/LaVIT-7B-v2", ["encoder"]) == tmp_path
+  assert calls == [("rain1011/LaVIT-7B-v2", hub.patterns(["encoder"]))]
+
+
+def test_a_path_is_never_downloaded(monkeypatch, tmp_path):
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "owner" / "name").mkdir(parents=True)
+  assert hub.resolve("owner/name").is_dir()
+  for wrong in ("./owner/other", "/no/where", "justaname", "a/b/c"):
+    with pytest.raises(errors.UsageError, match="no such file"):
+      hub.resolve(wrong)
+
+
+def test_a_hub_that_cannot_be_reached_is_named(monkeypatch):
+  def fail(*args, **kwargs):
+    raise ConnectionError("no route to host")
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+  with pytest.raises(errors.CheckpointError, match="no route to host"):
+    hub.resolve("owner/name")
