@@ -6,6 +6,8 @@ classes (jy0205/LaVIT at commit 8cde9b4), the settings those of their
 defaults. Quirks that are kept here, and not elsewhere:
 
   - "3.14" is cut to "3": captions and answers end at the first ".";
+  - a transparent picture loses its transparency, whatever colour lies under
+    it, and no orientation is heeded;
   - </s>, <s>, <unk> in a prompt are taken for the special tokens;
   - while drawing, ids 0, 1, 2 and [IMG] stay allowed (a weak model may write
     them into a picture), and a negative prompt gets no [IMG];
@@ -19,8 +21,9 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 
-from lavit_jax import vocabulary
+from lavit_jax import images, vocabulary
 from lavit_jax.infer import decode
 from lavit_jax.models import llama, merger, selector, tokenizer, unified
 
@@ -69,6 +72,12 @@ def clean_question(question: str, max_words: int = 50) -> str:
   question = re.sub(r"([.!\"()*#:;~])", "", question.lower()).rstrip(" ")
   words = question.split(" ")
   return " ".join(words[:max_words]) if len(words) > max_words else question
+
+
+def preprocess(path, size: int) -> np.ndarray:
+  """float32[size, size, 3], CLIP-normalised, of a picture of our own."""
+  with PIL.Image.open(path) as image:
+    return images.normalize(images.to_uint8(image.convert("RGB"), size))
 
 
 def encode(text: vocabulary.TextTokenizer, words: str) -> list[int]:
@@ -167,7 +176,9 @@ class Model:
     params = {k: v for k, v in self.language.items() if k != "selector"}
     return net.apply({"params": params}, features, keep, method="read")
 
-  def prompt(self, rows: Sequence[Sequence]) -> dict[str, np.ndarray]:
+  def prompt(
+    self, rows: Sequence[Sequence], length: int | None = None
+  ) -> dict[str, np.ndarray]:
     """Left-padded prompt of rows of ids and float[k, W] continuous tokens."""
     width = self.llama_config.width
     ids, places = [], []
@@ -181,7 +192,7 @@ class Model:
           line.append(int(part))
       ids.append(line)
       places.append(where)
-    prompt = decode.left_pad(ids, pad_id=vocabulary.EOS_ID)
+    prompt = decode.left_pad(ids, length, pad_id=vocabulary.EOS_ID)
     if any(places):
       shape = prompt["tokens"].shape
       embeds = np.zeros((*shape, width), np.float32)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import images, vocabulary
+from lavit_jax import vocabulary
 from lavit_jax.infer import beam, decode, official
 
 _EOS, _BOS = vocabulary.EOS_ID, vocabulary.BOS_ID
@@ -44,8 +44,12 @@ def answer(a, parts):
   words = [recorded["prompt"].format(q) for q in recorded["questions"]]
   ids = [official.encode(model.text, text) for text in words]
   padded = decode.left_pad(ids, pad_id=_EOS)
-  rows = model.reading_rows(_nhwc(a["in_pixels"]), a["in_gumbel"], ids)
-  return _searched(a, model, rows, "", official.ANSWER) | {
+  pixels, gumbel = _nhwc(a["in_pixels"]), a["in_gumbel"]
+  rows = model.reading_rows(pixels, gumbel, ids)
+  # Pictures and questions are padded apart, so that rows are longer than any.
+  alone = model.prompt(model.reading_rows(pixels, gumbel))
+  length = alone["tokens"].shape[1] + padded["tokens"].shape[1]
+  return _searched(a, model, rows, "", official.ANSWER, length) | {
     "out_prompt_ids": (padded["tokens"], "exact"),
     "out_prompt_mask": (padded["mask"], "exact"),
   }
@@ -55,9 +59,9 @@ def _nhwc(recorded):
   return jnp.asarray(recorded.transpose(0, 2, 3, 1))
 
 
-def _searched(a, model, rows, suffix, settings):
+def _searched(a, model, rows, suffix, settings, length=None):
   """Prompt, sequences, scores and the candidates of every step."""
-  prompt = model.prompt(rows)
+  prompt = model.prompt(rows, length)
   found = beam.beam_search(
     model.llm,
     model.language["llm"],
@@ -144,7 +148,7 @@ def draw(a, parts):
 def _mixed_prompt(a, model, recorded):
   """A picture as codes, then text, without any mark between them."""
   size = model.config.vit.image_size
-  pixels = images.preprocess(a.folder / recorded["mm_image"], size)
+  pixels = official.preprocess(a.folder / recorded["mm_image"], size)
   ids, valid = model.codes(pixels[None], a["in_mm_gumbel"])
   words = official.encode(model.text, recorded["mm_text"])
   return [*ids[0][valid[0]].tolist(), *words]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import images
+from lavit_jax.infer import official
 from lavit_jax.models import (
   decoder,
   layers,
@@ -230,7 +230,7 @@ def _preprocess(a, parts):
   for name in a:
     stem = f"img{name.removeprefix('out_').removesuffix('_small')}"
     (path,) = (a.folder / "preprocess").glob(f"{stem}.*")
-    pixels = images.preprocess(path, dict.__getitem__(a, name).shape[-1])
+    pixels = official.preprocess(path, dict.__getitem__(a, name).shape[-1])
     made |= floats(**{name.removeprefix("out_"): pixels.transpose(2, 0, 1)})
   return made
 
