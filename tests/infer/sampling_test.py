@@ -96,7 +96,7 @@ def test_filtered_distributions_are_those_of_transformers(temperature):
 
 
 @pytest.mark.parametrize(
-  ("top_k", "top_p"), [(0, 1.0), (2, 1.0), (6, 1.0), (0, 0.75), (6, 0.6)]
+  ("top_k", "top_p"), [(0, 1.0), (2, 1.0), (6, 1.0), (0, 0.75), (6, 0.65)]
 )
 def test_ties_inside_and_outside_the_cut_are_as_in_transformers(top_k, top_p):
   # Two of 0.3, then four of 0.1, the rest equal and next to impossible.
@@ -129,7 +129,7 @@ def test_all_equal_scores_stay_a_uniform_distribution():
 
 
 def test_ids_ruled_out_before_the_filters_stay_out():
-  scores = _logits()
+  scores = np.array(_logits())
   scores[:, ::2] = -np.inf
   for filters in ({"top_k": 7}, {"top_p": 0.8}, {"top_k": 30, "top_p": 0.999}):
     ours, theirs = _ours(scores, **filters), _theirs(scores, **filters)

@@ -291,7 +291,8 @@ def test_a_model_with_another_text_vocabulary_is_refused(tmp_path):
 
 
 def test_a_model_without_all_official_parts_is_refused(small, tmp_path):
-  imported(small[0], tmp_path / "model", only=["lowres"])
+  part = {"only": ["lowres"], "heads": sources.HEADS}
+  imported(small[0], tmp_path / "model", **part)
   with pytest.raises(errors.CheckpointError, match="no encoder, tokenizer"):
     exported(tmp_path / "model", tmp_path / "back", "official")
 

@@ -109,7 +109,10 @@ def _made():
 
 def state():
   """{file: {official name: array}} of a whole checkpoint, to be changed."""
-  return {file: dict(tensors) for file, tensors in _made().items()}
+  return {
+    file: {name: value.copy() for name, value in tensors.items()}
+    for file, tensors in _made().items()
+  }
 
 
 def save(path, tensors):
