@@ -213,7 +213,7 @@ def test_the_exponential_mean_is_what_gets_exported(stage):
   later = jax.tree.map(lambda x: x + 1.0, params)
   after = objective_lib.update_ema(state, later, 0.999)
   shift = jax.tree.map(
-    lambda a, b: np.mean(a - b, dtype=np.float64), after["ema"], params
+    lambda a, b: np.asarray(a - b).mean(dtype=np.float64), after["ema"], params
   )
   # First update: decay min(0.999, 1 / 10).
   np.testing.assert_allclose(jax.tree.leaves(shift), 0.9, atol=1e-5)
