@@ -98,7 +98,8 @@ class PretrainObjective(base.Objective):
     folder = self.config.start_from
     if folder:
       self._check_same_words(folder)
-      start = checkpoints.load_part(folder, self.part).params
+      # A plain LLaMA brings no merger: stage 1's stays.
+      start |= checkpoints.load_part(folder, self.part).params
     for name, theirs in start.items():
       self._check_same(folder or self.config.model_dir, theirs, name, state)
     return state.params | start, state.extra
@@ -120,7 +121,7 @@ class PretrainObjective(base.Objective):
       jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
       for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-    ours, theirs = shapes(state.params[name]), shapes(theirs)
+    ours, theirs = shapes(state.params.get(name, {})), shapes(theirs)
     wrong = [k for k in ours | theirs if ours.get(k) != theirs.get(k)]
     if wrong:
       key = wrong[0]
