@@ -225,7 +225,10 @@ def _logprobs(params, ids):
 def _in_lists(
   params, row, num_beams, penalty, stop, eos, min_new_tokens, offset
 ):
-  """The rule of transformers 4.33.2 in plain Python: [(score, ids), ...]."""
+  """The rule of transformers 4.33.2 in plain Python.
+
+  Returns [(score, ids), ...] and how many steps it took.
+  """
   beams, kept = [(0.0, ())], []
   for step in range(NEW):
     found = []
@@ -243,9 +246,9 @@ def _in_lists(
     bound = found[0][0] / (offset + reach) ** penalty
     full = len(kept) == num_beams
     if full and (stop is True or kept[-1][0] >= bound):
-      return kept
+      return kept, step + 1
   kept += [(total / (offset + NEW) ** penalty, ids) for total, ids in beams]
-  return sorted(kept, reverse=True)[:num_beams]
+  return sorted(kept, reverse=True)[:num_beams], NEW
 
 
 @pytest.mark.parametrize("offset", [1, 5])
@@ -270,7 +273,8 @@ def test_an_offset_gives_the_rule_of_transformers_4(params, offset):
       for counted in (offset, 0)
     )
     for i, row in enumerate(rows):
-      kept = _in_lists(params, row, 3, penalty, stop, eos, least, offset)
+      kept, steps = _in_lists(params, row, 3, penalty, stop, eos, least, offset)
+      assert list(ours.step_done[:, i]) == [t >= steps for t in range(NEW)]
       for j, (score, ids) in enumerate(kept):
         ids = list(ids) + [PAD] * (NEW - len(ids))
         assert list(ours.tokens[i, j]) == ids, case
