@@ -1,9 +1,9 @@
 """The official release's rules of inference, to the letter.
 
-What `lavit port verify` holds a checkpoint to, and what `parity=True` asks
-for. The text rules are those of the official understanding and generation
-classes (jy0205/LaVIT at commit 8cde9b4), the settings those of their
-defaults. Quirks that are kept here, and not elsewhere:
+What `lavit port verify` holds a checkpoint to. The text rules are those of the
+official understanding and generation classes (jy0205/LaVIT at commit 8cde9b4),
+the settings those of their defaults. Quirks that are kept here, and not
+elsewhere:
 
   - "3.14" is cut to "3": captions and answers end at the first ".";
   - a transparent picture loses its transparency, whatever colour lies under
@@ -91,13 +91,12 @@ def encode(text: vocabulary.TextTokenizer, words: str) -> list[int]:
 
 def suppress_for_text(vocab: vocabulary.Vocabulary) -> np.ndarray:
   """bool[size]: image marks and codes; rows of padding stay allowed."""
-  return np.arange(vocab.size) >= vocab.image_begin
+  return vocab.suppress_for_text()[: vocab.size]
 
 
 def suppress_for_image(vocab: vocabulary.Vocabulary) -> np.ndarray:
-  """bool[size]: text pieces but 0, 1 and 2, and nothing else."""
-  ids = np.arange(vocab.size)
-  return (ids > vocabulary.EOS_ID) & (ids < vocab.image_begin)
+  """bool[size]: text pieces but 0, 1 and 2; rows of padding stay allowed."""
+  return vocab.suppress_for_image(official=True)[: vocab.size]
 
 
 @dataclasses.dataclass(frozen=True)

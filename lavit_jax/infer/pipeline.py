@@ -185,6 +185,8 @@ class LaVIT:
   def _read_then_write(self, batch, prompts, max_new_tokens):
     words = []
     vocab = self._llm.vocabulary
+    suppress = vocab.suppress_for_text()
+    suppress[self.text.size :] = True  # ids that stand for no piece
     for chunk, count in _chunks(batch):
       start = len(words)
       asked = prompts[start : start + count]
@@ -198,7 +200,7 @@ class LaVIT:
         self._llm.params["llm"],
         prompt=self._prompt(parts),
         max_new_tokens=max_new_tokens,
-        suppress=vocab.suppress_for_text(),
+        suppress=suppress,
         eos_id=vocab.eos_id,
       )
       for row in np.asarray(result.tokens)[:count]:
@@ -434,7 +436,9 @@ class _Language:
     """Projected tokens float[n, N, W] and bool[n, N] of uint8 pictures."""
     outs = []
     for chunk, count in _chunks(np.stack(pictures)):
-      features, keep = self._visual.select(chunk)
+      # Official weights may bring a selector of their own for reading.
+      own = self.params.get("selector")
+      features, keep = self._visual.select(chunk, own)
       tokens, valid = self._read(self.params, features, keep)
       outs.append((np.asarray(tokens)[:count], np.asarray(valid)[:count]))
     return tuple(np.concatenate(x) for x in zip(*outs, strict=True))

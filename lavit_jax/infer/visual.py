@@ -26,7 +26,7 @@ class VisualTokenizer:
       "params": stage1.params["params"],
       "codebook": stage1.params["codebook"],
     }
-    self.feature_mean = np.asarray(stage1.params["feature_mean"])
+    self._feature_mean = stage1.params.get("feature_mean")
 
   @property
   def image_size(self) -> int:
@@ -42,6 +42,20 @@ class VisualTokenizer:
   def num_codes(self) -> int:
     """Size of the visual language."""
     return self.config.quantizer.num_codes
+
+  @property
+  def feature_mean(self) -> np.ndarray:
+    """Mean features float[N, D] of the pictures it was trained on.
+
+    Raises:
+      errors.CheckpointError: an imported tokenizer, which has none.
+    """
+    if self._feature_mean is None:
+      raise errors.CheckpointError(
+        "This tokenizer was imported and has no mean features, over which"
+        " reconstruction is measured. Evaluate a model trained here."
+      )
+    return np.asarray(self._feature_mean)
 
   @functools.cached_property
   def _encode(self):
@@ -79,17 +93,27 @@ class VisualTokenizer:
     """float32[B, N, D] of uint8[B, H, W, 3] by the frozen encoder."""
     return self._encode(self._encoder, jnp.asarray(batch))
 
-  def log_probs(self, features) -> jax.Array:
-    """Log-probabilities of keep and drop, float32[B, N, 2]."""
-    return self._select(self._variables, features)
+  def log_probs(self, features, params=None) -> jax.Array:
+    """Log-probabilities of keep and drop, float32[B, N, 2].
 
-  def keep_mask(self, features, *, seed=None, budget=None) -> jax.Array:
+    `params` are those of another selector than the tokenizer's own.
+    """
+    variables = self._variables
+    if params is not None:
+      own = variables["params"]
+      variables = variables | {"params": own | {"selector": params}}
+    return self._select(variables, features)
+
+  def keep_mask(
+    self, features, *, seed=None, budget=None, params=None
+  ) -> jax.Array:
     """bool[B, N]: which patches become words.
 
     Args:
       features: float[B, N, D].
       seed: sample, as training does; None is deterministic.
       budget: keep exactly so many patches.
+      params: see `log_probs`.
 
     Raises:
       errors.UsageError: a budget outside 1 ... N, or with a seed.
@@ -103,7 +127,7 @@ class VisualTokenizer:
         f"budget={budget}: a picture of {self.num_patches} patches keeps"
         f" between 1 and {self.num_patches} of them."
       )
-    log_probs = self.log_probs(features)
+    log_probs = self.log_probs(features, params)
     if budget is not None:
       return selector.budget_mask(log_probs, budget)
     if seed is None:
@@ -112,10 +136,10 @@ class VisualTokenizer:
     best = selector.budget_mask(log_probs, 1)
     return jnp.where(keep.any(1, keepdims=True), keep, best)
 
-  def select(self, batch):
+  def select(self, batch, params=None):
     """(features float[B, N, D], keep bool[B, N]) of uint8[B, H, W, 3]."""
     features = self.features(batch)
-    return features, self.keep_mask(features)
+    return features, self.keep_mask(features, params=params)
 
   def encode(self, features, keep):
     """(ids int32[B, N], valid bool[B, N]) of features and a keep mask."""
@@ -123,7 +147,18 @@ class VisualTokenizer:
     return ids, valid
 
   def decode(self, ids, valid) -> jax.Array:
-    """float[B, N, D] of ids int[B, K] and which of them are words."""
+    """float[B, N, D] of ids int[B, K] and which of them are words.
+
+    Raises:
+      errors.CheckpointError: an imported tokenizer, whose decoders belong to
+        its two U-Nets.
+    """
+    if "decoder" not in self._variables["params"]:
+      raise errors.CheckpointError(
+        "This tokenizer was imported: words are drawn by the parts lowres and"
+        " highres, whose U-Nets this version cannot run yet. It can tokenize,"
+        " caption, answer, and write words (write_codes)."
+      )
     return self._decode(self._variables, ids, valid)
 
   @functools.cached_property

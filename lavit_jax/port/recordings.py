@@ -21,7 +21,7 @@ from lavit_jax.models import (
   selector,
   vision,
 )
-from lavit_jax.port import recorded_search
+from lavit_jax.port import recorded_search, sizes
 
 
 def floats(**values):
@@ -153,13 +153,9 @@ def _tokenize(a, parts):
 
 def _decoder(a, parts):
   low, high = parts.part("lowres"), parts.part("highres")
-  config = decoder.DecoderConfig(**low.meta["decoder"])
-  lowres = decoder.LowresDecoder(config, low.meta["condition_dim"])
-  highres = decoder.HighresDecoder(
-    decoder.DecoderConfig(**high.meta["decoder"]),
-    tuple(high.meta["condition_dims"]),
-    high.meta["pooled_dim"],
-  )
+  lowres = sizes.lowres_module(low.meta)
+  highres = sizes.highres_module(high.meta)
+  config = lowres.config
   made = {}
   for case in [n.removeprefix("in_quantized") for n in a if n[:6] == "in_qua"]:
     codes = _padded(a, case, config.num_patches)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,6 +126,21 @@ def test_a_run_goes_on_from_the_llm_it_is_given(micro_runs, tmp_path):
   cfg = micro.config("pretrain", root, **start)
   with pytest.raises(errors.CheckpointError, match="byte for byte"):
     loop.train(cfg, root / "words", quiet=True)
+
+
+def test_a_start_without_a_merger_keeps_that_of_stage_1(micro_runs, tmp_path):
+  """A plain LLaMA brings nothing that reads pictures."""
+  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  llm = checkpoints.load_part(micro_runs / "model", "llm").params["llm"]
+  checkpoints.save_part(tmp_path / "start", "llm", {"llm": llm}, {})
+  shutil.copy(root / "model" / "tokenizer.model", tmp_path / "start")
+  start = str(tmp_path / "start")
+  cfg = micro.config("pretrain", root, phases__train__lr=0.0, start_from=start)
+  loop.train(cfg, root / "run", quiet=True)
+  made = checkpoints.load_part(root / "model", "llm").params
+  stage1 = checkpoints.load_part(root / "model", "tokenizer").params["params"]
+  jax.tree.map(np.testing.assert_array_equal, made["llm"], llm)
+  jax.tree.map(np.testing.assert_array_equal, made["merger"], stage1["merger"])
 
 
 def test_a_workdir_of_another_config_is_refused(micro_runs, tmp_path):
