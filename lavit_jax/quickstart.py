@@ -20,11 +20,11 @@ from lavit_jax.train import loop
 STAGES = ("encoder", "tokenizer", "codes", "pixels", "pretrain")
 # Minutes of the committed steps on two idle cores; --minutes scales the steps.
 MINUTES = {
-  "encoder": 5.3,
-  "tokenizer": 5.1,
+  "encoder": 4.7,
+  "tokenizer": 5.0,
   "codes": 0.8,
   "pixels": 2.8,
-  "pretrain": 4.5,
+  "pretrain": 4.3,
   "evaluation": 2.5,
 }
 
