@@ -27,7 +27,7 @@ EXTRAS = {
   "tpu": ["jax[tpu]>=0.10.2"],
   "cuda": ["jax[cuda12]>=0.10.2"],
   "torch": ["huggingface_hub>=2.4", "safetensors>=0.8", "torch>=2.13"],
-  "eval": ["scipy>=1.17"],
+  "eval": ["scipy>=1.17", "simplemma>=2.0"],
   "app": ["gradio>=6.0"],
   "test": [
     "filelock>=3.20",
@@ -41,6 +41,7 @@ EXTRAS = {
     "ruff>=0.17.6,<0.18",  # another minor version formats otherwise
     "safetensors>=0.8",
     "setuptools>=77",  # builds the wheel in tests without a download
+    "simplemma>=2.0",  # lemmas of answers
     "tensorboard>=2.21",  # reads back the event files we write
     "torch>=2.13",  # checkpoints in and out
     "transformers>=5.23",  # judges beam search and exported models

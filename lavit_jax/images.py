@@ -28,7 +28,7 @@ class ImageError(errors.LavitError):
   """A picture that cannot be used; the message names it and says why."""
 
 
-def load(source, *, name=None, max_pixels=MAX_PIXELS):
+def load(source, *, name=None, max_pixels=MAX_PIXELS, plain=False):
   """Decodes one picture to an upright RGB PIL image.
 
   EXIF orientation is applied, transparency is laid over white, CMYK, palette,
@@ -40,6 +40,8 @@ def load(source, *, name=None, max_pixels=MAX_PIXELS):
       uint8[H, W, 1|3|4] or float[H, W, 1|3|4] in [0, 1].
     name: what to call the picture in errors; by default the path.
     max_pixels: larger pictures are refused before they are decoded.
+    plain: leave it to Pillow's convert("RGB") alone, as the official code
+      does: no orientation, and under transparency whatever colour is stored.
 
   Returns:
     PIL image of mode RGB.
@@ -49,13 +51,14 @@ def load(source, *, name=None, max_pixels=MAX_PIXELS):
   """
   name = name or _name(source)
   if isinstance(source, (str, os.PathLike)):
-    return _from_path(source, name, max_pixels)
+    return _from_path(source, name, max_pixels, plain)
   if isinstance(source, (bytes, bytearray, memoryview)):
-    return _decode(io.BytesIO(source), name, max_pixels)
+    return _decode(io.BytesIO(source), name, max_pixels, plain)
   if isinstance(source, Image.Image):
-    return _finish(source, name, max_pixels)
+    return _finish(source, name, max_pixels, plain)
   if hasattr(source, "__array__"):
-    return _finish(_from_array(np.asarray(source), name), name, max_pixels)
+    image = _from_array(np.asarray(source), name)
+    return _finish(image, name, max_pixels, plain)
   raise ImageError(
     f"{name}: cannot make a picture of {type(source).__name__}; give a path,"
     " encoded bytes, a PIL image or an array."
@@ -117,7 +120,7 @@ def _name(source):
   return f"<{type(source).__name__}>"
 
 
-def _from_path(path, name, max_pixels):
+def _from_path(path, name, max_pixels, plain):
   """Opens a file, telling a missing one from one that is no picture."""
   path = pathlib.Path(path)
   if str(path).startswith(("http:/", "https:/")):
@@ -126,7 +129,7 @@ def _from_path(path, name, max_pixels):
     if path.is_dir():
       raise ImageError(f"{name}: is a folder, not a picture.")
     with path.open("rb") as file:
-      return _decode(file, name, max_pixels)
+      return _decode(file, name, max_pixels, plain)
   except FileNotFoundError:
     raise ImageError(f"{name}: no such file; check the path.") from None
   except (OSError, ValueError) as error:  # ValueError: a null byte in a path
@@ -135,13 +138,13 @@ def _from_path(path, name, max_pixels):
     raise ImageError(f"{name}: cannot be read ({error}).") from error
 
 
-def _decode(file, name, max_pixels):
+def _decode(file, name, max_pixels, plain):
   """Decodes an open file; size is checked before any pixel is unpacked."""
   try:
     with Image.open(file) as image:
       _check_size(image.size, name, max_pixels)
       image.load()
-      return _finish(image, name, max_pixels)
+      return _finish(image, name, max_pixels, plain)
   except ImageError:
     raise
   except UnidentifiedImageError as error:
@@ -173,11 +176,13 @@ def _check_size(size, name, max_pixels):
     )
 
 
-def _finish(image, name, max_pixels):
+def _finish(image, name, max_pixels, plain):
   """Upright, opaque, 8-bit RGB."""
   _check_size(image.size, name, max_pixels)
   try:
     image.load()
+    if plain:
+      return image.convert("RGB")
     return _to_rgb(_upright(image), name)
   except OSError as error:  # a lazily opened PIL image may be cut off
     raise ImageError(f"{name}: cannot be decoded ({error}).") from error

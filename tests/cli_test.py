@@ -19,6 +19,7 @@ import lavit_jax.infer
 import lavit_jax.train
 from lavit_jax import cli, errors
 from lavit_jax.commands import train as train_command
+from lavit_jax.infer import texts
 
 CONFIG = """
 import ml_collections
@@ -37,10 +38,10 @@ class Model:
   """Records the last call; draws what it was asked for."""
 
   def __init__(self):
-    self.loaded = self.called = None
+    self.loaded = self.dtype = self.called = None
 
-  def load(self, name):
-    self.loaded = name
+  def load(self, name, *, dtype):
+    self.loaded, self.dtype = name, dtype
     return self
 
   def _record(self, name, *args, **options):
@@ -55,17 +56,23 @@ class Model:
     self._record("caption", images, **options)
     return [f"a picture {i}" for i, _ in enumerate(images)]
 
-  def answer(self, images, questions):
-    self._record("answer", images, questions)
+  def answer(self, images, questions, **options):
+    self._record("answer", images, questions, **options)
     return [question[:1] for question in questions]
 
-  def generate(self, prompts, **options):
-    self._record("generate", prompts, **options)
-    return [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(len(prompts))]
+  def write(self, prompts, *, count, **options):
+    self._record("write", prompts, count, **options)
+    return [
+      [texts.Text(f"text {i}", 1.0 - i) for i in range(count)] for _ in prompts
+    ]
 
-  def synthesize(self, parts, **options):
-    self._record("synthesize", parts, **options)
-    return Image.new("RGB", (4, 4), "red")
+  def write_codes(self, prompts, **options):
+    self._record("write_codes", prompts, **options)
+    return [np.array([5, 301 + i]) for i in range(len(prompts))]
+
+  def synthesize_batch(self, prompts, **options):
+    self._record("synthesize_batch", prompts, **options)
+    return [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(len(prompts))]
 
   def reconstruct(self, images, **options):
     self._record("reconstruct", images, **options)
@@ -167,7 +174,7 @@ def test_every_question_is_asked_of_the_picture(model, capsys):
   status, out, _ = run(capsys, "answer", "a.png", "How many?", "Is it red?")
   assert (status, out) == (0, "How many? H\nIs it red? I\n")
   questions = ["How many?", "Is it red?"]
-  assert model.called == ("answer", ["a.png", "a.png"], questions, {})
+  assert model.called == ("answer", "a.png", questions, {})
   _, out, _ = run(capsys, "answer", "a.png", "Why?", "--json")
   assert json.loads(out) == [
     {"image": "a.png", "question": "Why?", "answer": "W"}
@@ -177,10 +184,11 @@ def test_every_question_is_asked_of_the_picture(model, capsys):
 def test_generate_hands_on_the_options_that_are_given(model, capsys, tmp_path):
   status, out, _ = run(capsys, "generate", "a red circle", "--out", "x/y.png")
   assert (status, out) == (0, "x/y.png\n")
-  assert model.called == ("generate", ["a red circle"], {})
+  assert model.called == ("synthesize_batch", ["a red circle"], {})
   assert Image.open(tmp_path / "x" / "y.png").size == (4, 4)
   options = shlex.split(
-    "--seed 7 --steps 9 --guidance 2.5 --decoder-guidance 1.5"
+    "--seed 7 --steps 9 --guidance 2.5 --decoder-guidance 1.5 --top-k 9"
+    " --temperature 0 --negative night --parity"
   )
   run(capsys, "generate", "one", *options)
   assert model.called[-1] == {
@@ -188,7 +196,36 @@ def test_generate_hands_on_the_options_that_are_given(model, capsys, tmp_path):
     "steps": 9,
     "guidance_scale": 2.5,
     "decoder_guidance_scale": 1.5,
+    "top_k": 9,
+    "temperature": 0.0,
+    "negative_prompts": "night",
+    "parity": True,
   }
+
+
+def test_ids_are_printed_instead_of_drawn(model, capsys, tmp_path):
+  argv = ("generate", "one", "two", "--ids", "--seed", "3", "--steps", "9")
+  _, out, _ = run(capsys, *argv)
+  assert out == "5 301\n5 302\n"
+  assert model.called == ("write_codes", ["one", "two"], {"seed": 3})
+  assert not list(tmp_path.glob("generated*"))
+  _, out, _ = run(capsys, "synthesize", "a.png", "red", "--ids", "--json")
+  assert json.loads(out) == [{"parts": ["a.png", "red"], "codes": [5, 301]}]
+
+
+def test_beams_are_handed_on_and_several_texts_scored(model, capsys):
+  options = shlex.split("--beams 5 --max-tokens 9 --length-penalty 0 --seed 1")
+  run(capsys, "caption", "a.png", *options, "--dtype", "bfloat16")
+  expected = dict(num_beams=5, max_new_tokens=9, length_penalty=0.0, seed=1)
+  assert model.called[-1] == expected
+  assert model.dtype == "bfloat16"
+  run(capsys, "answer", "a.png", "Why?", *options, "--answerable-first")
+  assert model.called[-1] == expected | {"answerable_first": True}
+  argv = ("caption", "a.png", "--count", "2", "--prompt", "a photo of")
+  _, out, _ = run(capsys, *argv)
+  assert out == "a.png: 1.0000 text 0\na.png: 0.0000 text 1\n"
+  (prompt,) = model.called[1]
+  assert prompt == [pathlib.Path("a.png"), "a photo of"]
 
 
 def test_several_drawings_are_numbered_in_order(model, capsys, tmp_path):
@@ -204,10 +241,9 @@ def test_several_drawings_are_numbered_in_order(model, capsys, tmp_path):
 
 def test_synthesize_tells_pictures_from_texts(model, capsys, tmp_path):
   run(capsys, "synthesize", "b c.png", "make it red", "--out", "e.png")
-  _, (picture, text), options = model.called
-  assert picture.getpixel((0, 0)) == (0, 0, 10)
-  assert (text, options) == ("make it red", {})
-  assert Image.open(tmp_path / "e.png").getpixel((0, 0)) == (255, 0, 0)
+  parts = [pathlib.Path("b c.png"), "make it red"]
+  assert model.called == ("synthesize_batch", [parts], {})
+  assert Image.open(tmp_path / "e.png").size == (4, 4)
 
 
 def test_a_misspelt_picture_is_not_taken_for_text(model, capsys):
@@ -302,6 +338,10 @@ def test_quickstart_hands_on_its_options(model, capsys, monkeypatch, tmp_path):
     ("generate x --out drawing.xyz", "drawing.xyz"),
     ("generate x --out drawing", "--out drawing.png"),
     ("generate x --count 0", "--count 0"),
+    ("generate a.png", "a.png is a picture, but a prompt"),
+    ("answer a.png a.png", "a.png is a picture, but a question"),
+    ("caption a.png --prompt a.png", "a.png is a picture, but --prompt"),
+    ("generate x --negative a.png", "a.png is a picture, but --negative"),
     ("tokenize", "IMAGE"),
     ("tokenize a.png --data x.jsonl --out d", "--data X"),
     ("tokenize --data x.jsonl", "--out DIR"),

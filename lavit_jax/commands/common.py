@@ -49,13 +49,74 @@ def command(
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-  """Adds `--model`."""
+  """Adds `--model` and how it is loaded."""
   parser.add_argument(
     "--model",
     default="tiny",
     metavar="PATH",
     help='a model directory, or "tiny", the one shipped here (the default)',
   )
+  parser.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    default="float32",
+    help="of weights and computation (float32)",
+  )
+
+
+def add_parity(parser: argparse.ArgumentParser) -> None:
+  """Adds `--parity`."""
+  parser.add_argument(
+    "--parity",
+    action="store_true",
+    default=None,
+    help="with the quirks of the official code (see infer/pipeline.py)",
+  )
+
+
+def add_writing(parser: argparse.ArgumentParser) -> None:
+  """Adds the options of what writes texts; the model has its own defaults."""
+  group = parser.add_argument_group(
+    "how texts are written (by default as the model wants it)"
+  )
+  for flag, name, meaning in (
+    ("--beams", "num_beams", "beams; 1 is greedy"),
+    ("--min-tokens", "min_new_tokens", "tokens at least"),
+    ("--max-tokens", "max_new_tokens", "tokens at most"),
+  ):
+    group.add_argument(flag, type=int, metavar="N", dest=name, help=meaning)
+  group.add_argument(
+    "--length-penalty",
+    type=float,
+    metavar="X",
+    help="of beams; above 0 prefers long texts",
+  )
+  group.add_argument(
+    "--seed",
+    type=int,
+    metavar="N",
+    help="sample which patches are read, instead of the likeliest",
+  )
+  add_parity(group)
+
+
+WRITING = (
+  "num_beams",
+  "min_new_tokens",
+  "max_new_tokens",
+  "length_penalty",
+  "seed",
+  "parity",
+)
+
+
+def require_text(what: str, given: Sequence[str], hint: str) -> None:
+  """UsageError for the first that is a picture file where text is expected."""
+  for text in given:
+    if text.lower().endswith(SUFFIXES) and os.path.isfile(text):
+      raise errors.UsageError(
+        f"{text} is a picture, but {what} (text) is expected there. {hint}"
+      )
 
 
 def add_images(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
@@ -85,7 +146,7 @@ def load(args: argparse.Namespace):
   """The `LaVIT` of `--model`."""
   from lavit_jax.infer import pipeline
 
-  return pipeline.LaVIT.load(args.model)
+  return pipeline.LaVIT.load(args.model, dtype=args.dtype)
 
 
 def require_files(paths: Sequence[str]) -> None:

@@ -2,11 +2,23 @@
 
 import argparse
 import os
+import pathlib
 
 from lavit_jax import errors
 from lavit_jax.commands import common
 
-_DRAWING = ("seed", "steps", "guidance_scale", "decoder_guidance_scale")
+_PIXELS = ("seed", "steps", "decoder_guidance_scale")
+_WORDS = (
+  "seed",
+  "guidance_scale",
+  "temperature",
+  "top_k",
+  "top_p",
+  "min_new_tokens",
+  "max_new_tokens",
+  "negative_prompts",
+  "parity",
+)
 
 
 def add(subparsers) -> None:
@@ -32,21 +44,67 @@ def _add_drawing(parser: argparse.ArgumentParser, out: str) -> None:
   )
 
 
-def _add_guidance(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    "--guidance",
-    type=float,
-    metavar="X",
-    dest="guidance_scale",
-    help="how closely the visual tokens follow the prompt; 1 is off",
-  )
+def _add_words(parser: argparse.ArgumentParser) -> None:
+  """Options of the visual words; the model has its own defaults."""
   parser.add_argument(
     "--decoder-guidance",
     type=float,
     metavar="X",
     dest="decoder_guidance_scale",
-    help="how closely pixels follow the visual tokens; 1 is off",
+    help="how closely pixels follow the visual words; 1 is off",
   )
+  group = parser.add_argument_group(
+    "how visual words are chosen (by default as the model wants it)"
+  )
+  for flag, kind, name, meaning in (
+    ("--guidance", float, "guidance_scale", "closeness to the prompt; 1: off"),
+    ("--temperature", float, "temperature", "0 is greedy"),
+    ("--top-k", int, "top_k", "keep the likeliest k words, 0 all"),
+    ("--top-p", float, "top_p", "keep words that hold this probability"),
+    ("--min-tokens", int, "min_new_tokens", "words at least"),
+    ("--max-tokens", int, "max_new_tokens", "words at most"),
+  ):
+    metavar = "N" if kind is int else "X"
+    group.add_argument(
+      flag, type=kind, metavar=metavar, dest=name, help=meaning
+    )
+  group.add_argument(
+    "--negative",
+    metavar="TEXT",
+    dest="negative_prompts",
+    help="what guidance leads away from",
+  )
+  group.add_argument(
+    "--ids",
+    action="store_true",
+    help="print the visual words and draw nothing (no pixel decoder needed)",
+  )
+  common.add_parity(group)
+
+
+def _drawn(args: argparse.Namespace, prompts, shown) -> None:
+  """Draws prompts, or prints their visual words; `shown` name them."""
+  common.require_text(
+    "--negative", [args.negative_prompts or ""], "Give words."
+  )
+  paths = common.outputs(args.out, len(prompts))
+  lavit, options = common.load(args), common.given(args, *_WORDS)
+  if args.ids:
+    rows = [
+      {**name, "codes": codes.tolist()}
+      for name, codes in zip(
+        shown, lavit.write_codes(prompts, **options), strict=True
+      )
+    ]
+    lines = [" ".join(map(str, row["codes"])) for row in rows]
+    common.print_answer(args, rows, lines)
+    return
+  options |= common.given(args, *_PIXELS)
+  common.save(lavit.synthesize_batch(prompts, **options), paths)
+  rows = [
+    {**name, "file": str(path)} for name, path in zip(shown, paths, strict=True)
+  ]
+  common.print_answer(args, rows, [str(path) for path in paths])
 
 
 def _add_generate(subparsers) -> None:
@@ -60,6 +118,7 @@ def _add_generate(subparsers) -> None:
       lavit generate "a large red circle at the top left"
       lavit generate "a small blue square" --count 4 --seed 7 --out square.png
       lavit generate "a green star" --guidance 4 --steps 50
+      lavit generate "a green star" --negative "a red star" --ids
     """,
   )
   common.add_model(parser)
@@ -68,23 +127,16 @@ def _add_generate(subparsers) -> None:
     "--count", type=int, default=1, metavar="N", help="drawings a prompt (1)"
   )
   _add_drawing(parser, "generated.png")
-  _add_guidance(parser)
+  _add_words(parser)
 
 
 def _generate(args: argparse.Namespace) -> None:
   if args.count < 1:
     raise errors.UsageError(f"--count {args.count}: expected 1 or more.")
+  hint = "Prompts with pictures go to lavit synthesize."
+  common.require_text("a prompt", args.prompts, hint)
   prompts = [prompt for prompt in args.prompts for _ in range(args.count)]
-  paths = common.outputs(args.out, len(prompts))
-  pictures = common.load(args).generate(
-    prompts, **common.given(args, *_DRAWING)
-  )
-  common.save(pictures, paths)
-  rows = [
-    {"prompt": prompt, "file": str(path)}
-    for prompt, path in zip(prompts, paths, strict=True)
-  ]
-  common.print_answer(args, rows, [str(path) for path in paths])
+  _drawn(args, prompts, [{"prompt": prompt} for prompt in prompts])
 
 
 def _add_synthesize(subparsers) -> None:
@@ -104,7 +156,7 @@ def _add_synthesize(subparsers) -> None:
   common.add_model(parser)
   parser.add_argument("parts", nargs="+", metavar="PART")
   _add_drawing(parser, "synthesized.png")
-  _add_guidance(parser)
+  _add_words(parser)
 
 
 def _synthesize(args: argparse.Namespace) -> None:
@@ -114,13 +166,8 @@ def _synthesize(args: argparse.Namespace) -> None:
   ]
   pairs = list(zip(args.parts, pictures, strict=True))
   common.require_files([part for part, picture in pairs if picture])
-  paths = common.outputs(args.out, 1)
-  from lavit_jax import images
-
-  parts = [images.load(part) if picture else part for part, picture in pairs]
-  drawing = common.load(args).synthesize(parts, **common.given(args, *_DRAWING))
-  common.save([drawing], paths)
-  common.print_answer(args, {"parts": args.parts, "file": args.out}, [args.out])
+  parts = [pathlib.Path(part) if picture else part for part, picture in pairs]
+  _drawn(args, [parts], [{"parts": args.parts}])
 
 
 def _add_reconstruct(subparsers) -> None:
@@ -144,7 +191,7 @@ def _reconstruct(args: argparse.Namespace) -> None:
   common.require_files(args.images)
   paths = common.outputs(args.out, len(args.images))
   pictures = common.load(args).reconstruct(
-    args.images, **common.given(args, *_DRAWING)
+    args.images, **common.given(args, *_PIXELS)
   )
   common.save(pictures, paths)
   rows = [

@@ -1,7 +1,9 @@
 """Commands that read pictures: tokenize, caption, answer."""
 
 import argparse
+import dataclasses
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,19 +124,32 @@ def _add_caption(subparsers) -> None:
     examples:
       lavit caption photo.jpg
       lavit caption *.png --json
-      lavit caption photo.jpg --prompt "a photo of"
+      lavit caption photo.jpg --prompt "a photo of" --beams 5
+      lavit caption photo.jpg --beams 5 --count 3     the three best, scored
     """,
   )
   common.add_model(parser)
   common.add_images(parser)
   parser.add_argument("--prompt", metavar="TEXT", help="how a caption begins")
+  parser.add_argument(
+    "--count",
+    type=int,
+    metavar="N",
+    help="the N best texts of the beams, uncut, with their scores",
+  )
+  common.add_writing(parser)
 
 
 def _caption(args: argparse.Namespace) -> None:
   common.require_files(args.images)
-  captions = common.load(args).caption(
-    args.images, **common.given(args, "prompt")
-  )
+  common.require_text("--prompt", [args.prompt or ""], "Give words.")
+  lavit = common.load(args)
+  options = common.given(args, *common.WRITING)
+  if args.count is not None:
+    _caption_scored(args, lavit, options)
+    return
+  options |= common.given(args, "prompt")
+  captions = lavit.caption(args.images, **options)
   rows = [
     {"image": path, "caption": caption}
     for path, caption in zip(args.images, captions, strict=True)
@@ -143,6 +158,23 @@ def _caption(args: argparse.Namespace) -> None:
   lines = [
     row["caption"] if alone else f"{row['image']}: {row['caption']}"
     for row in rows
+  ]
+  common.print_answer(args, rows, lines)
+
+
+def _caption_scored(args, lavit, options) -> None:
+  """Several texts a picture, the best first."""
+  begin = [args.prompt] if args.prompt else []
+  prompts = [[pathlib.Path(path), *begin] for path in args.images]
+  written = lavit.write(prompts, count=args.count, **options)
+  rows = [
+    {"image": path, "texts": [dataclasses.asdict(text) for text in texts]}
+    for path, texts in zip(args.images, written, strict=True)
+  ]
+  lines = [
+    f"{row['image']}: {text['score']:.4f} {text['text']}"
+    for row in rows
+    for text in row["texts"]
   ]
   common.print_answer(args, rows, lines)
 
@@ -157,17 +189,34 @@ def _add_answer(subparsers) -> None:
     examples:
       lavit answer photo.jpg "What color is the circle?"
       lavit answer photo.jpg "How many objects are there?" "Is one red?" --json
+      lavit answer photo.jpg "What does the label say?" --answerable-first
     """,
   )
   common.add_model(parser)
   parser.add_argument("image", metavar="IMAGE", help="a picture file")
   parser.add_argument("questions", nargs="+", metavar="QUESTION")
+  parser.add_argument(
+    "--answerable-first",
+    action="store_true",
+    default=None,
+    help="ask first whether a question can be answered (VizWiz); where it"
+    " cannot, the answer is 'unanswerable'",
+  )
+  parser.add_argument(
+    "--lemmatize",
+    action="store_true",
+    default=None,
+    help="words in their base form (needs the extra 'eval')",
+  )
+  common.add_writing(parser)
 
 
 def _answer(args: argparse.Namespace) -> None:
   common.require_files([args.image])
-  images = [args.image] * len(args.questions)
-  answers = common.load(args).answer(images, args.questions)
+  hint = "One picture a call: lavit answer IMAGE QUESTION ..."
+  common.require_text("a question", args.questions, hint)
+  options = common.given(args, "answerable_first", "lemmatize", *common.WRITING)
+  answers = common.load(args).answer(args.image, args.questions, **options)
   rows = [
     {"image": args.image, "question": question, "answer": answer}
     for question, answer in zip(args.questions, answers, strict=True)

@@ -21,10 +21,9 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL.Image
 
 from lavit_jax import images, vocabulary
-from lavit_jax.infer import decode
+from lavit_jax.infer import prompt_rows
 from lavit_jax.models import llama, merger, selector, tokenizer, unified
 
 QUESTION = "Question: {} Answer:"
@@ -76,8 +75,8 @@ def clean_question(question: str, max_words: int = 50) -> str:
 
 def preprocess(path, size: int) -> np.ndarray:
   """float32[size, size, 3], CLIP-normalised, of a picture of our own."""
-  with PIL.Image.open(path) as image:
-    return images.normalize(images.to_uint8(image.convert("RGB"), size))
+  image = images.load(path, plain=True)
+  return images.normalize(images.to_uint8(image, size))
 
 
 def encode(text: vocabulary.TextTokenizer, words: str) -> list[int]:
@@ -179,39 +178,17 @@ class Model:
     self, rows: Sequence[Sequence], length: int | None = None
   ) -> dict[str, np.ndarray]:
     """Left-padded prompt of rows of ids and float[k, W] continuous tokens."""
-    width = self.llama_config.width
-    ids, places = [], []
-    for row in rows:
-      line, where = [], []
-      for part in row:
-        if getattr(part, "ndim", 0) == 2:
-          where.append((len(line), part))
-          line += [vocabulary.UNK_ID] * len(part)
-        else:
-          line.append(int(part))
-      ids.append(line)
-      places.append(where)
-    prompt = decode.left_pad(ids, length, pad_id=vocabulary.EOS_ID)
-    if any(places):
-      shape = prompt["tokens"].shape
-      embeds = np.zeros((*shape, width), np.float32)
-      use = np.zeros(shape, bool)
-      for i, where in enumerate(places):
-        for start, part in where:
-          start += shape[1] - len(ids[i])
-          embeds[i, start : start + len(part)] = part
-          use[i, start : start + len(part)] = True
-      prompt |= {"embeds": embeds, "use_embeds": use}
-    return prompt
+    width, eos = self.llama_config.width, vocabulary.EOS_ID
+    return prompt_rows.padded(rows, width, length=length, pad_id=eos)
 
-  def reading_rows(self, pixels, gumbel, prompts=None) -> list[list]:
-    """Rows [IMG] picture [/IMG] prompt, a picture a row."""
+  def reading_rows(self, pixels, gumbel, words=None) -> list[list]:
+    """Rows [IMG] picture [/IMG] ids of words, a picture a row."""
     tokens, valid = (np.asarray(x) for x in self.read(pixels, gumbel))
     rows = []
     for i in range(len(tokens)):
       picture = tokens[i][valid[i]]
       row = [self.vocab.image_begin, picture, self.vocab.image_end]
-      rows.append(row + list(prompts[i] if prompts else []))
+      rows.append(row + list(words[i] if words else []))
     return rows
 
   def embedded(self, prompt) -> jax.Array:

@@ -4,122 +4,145 @@ Loads a model directory (`checkpoints.py`) and offers the tasks of the paper.
 Inputs are paths, PIL images or uint8 arrays, one or a list; a single input
 gives a single output. Batches are padded to a few sizes and prompts to
 multiples of 16, so that each padded shape compiles once.
+
+How texts and pictures are written by default is up to the model (`rules.py`):
+one trained here decodes greedily; one imported from the official release does
+as its classes do. Where the official code has a quirk, a call does the right
+thing and `parity=True` does the same as the official code:
+
+  call              parity=True
+  all that read     patches are sampled (with seed, or 0), not the likeliest;
+                    a picture's orientation and transparency go unheeded;
+                    "</s>" in a text is the token, not the four characters
+  caption, answer   cut at every "." (answers: and ","): "3.14" becomes "3"
+  write_codes       <unk>, <s>, </s> and [IMG] may come among the words (and
+                    are dropped), a negative prompt gets no [IMG], pictures in
+                    a prompt get no [IMG] and [/IMG], and a prompt with a
+                    picture draws at most as many words as it is long itself
 """
 
-import importlib.resources
+import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 
 from lavit_jax import checkpoints, errors, images, vocabulary
-from lavit_jax.data import examples, sequences
-from lavit_jax.infer import decode, diffusion, visual
-from lavit_jax.models import llama, pixels, unified
+from lavit_jax.infer import (
+  batches,
+  drawings,
+  official,
+  parts,
+  prompts,
+  rules,
+  texts,
+  visual,
+  wording,
+)
 
-BATCHES = (1, 4, 16, 64)
-_PROMPT_MULTIPLE = 16
-# Of the LLM over visual words: with `tiny` better than the official 3 and 1.
-GUIDANCE_SCALE = 2.0
-TEMPERATURE = 0.5
-
-
-def resolve(model) -> pathlib.Path:
-  """The directory of a model: a path, or "tiny" for the shipped one.
-
-  Raises:
-    errors.CheckpointError: there is nothing of that name.
-  """
-  if str(model) == "tiny":
-    path = importlib.resources.files("lavit_jax") / "weights" / "tiny"
-    if not pathlib.Path(str(path)).is_dir():
-      raise errors.CheckpointError(
-        "The shipped model 'tiny' is missing from this installation"
-        f" ({path}). Reinstall lavit_jax, or train one: lavit quickstart."
-      )
-    return pathlib.Path(str(path))
-  path = pathlib.Path(model)
-  if (path / "model").is_dir() and not checkpoints.parts_in(path):
-    path = path / "model"  # a quickstart workdir
-  if not checkpoints.parts_in(path):
-    raise errors.CheckpointError(
-      f"{model} is no model directory: none of the parts"
-      f" {', '.join(checkpoints.PARTS)} is in it. Give 'tiny', the model_dir"
-      " of a training run, or the workdir of lavit quickstart."
-    )
-  return path
+resolve = parts.resolve
 
 
 class LaVIT:
   """A loaded model. Make one with `LaVIT.load("tiny")` or a directory."""
 
-  def __init__(self, directory, *, seed: int = 0):
+  def __init__(
+    self,
+    directory,
+    *,
+    dtype: str = "float32",
+    manner: str | None = None,
+    max_batch: int = batches.SIZES[-1],
+  ):
     self.directory = pathlib.Path(directory)
     self.parts = checkpoints.parts_in(directory)
-    self._seed = seed
+    self.max_batch = max_batch
+    self._dtype, self._manner = _checked(dtype, manner, max_batch)
     self._loaded: dict[str, Any] = {}
 
   @classmethod
-  def load(cls, model="tiny", *, seed: int = 0) -> "LaVIT":
-    """Opens a model directory; each part is read when it is first needed."""
-    return cls(resolve(model), seed=seed)
+  def load(cls, model="tiny", **options) -> "LaVIT":
+    """Opens a model directory; each part is read when it is first needed.
+
+    Args:
+      model: "tiny" (shipped), a model directory, or a quickstart workdir.
+      **options: dtype: "float32" or "bfloat16", of weights and computation;
+        manner: "ours" or "official" (`rules.py`), by default what the model
+        asks for; max_batch: pictures or prompts at once, less needs less
+        memory.
+
+    Raises:
+      errors.CheckpointError: there is no such model.
+      errors.UsageError: a bad option.
+    """
+    return cls(resolve(model), **options)
 
   # Parts, read on first use ------------------------------------------------
 
-  def _part(self, name, make):
-    if name not in self._loaded:
-      self._loaded[name] = make()
-    return self._loaded[name]
-
-  @property
+  @functools.cached_property
   def visual(self) -> visual.VisualTokenizer:
     """Encoder and visual tokenizer."""
-    return self._part(
-      "visual",
-      lambda: visual.VisualTokenizer(
-        checkpoints.load_part(self.directory, "encoder"),
-        checkpoints.load_part(self.directory, "tokenizer"),
-      ),
+    read = functools.partial(checkpoints.load_part, self.directory)
+    return visual.VisualTokenizer(
+      read("encoder", dtype=self._dtype),
+      # Codes are told apart by small differences: these stay as they are.
+      read("tokenizer"),
+      self._dtype,
     )
 
-  @property
+  @functools.cached_property
   def text(self) -> vocabulary.TextTokenizer:
     """The SentencePiece model of the text half of the vocabulary."""
     path = self.directory / "tokenizer.model"
-    return self._part("text", lambda: vocabulary.TextTokenizer.load(path))
+    return vocabulary.TextTokenizer.load(path)
 
-  @property
-  def _llm(self):
-    return self._part("llm", lambda: _Language(self.directory, self.visual))
+  @functools.cached_property
+  def _llm(self) -> parts.Language:
+    return parts.Language(self.directory, self.visual, self._dtype)
 
-  @property
-  def _pixels(self):
-    return self._part("pixels", lambda: _Pixels(self.directory))
+  @functools.cached_property
+  def _prompter(self) -> prompts.Prompter:
+    return prompts.Prompter(self.visual, self._llm, self.text, self.max_batch)
+
+  @functools.cached_property
+  def _pixels(self) -> parts.Pixels:
+    return parts.Pixels(self.directory)
+
+  @functools.cached_property
+  def rules(self) -> rules.Rules:
+    """How this model writes and draws where a call does not say."""
+    if self._manner:
+      return rules.BY_NAME[self._manner]
+    return rules.rules_of(checkpoints.read_meta(self.directory, "llm"))
 
   # Pictures to tokens and back --------------------------------------------
 
-  def tokenize(self, pictures, *, seed: int | None = None, budget=None):
+  def tokenize(
+    self, pictures, *, seed: int | None = None, budget=None, parity=False
+  ):
     """Visual tokens of pictures.
 
     Args:
       pictures: one or a list.
-      seed: sample the selection as the paper does; None is deterministic.
+      seed: sample the selection as the paper does, picture i with the noise
+        of seed + i; None is deterministic.
       budget: keep exactly this many patches, instead of the expected number.
+      parity: as the official code, see the head of this module.
 
     Returns:
       For each picture a dict: `keep` bool[N] (patches kept, raster order)
       and `codes` int32[k] (their code numbers).
     """
-    batch, single = self._batch(pictures)
-    tokens = [
-      self.visual.tokenize(chunk, seed=seed, budget=budget, count=count)
-      for chunk, count in _chunks(batch)
-    ]
-    out = [row for chunk in tokens for row in chunk]
+    batch, single = self._batch(pictures, parity)
+    seed = 0 if parity and seed is None else seed
+    out = []
+    for chunk, count, start in batches.chunks(batch, self.max_batch):
+      seeds = None if seed is None else seed + start
+      out += self.visual.tokenize(chunk, seed=seeds, budget=budget, count=count)
     return out[0] if single else out
 
   def reconstruct(self, pictures, *, seed: int = 0, steps: int = 20):
@@ -145,78 +168,151 @@ class LaVIT:
     Picture i takes the noise of seed + i, whatever the batch.
     """
     drawn = []
-    for start in range(0, len(codes), BATCHES[-1]):
-      chunk = codes[start : start + BATCHES[-1]]
-      size = _padded_size(len(chunk))
-      rows = list(chunk) + [chunk[-1]] * (size - len(chunk))
-      x_rec = self.visual.features_of(rows)
-      seeds = jnp.arange(size, dtype=jnp.int32) + seed + start
+    for chunk, count, start in batches.chunks(list(codes), self.max_batch):
+      x_rec = self.visual.features_of(chunk)
+      seeds = jnp.arange(len(chunk), dtype=jnp.int32) + seed + start
       arrays = self._pixels.draw(x_rec, seeds, steps, guidance_scale)
-      drawn += [images.to_pil(a) for a in arrays[: len(chunk)]]
+      drawn += [images.to_pil(a) for a in arrays[:count]]
     return drawn
 
   # Pictures to words --------------------------------------------------------
 
-  def caption(self, pictures, *, prompt: str = "", max_new_tokens: int = 64):
-    """Describes one picture or a list of them: str or list[str]."""
-    batch, single = self._batch(pictures)
-    out = self._read_then_write(batch, [prompt] * len(batch), max_new_tokens)
+  def caption(self, pictures, *, prompt="", parity=False, seed=None, **options):
+    """Describes one picture or a list of them: str or list[str].
+
+    Args:
+      pictures: one or a list.
+      prompt: how every caption begins, not repeated in what comes back.
+      parity: as the official code, see the head of this module.
+      seed: sample which patches are read; None is deterministic.
+      **options: fields of `rules.Writing` (num_beams, max_new_tokens, …).
+    """
+    _require_text("prompt", prompt)
+    batch, single = self._batch(pictures, parity)
+    asked = [[p, prompt] if prompt else [p] for p in batch]
+    rule = rules.changed(self.rules.caption, options)
+    clean = str.strip
+    if parity or self.rules.short:
+      clean = official.clean_caption if parity else wording.first_sentence
+    seeds = _seeds(seed, parity, len(asked))
+    written = texts.write(
+      self._prompter, asked, rule, seeds=seeds, parity=parity
+    )
+    out = [clean(row[0].text) for row in written]
     return out[0] if single else out
 
-  def answer(self, pictures, questions, *, max_new_tokens: int = 12):
+  def answer(
+    self,
+    pictures,
+    questions,
+    *,
+    answerable_first: bool = False,
+    lemmatize: bool = False,
+    parity: bool = False,
+    seed: int | None = None,
+    **options,
+  ):
     """Answers a question about each picture: str or list[str].
 
-    One picture and several questions, or equally many of both.
+    One picture and several questions, or equally many of both. (The official
+    evaluation puts questions through `official.clean_question` first.)
+
+    Args:
+      pictures: one or a list.
+      questions: str or a list.
+      answerable_first: ask of each question whether it can be answered, as
+        the VizWiz protocol does; where the model says no the answer is
+        "unanswerable".
+      lemmatize: give words in their base form (`wording.lemmatize`).
+      parity: as the official code, see the head of this module.
+      seed: sample which patches are read; None is deterministic.
+      **options: fields of `rules.Writing`.
+
+    Raises:
+      errors.UsageError: pictures and questions that do not match in number.
     """
-    batch, _ = self._batch(pictures)
+    batch, asked, single = self._paired(pictures, questions, parity)
+    rule = rules.changed(self.rules.answer, options)
+    seeds = _seeds(seed, parity, len(asked))
+
+    def ask(which, prompt):
+      rows = [[batch[i], prompt(asked[i])] for i in which]
+      chosen = None if seeds is None else seeds[which]
+      written = texts.write(
+        self._prompter, rows, rule, seeds=chosen, parity=parity
+      )
+      return [self._cut_answer(row[0].text, parity) for row in written]
+
+    which = list(range(len(asked)))
+    out = [wording.UNANSWERABLE] * len(asked)
+    if answerable_first:
+      said = ask(which, wording.answerable_prompt)
+      which = [i for i in which if not said[i].lower().startswith("no")]
+    if which:
+      for i, words in zip(
+        which, ask(which, wording.question_prompt), strict=True
+      ):
+        out[i] = wording.lemmatize(words) if lemmatize else words
+    return out[0] if single else out
+
+  def write(
+    self, prompts, *, count: int = 1, parity=False, seed=None, **options
+  ) -> list[list[texts.Text]]:
+    """Goes on with prompts of text and pictures, in words.
+
+    Args:
+      prompts: list of prompts, each a str or a list of str and pictures.
+      count: texts a prompt, the best first; more than one needs num_beams of
+        at least as many.
+      parity: as the official code, see the head of this module.
+      seed: sample which patches are read; None is deterministic.
+      **options: fields of `rules.Writing`; by default those of captions.
+
+    Returns:
+      For each prompt its `count` texts, whole, with their scores.
+    """
+    rule = rules.changed(self.rules.caption, options)
+    seeds = _seeds(seed, parity, len(prompts))
+    how = {"seeds": seeds, "parity": parity, "count": count}
+    return texts.write(self._prompter, prompts, rule, **how)
+
+  def _paired(self, pictures, questions, parity):
+    """Pictures, as many questions, and whether it was one question."""
     single = isinstance(questions, str)
-    asked = [questions] if single else list(questions)
+    asked = [questions] if single else questions
+    if not isinstance(asked, Sequence):
+      _require_text("question", asked)
+    for question in asked:
+      _require_text("question", question)
+    batch, _ = self._batch(pictures, parity)
     if len(batch) == 1:
       batch = np.repeat(batch, len(asked), axis=0)
-    if len(batch) != len(asked):
+    if len(batch) != len(asked) or not asked:
       raise errors.UsageError(
         f"{len(batch)} pictures and {len(asked)} questions: give one question"
         " a picture, or several about one picture."
       )
-    prompts = [examples.QUESTION.format(q.strip()) for q in asked]
-    out = self._read_then_write(batch, prompts, max_new_tokens)
-    return out[0] if single else out
+    return batch, asked, single
 
-  def _read_then_write(self, batch, prompts, max_new_tokens):
-    words = []
-    vocab = self._llm.vocabulary
-    suppress = vocab.suppress_for_text()
-    suppress[self.text.size :] = True  # ids that stand for no piece
-    for chunk, count in _chunks(batch):
-      start = len(words)
-      asked = prompts[start : start + count]
-      asked += [asked[-1]] * (len(chunk) - count)
-      parts = [
-        [image, prompt] if prompt else [image]
-        for image, prompt in zip(chunk, asked, strict=True)
-      ]
-      result = decode.generate(
-        self._llm.model,
-        self._llm.params["llm"],
-        prompt=self._prompt(parts),
-        max_new_tokens=max_new_tokens,
-        suppress=suppress,
-        eos_id=vocab.eos_id,
-      )
-      for row in np.asarray(result.tokens)[:count]:
-        words.append(self.text.decode(_until(row, vocab.eos_id)).strip())
-    return words
+  def _cut_answer(self, text, parity):
+    if parity:
+      return official.clean_answer(text).strip()
+    return wording.short_answer(text) if self.rules.short else text.strip()
 
   # Words (and pictures) to pictures ------------------------------------------
 
   def generate(self, prompts, **kwargs):
     """Draws what a prompt says: PIL image, or a list for a list.
 
-    Keyword arguments are those of `synthesize`.
+    Keyword arguments are those of `synthesize_batch`.
     """
     single = isinstance(prompts, str)
-    texts = [prompts] if single else list(prompts)
-    out = self.synthesize_batch([[text] for text in texts], **kwargs)
+    asked = [prompts] if single else prompts
+    if not isinstance(asked, Sequence):
+      _require_text("prompt", asked, "synthesize")
+    for text in asked:
+      _require_text("prompt", text, "synthesize")
+    out = self.synthesize_batch([[text] for text in asked], **kwargs)
     return out[0] if single else out
 
   def synthesize(self, parts, **kwargs):
@@ -234,36 +330,20 @@ class LaVIT:
     prompts,
     *,
     seed: int = 0,
-    guidance_scale: float = GUIDANCE_SCALE,
-    temperature: float = TEMPERATURE,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    max_new_tokens: int | None = None,
     steps: int = 20,
     decoder_guidance_scale: float = 1.0,
+    **options,
   ) -> list[PIL.Image.Image]:
     """Draws one picture for each prompt, a list of text and picture parts.
 
     Args:
       prompts: list of lists; see `synthesize`.
       seed: picture i is a function of its prompt and seed + i.
-      guidance_scale: of the LLM over visual words; 1 is off.
-      temperature: 0 is greedy.
-      top_k: keep the likeliest k visual words, 0 all.
-      top_p: keep the likeliest words that hold this probability.
-      max_new_tokens: visual words at most; by default one a patch.
       steps: DDIM steps of the pixel decoder.
       decoder_guidance_scale: of the pixel decoder; 1 is off.
+      **options: see `write_codes`.
     """
-    codes = self.write_codes(
-      prompts,
-      seed=seed,
-      guidance_scale=guidance_scale,
-      temperature=temperature,
-      top_k=top_k,
-      top_p=top_p,
-      max_new_tokens=max_new_tokens,
-    )
+    codes = self.write_codes(prompts, seed=seed, **options)
     return self.draw_codes(
       codes, seed=seed, steps=steps, guidance_scale=decoder_guidance_scale
     )
@@ -272,113 +352,37 @@ class LaVIT:
     self,
     prompts,
     *,
+    negative_prompts=None,
     seed: int = 0,
-    guidance_scale: float = GUIDANCE_SCALE,
-    temperature: float = TEMPERATURE,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    max_new_tokens: int | None = None,
+    parity: bool = False,
+    **options,
   ) -> list[np.ndarray]:
-    """The visual words int32[k] the LLM writes for each prompt, k >= 1."""
-    vocab = self._llm.vocabulary
-    codes: list[np.ndarray] = []
-    for start in range(0, len(prompts), BATCHES[-1]):
-      chunk = [self._parse(p) for p in prompts[start : start + BATCHES[-1]]]
-      count, size = len(chunk), _padded_size(len(chunk))
-      chunk += [chunk[-1]] * (size - count)
-      keys = jax.vmap(jax.random.key)(
-        jnp.arange(size, dtype=jnp.uint32) + seed + start
-      )
-      result = decode.generate(
-        self._llm.model,
-        self._llm.params["llm"],
-        prompt=self._prompt(chunk, draw=True),
-        uncond=decode.left_pad([[vocab.image_begin]]),
-        guidance_scale=guidance_scale,
-        rng=keys if temperature else None,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_new_tokens=1,
-        max_new_tokens=max_new_tokens or self.visual.num_patches + 1,
-        suppress=vocab.suppress_for_image(),
-        eos_id=vocab.image_end,
-      )
-      rows = np.asarray(result.tokens)[:count]
-      limit = self.visual.num_patches
-      codes += [vocab.codes_of(row)[:limit] for row in rows]
-    return codes
+    """The visual words int32[k] the LLM writes for each prompt, k >= 1.
 
-  # Prompts -------------------------------------------------------------------
+    Args:
+      prompts: list of prompts, each a str or a list of str and pictures.
+      negative_prompts: what guidance leads away from: one for all prompts or
+        one for each; by default nothing, [IMG] alone.
+      seed: prompt i is a function of itself and seed + i.
+      parity: as the official code, see the head of this module.
+      **options: fields of `rules.Drawing`; a guidance_scale that is given
+        holds for prompts with pictures too.
+    """
+    rule = rules.changed(self.rules.draw, options)
+    if options.get("guidance_scale") is not None:
+      rule = dataclasses.replace(rule, mixed_guidance_scale=rule.guidance_scale)
+    against = _one_each("negative prompt", negative_prompts, len(prompts))
+    return drawings.write(
+      self._prompter,
+      prompts,
+      against,
+      rule,
+      form="codes" if parity else self.rules.picture_prompts,
+      seed=seed,
+      parity=parity,
+    )
 
-  def _parse(self, parts):
-    """Text stays text; every picture becomes uint8[size, size, 3]."""
-    if isinstance(parts, str) or not isinstance(parts, Sequence):
-      parts = [parts]
-    if not parts:
-      raise errors.UsageError(
-        "An empty prompt: give at least one text or one picture."
-      )
-    parsed = []
-    for part in parts:
-      if isinstance(part, str):
-        parsed.append(part)
-      else:
-        image = images.load(part)
-        parsed.append(images.to_uint8(image, self.visual.image_size))
-    return parsed
-
-  def _prompt(self, rows, draw: bool = False):
-    """Left-padded tokens, mask and continuous embeddings of parsed prompts."""
-    llm, vocab = self._llm, self._llm.vocabulary
-    pictures = [p for row in rows for p in row if not isinstance(p, str)]
-    tokens, valid = llm.read(pictures) if pictures else (None, None)
-    ids, spans, next_picture = [], [], 0
-    for row in rows:
-      line, where = [], []
-      for part in row:
-        if isinstance(part, str):
-          line += sequences.text_ids(self.text, part)
-          continue
-        kept = int(valid[next_picture].sum())
-        line.append(vocab.image_begin)
-        where.append((len(line), next_picture, kept))
-        line += [vocab.code_offset] * kept  # replaced by the embeddings
-        line.append(vocab.image_end)
-        next_picture += 1
-      if draw:
-        line.append(vocab.image_begin)
-      ids.append(line)
-      spans.append(where)
-    if not all(ids):
-      raise errors.UsageError(
-        "A prompt has no tokens: its text is empty. Write something, or give"
-        " a picture."
-      )
-    self._check_length(max(map(len, ids)))
-    prompt = decode.left_pad(ids, multiple=_PROMPT_MULTIPLE)
-    if pictures:
-      shape = prompt["tokens"].shape
-      embeds = np.zeros((*shape, tokens.shape[-1]), np.float32)
-      use = np.zeros(shape, bool)
-      for i, where in enumerate(spans):
-        offset = shape[1] - len(ids[i])
-        for start, picture, kept in where:
-          span = slice(offset + start, offset + start + kept)
-          embeds[i, span] = tokens[picture, :kept]
-          use[i, span] = True
-      prompt |= {"embeds": embeds, "use_embeds": use}
-    return prompt
-
-  def _check_length(self, length):
-    limit = self._llm.model.config.max_len
-    if length >= limit:
-      raise errors.UsageError(
-        f"The prompt is {length} tokens long, but this model reads at most"
-        f" {limit} with its answer. Shorten the text or give fewer pictures."
-      )
-
-  def _batch(self, pictures):
+  def _batch(self, pictures, parity=False):
     """uint8[n, size, size, 3] of one picture or several; was it one?"""
     single = not isinstance(pictures, list | tuple) and not (
       isinstance(pictures, np.ndarray) and pictures.ndim == 4
@@ -387,8 +391,7 @@ class LaVIT:
     if not listed:
       raise errors.UsageError("No picture was given; give at least one.")
     size = self.visual.image_size
-    arrays = [images.to_uint8(images.load(p), size) for p in listed]
-    return np.stack(arrays), single
+    return np.stack([prompts.sized(p, size, parity) for p in listed]), single
 
   def info(self) -> dict[str, Any]:
     """Parts, sizes and what each task needs, without loading weights."""
@@ -412,79 +415,48 @@ class LaVIT:
     return {"directory": str(self.directory), "parts": parts, "tasks": tasks}
 
 
-class _Language:
-  """The LLM part with its continuous branch."""
-
-  def __init__(self, directory, tokenizer: visual.VisualTokenizer):
-    part = checkpoints.load_part(directory, "llm")
-    self.params = part.params
-    self.vocabulary = vocabulary.Vocabulary(**part.meta["vocabulary"])
-    config = llama.LlamaConfig(**part.meta["llama"])
-    self.model = llama.Llama(config)
-    self._visual = tokenizer
-    # At inference every kept token is read: the capacity is all patches.
-    self._unified = unified.UnifiedModel(
-      config, tokenizer.config, tokenizer.num_patches
+def _checked(dtype, manner, max_batch):
+  """The options of `LaVIT.load`; UsageError for a bad one."""
+  if dtype not in ("float32", "bfloat16"):
+    raise errors.UsageError(
+      f"dtype={dtype!r}: expected 'float32' or 'bfloat16'."
     )
-    self._read = jax.jit(
-      lambda params, features, keep: self._unified.apply(
-        {"params": params}, features, keep, method="read"
-      )
+  if manner is not None and manner not in rules.BY_NAME:
+    raise errors.UsageError(
+      f"manner={manner!r}: expected one of {', '.join(rules.BY_NAME)}."
     )
-
-  def read(self, pictures):
-    """Projected tokens float[n, N, W] and bool[n, N] of uint8 pictures."""
-    outs = []
-    for chunk, count in _chunks(np.stack(pictures)):
-      # Official weights may bring a selector of their own for reading.
-      own = self.params.get("selector")
-      features, keep = self._visual.select(chunk, own)
-      tokens, valid = self._read(self.params, features, keep)
-      outs.append((np.asarray(tokens)[:count], np.asarray(valid)[:count]))
-    return tuple(np.concatenate(x) for x in zip(*outs, strict=True))
-
-
-class _Pixels:
-  """The pixel decoder part."""
-
-  def __init__(self, directory):
-    part = checkpoints.load_part(directory, "pixels")
-    config = pixels.PixelDecoderConfig(**part.meta["pixels"])
-    self._decoder = pixels.PixelDecoder(config)
-    self._schedule = diffusion.Schedule(**part.meta["schedule"])
-    self._variables = {"params": part.params}
-
-  def draw(self, x_rec, seeds, steps, guidance_scale):
-    """float32[B, H, W, 3] in [0, 1], numpy."""
-    pictures = diffusion.draw(
-      self._decoder,
-      self._schedule,
-      self._variables,
-      x_rec,
-      seeds,
-      steps=steps,
-      guide=guidance_scale != 1,
-      guidance=guidance_scale,
+  if not 1 <= max_batch <= batches.SIZES[-1]:
+    raise errors.UsageError(
+      f"max_batch={max_batch}: expected 1 to {batches.SIZES[-1]}."
     )
-    return np.asarray(pictures)
+  return dtype, manner
 
 
-def _until(row, end):
-  """The ids before the first `end`."""
-  row = list(map(int, row))
-  return row[: row.index(end)] if end in row else row
+def _seeds(seed, parity, count):
+  """int[n], one for each, or None for the deterministic selection."""
+  if seed is None and not parity:
+    return None
+  return np.arange(count) + (seed or 0)
 
 
-def _padded_size(count: int) -> int:
-  return next(size for size in BATCHES if size >= count)
+def _one_each(what, given, count):
+  """A list of `count`, from None, one for all or one for each."""
+  if given is None or isinstance(given, str):
+    return [given] * count
+  if len(given) != count:
+    raise errors.UsageError(
+      f"{len(given)} {what}s for {count} prompts: give one for all (a str), or"
+      " one for each."
+    )
+  return list(given)
 
 
-def _chunks(batch):
-  """Cuts [n, ...] into padded chunks: yields (chunk, how many are real)."""
-  for start in range(0, len(batch), BATCHES[-1]):
-    chunk = batch[start : start + BATCHES[-1]]
-    count = len(chunk)
-    pad = _padded_size(count) - count
-    if pad:
-      chunk = np.concatenate([chunk, np.repeat(chunk[-1:], pad, axis=0)])
-    yield chunk, count
+def _require_text(what, given, instead=None):
+  """UsageError where a picture or something else stands for a text."""
+  if isinstance(given, str):
+    return
+  hint = f" Pictures in a prompt go through {instead}." if instead else ""
+  raise errors.UsageError(
+    f"The {what} is a {type(given).__name__}, but text (str) is expected"
+    f" here.{hint}"
+  )

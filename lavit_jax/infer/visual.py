@@ -18,8 +18,14 @@ class VisualTokenizer:
   the official code always samples, so that two runs differ.
   """
 
-  def __init__(self, encoder: checkpoints.Part, stage1: checkpoints.Part):
-    self.config = tokenizer.config_from_dict(stage1.meta["tokenizer"])
+  def __init__(
+    self,
+    encoder: checkpoints.Part,
+    stage1: checkpoints.Part,
+    dtype: str = "float32",
+  ):
+    config = tokenizer.config_from_dict(stage1.meta["tokenizer"])
+    self.config = tokenizer.with_dtype(config, dtype)
     self.model = tokenizer.DynamicVisualTokenizer(self.config)
     self._encoder = encoder.params
     self._variables = {
@@ -111,7 +117,8 @@ class VisualTokenizer:
 
     Args:
       features: float[B, N, D].
-      seed: sample, as training does; None is deterministic.
+      seed: sample, as training does, row i with the noise of seed + i, or of
+        seed[i] where it is int[B]; None is deterministic.
       budget: keep exactly so many patches.
       params: see `log_probs`.
 
@@ -132,14 +139,15 @@ class VisualTokenizer:
       return selector.budget_mask(log_probs, budget)
     if seed is None:
       return selector.expected_count_mask(log_probs)
-    keep = selector.sample_mask(log_probs, jax.random.key(seed)) > 0.5
+    noise = gumbel_noise(seed, log_probs.shape)
+    keep = selector.mask_from_noise(log_probs, noise) > 0.5
     best = selector.budget_mask(log_probs, 1)
     return jnp.where(keep.any(1, keepdims=True), keep, best)
 
-  def select(self, batch, params=None):
+  def select(self, batch, params=None, seed=None):
     """(features float[B, N, D], keep bool[B, N]) of uint8[B, H, W, 3]."""
     features = self.features(batch)
-    return features, self.keep_mask(features, params=params)
+    return features, self.keep_mask(features, seed=seed, params=params)
 
   def encode(self, features, keep):
     """(ids int32[B, N], valid bool[B, N]) of features and a keep mask."""
@@ -219,3 +227,13 @@ class VisualTokenizer:
       ids[i, : len(row)] = row
       valid[i, : len(row)] = True
     return self.decode(ids, valid)
+
+
+def gumbel_noise(seed, shape) -> jax.Array:
+  """Noise float32[B, N, 2], row i from seed + i, or seed[i] of int[B]."""
+  seeds = np.asarray(seed, np.uint32)
+  if not seeds.ndim:
+    seeds = seeds + np.arange(shape[0], dtype=np.uint32)
+  keys = jax.vmap(jax.random.key)(seeds)
+  draw = functools.partial(jax.random.gumbel, shape=shape[1:])
+  return jax.vmap(draw)(keys)

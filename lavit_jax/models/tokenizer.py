@@ -118,6 +118,16 @@ def config_from_dict(fields: dict) -> TokenizerConfig:
   return _build(TokenizerConfig, fields, "tokenizer")
 
 
+def with_dtype(config: TokenizerConfig, dtype: str) -> TokenizerConfig:
+  """The same network computing in another dtype, in all its parts."""
+  parts = {
+    name: dataclasses.replace(getattr(config, name), dtype=dtype)
+    for name in _PARTS
+    if getattr(config, name) is not None
+  }
+  return dataclasses.replace(config, **parts)
+
+
 def _build(cls, fields, where):
   known = {field.name: field for field in dataclasses.fields(cls)}
   for name in sorted(set(fields) - set(known)):

@@ -98,11 +98,12 @@ def test_pictures_and_text_mix_in_a_prompt(lavit, pictures):
 
 def test_the_continuous_tokens_of_a_prompt_are_read(lavit, pictures):
   """Another picture in the prompt changes what comes out."""
-  prompts = [
-    lavit._prompt([lavit._parse([picture, "describe"])])
+  prompter = lavit._prompter
+  rows = [
+    prompter.rows([prompter.parse([picture, "describe"])], form="continuous")
     for picture in pictures[:2]
   ]
-  for prompt in prompts:
+  for prompt in (prompter.padded(row, 8) for row in rows):
     kept = prompt["use_embeds"][0]
     assert kept.any()
     assert np.abs(prompt["embeds"][0][kept]).max() > 0

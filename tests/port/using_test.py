@@ -1,8 +1,10 @@
+import jax
 import numpy as np
+import PIL.Image
 import pytest
 
 from lavit_jax import errors
-from lavit_jax.infer import pipeline
+from lavit_jax.infer import pipeline, texts
 
 pytest.importorskip("torch", reason="imports PyTorch files")
 
@@ -38,6 +40,136 @@ def test_an_imported_model_tokenizes_captions_and_answers(lavit, pictures):
   captions = lavit.caption(pictures, max_new_tokens=5)
   assert [type(words) for words in captions] == [str] * 3
   assert isinstance(lavit.answer(pictures[0], "what is it?"), str)
+
+
+def test_parity_samples_and_a_seed_alone_does_too(lavit, pictures):
+  """With the same seed the selection is the same in both."""
+  seeded = lavit.tokenize(pictures, seed=5)
+  quirky = lavit.tokenize(pictures, seed=5, parity=True)
+  for a, b in zip(seeded, quirky, strict=True):
+    np.testing.assert_array_equal(a["keep"], b["keep"])
+  alone = lavit.tokenize(pictures[2], seed=7)  # picture i: seed + i
+  np.testing.assert_array_equal(alone["keep"], seeded[2]["keep"])
+  keeps = [lavit.tokenize(pictures[0], seed=s)["keep"] for s in range(6)]
+  assert any((keeps[0] != keep).any() for keep in keeps)
+
+
+def rows(lavit, prompt, **how):
+  prompter = lavit._prompter
+  return prompter.rows([prompter.parse(prompt)], **how)[0]
+
+
+def test_codes_of_a_prompt_stand_between_marks_unless_in_parity(
+  lavit, pictures
+):
+  codes = lavit.tokenize(pictures[0])["codes"] + 32002
+  text = lavit.text.encode("a dog")
+  prompt = [pictures[0], "a dog"]
+  assert rows(lavit, prompt, form="codes") == [32000, *codes, 32001, *text]
+  assert rows(lavit, prompt, form="codes", parity=True) == [*codes, *text]
+  begin, tokens, end, *rest = rows(lavit, prompt, form="continuous")
+  assert (begin, end, rest) == (32000, 32001, text)
+  assert tokens.shape == (len(codes), sources.LLAMA.width)
+
+
+def test_special_tokens_in_a_text_are_read_in_parity_alone(lavit):
+  assert 2 in rows(lavit, ["a </s>"], form="codes", parity=True)
+  assert 2 not in rows(lavit, ["a </s>"], form="codes")
+
+
+def test_prompts_with_several_pictures_are_the_same_in_a_batch(lavit, pictures):
+  prompts = [
+    [pictures[0], "a dog", pictures[1]],
+    [pictures[2], pictures[0]],
+    "a cat",
+  ]
+  negative = ["red", [pictures[1], "blue"], None]
+  both = lavit.write_codes(prompts, negative_prompts=negative, seed=3)
+  for i, (prompt, against) in enumerate(zip(prompts, negative, strict=True)):
+    alone = lavit.write_codes([prompt], negative_prompts=[against], seed=3 + i)
+    np.testing.assert_array_equal(alone[0], both[i])
+  texts = lavit.write(prompts, max_new_tokens=6, min_new_tokens=1)
+  for prompt, (together,) in zip(prompts, texts, strict=True):
+    ((alone,),) = lavit.write([prompt], max_new_tokens=6, min_new_tokens=1)
+    assert alone.text == together.text
+    np.testing.assert_allclose(alone.score, together.score, rtol=1e-4)
+
+
+def test_several_texts_come_with_falling_scores(lavit, pictures):
+  ((a, b, c),) = lavit.write(
+    [[pictures[0]]], count=3, num_beams=3, max_new_tokens=6, min_new_tokens=1
+  )
+  assert a.score >= b.score >= c.score
+  assert len({a.text, b.text, c.text}) == 3
+  with pytest.raises(errors.UsageError, match="num_return_sequences"):
+    lavit.write([[pictures[0]]], count=3, num_beams=2)
+
+
+def test_what_cannot_be_answered_is_said_so(lavit, pictures, monkeypatch):
+  """The first answer decides; the second is asked of the rest alone."""
+  asked = []
+
+  def write(prompter, rows, *args, **options):
+    del prompter, args, options
+    asked.append([row[1] for row in rows])
+    known = {"a?": "No.", "b?": "yes, it is"}
+    return [
+      [texts.Text(known.get(row[1].split('"')[1], ""), 0.0)]
+      if '"' in row[1]
+      else [texts.Text("a dog, or not", 0.0)]
+      for row in rows
+    ]
+
+  monkeypatch.setattr(texts, "write", write)
+  answers = lavit.answer(pictures[0], ["a?", "b?"], answerable_first=True)
+  assert answers == ["unanswerable", "a dog"]
+  assert asked[1] == ["Question: b? Answer:"]
+
+
+def test_a_picture_where_text_belongs_is_named(lavit, pictures):
+  picture = PIL.Image.fromarray(pictures[0])
+  for call in (
+    lambda: lavit.answer(pictures[0], picture),
+    lambda: lavit.answer(pictures[0], [picture]),
+    lambda: lavit.caption(pictures[0], prompt=picture),
+    lambda: lavit.generate(picture),
+    lambda: lavit.generate([pictures[0]]),
+  ):
+    with pytest.raises(errors.UsageError, match=r"text \(str\) is expected"):
+      call()
+
+
+def test_a_prompt_beyond_the_context_is_refused(lavit, pictures):
+  limit = lavit._llm.model.config.max_len
+  long = "a dog " * limit
+  for call in (
+    lambda: lavit.caption(pictures[0], prompt=long),
+    lambda: lavit.answer(pictures[0], long),
+    lambda: lavit.write_codes([long]),
+    lambda: lavit.write_codes(["a"], negative_prompts=long),
+    lambda: lavit.caption(pictures[0], max_new_tokens=limit),
+  ):
+    with pytest.raises(errors.UsageError, match=f"at most {limit} in all"):
+      call()
+
+
+def test_options_of_loading_are_checked(lavit):
+  for bad in ({"dtype": "int4"}, {"manner": "mine"}, {"max_batch": 0}):
+    with pytest.raises(errors.UsageError, match="expected"):
+      pipeline.LaVIT.load(lavit.directory, **bad)
+  ours = pipeline.LaVIT.load(lavit.directory, manner="ours", max_batch=2)
+  assert ours.rules.caption.num_beams == 1
+  assert lavit.rules.caption.num_beams == 2
+
+
+def test_bfloat16_halves_the_weights_and_still_reads(lavit, pictures):
+  half = pipeline.LaVIT.load(lavit.directory, dtype="bfloat16", max_batch=2)
+  captions = half.caption(pictures, max_new_tokens=5, min_new_tokens=1)
+  assert len(captions) == 3
+  dtypes = {str(x.dtype) for x in jax.tree.leaves(half._llm.params)}
+  assert dtypes == {"bfloat16"}
+  codes = half.visual._variables["codebook"]["codes"]
+  assert codes.dtype == np.float32
 
 
 def test_an_imported_model_writes_visual_words(lavit, pictures):

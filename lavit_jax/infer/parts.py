@@ -1,0 +1,116 @@
+"""The parts of a model directory, loaded for use: language model and pixels.
+
+The third, encoder and visual tokenizer, is `visual.VisualTokenizer`.
+"""
+
+import importlib.resources
+import pathlib
+
+import jax
+import numpy as np
+
+from lavit_jax import checkpoints, errors, vocabulary
+from lavit_jax.infer import batches, diffusion, rules, visual
+from lavit_jax.models import llama, pixels, unified
+
+
+def resolve(model) -> pathlib.Path:
+  """The directory of a model: a path, or "tiny" for the shipped one.
+
+  Raises:
+    errors.CheckpointError: there is nothing of that name.
+  """
+  if str(model) == "tiny":
+    path = importlib.resources.files("lavit_jax") / "weights" / "tiny"
+    if not pathlib.Path(str(path)).is_dir():
+      raise errors.CheckpointError(
+        "The shipped model 'tiny' is missing from this installation"
+        f" ({path}). Reinstall lavit_jax, or train one: lavit quickstart."
+      )
+    return pathlib.Path(str(path))
+  path = pathlib.Path(model)
+  if (path / "model").is_dir() and not checkpoints.parts_in(path):
+    path = path / "model"  # a quickstart workdir
+  if not checkpoints.parts_in(path):
+    raise errors.CheckpointError(
+      f"{model} is no model directory: none of the parts"
+      f" {', '.join(checkpoints.PARTS)} is in it. Give 'tiny', the model_dir"
+      " of a training run, or the workdir of lavit quickstart."
+    )
+  return path
+
+
+class Language:
+  """The LLM part with its continuous branch.
+
+  Attributes:
+    model: the LLM, hashable.
+    params: `llm`, `merger`, `projection`, and `selector` where the weights
+      for reading bring their own.
+    vocabulary: its id layout.
+    rules: how it wants to write and draw.
+  """
+
+  def __init__(
+    self, directory, tokenizer: visual.VisualTokenizer, dtype: str = "float32"
+  ):
+    part = checkpoints.load_part(directory, "llm", dtype=dtype)
+    self.params = part.params
+    self.vocabulary = vocabulary.Vocabulary(**part.meta["vocabulary"])
+    self.rules = rules.rules_of(part.meta)
+    config = llama.LlamaConfig(**part.meta["llama"] | {"dtype": dtype})
+    self.model = llama.Llama(config)
+    self._visual = tokenizer
+    # At inference every kept token is read: the capacity is all patches.
+    reader = unified.UnifiedModel(
+      config, tokenizer.config, tokenizer.num_patches
+    )
+    self._read = jax.jit(
+      lambda params, features, keep: reader.apply(
+        {"params": params}, features, keep, method="read"
+      )
+    )
+
+  def read(self, pictures, seeds=None, limit: int = batches.SIZES[-1]):
+    """Projected tokens float32[n, N, W] and valid bool[n, N], numpy.
+
+    Args:
+      pictures: uint8[n, H, W, 3].
+      seeds: int[n], to sample which patches are kept; None: deterministic.
+      limit: pictures at once.
+    """
+    outs = []
+    for chunk, count, start in batches.chunks(pictures, limit):
+      # Official weights may bring a selector of their own for reading.
+      own = self.params.get("selector")
+      seed = None if seeds is None else batches.fill(seeds[start:], len(chunk))
+      features, keep = self._visual.select(chunk, own, seed)
+      tokens, valid = self._read(self.params, features, keep)
+      tokens = np.asarray(tokens, np.float32)
+      outs.append((tokens[:count], np.asarray(valid)[:count]))
+    return tuple(np.concatenate(x) for x in zip(*outs, strict=True))
+
+
+class Pixels:
+  """The pixel decoder part."""
+
+  def __init__(self, directory):
+    part = checkpoints.load_part(directory, "pixels")
+    config = pixels.PixelDecoderConfig(**part.meta["pixels"])
+    self._decoder = pixels.PixelDecoder(config)
+    self._schedule = diffusion.Schedule(**part.meta["schedule"])
+    self._variables = {"params": part.params}
+
+  def draw(self, x_rec, seeds, steps, guidance_scale):
+    """float32[B, H, W, 3] in [0, 1], numpy."""
+    pictures = diffusion.draw(
+      self._decoder,
+      self._schedule,
+      self._variables,
+      x_rec,
+      seeds,
+      steps=steps,
+      guide=guidance_scale != 1,
+      guidance=guidance_scale,
+    )
+    return np.asarray(pictures)
