@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax import checkpoints
+from lavit_jax import checkpoints, progress
 from lavit_jax.data import shapes, sources
 from lavit_jax.evaluate import shapes as shapes_scores
 from lavit_jax.evaluate import tokenizer as tokenizer_scores
-from lavit_jax.train import progress
 
 CODE_PICTURES = 2_000  # pictures over which the use of codes is counted
 _DRAWING_STEPS = 12  # of the pixel decoder; 20 are 0.01 to 0.02 better

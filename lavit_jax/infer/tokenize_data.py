@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lavit_jax import checkpoints, images
+from lavit_jax import checkpoints, images, progress
 from lavit_jax.data import cache, examples, faults, sources
 from lavit_jax.infer import visual
-from lavit_jax.train import progress
 
 _BATCH = 64
 

@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax import checkpoints, errors
+from lavit_jax import checkpoints, errors, progress
 from lavit_jax.infer import pipeline
 from lavit_jax.port import folder, names, writing
-from lavit_jax.train import progress
 
 FORMATS = ("official", "huggingface")
 _SCRATCH = ".scratch"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax import checkpoints, errors
+from lavit_jax import checkpoints, errors, progress
 from lavit_jax.port import (
   folder,
   hub,
@@ -27,7 +27,6 @@ from lavit_jax.port import (
   tensors,
   writing,
 )
-from lavit_jax.train import progress
 
 DTYPES = ("keep", *tensors.DTYPES)
 _ARRAYS = ".arrays"  # scratch, inside the folder that is being built

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import checkpoints, errors, sharding
-from lavit_jax.train import objectives, optimizer, progress, writers
+from lavit_jax import checkpoints, errors, progress, sharding
+from lavit_jax.train import objectives, optimizer, writers
 from lavit_jax.train import state as state_lib
 
 

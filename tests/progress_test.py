@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lavit_jax.train import progress
+from lavit_jax import progress
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""Progress of a training stage: a bar in a terminal, plain lines in a log."""
+"""Progress of long work: a bar in a terminal, plain lines in a log."""
 
 import collections
 import contextlib
