@@ -9,16 +9,18 @@ describes it. `lowres` and `highres` are the official release's two decoders.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from orbax.checkpoint import checkpoint_managers
 
 from lavit_jax import errors
@@ -199,10 +201,10 @@ def _save_mapped(path, params):
 
 
 def _cast(x, dtype):
-  return x.astype(_cast_dtype(x.dtype, dtype))
+  return x.astype(cast_dtype(x.dtype, dtype))
 
 
-def _cast_dtype(stored, wanted):
+def cast_dtype(stored, wanted):
   """`wanted` for floats, unless it is None; what is stored for the rest."""
   floating = jnp.issubdtype(stored, jnp.floating)
   return wanted if floating and wanted is not None else stored
@@ -222,7 +224,7 @@ def load_part(directory, name: str, *, dtype=jnp.float32) -> Part:
     # within the mesh of a training run.
     target = jax.tree.map(
       lambda m: jax.ShapeDtypeStruct(
-        m.shape, _cast_dtype(m.dtype, dtype), sharding=host
+        m.shape, cast_dtype(m.dtype, dtype), sharding=host
       ),
       _stored_tree(checkpointer, folder / _WEIGHTS),
     )
@@ -240,7 +242,9 @@ class StoredPart:
     with _reading(self._path):
       self._handler = ocp.PyTreeCheckpointer()
       tree = _stored_tree(self._handler, self._path)
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+      leaves = jax.tree_util.tree_leaves_with_path(tree)
+      if not leaves:  # Orbax only logs that it cannot read them
+        raise ValueError("There are no arrays in it.")
     # By path, with slashes: what `read` takes, shapes and dtypes.
     self.arrays = {
       jax.tree_util.keystr(path, simple=True, separator="/"): (
@@ -258,6 +262,41 @@ class StoredPart:
     with _reading(self._path):
       restored = self._handler.restore(self._path, args=args)
     return np.asarray(jax.tree.leaves(restored)[0])
+
+  def blocks(self, path: str, whole: int) -> Iterator[tuple[tuple, np.ndarray]]:
+    """Pieces of one array as they lie on disk, each read once.
+
+    Args:
+      path: of the array.
+      whole: the axis along which no piece is cut.
+
+    Yields:
+      (index, array), so that the whole array at `index` is the piece.
+    """
+    with _reading(self._path):
+      stored = self._open(path)
+    shape = stored.shape
+    sizes = list(stored.chunk_layout.read_chunk.shape)
+    sizes[whole] = shape[whole]
+    starts = [range(0, n, size) for n, size in zip(shape, sizes, strict=True)]
+    for start in itertools.product(*starts):
+      index = tuple(
+        slice(i, min(i + size, n))
+        for i, size, n in zip(start, sizes, shape, strict=True)
+      )
+      with _reading(self._path):
+        piece = np.asarray(stored[index].read().result())
+      yield index, piece
+
+  def _open(self, path):
+    """The array as TensorStore has it; Orbax itself reads only whole ones."""
+    base = {"driver": "file", "path": f"{self._path}/"}
+    name = path.replace("/", ".") + "/"
+    place = {"driver": "ocdbt", "base": base, "path": name}
+    found = ts.open({"driver": "auto", "kvstore": place}, read=True).result()
+    # As Orbax does: what is missing is an error, not zeros.
+    spec = found.spec().to_json() | {"fill_missing_data_reads": False}
+    return ts.open(spec, read=True).result()
 
 
 def _stored_tree(checkpointer, path):

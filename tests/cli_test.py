@@ -38,10 +38,10 @@ class Model:
   """Records the last call; draws what it was asked for."""
 
   def __init__(self):
-    self.loaded = self.dtype = self.called = None
+    self.loaded = self.how = self.called = None
 
-  def load(self, name, *, dtype):
-    self.loaded, self.dtype = name, dtype
+  def load(self, name, *, dtype, quantize):
+    self.loaded, self.how = name, (dtype, quantize)
     return self
 
   def _record(self, name, *args, **options):
@@ -79,7 +79,12 @@ class Model:
     return [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(len(images))]
 
   def info(self):
-    return {"parts": {"llm": {"parameters": 3}}, "tasks": ["caption", "answer"]}
+    need = {"missing": [], "weights_bytes": 14_200_000_000, "cache_bytes": 0}
+    return {
+      "parts": {"llm": {"parameters": 3}},
+      "tasks": ["caption", "answer"],
+      "memory": {"caption": need},
+    }
 
 
 def stand_in(monkeypatch, package, name, **members):
@@ -215,10 +220,11 @@ def test_ids_are_printed_instead_of_drawn(model, capsys, tmp_path):
 
 def test_beams_are_handed_on_and_several_texts_scored(model, capsys):
   options = shlex.split("--beams 5 --max-tokens 9 --length-penalty 0 --seed 1")
-  run(capsys, "caption", "a.png", *options, "--dtype", "bfloat16")
+  loaded = ("--dtype", "bfloat16", "--quantize", "int8")
+  run(capsys, "caption", "a.png", *options, *loaded)
   expected = dict(num_beams=5, max_new_tokens=9, length_penalty=0.0, seed=1)
   assert model.called[-1] == expected
-  assert model.dtype == "bfloat16"
+  assert model.how == ("bfloat16", "int8")
   run(capsys, "answer", "a.png", "Why?", *options, "--answerable-first")
   assert model.called[-1] == expected | {"answerable_first": True}
   argv = ("caption", "a.png", "--count", "2", "--prompt", "a photo of")
@@ -303,6 +309,7 @@ def test_info_is_flat_for_people_and_nested_for_programs(model, capsys):
   _, out, _ = run(capsys, "info")
   assert "model.parts.llm.parameters: 3\n" in out
   assert "model.tasks: caption, answer\n" in out
+  assert "memory.caption: 14.2 GB of weights\n" in out
   _, out, _ = run(capsys, "info", "--json")
   assert json.loads(out)["model"] == model.info()
 

@@ -1,26 +1,90 @@
-"""Every notebook runs top to bottom."""
+"""Every notebook runs top to bottom, on every kind of model it is for."""
 
+import os
 import pathlib
+import re
 
 import nbclient
 import nbformat
 import pytest
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
+_SETTINGS = ("LAVIT_MODEL", "LAVIT_SOURCE", "LAVIT_GOLDEN", "LAVIT_PICTURE")
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
+@pytest.fixture
+def execute(monkeypatch):
+  """Runs a notebook under settings: its outputs, and pictures among them."""
+
+  def run(name, **settings):
+    for variable in _SETTINGS:
+      monkeypatch.delenv(variable, raising=False)
+    for variable, value in settings.items():
+      monkeypatch.setenv(variable, str(value))
+    path = _NOTEBOOKS / f"{name}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(
+      notebook, timeout=600, kernel_name="python3"
+    ).execute()
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    shown = [o for o in outputs if "image/png" in o.get("data", {})]
+    return outputs, shown
+
+  return run
+
+
+def printed(outputs):
+  """Everything that a notebook wrote with print."""
+  return "".join(o["text"] for o in outputs if o.get("name") == "stdout")
+
+
 @pytest.mark.parametrize(
-  "path", sorted((_ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem
+  "name", sorted(path.stem for path in _NOTEBOOKS.glob("*.ipynb"))
 )
-def test_notebook_runs_and_shows_pictures(path):
-  notebook = nbformat.read(path, as_version=4)
-  client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3")
-  client.execute()
-  shown = [
-    output
-    for cell in notebook.cells
-    for output in cell.get("outputs", [])
-    if "image/png" in output.get("data", {})
-  ]
+def test_notebook_runs_and_shows_pictures(execute, name):
+  _, shown = execute(name)
   assert len(shown) >= 5
+
+
+@pytest.mark.parametrize(
+  "path", sorted(_NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.stem
+)
+def test_notebook_is_kept_without_outputs(path):
+  for cell in nbformat.read(path, as_version=4).cells:
+    if cell.cell_type == "code":
+      assert not cell.outputs
+      assert cell.execution_count is None
+
+
+def test_understanding_reads_with_an_imported_model(execute, tmp_path):
+  pytest.importorskip("torch", reason="imports PyTorch files")
+  from lavit_jax.port import importing, specimen
+
+  source = specimen.write(tmp_path / "source")
+  importing.run(source, tmp_path / "model", quiet=True)
+  outputs, shown = execute("understanding", LAVIT_MODEL=tmp_path / "model")
+  assert len(shown) >= 5
+  assert "of 42 questions" in printed(outputs)
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(
+  not os.environ.get("LAVIT_SHARED"),
+  reason="needs LAVIT_SHARED, the folder with the recordings",
+)
+def test_port_checkpoint_holds_an_official_checkpoint_to_its_recordings(
+  execute, tmp_path
+):
+  """Some of them; tests/port/verify_test.py takes all."""
+  golden = pathlib.Path(os.environ["LAVIT_SHARED"]).absolute() / "golden" / "a"
+  some = tmp_path / "recordings"
+  some.mkdir()
+  stems = ("encoder", "selector", "quantizer", "tokenize", "caption")
+  for name in (*(f"{stem}.npz" for stem in stems), "caption.json"):
+    (some / name).symlink_to(golden / name)
+  outputs, shown = execute(
+    "port_checkpoint", LAVIT_SOURCE=golden / "checkpoint", LAVIT_GOLDEN=some
+  )
+  assert len(shown) >= 5
+  assert re.search(r"^\d+ pass$", printed(outputs), re.MULTILINE)

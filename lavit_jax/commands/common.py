@@ -62,6 +62,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     default="float32",
     help="of weights and computation (float32)",
   )
+  parser.add_argument(
+    "--quantize",
+    choices=("int8",),
+    help="keep the language model's weights as int8",
+  )
 
 
 def add_parity(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +151,9 @@ def load(args: argparse.Namespace):
   """The `LaVIT` of `--model`."""
   from lavit_jax.infer import pipeline
 
-  return pipeline.LaVIT.load(args.model, dtype=args.dtype)
+  return pipeline.LaVIT.load(
+    args.model, dtype=args.dtype, quantize=args.quantize
+  )
 
 
 def require_files(paths: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ def add(subparsers) -> None:
     examples:
       lavit info
       lavit info --model runs/quickstart/model --json
+      lavit info --model runs/lavit_7b --quantize int8    memory of each task
     """,
   )
   common.add_model(parser)
@@ -25,13 +26,20 @@ def add(subparsers) -> None:
 def _info(args: argparse.Namespace) -> None:
   import jax
 
+  from lavit_jax.infer import memory
+
   document = {
     "lavit_jax": common.version(),
     "jax": jax.__version__,
     "devices": [str(device) for device in jax.devices()],
     "model": common.load(args).info(),
   }
-  common.print_answer(args, document, _flat_lines(document))
+  needed = memory.lines(document["model"]["memory"])
+  model = {k: v for k, v in document["model"].items() if k != "memory"}
+  lines = _flat_lines(document | {"model": model})
+  common.print_answer(
+    args, document, [*lines, *(f"memory.{line}" for line in needed)]
+  )
 
 
 def _flat_lines(document: dict[str, Any], prefix: str = "") -> list[str]:

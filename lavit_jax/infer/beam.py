@@ -358,14 +358,15 @@ def _reorder(cache, state, length):
   last few. What is left goes block by block, in place.
   """
   parents = state.running.parents
-  split = (cache["k"].shape[0], *parents.shape, _BLOCK)
+  split = (cache["k"].shape[0], *parents.shape)
   take = jax.vmap(lambda row, i: row[:, i], in_axes=(1, 0), out_axes=1)
 
   def block(i, x):
     at = length + i * _BLOCK
-    old = jax.lax.dynamic_slice_in_dim(x, at, _BLOCK, axis=2)
-    new = take(old.reshape(*split, *x.shape[3:]), parents).reshape(old.shape)
-    return jax.lax.dynamic_update_slice_in_dim(x, new, at, axis=2)
+    old = jax.lax.dynamic_slice_in_dim(x, at, _BLOCK, axis=3)
+    new = take(old.reshape(*split, *old.shape[2:]), parents)
+    new = new.reshape(old.shape)
+    return jax.lax.dynamic_update_slice_in_dim(x, new, at, axis=3)
 
   first = state.running.moved // _BLOCK
   last = -(-(state.step - 1) // _BLOCK)  # the newest token has no slot yet

@@ -28,7 +28,8 @@ class Generation(typing.NamedTuple):
     lengths: int32[B], tokens written, the eos included.
     done: bool[B], True where the eos came.
     sum_logprobs: float32[B], log-probability of the tokens written, under
-      the plain conditional model (no guidance, no temperature).
+      the plain conditional model (no guidance, no temperature); NaN where
+      it was not asked for.
   """
 
   tokens: jax.Array
@@ -84,6 +85,7 @@ def generate(
   pad_id=0,
   guidance_scale=1.0,
   uncond=None,
+  logprobs: bool = True,
 ) -> Generation:
   """Writes up to `max_new_tokens` after each prompt.
 
@@ -109,6 +111,10 @@ def generate(
     pad_id: fills a row after its end.
     guidance_scale: g, a scalar or float[B]; 1 is off.
     uncond: the prompt dict of the unconditional stream, B rows or one.
+    logprobs: static; False leaves `sum_logprobs` out. The head is then only
+      multiplied between the first and the last id that may be written, a
+      third of it for pictures, at the same ids (the sum over the rest of the
+      vocabulary shifts all scores of a row alike).
 
   Raises:
     errors.UsageError: arguments that do not go together.
@@ -117,7 +123,7 @@ def generate(
   sampled = rng is not None and float(temperature) > 0
   rows = _check(prompt, uncond, guided, guidance_scale, max_new_tokens)
   _check_sampling(temperature, top_k, top_p)
-  streams = _join(prompt, uncond if guided else None, rows)
+  ruled_out = never_written(model.config, suppress)
   scalars = {
     "min_new_tokens": jnp.int32(min_new_tokens),
     "temperature": jnp.float32(temperature if sampled else 1.0),
@@ -126,41 +132,54 @@ def generate(
     "pad_id": jnp.int32(pad_id),
     "guidance": jnp.broadcast_to(jnp.float32(guidance_scale), (rows,)),
   }
+  window = None if logprobs else _window(ruled_out)
+  first, last = window or (0, model.config.padded_vocab)
   return _generate(
     model,
     params,
-    streams,
+    arrays_of(prompt),
+    arrays_of(uncond) if guided else None,
     _row_keys(rng, rows) if sampled else None,
     scalars,
-    never_written(model.config, suppress),
+    ruled_out[first:last],
     max_new_tokens=int(max_new_tokens),
-    guided=guided,
-    top_k=min(int(top_k), model.config.padded_vocab) if sampled else 0,
+    top_k=min(int(top_k), last - first) if sampled else 0,
     nucleus=sampled and float(top_p) < 1,
+    window=window,
   )
+
+
+def _window(ruled_out) -> tuple[int, int]:
+  """(first, last + 1) of the ids that may be written."""
+  allowed = np.flatnonzero(~ruled_out)
+  return (int(allowed[0]), int(allowed[-1]) + 1) if len(allowed) else (0, 1)
 
 
 @functools.partial(
   jax.jit,
   static_argnums=0,
-  static_argnames=("max_new_tokens", "guided", "top_k", "nucleus"),
+  static_argnames=("max_new_tokens", "top_k", "nucleus", "window"),
 )
 def _generate(
   model,
   params,
   prompt,
+  uncond,
   keys,
   scalars,
   ruled_out,
   *,
   max_new_tokens,
-  guided,
   top_k,
   nucleus,
+  window,
 ):
-  pad_id = scalars["pad_id"]
-  logits, cache = prefill(model, params, prompt, max_new_tokens)
-  rows = logits.shape[0] // (1 + guided)
+  pad_id, guided = scalars["pad_id"], uncond is not None
+  rows, first = prompt["tokens"].shape[0], window[0] if window else 0
+  score = functools.partial(_logits, model, params)
+  if window:
+    score = _part_of_head(params, window)
+  hidden, cache = _read_streams(model, params, prompt, uncond, max_new_tokens)
 
   def choose(logits, step):
     """float[(1 or 2) * B, V] to the next ids int32[B], log-probs [B]."""
@@ -168,7 +187,7 @@ def _generate(
     scores = plain
     if guided:
       scores = guide(plain, logits[rows:], scalars["guidance"][:, None])
-    scores = process(scores, step, scalars, ruled_out)
+    scores = process(scores, step, scalars, ruled_out, first)
     if keys is None:
       ids = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     else:
@@ -179,7 +198,8 @@ def _generate(
         top_k,
         scalars["top_p"] if nucleus else None,
       )
-    return ids, jnp.take_along_axis(plain, ids[:, None], axis=1)[:, 0]
+    logprob = jnp.take_along_axis(plain, ids[:, None], axis=1)[:, 0]
+    return ids + first, logprob
 
   def write(carry, logits):
     step, tokens, done, total = carry
@@ -193,8 +213,8 @@ def _generate(
   def body(carry):
     out, ids, cache = carry
     ids = jnp.concatenate([ids] * (1 + guided))
-    logits, cache = advance(model, params, ids, cache)
-    out, ids = write(out, logits)
+    hidden, cache = _step(model, params, ids, cache)
+    out, ids = write(out, score(hidden))
     return out, ids, cache
 
   def going(carry):
@@ -203,12 +223,13 @@ def _generate(
 
   tokens = jnp.full((rows, max_new_tokens), pad_id, jnp.int32)
   start = (jnp.int32(0), tokens, jnp.zeros(rows, bool), jnp.zeros(rows))
-  out, ids = write(start, logits)
+  out, ids = write(start, score(hidden))
   (steps, tokens, done, total), _, _ = jax.lax.while_loop(
     going, body, (out, ids, cache)
   )
   ended = tokens == scalars["eos_id"]
   lengths = jnp.where(done, ended.argmax(1) + 1, steps).astype(jnp.int32)
+  total = jnp.full(rows, jnp.nan) if window else total
   return Generation(tokens, lengths, done, total)
 
 
@@ -218,20 +239,66 @@ def prefill(model, params, prompt, max_new_tokens: int):
   Returns:
     (logits float32[B, V] after each prompt, the cache).
   """
-  batch, length = prompt["tokens"].shape
-  cache = llama.init_cache(model.config, batch, length + max_new_tokens)
-  hidden, cache = model.apply(
-    {"params": params}, **prompt, cache=cache, return_hidden=True
-  )
-  return _logits(model, params, hidden[:, -1:]), cache
+  hidden, cache = _read(model, params, prompt, max_new_tokens)
+  return _logits(model, params, hidden), cache
 
 
 def advance(model, params, ids, cache):
   """One more token int[B] a row: (logits float32[B, V], the cache)."""
+  hidden, cache = _step(model, params, ids, cache)
+  return _logits(model, params, hidden), cache
+
+
+def _read(model, params, prompt, room):
+  """(hidden float[B, 1, D] after each prompt, a cache with `room`)."""
+  batch, length = prompt["tokens"].shape
+  cache = llama.init_cache(model.config, batch, length + room)
   hidden, cache = model.apply(
+    {"params": params}, **prompt, cache=cache, return_hidden=True
+  )
+  return hidden[:, -1:], cache
+
+
+def _step(model, params, ids, cache):
+  """(hidden float[B, 1, D] after one more token int[B], the cache)."""
+  return model.apply(
     {"params": params}, ids[:, None], cache=cache, return_hidden=True
   )
-  return _logits(model, params, hidden), cache
+
+
+def _read_streams(model, params, prompt, uncond, room):
+  """`_read` of both streams, each at its own length, as one batch.
+
+  The unconditional stream may have one row for all, which is read once.
+  """
+  hidden, cache = _read(model, params, prompt, room)
+  if uncond is None:
+    return hidden, cache
+  other, second = _read(model, params, uncond, room)
+  rows = hidden.shape[0]
+  slots = max(x["valid"].shape[1] for x in (cache, second))
+
+  def join(name, slot_axis, row_axis):
+    pair = []
+    for x in (cache[name], second[name]):
+      pad = [(0, 0)] * x.ndim
+      pad[slot_axis] = (slots - x.shape[slot_axis], 0)  # on the left
+      times = rows // x.shape[row_axis]
+      pair.append(jnp.repeat(jnp.pad(x, pad), times, row_axis))
+    return jnp.concatenate(pair, row_axis)
+
+  joined = {"k": join("k", 3, 1), "v": join("v", 3, 1)}
+  joined |= {"valid": join("valid", 1, 0), "index": jnp.int32(slots - room)}
+  other = jnp.repeat(other, rows // other.shape[0], 0)
+  return jnp.concatenate([hidden, other]), joined
+
+
+def _part_of_head(params, window):
+  """The function `_logits` for the rows `window` of the head alone."""
+  first, last = window
+  head, scale = params["head"][first:last], params.get("head_scale")
+  scale = None if scale is None else scale[first:last]
+  return lambda hidden: llama.project(hidden, head, scale)[:, 0]
 
 
 def _logits(model, params, hidden):
@@ -254,9 +321,12 @@ def never_written(config: llama.LlamaConfig, suppress=None) -> np.ndarray:
   return ruled_out
 
 
-def process(scores, step, scalars, ruled_out):
-  """Rules out the eos too early, then suppressed ids: float32[B, V]."""
-  ids = jnp.arange(scores.shape[-1])
+def process(scores, step, scalars, ruled_out, first: int = 0):
+  """Rules out the eos too early, then suppressed ids: float32[B, V].
+
+  `first` is the id that the first column stands for.
+  """
+  ids = jnp.arange(scores.shape[-1]) + first
   early = (ids == scalars["eos_id"]) & (step < scalars["min_new_tokens"])
   return jnp.where(early | ruled_out, _NEVER, scores)
 
@@ -306,28 +376,6 @@ def arrays_of(prompt) -> dict[str, jax.Array]:
   if "mask" not in prompt:
     prompt["mask"] = jnp.ones(prompt["tokens"].shape, bool)
   return prompt | {"mask": prompt["mask"].astype(bool)}
-
-
-def _join(prompt, uncond, rows):
-  """Both streams as one batch of equal length, the conditional rows first."""
-  prompt = arrays_of(prompt)
-  if uncond is None:
-    return prompt
-  uncond = arrays_of(uncond)
-  length = max(x["tokens"].shape[1] for x in (prompt, uncond))
-  joined = {}
-  for name in prompt | uncond:
-    pair = []
-    for stream in (prompt, uncond):
-      x = stream.get(name)
-      if x is None:  # one stream alone has continuous inputs
-        like = (prompt | uncond)[name]
-        x = jnp.zeros(stream["tokens"].shape + like.shape[2:], like.dtype)
-      pad = [(0, 0), (length - x.shape[1], 0)] + [(0, 0)] * (x.ndim - 2)
-      x = jnp.pad(x, pad)
-      pair.append(jnp.broadcast_to(x, (rows, *x.shape[1:])))
-    joined[name] = jnp.concatenate(pair)
-  return joined
 
 
 def check_not_empty(prompt, max_new_tokens):

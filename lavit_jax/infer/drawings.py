@@ -66,6 +66,7 @@ def _draw(prompter, asked, against, rule, form, seeds, parity):
     suppress=suppress,
     eos_id=vocab.image_end,
     pad_id=vocab.eos_id,
+    logprobs=False,
   )
   limit = None if parity else prompter.visual.num_patches
   return [vocab.codes_of(row)[:limit] for row in np.asarray(found.tokens)]

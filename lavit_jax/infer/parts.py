@@ -3,6 +3,7 @@
 The third, encoder and visual tokenizer, is `visual.VisualTokenizer`.
 """
 
+import dataclasses
 import importlib.resources
 import pathlib
 
@@ -10,7 +11,8 @@ import jax
 import numpy as np
 
 from lavit_jax import checkpoints, errors, vocabulary
-from lavit_jax.infer import batches, diffusion, rules, visual
+from lavit_jax.infer import batches, diffusion, rules, schedules, visual
+from lavit_jax.infer import quantize as int8
 from lavit_jax.models import llama, pixels, unified
 
 
@@ -52,24 +54,31 @@ class Language:
   """
 
   def __init__(
-    self, directory, tokenizer: visual.VisualTokenizer, dtype: str = "float32"
+    self,
+    directory,
+    tokenizer: visual.VisualTokenizer,
+    dtype: str = "float32",
+    quantize: str | None = None,
   ):
-    part = checkpoints.load_part(directory, "llm", dtype=dtype)
+    if quantize is None:
+      part = checkpoints.load_part(directory, "llm", dtype=dtype)
+    else:
+      part = int8.load_part(directory, mode=quantize, dtype=dtype)
     self.params = part.params
     self.vocabulary = vocabulary.Vocabulary(**part.meta["vocabulary"])
     self.rules = rules.rules_of(part.meta)
     config = llama.LlamaConfig(**part.meta["llama"] | {"dtype": dtype})
-    self.model = llama.Llama(config)
+    if quantize is not None:  # layers unrolled would be cast back at once
+      config = dataclasses.replace(config, unroll=1)
+    self.model, self.params["llm"] = llama.for_decoding(
+      llama.Llama(config), self.params["llm"]
+    )
     self._visual = tokenizer
-    # At inference every kept token is read: the capacity is all patches.
-    reader = unified.UnifiedModel(
-      config, tokenizer.config, tokenizer.num_patches
-    )
-    self._read = jax.jit(
-      lambda params, features, keep: reader.apply(
-        {"params": params}, features, keep, method="read"
-      )
-    )
+    self._read = jax.jit(self._read_tokens, static_argnums=3)
+
+  def _read_tokens(self, params, features, keep, capacity):
+    net = unified.UnifiedModel(self.model.config, self._visual.config, capacity)
+    return net.apply({"params": params}, features, keep, method="read")
 
   def read(self, pictures, seeds=None, limit: int = batches.SIZES[-1]):
     """Projected tokens float32[n, N, W] and valid bool[n, N], numpy.
@@ -85,9 +94,12 @@ class Language:
       own = self.params.get("selector")
       seed = None if seeds is None else batches.fill(seeds[start:], len(chunk))
       features, keep = self._visual.select(chunk, own, seed)
-      tokens, valid = self._read(self.params, features, keep)
-      tokens = np.asarray(tokens, np.float32)
-      outs.append((tokens[:count], np.asarray(valid)[:count]))
+      capacity = self._visual.capacity_for(keep)  # all that are kept
+      reader = {name: self.params[name] for name in ("merger", "projection")}
+      tokens, valid = self._read(reader, features, keep, capacity)
+      rest = ((0, 0), (0, self._visual.num_patches - capacity))
+      tokens = np.pad(np.asarray(tokens, np.float32), (*rest, (0, 0)))
+      outs.append((tokens[:count], np.pad(np.asarray(valid), rest)[:count]))
     return tuple(np.concatenate(x) for x in zip(*outs, strict=True))
 
 
@@ -98,7 +110,7 @@ class Pixels:
     part = checkpoints.load_part(directory, "pixels")
     config = pixels.PixelDecoderConfig(**part.meta["pixels"])
     self._decoder = pixels.PixelDecoder(config)
-    self._schedule = diffusion.Schedule(**part.meta["schedule"])
+    self._schedule = schedules.Schedule(**part.meta["schedule"])
     self._variables = {"params": part.params}
 
   def draw(self, x_rec, seeds, steps, guidance_scale):

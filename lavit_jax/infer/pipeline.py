@@ -35,6 +35,7 @@ from lavit_jax import checkpoints, errors, images, vocabulary
 from lavit_jax.infer import (
   batches,
   drawings,
+  memory,
   official,
   parts,
   prompts,
@@ -43,6 +44,7 @@ from lavit_jax.infer import (
   visual,
   wording,
 )
+from lavit_jax.infer import quantize as int8
 
 resolve = parts.resolve
 
@@ -55,14 +57,15 @@ class LaVIT:
     directory,
     *,
     dtype: str = "float32",
+    quantize: str | None = None,
     manner: str | None = None,
     max_batch: int = batches.SIZES[-1],
   ):
     self.directory = pathlib.Path(directory)
     self.parts = checkpoints.parts_in(directory)
+    _check_options(dtype, quantize, manner, max_batch)
     self.max_batch = max_batch
-    self._dtype, self._manner = _checked(dtype, manner, max_batch)
-    self._loaded: dict[str, Any] = {}
+    self._dtype, self._quantize, self._manner = dtype, quantize, manner
 
   @classmethod
   def load(cls, model="tiny", **options) -> "LaVIT":
@@ -70,10 +73,11 @@ class LaVIT:
 
     Args:
       model: "tiny" (shipped), a model directory, or a quickstart workdir.
-      **options: dtype: "float32" or "bfloat16", of weights and computation;
-        manner: "ours" or "official" (`rules.py`), by default what the model
-        asks for; max_batch: pictures or prompts at once, less needs less
-        memory.
+      **options: dtype: "float32" or "bfloat16", of weights and computation
+        (codes, and pixels drawn from them, are float32 in any case);
+        quantize: "int8" for the weights of the LLM (`quantize.py`); manner:
+        "ours" or "official" (`rules.py`), by default what the model asks for;
+        max_batch: pictures or prompts at once, less needs less memory.
 
     Raises:
       errors.CheckpointError: there is no such model.
@@ -102,7 +106,9 @@ class LaVIT:
 
   @functools.cached_property
   def _llm(self) -> parts.Language:
-    return parts.Language(self.directory, self.visual, self._dtype)
+    return parts.Language(
+      self.directory, self.visual, self._dtype, self._quantize
+    )
 
   @functools.cached_property
   def _prompter(self) -> prompts.Prompter:
@@ -403,33 +409,32 @@ class LaVIT:
         "step": meta.get("step"),
         "metrics": meta.get("metrics", {}),
       }
-    needs = {
-      "tokenize": ("encoder", "tokenizer"),
-      "reconstruct": ("encoder", "tokenizer", "pixels"),
-      "caption": ("encoder", "tokenizer", "llm"),
-      "answer": ("encoder", "tokenizer", "llm"),
-      "generate": ("encoder", "tokenizer", "pixels", "llm"),
-      "synthesize": ("encoder", "tokenizer", "pixels", "llm"),
+    needs = memory.needs(
+      self.directory, dtype=self._dtype, quantize=self._quantize
+    )
+    return {
+      "directory": str(self.directory),
+      "parts": parts,
+      "tasks": {task: need["possible"] for task, need in needs.items()},
+      "memory": needs,
     }
-    tasks = {t: all(p in parts for p in need) for t, need in needs.items()}
-    return {"directory": str(self.directory), "parts": parts, "tasks": tasks}
 
 
-def _checked(dtype, manner, max_batch):
-  """The options of `LaVIT.load`; UsageError for a bad one."""
-  if dtype not in ("float32", "bfloat16"):
-    raise errors.UsageError(
-      f"dtype={dtype!r}: expected 'float32' or 'bfloat16'."
-    )
-  if manner is not None and manner not in rules.BY_NAME:
-    raise errors.UsageError(
-      f"manner={manner!r}: expected one of {', '.join(rules.BY_NAME)}."
-    )
-  if not 1 <= max_batch <= batches.SIZES[-1]:
-    raise errors.UsageError(
-      f"max_batch={max_batch}: expected 1 to {batches.SIZES[-1]}."
-    )
-  return dtype, manner
+def _check_options(dtype, quantize, manner, max_batch):
+  """UsageError for a bad option of `LaVIT.load`."""
+  allowed = {
+    "dtype": (dtype, ("float32", "bfloat16")),
+    "quantize": (quantize, (None, *int8.MODES)),
+    "manner": (manner, (None, *rules.BY_NAME)),
+    "max_batch": (max_batch, range(1, batches.SIZES[-1] + 1)),
+  }
+  for name, (given, known) in allowed.items():
+    if given not in known:
+      raise errors.UsageError(
+        f"{name}={given!r}: expected {', '.join(map(repr, known))}."
+        if len(known) < 5
+        else f"{name}={given!r}: expected {known[0]} to {known[-1]}."
+      )
 
 
 def _seeds(seed, parity, count):

@@ -9,6 +9,8 @@ import numpy as np
 from lavit_jax import checkpoints, errors, images
 from lavit_jax.models import selector, tokenizer
 
+_FEW_PATCHES = 64
+
 
 class VisualTokenizer:
   """The frozen encoder and the dynamic visual tokenizer, ready for use.
@@ -65,35 +67,42 @@ class VisualTokenizer:
 
   @functools.cached_property
   def _encode(self):
-    return jax.jit(
-      lambda params, image: tokenizer.encode_images(
-        self.config, params, images.normalize(image)
-      )
-    )
+    def encode_pictures(params, pictures):
+      pixels = images.normalize(pictures)
+      return tokenizer.encode_images(self.config, params, pixels)
+
+    return jax.jit(encode_pictures)
 
   @functools.cached_property
   def _select(self):
-    return jax.jit(
-      lambda variables, features: self.model.apply(
-        variables, features, method="select"
-      )
-    )
+    def select(variables, features):
+      return self.model.apply(variables, features, method="select")
+
+    return jax.jit(select)
+
+  @functools.cached_property
+  def _expected(self):
+    def expected_mask(variables, features):
+      log_probs = self.model.apply(variables, features, method="select")
+      return selector.expected_count_mask(log_probs)
+
+    return jax.jit(expected_mask)
 
   @functools.cached_property
   def _code(self):
-    return jax.jit(
-      lambda variables, features, keep: self.model.apply(
-        variables, features, keep, self.num_patches, method="encode"
+    def code(variables, features, keep, capacity):
+      return self.model.apply(
+        variables, features, keep, capacity, method="encode"
       )
-    )
+
+    return jax.jit(code, static_argnums=3)
 
   @functools.cached_property
   def _decode(self):
-    return jax.jit(
-      lambda variables, ids, valid: self.model.apply(
-        variables, ids, valid, method="decode_codes"
-      )
-    )
+    def decode_words(variables, ids, valid):
+      return self.model.apply(variables, ids, valid, method="decode_codes")
+
+    return jax.jit(decode_words)
 
   def features(self, batch) -> jax.Array:
     """float32[B, N, D] of uint8[B, H, W, 3] by the frozen encoder."""
@@ -104,11 +113,13 @@ class VisualTokenizer:
 
     `params` are those of another selector than the tokenizer's own.
     """
-    variables = self._variables
-    if params is not None:
-      own = variables["params"]
-      variables = variables | {"params": own | {"selector": params}}
-    return self._select(variables, features)
+    return self._select(self._with_selector(params), features)
+
+  def _with_selector(self, params):
+    if params is None:
+      return self._variables
+    own = self._variables["params"]
+    return self._variables | {"params": own | {"selector": params}}
 
   def keep_mask(
     self, features, *, seed=None, budget=None, params=None
@@ -134,11 +145,11 @@ class VisualTokenizer:
         f"budget={budget}: a picture of {self.num_patches} patches keeps"
         f" between 1 and {self.num_patches} of them."
       )
+    if budget is None and seed is None:
+      return self._expected(self._with_selector(params), features)
     log_probs = self.log_probs(features, params)
     if budget is not None:
       return selector.budget_mask(log_probs, budget)
-    if seed is None:
-      return selector.expected_count_mask(log_probs)
     noise = gumbel_noise(seed, log_probs.shape)
     keep = selector.mask_from_noise(log_probs, noise) > 0.5
     best = selector.budget_mask(log_probs, 1)
@@ -150,9 +161,26 @@ class VisualTokenizer:
     return features, self.keep_mask(features, seed=seed, params=params)
 
   def encode(self, features, keep):
-    """(ids int32[B, N], valid bool[B, N]) of features and a keep mask."""
-    _, ids, valid = self._code(self._variables, features, keep)
+    """Ids of features and a keep mask.
+
+    Returns:
+      (ids int32[B, K], valid bool[B, K]), K from `capacity_for`.
+    """
+    capacity = self.capacity_for(keep)
+    _, ids, valid = self._code(self._variables, features, keep, capacity)
     return ids, valid
+
+  def capacity_for(self, keep) -> int:
+    """Places that the kept patches of bool[B, N] need: a quarter of N, …, N.
+
+    So that few shapes compile; small pictures always take N.
+    """
+    num = self.num_patches
+    if num < _FEW_PATCHES:
+      return num
+    most = int(np.asarray(keep).sum(1).max())
+    quarter = -(-num // 4)
+    return min(num, max(1, -(-most // quarter)) * quarter)
 
   def decode(self, ids, valid) -> jax.Array:
     """float[B, N, D] of ids int[B, K] and which of them are words.

@@ -5,6 +5,9 @@ scan over the layers, embedding and head not tied (Touvron et al., 2023). A
 row may mix ids and continuous embeddings: where `use_embeds` is True the
 embedding of the id is replaced, which is how a picture is read as a condition
 (LaVIT, arXiv 2309.04669, section 3.2).
+
+Kernels, embedding and head may be int8, with their scales beside them
+(`infer/quantize.py`): the parameters say so, the config does not.
 """
 
 import dataclasses
@@ -12,6 +15,7 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +24,7 @@ from lavit_jax.models import activations, dots, layers
 
 _NO_CLASS = -1e9  # the logit of the padding rows of the head
 _VOCAB_MULTIPLE = 128
+_LARGE = 30_000_000  # weights in layers; see `for_decoding`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,8 @@ class LlamaConfig:
     dtype: of the computation; parameters are float32.
     remat: name of a policy in `layers.REMAT`, what backward recomputes.
     unroll: layers a scan step; more is faster to run, slower to compile.
+    scan: whether the layers are one scan over stacked parameters; see
+      `unstacked`.
   """
 
   vocab_size: int
@@ -47,6 +54,7 @@ class LlamaConfig:
   dtype: str = "float32"
   remat: str = "none"
   unroll: int = 1
+  scan: bool = True
 
   def __post_init__(self):
     if self.width % self.num_heads or self.head_dim % 2:
@@ -101,15 +109,16 @@ def init_cache(
   """An empty key-value cache of `max_len` slots a row.
 
   Returns:
-    k, v: dtype[layers, B, M, G, Dh], zeros; valid: bool[B, M], False, the
-    slots that may be attended; index: int32[], the next slot to write. Rows
-    share the index: prompts of different length are padded on the left.
+    k, v: dtype[layers, B, G, M, Dh], zeros (heads before slots: the other
+    way round a CPU would copy them at every token); valid: bool[B, M], False,
+    the slots that may be attended; index: int32[], the next slot to write.
+    Rows share the index: prompts of different length are padded on the left.
   """
   shape = (
     config.depth,
     batch,
-    max_len,
     config.num_kv_heads,
+    max_len,
     config.head_dim,
   )
   dtype = dtype or config.dtype
@@ -119,6 +128,43 @@ def init_cache(
     "valid": jnp.zeros((batch, max_len), bool),
     "index": jnp.zeros((), jnp.int32),
   }
+
+
+def unstacked(model: "Llama", params) -> tuple["Llama", dict]:
+  """The same network with the parameters of every layer apart.
+
+  For decoding on a CPU: there a scan copies the weights of each layer before
+  it uses them, half the time of a step. Longer to compile.
+
+  Args:
+    model: with `scan`.
+    params: its parameters, unboxed; what is stacked is taken out of them.
+
+  Returns:
+    (model, params) under `layers_0`, `layers_1`, ….
+  """
+  depth = model.config.depth
+  params = dict(params)
+  split = [{} for _ in range(depth)]
+  flat = flax.traverse_util.flatten_dict(params.pop("layers"))
+  while flat:  # one array after the other, so that memory holds one twice
+    path, array = flat.popitem()
+    for i in range(depth):
+      split[i][path] = array[i]
+  for i, layer in enumerate(split):
+    params[f"layers_{i}"] = flax.traverse_util.unflatten_dict(layer)
+  return Llama(dataclasses.replace(model.config, scan=False)), params
+
+
+def for_decoding(model: "Llama", params) -> tuple["Llama", dict]:
+  """The form in which the default backend decodes fastest.
+
+  `unstacked` on a CPU, if the weights are more than its caches hold.
+  """
+  scalars = sum(x.size for x in jax.tree.leaves(params["layers"]))
+  if jax.default_backend() == "cpu" and scalars >= _LARGE:
+    return unstacked(model, params)
+  return model, params
 
 
 def positions_of(mask=None, segment_ids=None):
@@ -152,6 +198,26 @@ jax.tree_util.register_dataclass(
 )
 
 
+class Linear(nn.Module):
+  """x kernel, no bias. A kernel int8[D, F] has `scale` float32[F] beside it."""
+
+  features: int
+  axes: tuple[str, str]
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x):
+    """Maps float[..., D] to dtype[..., F]."""
+    init = nn.initializers.lecun_normal()
+    init = nn.with_logical_partitioning(init, self.axes)
+    kernel = self.param("kernel", init, (x.shape[-1], self.features))
+    scale = self.get_variable("params", "scale")
+    x = x.astype(self.dtype)
+    if scale is None:
+      return dots.linear(x, kernel.astype(self.dtype))
+    return dots.scaled(x, kernel, scale)
+
+
 class Attention(nn.Module):
   """Causal self-attention with rotary positions and grouped keys."""
 
@@ -161,7 +227,7 @@ class Attention(nn.Module):
   def __call__(self, x, context: _Context, cache=None, layer=None):
     """float[B, L, D], the whole cache (k, v) or None -> the same."""
     c = self.config
-    dense = functools.partial(_dense, dtype=c.dtype)
+    dense = functools.partial(Linear, dtype=c.dtype)
     heads, groups = c.num_heads, c.num_kv_heads
     q = dense(heads * c.head_dim, ("embed", "heads"), name="query")(x)
     k = dense(groups * c.head_dim, ("embed", "kv"), name="key")(x)
@@ -174,12 +240,15 @@ class Attention(nn.Module):
     if cache is not None:
       cache = tuple(
         jax.lax.dynamic_update_slice(
-          old, new[None].astype(old.dtype), (layer, 0, context.index, 0, 0)
+          old,
+          new.swapaxes(1, 2)[None].astype(old.dtype),
+          (layer, 0, 0, context.index, 0),
         )
         for old, new in zip(cache, (k, v), strict=True)
       )
       k, v = (
-        jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache
+        jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).swapaxes(1, 2)
+        for x in cache
       )
     out = layers.attention(
       q,
@@ -203,10 +272,10 @@ class Mlp(nn.Module):
     """Maps float[B, L, D] to float[B, L, D]."""
     c = self.config
     up, down = ("embed", "mlp"), ("mlp", "embed")
-    gate = activations.silu(_dense(c.mlp_dim, up, c.dtype, name="gate")(x))
-    h = gate * _dense(c.mlp_dim, up, c.dtype, name="up")(x)  # [B, L, F]
+    gate = activations.silu(Linear(c.mlp_dim, up, c.dtype, name="gate")(x))
+    h = gate * Linear(c.mlp_dim, up, c.dtype, name="up")(x)  # [B, L, F]
     h = nn.with_logical_constraint(h, ("act_batch", "act_len", "act_mlp"))
-    return _dense(c.width, down, c.dtype, name="down")(h)
+    return Linear(c.width, down, c.dtype, name="down")(h)
 
 
 class Block(nn.Module):
@@ -247,7 +316,12 @@ class Llama(nn.Module):
       nn.with_logical_partitioning(nn.initializers.normal(0.02), table),
       shape,
     )
-    self.layers = layers.stack(Block, c.depth, c.remat, c.unroll)(c)
+    self.embedding_scale = self.get_variable("params", "embedding_scale")
+    self.head_scale = self.get_variable("params", "head_scale")
+    if c.scan:
+      self.layers = layers.stack(Block, c.depth, c.remat, c.unroll)(c)
+    else:
+      self.layers = [layers.remat(Block, c.remat)(c) for _ in range(c.depth)]
     self.norm = layers.RMSNorm(c.norm_eps, dtype=c.dtype)
 
   def __call__(
@@ -287,7 +361,10 @@ class Llama(nn.Module):
 
   def embed(self, tokens, embeds=None, use_embeds=None):
     """Ids int[B, L], some replaced by `embeds`, to float[B, L, D]."""
-    x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+    x = jnp.take(self.embedding, tokens, axis=0)
+    if self.embedding_scale is not None:
+      x = x * jnp.take(self.embedding_scale, tokens)[..., None]
+    x = x.astype(self.config.dtype)
     if embeds is not None:
       x = jnp.where(use_embeds[..., None], embeds.astype(x.dtype), x)
     return nn.with_logical_constraint(x, ("act_batch", "act_len", "act_embed"))
@@ -311,7 +388,9 @@ class Llama(nn.Module):
         None,
       )
     carry = (x, held, jnp.zeros((), jnp.int32))
-    (x, held, _), _ = self.layers(carry, context)
+    for layer in [self.layers] if self.config.scan else self.layers:
+      carry, _ = layer(carry, context)
+    x, held, _ = carry
     if cache is not None:
       cache = cache | {
         "k": held[0],
@@ -323,15 +402,30 @@ class Llama(nn.Module):
   def logits(self, x):
     """float[B, L, D] from `hidden` to float32[B, L, padded_vocab]."""
     c = self.config
-    out = jnp.einsum(
-      "bld,vd->blv",
-      x,
-      self.head.astype(x.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    out = project(x, self.head, self.head_scale)
     out = nn.with_logical_constraint(out, ("act_batch", "act_len", "act_vocab"))
     used = jnp.arange(c.padded_vocab) < c.vocab_size
     return jnp.where(used, out, _NO_CLASS)
+
+
+def project(x, head, scale=None):
+  """Hidden states by rows of the head.
+
+  Args:
+    x: float[B, L, D].
+    head: float or int8[V, D], all rows or some.
+    scale: float32[V], of an int8 head.
+
+  Returns:
+    float32[B, L, V].
+  """
+  head = head.astype(x.dtype)
+  if x.shape[1] > 1:
+    equation = "bld,vd->blv"
+    out = jnp.einsum(equation, x, head, preferred_element_type=jnp.float32)
+  else:  # decoding
+    out = dots.tall(x[:, 0], head)[:, None]
+  return out if scale is None else out * scale
 
 
 def _extend(cache, x, positions, mask):
@@ -349,16 +443,3 @@ def _extend(cache, x, positions, mask):
   seen = slots <= index + jnp.arange(length)[:, None]  # [L, M]
   seen = seen[None, None] & valid[:, None, None]
   return _Context(positions, seen, None, index), cache | {"valid": valid}
-
-
-def _dense(features, axes, dtype, name):
-  """A kernel without bias, with its logical axes, by `dots.linear`."""
-  init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-  return nn.Dense(
-    features,
-    use_bias=False,
-    dtype=jnp.dtype(dtype),
-    kernel_init=init,
-    dot_general=dots.dot_general,
-    name=name,
-  )

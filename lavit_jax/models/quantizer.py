@@ -19,6 +19,8 @@ import jax.numpy as jnp
 
 from lavit_jax.models import layers
 
+_BLOCK = 1024  # codes at once, see `_nearest_in_blocks`
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
@@ -64,10 +66,48 @@ def lookup(z: jax.Array, codes: jax.Array) -> jax.Array:
   The codes float[Kc, dim] are not: |z|^2 + |e|^2 - 2 z e, as LaVIT has it.
   """
   z = layers.l2_normalize(z.astype(jnp.float32))
+  ids = jax.lax.platform_dependent(
+    z, codes, cpu=_nearest_in_blocks, default=_nearest
+  )
+  return ids.astype(jnp.int32)
+
+
+def _nearest(z, codes):
   product = jnp.einsum("...d,kd->...k", z, codes)
   # |z|^2 is the same for every code.
   distance = jnp.square(codes).sum(-1) - 2.0 * product
-  return jnp.argmin(distance, axis=-1).astype(jnp.int32)
+  return jnp.argmin(distance, axis=-1)
+
+
+def _nearest_in_blocks(z, codes):
+  """The same, a block of codes after the other: 3 times faster on a CPU."""
+  size = min(_BLOCK, len(codes))
+  blocks = -(-len(codes) // size)
+  pad = blocks * size - len(codes)
+  lengths = jnp.pad(
+    jnp.square(codes).sum(-1), (0, pad), constant_values=jnp.inf
+  )
+  codes = jnp.pad(codes, ((0, pad), (0, 0)))
+  places = jnp.arange(size)
+
+  def look(best, block):
+    codes, lengths, first = block
+    distance = lengths - 2.0 * jnp.einsum("...d,kd->...k", z, codes)
+    least = distance.min(-1)
+    # XLA's argmin is slow there.
+    place = jnp.where(distance == least[..., None], places, size).min(-1)
+    nearer = least < best[0]  # of equal ones the first
+    ids = jnp.where(nearer, first + place, best[1])
+    return (jnp.where(nearer, least, best[0]), ids), None
+
+  start = jnp.full(z.shape[:-1], jnp.inf), jnp.zeros(z.shape[:-1], jnp.int32)
+  parts = (
+    codes.reshape(blocks, size, -1),
+    lengths.reshape(blocks, size),
+    jnp.arange(blocks) * size,
+  )
+  (_, ids), _ = jax.lax.scan(look, start, parts)
+  return ids
 
 
 def quantize(z: jax.Array, codes: jax.Array):

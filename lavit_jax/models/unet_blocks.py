@@ -9,6 +9,9 @@ import jax.numpy as jnp
 
 from lavit_jax.models import activations, layers
 
+_BOTH_SIDES = ((1, 1), (1, 1))
+_CONV_AXES = ("conv", None, "conv_in", "conv_out")
+
 
 class Conv(nn.Conv):
   """A convolution whose maps are split over the batch alone.
@@ -24,15 +27,23 @@ class Conv(nn.Conv):
     return nn.with_logical_constraint(super().__call__(x), axes)
 
 
-def conv(features, name, *, strides=1, dtype="float32", init=None):
+def conv(
+  features,
+  name,
+  *,
+  strides=1,
+  dtype="float32",
+  init=None,
+  axes=_CONV_AXES,
+  padding=_BOTH_SIDES,
+):
   """3 x 3 with one pixel of zeros on each side, as torch pads."""
   kernel_init = init or nn.initializers.lecun_normal()
-  axes = ("conv", None, "conv_in", "conv_out")
   return Conv(
     features,
     (3, 3),
     strides=strides,
-    padding=((1, 1), (1, 1)),
+    padding=padding,
     dtype=dtype,
     kernel_init=nn.with_logical_partitioning(kernel_init, axes),
     bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[3:]),
@@ -52,12 +63,34 @@ def group_norm(groups, epsilon, name):
   )
 
 
-def timestep_features(t: jax.Array, width: int) -> jax.Array:
-  """Sinusoids of int[B] or float[B] as float32[B, width]: cosines first."""
+def remat(block: type[nn.Module], name: str) -> type[nn.Module]:
+  """The block with a remat policy of `layers.REMAT`, for use in no scan."""
+  if name == "none":
+    return block
+  return nn.remat(block, policy=layers.REMAT[name])
+
+
+def timestep_features(
+  t: jax.Array, width: int, cosines_first: bool = True, shift: float = 0
+) -> jax.Array:
+  """Sinusoids of numbers, their wavelengths from 2 pi to 20000 pi.
+
+  Args:
+    t: int[B] or float[B].
+    width: of the result; an odd one ends with a zero.
+    cosines_first: cosines, then sines, or the reverse.
+    shift: 1 makes the longest wavelength 20000 pi exactly; diffusers'
+      `freq_shift` (its `flip_sin_to_cos` is `cosines_first`).
+
+  Returns:
+    float32[B, width].
+  """
   half = width // 2
-  rates = jnp.exp(-jnp.log(10000.0) * jnp.arange(half) / half)
+  rates = jnp.exp(-jnp.log(10000.0) * jnp.arange(half) / (half - shift))
   angles = t.astype(jnp.float32)[:, None] * rates
-  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+  parts = [jnp.cos(angles), jnp.sin(angles)]
+  features = jnp.concatenate(parts if cosines_first else parts[::-1], axis=-1)
+  return jnp.pad(features, ((0, 0), (0, 1))) if width % 2 else features
 
 
 class TimestepEmbedding(nn.Module):
@@ -85,18 +118,23 @@ class ResnetBlock(nn.Module):
   channels: int
   groups: int
   dtype: str = "float32"
+  epsilon: float = 1e-5
 
   @nn.compact
-  def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
-    """Maps float[B, h, w, C] and float[B, T] to float[B, h, w, channels]."""
-    h = activations.silu(group_norm(self.groups, 1e-5, "norm1")(x))
+  def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
+    """Maps float[B, h, w, C] and float[B, T] to float[B, h, w, channels].
+
+    Without a time (in a VAE) the block has no `time_emb_proj`.
+    """
+    h = activations.silu(group_norm(self.groups, self.epsilon, "norm1")(x))
     h = conv(self.channels, "conv1", dtype=self.dtype)(h)
-    axes = ("time", "conv_out")
-    shift = layers.dense(
-      self.channels, axes, name="time_emb_proj", dtype=self.dtype
-    )
-    h = h + shift(activations.silu(time))[:, None, None]
-    h = activations.silu(group_norm(self.groups, 1e-5, "norm2")(h))
+    if time is not None:
+      axes = ("time", "conv_out")
+      shift = layers.dense(
+        self.channels, axes, name="time_emb_proj", dtype=self.dtype
+      )
+      h = h + shift(activations.silu(time))[:, None, None]
+    h = activations.silu(group_norm(self.groups, self.epsilon, "norm2")(h))
     h = conv(self.channels, "conv2", dtype=self.dtype)(h)
     if x.shape[-1] != self.channels:
       axes = ("conv_in", "conv_out")
@@ -107,10 +145,17 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head attention of float[B, L, D] to itself or to a condition."""
+  """Multi-head attention of float[B, L, D] to itself or to a condition.
+
+  Attributes:
+    mask_bias: None: what is masked is not seen at all. Else it is added to
+      the logits of what is masked, as diffusers does with -10000: a row all
+      masked then sees everything, its logits rounded to about 1e-3.
+  """
 
   num_heads: int
   dtype: str = "float32"
+  mask_bias: float | None = None
 
   @nn.compact
   def __call__(self, x, context=None, mask=None):
@@ -126,12 +171,15 @@ class Attention(nn.Module):
       )(y)
       return y.reshape(*y.shape[:2], *split)  # [B, L, H, Dh]
 
-    out = layers.attention(
-      project(x, "to_q"),
-      project(context, "to_k"),
-      project(context, "to_v"),
-      mask=None if mask is None else mask[:, None, None],  # [B, 1, 1, N]
-    ).reshape(*x.shape[:2], width)
+    query, key = project(x, "to_q"), project(context, "to_k")
+    value = project(context, "to_v")
+    mask = None if mask is None else mask[:, None, None]  # [B, 1, 1, N]
+    if mask is None or self.mask_bias is None:
+      out = layers.attention(query, key, value, mask=mask)
+    else:
+      bias = jnp.where(mask, 0.0, self.mask_bias).astype(query.dtype)
+      out = jax.nn.dot_product_attention(query, key, value, bias)
+    out = out.reshape(*x.shape[:2], width)
     return layers.dense(
       width, ("heads", "embed"), name="to_out_0", dtype=self.dtype
     )(out)
@@ -163,12 +211,13 @@ class TransformerBlock(nn.Module):
   num_heads: int
   ff_mult: int
   dtype: str = "float32"
+  mask_bias: float | None = None
 
   @nn.compact
   def __call__(self, x, condition, mask=None):
     """Maps float[B, L, D], float[B, N, Dc] and bool[B, N] to float[B, L, D]."""
     attn1 = Attention(self.num_heads, self.dtype, name="attn1")
-    attn2 = Attention(self.num_heads, self.dtype, name="attn2")
+    attn2 = Attention(self.num_heads, self.dtype, self.mask_bias, name="attn2")
     x = x + attn1(layers.LayerNorm(name="norm1")(x))
     x = x + attn2(layers.LayerNorm(name="norm2")(x), condition, mask)
     ff = FeedForward(self.ff_mult, self.dtype, name="ff")
@@ -183,6 +232,8 @@ class Transformer2D(nn.Module):
   groups: int
   ff_mult: int
   dtype: str = "float32"
+  mask_bias: float | None = None
+  remat: str = "none"
 
   @nn.compact
   def __call__(self, x, condition, mask=None):
@@ -192,25 +243,36 @@ class Transformer2D(nn.Module):
     h = h.reshape(batch, height * width, channels)
     axes = ("conv_in", "conv_out")
     h = layers.dense(channels, axes, name="proj_in", dtype=self.dtype)(h)
+    kind = remat(TransformerBlock, self.remat)
+    sizes = (self.num_heads, self.ff_mult, self.dtype, self.mask_bias)
     for i in range(self.num_layers):
-      block = TransformerBlock(
-        self.num_heads, self.ff_mult, self.dtype, name=f"transformer_blocks_{i}"
-      )
-      h = block(h, condition, mask)
+      h = kind(*sizes, name=f"transformer_blocks_{i}")(h, condition, mask)
     h = layers.dense(channels, axes, name="proj_out", dtype=self.dtype)(h)
     return x + h.reshape(x.shape)
 
 
 class Downsample(nn.Module):
-  """Convolution of stride two."""
+  """Convolution of stride two.
+
+  Attributes:
+    end_only: pad zeros at the right and the bottom alone, as VAEs do, not on
+      all sides.
+  """
 
   channels: int
   dtype: str = "float32"
+  end_only: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps float[B, h, w, C] to float[B, h / 2, w / 2, channels]."""
-    return conv(self.channels, "conv", strides=2, dtype=self.dtype)(x)
+    """Maps float[B, h, w, C] to float[B, ceil(h / 2), ceil(w / 2), channels].
+
+    Where only the end is padded, odd sides are halved downwards.
+    """
+    padding = ((0, 1), (0, 1)) if self.end_only else _BOTH_SIDES
+    return conv(
+      self.channels, "conv", strides=2, dtype=self.dtype, padding=padding
+    )(x)
 
 
 class Upsample(nn.Module):
@@ -220,7 +282,13 @@ class Upsample(nn.Module):
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps float[B, h, w, C] to float[B, 2 h, 2 w, channels]."""
+  def __call__(self, x: jax.Array, size=None) -> jax.Array:
+    """Maps float[B, h, w, C] to float[B, 2 h, 2 w, channels].
+
+    `size`, a pair no larger than that, cuts the map before the convolution:
+    a map of odd size was halved upwards on its way down.
+    """
     x = x.repeat(2, axis=1).repeat(2, axis=2)
+    if size is not None:
+      x = x[:, : size[0], : size[1]]
     return conv(self.channels, "conv", dtype=self.dtype)(x)

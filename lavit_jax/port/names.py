@@ -12,6 +12,8 @@ stacked on a first axis. The trees that the paths lead into:
                      `decoder` in each fits the tokenizer's
   DECODER            that `decoder` alone
   LLM                params of `llama.Llama`
+
+Those of the U-Nets and their autoencoders are made by `names_pixels.py`.
 """
 
 import re
@@ -67,6 +69,14 @@ TRANSFORMS = {
   # A convolution [D, 3, P, P] to the kernel [P * P * 3, D] over patches.
   "patch": Transform(
     lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]), _unpatch
+  ),
+  # torch's Conv2d [out, in, h, w] to a kernel [h, w, in, out], and one of
+  # 1 x 1 to a kernel [in, out].
+  "conv": Transform(
+    lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)
+  ),
+  "pointwise": Transform(
+    lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]
   ),
   # Rows of the vocabulary; `to_official` trims them.
   "rows": Transform(_pad_rows, lambda x: x),
@@ -167,7 +177,7 @@ DECODER: Table = (
 )
 
 
-def _under(official: str, ours: str, table: Table) -> Table:
+def under(official: str, ours: str, table: Table) -> Table:
   """The table with both kinds of name under a prefix."""
   return tuple(
     Row(official + row.official, ours + row.ours, row.transform)
@@ -176,8 +186,8 @@ def _under(official: str, ours: str, table: Table) -> Table:
 
 
 TOKENIZER: Table = (
-  *_under("token_predictor.", "params/selector/", _SELECTOR),
-  *_under("causal_encoder.", "params/merger/", _MERGER),
+  *under("token_predictor.", "params/selector/", _SELECTOR),
+  *under("causal_encoder.", "params/merger/", _MERGER),
   Row("encode_task_layer.0.weight", "params/quantizer/fc1/kernel", "linear"),
   Row("encode_task_layer.0.bias", "params/quantizer/fc1/bias"),
   Row("encode_task_layer.2.weight", "params/quantizer/fc2/kernel", "linear"),
@@ -188,24 +198,24 @@ TOKENIZER: Table = (
 )
 
 UNDERSTANDING: Table = (
-  *_under("causal_encoder.", "merger/", _MERGER),
+  *under("causal_encoder.", "merger/", _MERGER),
   Row("vit_proj.weight", "projection/kernel", "linear"),
   Row("vit_proj.bias", "projection/bias"),
 )
 
 # Only where the overlay of the official understanding model has it.
-UNDERSTANDING_SELECTOR: Table = _under(
+UNDERSTANDING_SELECTOR: Table = under(
   "token_predictor.", "selector/", _SELECTOR
 )
 
 LOWRES: Table = (
-  *_under("", "decoder/", DECODER),
+  *under("", "decoder/", DECODER),
   Row("unet_proj.weight", "unet_proj/kernel", "linear"),
   Row("unet_proj.bias", "unet_proj/bias"),
 )
 
 HIGHRES: Table = (
-  *_under("", "decoder/", DECODER),
+  *under("", "decoder/", DECODER),
   Row("unet_proj_1.weight", "unet_proj_1/kernel", "linear"),
   Row("unet_proj_1.bias", "unet_proj_1/bias"),
   Row("unet_proj_2.weight", "unet_proj_2/kernel", "linear"),
@@ -359,8 +369,13 @@ def names_of(row: Row, depth: int) -> list[str]:
 
 
 def depth_of(table: Table, tensors) -> int:
-  """How many layers the names have, by the highest number that occurs."""
-  stacked = next(row.official for row in table if is_stacked(row))
+  """How many layers the names have, by the highest number that occurs.
+
+  0 for a table with no stacked rows, such as those of the U-Nets.
+  """
+  stacked = next((row.official for row in table if is_stacked(row)), None)
+  if stacked is None:
+    return 0
   pattern = re.escape(stacked.split("{i}")[0]) + r"(\d+)\."
   found = [re.match(pattern, name) for name in tensors]
   return max((int(m[1]) + 1 for m in found if m), default=0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.infer import diffusion
+from lavit_jax.infer import diffusion, schedules
 from lavit_jax.models import pixels, unet
 
 CONFIG = pixels.PixelDecoderConfig(
@@ -110,7 +110,7 @@ def test_the_grid_lays_features_out_in_raster_order(model):
 def test_a_drawing_depends_on_its_seed_not_on_its_batch(model):
   decoder, _, variables = model
   draw = lambda features, seeds: diffusion.draw(
-    decoder, diffusion.PIXELS, variables, features, seeds, steps=3
+    decoder, schedules.PIXELS, variables, features, seeds, steps=3
   )
   together = draw(_FEATURES, jnp.array([7, 8, 7]))
   alone = draw(_FEATURES[1:2], jnp.array([8]))
@@ -126,7 +126,7 @@ def test_a_guided_drawing_of_factor_one_is_the_plain_one(model):
 
   def draw(**kwargs):
     return diffusion.draw(
-      decoder, diffusion.PIXELS, variables, _FEATURES, seeds, steps=3, **kwargs
+      decoder, schedules.PIXELS, variables, _FEATURES, seeds, steps=3, **kwargs
     )
 
   plain = draw()

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lavit_jax import checkpoints, errors, images
-from lavit_jax.infer import diffusion
+from lavit_jax.infer import schedules
 from lavit_jax.models import pixels, selector, tokenizer
 from lavit_jax.train.objectives import base
 
@@ -43,7 +43,7 @@ class PixelsObjective(base.Objective):
       **config.model.pixels.to_dict()
     )
     self.decoder = pixels.PixelDecoder(self.decoder_config)
-    self.schedule = diffusion.Schedule(**config.model.schedule.to_dict())
+    self.schedule = schedules.Schedule(**config.model.schedule.to_dict())
     self._check()
     self.use_images()
 
@@ -121,8 +121,8 @@ class PixelsObjective(base.Objective):
     z = jax.random.normal(jax.random.fold_in(rng, 1), x.shape)
     last = jnp.full(x.shape[:1], self.schedule.num_steps - 1)
     output = self.decoder.apply({"params": state["ema"]}, z, last, x_rec)
-    a = jnp.asarray(diffusion.alphas_cumprod(self.schedule))[-1]
-    guess = diffusion.to_picture(self.schedule, output, z, a)
+    a = jnp.asarray(schedules.alphas_cumprod(self.schedule))[-1]
+    guess = schedules.to_picture(self.schedule, output, z, a)
     error = jnp.square(jnp.clip(guess, -1.0, 1.0) - x).mean((1, 2, 3))
     metrics["picture_mse"] = _mean(error, valid)
     return metrics | {"loss": loss}
@@ -192,7 +192,7 @@ def eps_loss(decoder, schedule, params, x, x_rec, valid, rng, phase):
 
   Args:
     decoder: a `pixels.PixelDecoder`.
-    schedule: a `diffusion.Schedule`.
+    schedule: a `schedules.Schedule`.
     params: of the decoder.
     x: float[B, H, W, 3] in [-1, 1].
     x_rec: float[B, N, D].
@@ -215,10 +215,10 @@ def eps_loss(decoder, schedule, params, x, x_rec, valid, rng, phase):
   t = jnp.minimum(t, schedule.num_steps - 1)
   eps = jax.random.normal(noise_key, x.shape)
   drop = jax.random.bernoulli(drop_key, phase["condition_dropout"], (count,))
-  z = diffusion.add_noise(schedule, x, eps, t)
+  z = schedules.add_noise(schedule, x, eps, t)
   output = decoder.apply({"params": params}, z, t, x_rec, drop=drop)
-  a = jnp.asarray(diffusion.alphas_cumprod(schedule))[t]
-  error = diffusion.eps_error(schedule, output, x, eps, a)
+  a = jnp.asarray(schedules.alphas_cumprod(schedule))[t]
+  error = schedules.eps_error(schedule, output, x, eps, a)
   weights = loss_weights(phase["weighting"], a, phase["min_snr"])
   noisy = valid * (t >= schedule.num_steps // 2)
   metrics = {

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from lavit_jax import checkpoints, sharding
-from lavit_jax.infer import diffusion
+from lavit_jax.infer import schedules
 from lavit_jax.models import (
   decoder,
   merger,
@@ -97,7 +97,7 @@ def _config(model_dir):
   config.phases = {"train": _PHASE}
   config.model = {
     "pixels": dataclasses.asdict(_DECODER),
-    "schedule": dataclasses.asdict(diffusion.PIXELS),
+    "schedule": dataclasses.asdict(schedules.PIXELS),
   }
   return config
 
@@ -220,7 +220,7 @@ def test_the_exponential_mean_is_what_gets_exported(stage):
   exported, meta = objective.export(params, after)
   assert exported is after["ema"]
   assert pixels.PixelDecoderConfig(**meta["pixels"]) == _DECODER
-  assert diffusion.Schedule(**meta["schedule"]) == diffusion.PIXELS
+  assert schedules.Schedule(**meta["schedule"]) == schedules.PIXELS
 
 
 def test_held_out_metrics_do_not_depend_on_the_order_of_training(stage):

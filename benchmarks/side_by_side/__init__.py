@@ -1,0 +1,1 @@
+"""What `pytorch_side_by_side.py` is made of."""
