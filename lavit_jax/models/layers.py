@@ -17,6 +17,7 @@ REMAT = {
 }
 
 _IMPLEMENTATIONS = (None, "xla", "cudnn")
+_LARGE_LOGITS = 1 << 23  # bytes; see `_attend_by_row`
 
 
 def attention(
@@ -88,13 +89,40 @@ def attention(
       )
       out = jnp.where(any_key.swapaxes(1, 2)[..., None], out, 0)
     return out.astype(query.dtype)
-  logits = _logits(query * scale, key)  # [B, H, L, M]
+  rest = (query * scale, key, value, seen, policy)
+  size = 4 * query.shape[1] * heads * key.shape[1]  # bytes of a row's logits
+  if query.shape[0] == 1 or size * query.shape[0] < _LARGE_LOGITS:
+    return _attend(policy_eps, *rest)
+  return jax.lax.platform_dependent(
+    *rest,
+    cpu=functools.partial(_attend_by_row, policy_eps),
+    default=functools.partial(_attend, policy_eps),
+  )
+
+
+def _attend(policy_eps, query, key, value, seen, policy):
+  """`attention` of scaled queries; seen and policy [B | 1, …] or None."""
+  logits = _logits(query, key)  # [B, H, L, M]
   if policy is None:
     weights = masked_softmax(logits, seen)
   else:
     policy = policy if seen is None else policy * seen
     weights = policy_softmax(logits, policy, policy_eps)
   return _mix(weights.astype(query.dtype), value)
+
+
+def _attend_by_row(policy_eps, query, key, value, seen, policy):
+  """`_attend` row by row: logits stay in a CPU's caches, twice as fast."""
+
+  def widen(x):
+    return None if x is None else jnp.broadcast_to(x, (rows, *x.shape[1:]))
+
+  def one(row):
+    arrays = [None if x is None else x[None] for x in row]
+    return _attend(policy_eps, *arrays)[0]
+
+  rows = query.shape[0]
+  return jax.lax.map(one, (query, key, value, widen(seen), widen(policy)))
 
 
 def _combine(query, key, mask, causal, segment_ids, kv_segment_ids):
