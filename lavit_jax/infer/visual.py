@@ -166,8 +166,28 @@ class VisualTokenizer:
     Returns:
       (ids int32[B, K], valid bool[B, K]), K from `capacity_for`.
     """
+    compact = self.config.merger_form == "compact"
+    large = len(keep) > 1 and self.num_patches >= _FEW_PATCHES
+    if compact and large and jax.default_backend() == "cpu":
+      return self._encode_apart(features, keep)
     capacity = self.capacity_for(keep)
     _, ids, valid = self._code(self._variables, features, keep, capacity)
+    return ids, valid
+
+  def _encode_apart(self, features, keep):
+    """`encode` picture by picture, each at its own capacity.
+
+    On a CPU time is arithmetic, and the fullest picture would set it for all.
+    """
+    whole = self.capacity_for(keep)
+    rows = []
+    for i in range(len(keep)):
+      one = slice(i, i + 1)
+      capacity = self.capacity_for(keep[one])
+      _, *row = self._code(self._variables, features[one], keep[one], capacity)
+      rest = ((0, 0), (0, whole - capacity))
+      rows.append([np.pad(np.asarray(x), rest) for x in row])
+    ids, valid = (np.concatenate(x) for x in zip(*rows, strict=True))
     return ids, valid
 
   def capacity_for(self, keep) -> int:

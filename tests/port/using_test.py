@@ -154,7 +154,12 @@ def test_a_prompt_beyond_the_context_is_refused(lavit, pictures):
 
 
 def test_options_of_loading_are_checked(lavit):
-  for bad in ({"dtype": "int4"}, {"manner": "mine"}, {"max_batch": 0}):
+  for bad in (
+    {"dtype": "int4"},
+    {"quantize": "int4"},
+    {"manner": "mine"},
+    {"max_batch": 0},
+  ):
     with pytest.raises(errors.UsageError, match="expected"):
       pipeline.LaVIT.load(lavit.directory, **bad)
   ours = pipeline.LaVIT.load(lavit.directory, manner="ours", max_batch=2)
@@ -170,6 +175,21 @@ def test_bfloat16_halves_the_weights_and_still_reads(lavit, pictures):
   assert dtypes == {"bfloat16"}
   codes = half.visual._variables["codebook"]["codes"]
   assert codes.dtype == np.float32
+
+
+def test_int8_weights_read_and_write(lavit, pictures):
+  small = pipeline.LaVIT.load(lavit.directory, quantize="int8")
+  for name in ("embedding", "head"):
+    assert small._llm.params["llm"][name].dtype == np.int8
+  how = {"max_new_tokens": 5, "min_new_tokens": 1}
+  ((ours,),) = lavit.write([[pictures[0]]], **how)
+  ((rounded,),) = small.write([[pictures[0]]], **how)
+  assert abs(rounded.score - ours.score) < 0.05 * abs(ours.score)
+  (codes,) = small.write_codes([[pictures[0], "a dog"]], max_new_tokens=4)
+  assert 1 <= len(codes) <= 4
+  memory = (lavit.info()["memory"], small.info()["memory"])
+  before, after = (m["caption"]["weights"]["llm"] for m in memory)
+  assert after < before / 2
 
 
 def test_an_imported_model_writes_visual_words(lavit, pictures):
