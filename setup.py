@@ -30,6 +30,7 @@ EXTRAS = {
   "eval": ["scipy>=1.17", "simplemma>=2.0"],
   "app": ["gradio>=6.0"],
   "test": [
+    "diffusers>=0.42",  # judges U-Nets, VAE and samplers
     "filelock>=3.20",
     "huggingface_hub>=2.4",
     "hypothesis>=6.170",
