@@ -61,6 +61,8 @@ def _search(prompter, prompt, rule, parity, count):
   if rule.num_beams == count == 1:
     found = decode.generate(llm.model, llm.params["llm"], **shared)
     lengths = np.asarray(found.lengths, np.float32)
+    if rule.length_offset:  # as beams count, see `beam`
+      lengths += rule.length_offset - np.asarray(found.done)
     scores = np.asarray(found.sum_logprobs) / lengths**rule.length_penalty
     return np.asarray(found.tokens)[:, None], scores[:, None]
   found = beam.beam_search(

@@ -4,7 +4,7 @@ import PIL.Image
 import pytest
 
 from lavit_jax import errors
-from lavit_jax.infer import pipeline, texts
+from lavit_jax.infer import beam, pipeline, texts
 
 pytest.importorskip("torch", reason="imports PyTorch files")
 
@@ -103,6 +103,28 @@ def test_several_texts_come_with_falling_scores(lavit, pictures):
   assert len({a.text, b.text, c.text}) == 3
   with pytest.raises(errors.UsageError, match="num_return_sequences"):
     lavit.write([[pictures[0]]], count=3, num_beams=2)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_greedy_scores_count_lengths_as_beams_do(lavit, pictures, offset):
+  how = {"max_new_tokens": 6, "min_new_tokens": 2}
+  prompter, llm = lavit._prompter, lavit._llm
+  for picture in pictures:
+    row = prompter.rows([prompter.parse(picture)], form="continuous")
+    one = beam.beam_search(
+      llm.model,
+      llm.params["llm"],
+      prompt=prompter.padded(row, 6),
+      num_beams=1,
+      suppress=texts._not_text(prompter, parity=False),
+      eos_id=llm.vocabulary.eos_id,
+      length_offset=offset,
+      **how,
+    )
+    ((greedy,),) = lavit.write(
+      [picture], num_beams=1, length_offset=offset, **how
+    )
+    np.testing.assert_allclose(greedy.score, one.scores[0, 0], rtol=1e-4)
 
 
 def test_what_cannot_be_answered_is_said_so(lavit, pictures, monkeypatch):
