@@ -7,9 +7,9 @@ folder that has it, for each DIR, and (size and speed alone) for a LLaMA of
 0.2 billion random weights, whose layers are large enough to tell about speed.
 Texts are held-out shapes scenes: captions with the codes of their pictures,
 [/IMG] at the end, and sentences. The golden weights are random, so that their
-perplexity says nothing about language. Speed: 64 tokens, greedy, batch 1,
-float32 and int8 in turn. `working_mb` is the memory of a decode step beside
-weights and cache, as XLA plans it.
+perplexity says nothing about language. Speed: 64 tokens, greedy, batch 1, all
+in turn; the ratio is that of int8 over float32. `working_mb` is the memory of
+a decode step beside weights and cache, as XLA plans it.
 """
 
 import argparse
@@ -143,10 +143,11 @@ def cost(floats, rounded, repeats: int) -> dict[str, float]:
   model, params = floats
   config = dataclasses.replace(model.config, dtype="bfloat16")
   halved = jax.tree.map(lambda x: x.astype("bfloat16"), params)
+  # In the form in which class LaVIT decodes with each.
   pairs = {
-    "float32": floats,
-    "bfloat16": (llama.Llama(config), halved),
-    "int8": rounded,
+    "float32": llama.for_decoding(*floats),
+    "bfloat16": llama.for_decoding(llama.Llama(config), halved),
+    "int8": llama.for_decoding(*rounded),
   }
   out = {}
   for name, pair in pairs.items():

@@ -18,7 +18,24 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import filelock  # noqa: E402
+import jax  # noqa: E402
 import pytest  # noqa: E402
+
+_MAX_RESIDENT = 3e9  # bytes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+  """Lets compiled programs go where a process has grown large.
+
+  All that the suite compiles takes 7 GB, nearly all of it never used again.
+  """
+  yield
+  statm = pathlib.Path("/proc/self/statm")
+  if statm.exists():  # elsewhere than on Linux nothing is let go
+    pages = int(statm.read_text().split()[1])
+    if pages * os.sysconf("SC_PAGE_SIZE") > _MAX_RESIDENT:
+      jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@ Weights only. Each output channel of a layer's kernel, and each row of the
 embedding and the head, is rounded to int8 on a scale of its own, max |w| / 127
 (float32). `models/llama.py` casts a kernel back where it is used, one layer at
 a time, and multiplies by the scale after the product. Norms, merger,
-projection and selector stay float.
+projection and selector stay float. This saves memory, not time: a CPU decodes
+slower than with large float32 weights (benchmarks/int8.py).
 
 Why not qwix (0.1.8): under `nn.scan` its `quantize_params` takes the scales of
 a stacked kernel along the wrong axis, so that the scan refuses them; a

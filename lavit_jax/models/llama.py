@@ -159,10 +159,13 @@ def unstacked(model: "Llama", params) -> tuple["Llama", dict]:
 def for_decoding(model: "Llama", params) -> tuple["Llama", dict]:
   """The form in which the default backend decodes fastest.
 
-  `unstacked` on a CPU, if the weights are more than its caches hold.
+  `unstacked` on a CPU, if the weights are more than its caches hold and float:
+  without a scan, int8 ones would all be cast back at once.
   """
-  scalars = sum(x.size for x in jax.tree.leaves(params["layers"]))
-  if jax.default_backend() == "cpu" and scalars >= _LARGE:
+  weights = jax.tree.leaves(params["layers"])
+  large = sum(x.size for x in weights) >= _LARGE
+  floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in weights)
+  if jax.default_backend() == "cpu" and large and floats:
     return unstacked(model, params)
   return model, params
 
