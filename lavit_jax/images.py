@@ -10,7 +10,7 @@ import os
 import pathlib
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lavit_jax import errors
 
@@ -21,6 +21,7 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; Pillow itself only warns at 89 M.
 MAX_ASPECT = 100  # a longer strip squashed to a square shows nothing
 _WHITE = (255, 255, 255, 255)
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
@@ -63,6 +64,50 @@ def load(source, *, name=None, max_pixels=MAX_PIXELS, plain=False):
     f"{name}: cannot make a picture of {type(source).__name__}; give a path,"
     " encoded bytes, a PIL image or an array."
   )
+
+
+def size(source, *, name=None, max_pixels=MAX_PIXELS):
+  """Height and width that `load` would give, told by the header alone.
+
+  Args:
+    source: what `load` takes.
+    name: what to call the picture in errors; by default the path.
+    max_pixels: larger pictures are refused.
+
+  Returns:
+    (height, width) of the upright picture. Damage beyond the header goes
+    unseen.
+
+  Raises:
+    ImageError: missing, no picture, too large or too thin.
+  """
+  name = name or _name(source)
+  encoded = isinstance(source, (bytes, bytearray, memoryview))
+  if not encoded and not isinstance(source, (str, os.PathLike)):
+    width, height = load(source, name=name, max_pixels=max_pixels).size
+    return height, width
+  try:
+    with Image.open(io.BytesIO(source) if encoded else source) as image:
+      _check_size(image.size, name, max_pixels)
+      width, height = image.size
+      turned = _orientation(image) in _TURNED
+  except ImageError:
+    raise
+  except Exception as error:  # Pillow's plugins raise whatever they like
+    reason = " ".join(str(error).split()) or type(error).__name__
+    raise ImageError(
+      f"{name}: cannot be read as a picture ({reason[:200]}); replace or remove"
+      " it."
+    ) from error
+  return (width, height) if turned else (height, width)
+
+
+def _orientation(image):
+  """The EXIF orientation, 1 (upright) where there is none or a broken one."""
+  try:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+  except Exception:  # as `load`, which leaves such a picture as it is
+    return 1
 
 
 def to_uint8(image, size):

@@ -133,6 +133,10 @@ class JsonlSource:
     """Where picture i lies."""
     return self.path.parent / self._paths[i]
 
+  def encoded(self, i):
+    """Picture i at its own size, as `images.load` takes it."""
+    return self.image_path(i)
+
   def image_key(self, i):
     """The path of picture i as the file gives it."""
     return self._paths[i]

@@ -65,10 +65,12 @@ class TfdsSource:
 
   def image(self, i):
     """Picture i as uint8[size, size, 3]; images.ImageError for a bad one."""
-    value = _reach(self._records[i], self._image)
-    return images.to_uint8(
-      images.load(value, name=self.image_key(i)), self.image_size
-    )
+    loaded = images.load(self.encoded(i), name=self.image_key(i))
+    return images.to_uint8(loaded, self.image_size)
+
+  def encoded(self, i):
+    """Picture i at its own size, as `images.load` takes it."""
+    return _reach(self._records[i], self._image)
 
   def image_key(self, i):
     """Name of picture i: its dataset, split and record."""

@@ -148,7 +148,7 @@ def _arrays(path, parts) -> list[Row]:
   recorded = Recorded(path)
   try:
     made = recordings.CHECKS[name](recorded, parts)
-  except (errors.LavitError, KeyError, TypeError, ValueError) as e:
+  except (errors.LavitError, KeyError, OSError, TypeError, ValueError) as e:
     text = str(e).splitlines()[0][:300]
     return [_unknown(path.name, "*", f"cannot be run: {text}")]
   rows = []
@@ -172,7 +172,7 @@ def _strings(path, parts) -> list[Row]:
   recorded = json.loads(path.read_text("utf-8"))
   try:
     made = recorded_text.CHECKS[path.stem](recorded, path.parent, parts)
-  except (errors.LavitError, KeyError, TypeError, ValueError) as e:
+  except (errors.LavitError, KeyError, OSError, TypeError, ValueError) as e:
     text = str(e).splitlines()[0][:300]
     return [_unknown(path.name, "*", f"cannot be run: {text}")]
   rows = []

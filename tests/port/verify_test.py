@@ -97,6 +97,13 @@ def test_what_is_not_known_and_what_is_wrong_fails(model, golden, tmp_path):
   assert note.startswith("entry 0 of ")
 
 
+def test_arrays_without_the_strings_beside_them_fail(model, golden, tmp_path):
+  shutil.copy(golden / "caption.npz", tmp_path)
+  (row,) = verify.run(model, tmp_path)
+  assert (row.file, row.status) == ("caption.npz", "fail")
+  assert "caption.json" in row.note
+
+
 def test_a_changed_weight_is_noticed(model, golden, tmp_path):
   source = tmp_path / "source"
   shutil.copytree(golden / "checkpoint", source / "checkpoint")
