@@ -25,7 +25,16 @@ from orbax.checkpoint import checkpoint_managers
 
 from lavit_jax import errors
 
-PARTS = ("encoder", "tokenizer", "pixels", "lowres", "highres", "llm")
+PARTS = (
+  "encoder",
+  "tokenizer",
+  "pixels",
+  "lowres",
+  "highres",
+  "lowres_pixels",
+  "highres_pixels",
+  "llm",
+)
 FORMAT = 1
 _PART_FILE = "part.json"
 _WEIGHTS = "weights"

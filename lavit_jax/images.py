@@ -66,7 +66,7 @@ def load(source, *, name=None, max_pixels=MAX_PIXELS, plain=False):
   )
 
 
-def size(source, *, name=None, max_pixels=MAX_PIXELS):
+def size_of(source, *, name=None, max_pixels=MAX_PIXELS):
   """Height and width that `load` would give, told by the header alone.
 
   Args:
@@ -118,6 +118,20 @@ def to_uint8(image, size):
   if image.size != (size, size):
     image = image.resize((size, size), Image.Resampling.BICUBIC)
   return np.array(image, np.uint8)
+
+
+def cut(image, box, size):
+  """Scales a part of an RGB image to uint8[height, width, 3].
+
+  Args:
+    image: a PIL image.
+    box: left, top, right, bottom in its pixels, whole or not.
+    size: height and width.
+
+  The whole as a square is `to_uint8`.
+  """
+  bicubic = Image.Resampling.BICUBIC
+  return np.array(image.resize(size[::-1], bicubic, box=box), np.uint8)
 
 
 def normalize(pixels):

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from lavit_jax import errors
-from lavit_jax.port import official, tensors
+from lavit_jax.port import official, pixel_folders, tensors
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _EVERY = ("*.json", "tokenizer.model")
@@ -20,7 +20,7 @@ def resolve(source, only: Sequence[str] | None = None) -> pathlib.Path:
 
   Args:
     source: a path, or "owner/name" where no such path exists.
-    only: parts whose files are enough, of `official.PARTS`.
+    only: parts whose files are enough, of `official.ALL_PARTS`.
 
   Raises:
     errors.UsageError: neither a path nor an id.
@@ -48,13 +48,15 @@ def resolve(source, only: Sequence[str] | None = None) -> pathlib.Path:
 
 
 def patterns(only: Sequence[str] | None) -> list[str]:
-  """What to download for these parts; the pixel decoders are left.
+  """What to download for these parts; safety checkers are left.
 
   Both layouts are covered: the official one and a plain LLaMA folder.
   """
-  parts = set(only or official.PARTS)
+  parts = set(only or official.ALL_PARTS)
   files = {
-    official.FILES[file] for part in parts for file in official.NEEDS[part]
+    official.FILES[file]
+    for part in parts & set(official.PARTS)
+    for file in official.NEEDS[part]
   }
   if "tokenizer" in parts:
     files |= {official.FILES["lowres"]}
@@ -62,4 +64,8 @@ def patterns(only: Sequence[str] | None) -> list[str]:
   if "llm" in parts:
     found += [f"{official.LLM_FOLDER}/*", "model*.safetensors"]
     found += ["pytorch_model*.bin"]
+  for part in sorted(parts & set(pixel_folders.FOLDERS)):
+    folder = pixel_folders.FOLDERS[part]
+    found += [f"{folder}/{kind}/*" for kind in ("unet", "vae")]
+    found.append(f"{folder}/{pixel_folders.UNCOND}")
   return found

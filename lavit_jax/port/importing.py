@@ -50,7 +50,7 @@ def run(
   Args:
     source: a path, or the id of a model on the hub ("owner/name").
     destination: the model directory; new, or without the parts imported.
-    only: some of `official.PARTS`; None: all the source has.
+    only: some of `official.ALL_PARTS`; None: all the source has.
     dtype: "keep" what the files hold, or one of DTYPES to cast to.
     heads: attention heads of the visual networks, see `official.make_plan`.
     allow_missing: official names that may be missing; biases become 0 and
@@ -95,7 +95,7 @@ def run(
 
 
 def _check_only(only):
-  known = official.PARTS
+  known = official.ALL_PARTS
   for part in [""] if only is not None and not only else only or ():
     if part not in known:
       raise errors.UsageError(
@@ -112,8 +112,7 @@ def _plan(place, only, heads, allow, codes, seed) -> plan.Plan:
         f"--codes is for a plain LLaMA; {place} has a visual tokenizer, which"
         " tells its own number. Leave it out."
       )
-    parts = only or official.PARTS
-    return official.make_plan(place, parts, heads=heads, allow=allow)
+    return official.make_plan(place, only, heads=heads, allow=allow)
   if place.is_dir() and (place / "config.json").is_file():
     starts.require_only(only, "llm", place)
     codes = DEFAULT_CODES if codes is None else codes

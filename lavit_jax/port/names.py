@@ -12,6 +12,7 @@ stacked on a first axis. The trees that the paths lead into:
                      `decoder` in each fits the tokenizer's
   DECODER            that `decoder` alone
   LLM                params of `llama.Llama`
+  UNCOND             the part `lowres_pixels`
 
 Those of the U-Nets and their autoencoders are made by `names_pixels.py`.
 """
@@ -263,6 +264,9 @@ LLM: Table = (
   Row("model.norm.weight", "norm/scale"),
   Row("lm_head.weight", "head", "rows"),
 )
+
+# uncond_embeddings.bin is one tensor alone, which has no name.
+UNCOND: Table = (Row("", "uncond"),)
 
 # What official files may hold and nothing here needs.
 _UNUSED = {

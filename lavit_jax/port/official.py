@@ -10,24 +10,34 @@ Parts and the files they are made of:
              branch that reads pictures: visual_weight.bin, which may hold any
              of the tokenizer's tensors, laid over tokenizer_encoder.bin
 
+  lowres_pixels, highres_pixels   see `pixel_folders.py`; these folders may be
+                                  missing, and all the rest is still whole
+
 The tokenizer file may repeat the encoder under `encoder.`: copies that are
 equal are passed over, others are an error. [IMG] is 32000 always.
 """
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Collection
 from typing import Any
 
 from lavit_jax import errors, vocabulary
 from lavit_jax.models import llama
-from lavit_jax.port import llama_folder, names, plan, sizes, tensors
+from lavit_jax.port import (
+  llama_folder,
+  names,
+  pixel_folders,
+  plan,
+  sizes,
+  tensors,
+)
 
 SOURCE = "lavit"
 TEXT_SIZE = 32000
-PARTS = ("encoder", "tokenizer", "lowres", "highres", "llm")
+PARTS = ("encoder", "tokenizer", "lowres", "highres", "llm")  # always there
+ALL_PARTS = (*PARTS, *pixel_folders.FOLDERS)
 FILES = {
   "encoder": "visual_tokenizer/eva_vitg_psz14.bin",
   "tokenizer": "visual_tokenizer/tokenizer_encoder.bin",
@@ -52,7 +62,6 @@ TABLES = {
   "highres": names.HIGHRES,
   "llm": names.LLM + names.UNDERSTANDING + names.UNDERSTANDING_SELECTOR,
 }
-_DEFAULT_HEADS = 16
 _COPY = "encoder."
 
 
@@ -65,7 +74,7 @@ def is_layout(folder: pathlib.Path) -> bool:
 
 def make_plan(
   folder: pathlib.Path,
-  parts: Collection[str],
+  only: Collection[str] | None = None,
   *,
   heads: int | None = None,
   allow: Collection[str] = (),
@@ -74,7 +83,8 @@ def make_plan(
 
   Args:
     folder: of the layout above.
-    parts: some of PARTS.
+    only: some of ALL_PARTS; None: PARTS, and those of the pixel folders that
+      are there.
     heads: attention heads of the visual networks; None: of
       variant_config.json in the folder or its parent, else 16.
     allow: official names that may be missing.
@@ -83,13 +93,16 @@ def make_plan(
     errors.CheckpointError: anything is missing, not used, or does not fit.
     errors.UsageError: heads or names that cannot be.
   """
-  plan.check_allowed(allow, [TABLES[part] for part in parts])
+  parts = only or (*PARTS, *pixel_folders.present(folder))
   reader = _Reader(folder, parts, heads, allow)
+  plan.check_allowed(allow, reader.tables)
   made = [getattr(reader, part)() for part in PARTS if part in parts]
+  made = [part for part in (*made, *reader.pixels()) if part is not None]
+  pixel_folders.check_conditions({p.name: p for p in made}, reader.problems)
   reader.problems.check()
   return plan.Plan(
     source=SOURCE,
-    parts=tuple(part for part in made if part is not None),
+    parts=tuple(made),
     files=reader.files,
     kept=reader.kept,
     notes=tuple(reader.notes),
@@ -108,8 +121,14 @@ class _Reader:
     self._allow = allow
     self._parts = parts
     self._found = self._open(parts)
-    self._heads, source = head_count(folder, heads)
-    self.notes.append(f"{self._heads} attention heads: {source}")
+    self._pixels = [
+      pixel_folders.Reader(folder, part)
+      for part in pixel_folders.FOLDERS
+      if part in parts
+    ]
+    self._heads, source = sizes.head_count(folder, heads)
+    if self._found:
+      self.notes.append(f"{self._heads} attention heads: {source}")
     self._shapes = {
       name: {n: t.shape for n, t in found.items()}
       for name, found in self._found.items()
@@ -120,10 +139,13 @@ class _Reader:
     )
 
   def _open(self, parts):
-    needed = {file for part in parts for file in NEEDS[part]}
+    needed = {file for p in parts for file in NEEDS.get(p, ())}
     for file in sorted(needed):
       if not (self.folder / FILES[file]).is_file():
         self.problems.add("missing file", FILES[file])
+    for part in set(parts) & set(pixel_folders.FOLDERS):
+      for file in pixel_folders.missing(self.folder, part):
+        self.problems.add("missing file", file)
     if "llm" in parts:
       for file in (f"{LLM_FOLDER}/config.json", f"{LLM_FOLDER}/{WORDS}"):
         if not (self.folder / file).is_file():
@@ -137,6 +159,23 @@ class _Reader:
       for file in FILES
       if file in wanted and (self.folder / FILES[file]).is_file()
     }
+
+  @property
+  def tables(self) -> list[names.Table]:
+    """Of all files that are imported."""
+    found = [TABLES[part] for part in self._parts if part in TABLES]
+    return found + [t for reader in self._pixels for t in reader.tables]
+
+  def pixels(self) -> list[plan.Part]:
+    """The parts of the pixel folders."""
+    made = []
+    for reader in self._pixels:
+      part = reader.read(self.problems, self._allow)
+      made.append(self._part(part.name, part.arrays, part.meta))
+      kept = reader.small_files()
+      self.files |= {f"{OFFICIAL}/{path}": data for path, data in kept.items()}
+      self.notes += reader.notes()
+    return made
 
   def _check_heads(self, source):
     for shapes in self._shapes.values():
@@ -169,7 +208,7 @@ class _Reader:
   def _part(self, name, arrays, meta, **port):
     if meta is None:
       return None
-    port = {"source": SOURCE, **port}
+    port = {"source": SOURCE, **meta.get("port", {}), **port}
     return plan.Part(name, tuple(arrays), meta | {"port": port})
 
   def encoder(self):
@@ -379,20 +418,3 @@ def _understanding_tree(tree: dict[str, Any], table) -> dict[str, Any]:
   if table is not names.UNDERSTANDING:
     found["selector"] = params["selector"]
   return found
-
-
-def head_count(folder: pathlib.Path, heads: int | None) -> tuple[int, str]:
-  """Attention heads of the visual networks, and where the count is from."""
-  if heads is not None:
-    return heads, "--heads"
-  for place in (folder, folder.absolute().parent):
-    path = place / "variant_config.json"
-    if not path.is_file():
-      continue
-    try:
-      return int(json.loads(path.read_text())["heads"]), str(path.name)
-    except (ValueError, KeyError, TypeError) as e:
-      raise errors.CheckpointError(
-        f'{path} has no number "heads" ({e}). Give --heads instead.'
-      ) from e
-  return _DEFAULT_HEADS, "the official count, as no file says another"

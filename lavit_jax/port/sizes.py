@@ -7,7 +7,9 @@ The `abstract_*` functions turn a config into the shapes its module has.
 
 import collections
 import dataclasses
+import json
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +30,7 @@ from lavit_jax.models import (
 from lavit_jax.port import names
 
 _EVA_HEAD = 1024  # of the official file
+_DEFAULT_HEADS = 16
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -233,3 +236,20 @@ def heads_fit(width: int, heads: int, source: str) -> None:
       f"{heads} attention heads ({source}) do not divide the width {width} of"
       " the visual networks. No official file holds the count: give --heads."
     )
+
+
+def head_count(folder: pathlib.Path, heads: int | None) -> tuple[int, str]:
+  """Attention heads of the visual networks, and where the count is from."""
+  if heads is not None:
+    return heads, "--heads"
+  for place in (folder, folder.absolute().parent):
+    path = place / "variant_config.json"
+    if not path.is_file():
+      continue
+    try:
+      return int(json.loads(path.read_text())["heads"]), str(path.name)
+    except (ValueError, KeyError, TypeError) as e:
+      raise errors.CheckpointError(
+        f'{path} has no number "heads" ({e}). Give --heads instead.'
+      ) from e
+  return _DEFAULT_HEADS, "the official count, as no file says another"

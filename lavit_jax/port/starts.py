@@ -190,7 +190,7 @@ def encoder_plan(
     left = [n for n in found if n.startswith(_UNUSED_BY_LAVIT)]
     found = {n: t for n, t in found.items() if n not in left}
     notes += [f"{name} was left: LaVIT does not use it" for name in left]
-  heads, source = official.head_count(path.parent, heads)
+  heads, source = sizes.head_count(path.parent, heads)
   problems = plan.Problems(path.name)
   try:
     shapes = {name: tensor.shape for name, tensor in found.items()}

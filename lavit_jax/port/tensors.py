@@ -1,7 +1,8 @@
 """Files of PyTorch tensors, read one tensor at a time.
 
 `open_file` maps a `.bin`, `.pt`, `.pth` or `.safetensors` file into memory;
-`open_shards` does so with a Hugging Face folder of one or several of them.
+`open_shards` does so with a Hugging Face folder of one or several of them,
+`open_index` with the shards that an index names.
 Nothing is read before `Tensor.read`, and what is read comes from the file's
 pages, not from anonymous memory. Pickles are opened with `weights_only=True`:
 they can name no code to run.
@@ -66,7 +67,12 @@ def require(module: str, purpose: str) -> Any:
     ) from e
 
 
-def open_file(path, label: str | None = None, unwrap: bool = False) -> Tensors:
+def open_file(
+  path,
+  label: str | None = None,
+  unwrap: bool = False,
+  bare: bool = False,
+) -> Tensors:
   """The tensors of one file, by name.
 
   Args:
@@ -74,6 +80,7 @@ def open_file(path, label: str | None = None, unwrap: bool = False) -> Tensors:
     label: how messages name the file; its name by default.
     unwrap: take the dict under "model", "module" or "state_dict" where the
       file has one; what lies beside it (a step, an optimizer) is left.
+    bare: the file is a pickle of one tensor, not of a dict; its name is "".
 
   Raises:
     errors.CheckpointError: missing, truncated, or not only float tensors.
@@ -87,7 +94,7 @@ def open_file(path, label: str | None = None, unwrap: bool = False) -> Tensors:
     )
   if path.suffix == ".safetensors":
     return _open_safetensors(path, label)
-  return _open_pickle(path, label, unwrap)
+  return _open_pickle(path, label, unwrap, bare)
 
 
 def _open_safetensors(path, label):
@@ -119,9 +126,15 @@ _SAFE_DTYPES = {
 }
 
 
-def _open_pickle(path, label, unwrap):
+def _open_pickle(path, label, unwrap, bare):
   torch = require("torch", f"Reading {label}")
   content = _load(torch, path, label)
+  if bare:
+    if not isinstance(content, torch.Tensor):
+      raise errors.CheckpointError(
+        f"{label} holds a {type(content).__name__}; expected one tensor alone."
+      )
+    content = {"": content}
   if unwrap and isinstance(content, Mapping):
     inner = [k for k in _WRAPPERS if isinstance(content.get(k), Mapping)]
     content = content[inner[0]] if inner else content
@@ -230,7 +243,7 @@ def open_shards(folder, label: str = "") -> Tensors:
       return open_file(folder / name, f"{label}/{name}")
     index = folder / f"{name}.index.json"
     if index.is_file():
-      return _open_index(folder, label, index)
+      return open_index(index, label)
     stem, suffix = name.split(".")
     if shards := sorted(folder.glob(f"{stem}-*-of-*.{suffix}")):
       files = _complete([s.name for s in shards], label)
@@ -256,8 +269,19 @@ def _complete(files, label):
   return wanted
 
 
-def _open_index(folder, label, path):
-  weight_map = _read_index(path, f"{label}/{path.name}")
+def open_index(path, label: str) -> Tensors:
+  """The tensors of the shards that an index names.
+
+  Args:
+    path: of the index; the shards lie beside it.
+    label: how messages name the folder.
+
+  Raises:
+    errors.CheckpointError: as `open_shards`.
+  """
+  path = pathlib.Path(path)
+  folder = path.parent
+  weight_map = read_index(path, f"{label}/{path.name}")
   files = sorted(set(weight_map.values()))
   for file in files:
     if pathlib.PurePath(file).name != file or not file.endswith(SUFFIXES):
@@ -281,8 +305,12 @@ def _open_index(folder, label, path):
   return found
 
 
-def _read_index(path, label) -> dict[str, str]:
-  """The weight_map of an index, no name twice."""
+def read_index(path, label: str) -> dict[str, str]:
+  """The weight_map of an index, the file of every tensor; no name twice.
+
+  Raises:
+    errors.CheckpointError: it is no index of shards.
+  """
   repeated = []
 
   def pairs(items):

@@ -352,17 +352,16 @@ class _Run:
     )
 
   def _export(self, state):
-    params, meta = self.objective.export(state.params, state.extra)
-    meta = {
-      **meta,
-      "config": json.loads(self.config.to_json_best_effort()),
-      "metrics": self.evaluated,
-      "step": int(state.step),
-      "parameters": checkpoints.count_params(params),
-    }
-    checkpoints.save_part(
-      self.config.model_dir, self.objective.part, params, meta
-    )
+    made = self.objective.exports(state.params, state.extra)
+    for part, (params, meta) in made.items():
+      meta = {
+        **meta,
+        "config": json.loads(self.config.to_json_best_effort()),
+        "metrics": self.evaluated,
+        "step": int(state.step),
+        "parameters": checkpoints.count_params(params),
+      }
+      checkpoints.save_part(self.config.model_dir, part, params, meta)
 
 
 def _means(window) -> dict[str, float]:

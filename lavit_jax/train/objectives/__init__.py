@@ -8,6 +8,8 @@ STAGES = {
   "encoder": ("encoder", "EncoderObjective"),
   "tokenizer": ("tokenizer", "TokenizerObjective"),
   "pixels": ("pixels", "PixelsObjective"),
+  "autoencoder": ("autoencoder", "AutoencoderObjective"),
+  "latents": ("latents", "LatentsObjective"),
   "pretrain": ("pretrain", "PretrainObjective"),
 }
 

@@ -60,6 +60,10 @@ class Objective:
     del phase, frozen, batch_at
     return state.params, state.extra
 
+  def exports(self, params, state):
+    """What the stage writes when it ends: {part: (params, meta)}."""
+    return {self.part: self.export(params, state)}
+
   def text_tokenizer(self) -> vocabulary.TextTokenizer:
     """The model directory's SentencePiece model, trained if there is none."""
     path = pathlib.Path(self.config.model_dir) / "tokenizer.model"
@@ -115,3 +119,31 @@ class Objective:
       for batch in self.held_out_batches()
     ]
     return {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}
+
+
+def check_same(folder, ours, theirs, what: str) -> None:
+  """Raises CheckpointError unless two trees have the same names and shapes.
+
+  Args:
+    folder: where `theirs` comes from, for the message.
+    ours: tree of (abstract) arrays.
+    theirs: likewise.
+    what: name of the tree, for the message.
+  """
+
+  def shapes(tree):
+    return {
+      jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+  ours, theirs = shapes(ours), shapes(theirs)
+  wrong = [k for k in ours | theirs if ours.get(k) != theirs.get(k)]
+  if wrong:
+    key = wrong[0]
+    raise errors.CheckpointError(
+      f"{len(wrong)} arrays of the {what} in {folder} do not fit this config,"
+      f" such as {key}: {theirs.get(key)} there, {ours.get(key)} here. Use the"
+      " config.model that they were trained with (see part.json), or train the"
+      " stage again."
+    )

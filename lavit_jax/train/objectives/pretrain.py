@@ -101,7 +101,8 @@ class PretrainObjective(base.Objective):
       # A plain LLaMA brings no merger: stage 1's stays.
       start |= checkpoints.load_part(folder, self.part).params
     for name, theirs in start.items():
-      self._check_same(folder or self.config.model_dir, theirs, name, state)
+      ours = state.params.get(name, {})
+      base.check_same(folder or self.config.model_dir, ours, theirs, name)
     return state.params | start, state.extra
 
   def _check_same_words(self, folder):
@@ -113,23 +114,6 @@ class PretrainObjective(base.Objective):
         f"{theirs} is missing or is not {ours}, byte for byte: ids of the LLM"
         " in config.start_from would be other words here. Copy that file to"
         " config.model_dir before the first stage is trained."
-      )
-
-  def _check_same(self, folder, theirs, name, state):
-    """Raises CheckpointError unless names and shapes are those of ours."""
-    shapes = lambda tree: {
-      jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    ours, theirs = shapes(state.params.get(name, {})), shapes(theirs)
-    wrong = [k for k in ours | theirs if ours.get(k) != theirs.get(k)]
-    if wrong:
-      key = wrong[0]
-      raise errors.CheckpointError(
-        f"{len(wrong)} arrays of the {name} in {folder} do not fit this"
-        f" config, such as {key}: {theirs.get(key)} there, {ours.get(key)}"
-        " here. Use the config.model that they were trained with (see"
-        " part.json), or train the stage again."
       )
 
   def loss(self, phase, params, frozen, state, batch, rng):

@@ -1,0 +1,322 @@
+"""The latent cache: what an autoencoder makes of every picture, on disk.
+
+DIR/meta.json     what it was made from and with; written last
+DIR/assigned.npy  int8[num_images], the bucket of each picture, -1: unreadable
+DIR/numbers.i32   int32[n, 7], see `buckets.View`, and whether it is good
+DIR/latents-0.f16 ...  float16[n_b, h, w, C], one file a bucket
+DIR.partial       the same while it is being written; goes on from there
+
+Pictures lie in the order of their buckets, those of one bucket by number, so
+that every file only grows. Latents are means, not yet scaled; pictures are cut
+from the centre.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from lavit_jax import errors
+from lavit_jax.data import buckets as buckets_lib
+
+_FORMAT = 1
+_SEALED = 256  # pictures between two moments from which writing can go on
+_TYPE = np.dtype("<f2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+  """What a cache belongs to.
+
+  `source` and `vae` are fingerprints; a bucket of height h has latents of
+  h / scale places.
+  """
+
+  source: str
+  vae: str
+  num_images: int
+  buckets: tuple[tuple[int, int], ...]
+  scale: int
+  channels: int
+  format: int = _FORMAT
+
+  def __post_init__(self):
+    pairs = tuple((int(h), int(w)) for h, w in self.buckets)
+    object.__setattr__(self, "buckets", pairs)
+
+  def shape(self, size) -> tuple[int, int, int]:
+    """Height, width and channels of the latents of a bucket."""
+    return size[0] // self.scale, size[1] // self.scale, self.channels
+
+
+class LatentCache:
+  """Read access: latents(i), good(i), numbers, assigned, meta."""
+
+  def __init__(self, directory, meta):
+    self.directory, self.meta = directory, meta
+    try:
+      self.assigned = np.load(directory / "assigned.npy")
+      order = _order(self.assigned, meta)
+      rows = np.fromfile(directory / "numbers.i32", "<i4").reshape(-1, 7)
+      self._files = _open_files(directory, self.assigned, meta)
+    except (OSError, ValueError) as error:
+      raise _damaged(directory, error) from error
+    if len(self.assigned) != meta.num_images or len(rows) != len(order):
+      raise _damaged(directory, f"{len(rows)} pictures")
+    # [n, 6] for every picture of the source, and where its latents lie.
+    self.numbers = np.zeros((meta.num_images, 6), np.int32)
+    self.numbers[order] = rows[:, :6]
+    self._good = np.zeros(meta.num_images, bool)
+    self._good[order] = rows[:, 6] > 0
+    self._place = np.zeros(meta.num_images, np.int64)
+    for chosen in buckets_lib.members(self.assigned, len(meta.buckets)):
+      self._place[chosen] = np.arange(len(chosen))
+
+  @classmethod
+  def load(cls, directory, *, source=None, vae=None, buckets=None):
+    """Opens a finished cache.
+
+    Args:
+      directory: what `write` was given.
+      source: expected fingerprint of the data, None for any.
+      vae: expected fingerprint of the autoencoder, None for any.
+      buckets: expected heights and widths, None for any.
+
+    Raises:
+      errors.DataError: missing, unfinished, damaged, or of other data, another
+        autoencoder or other buckets.
+    """
+    directory = pathlib.Path(directory)
+    meta = _read_meta(directory)
+    if meta is None:
+      state = "is not finished" if _partial(directory).exists() else "is none"
+      raise errors.DataError(
+        f"{directory}: the latent cache there {state}; call"
+        " infer.latent_data.write_cache (it goes on where it stopped)."
+      )
+    wanted = {"source": source, "vae": vae, "buckets": buckets}
+    if buckets is not None:
+      wanted["buckets"] = tuple((int(h), int(w)) for h, w in buckets)
+    for kind, ours in wanted.items():
+      if ours is not None and ours != getattr(meta, kind):
+        raise _foreign(directory, kind, getattr(meta, kind), ours)
+    return cls(directory, meta)
+
+  def __len__(self):
+    return self.meta.num_images
+
+  def good(self, i) -> bool:
+    """Whether picture i could be read."""
+    return bool(self._good[i])
+
+  def latents(self, i) -> np.ndarray:
+    """Those of picture i, float16[h, w, C]; zeros for a bad one."""
+    return np.array(self._files[self.assigned[i]][self._place[i]])
+
+  def shape_of(self, size) -> tuple[int, int, int]:
+    """Height, width and channels of the latents of a bucket."""
+    return self.meta.shape(size)
+
+
+def write(directory, records, meta, assigned) -> LatentCache:
+  """Writes a cache, or goes on with one that was interrupted.
+
+  Args:
+    directory: the finished cache appears here, whole or not at all.
+    records: function of the picture numbers still to come, giving an iterable
+      of (latents float[h, w, C] or None for a bad picture, numbers int[6]) for
+      each of them, in order.
+    meta: a Meta.
+    assigned: int8[num_images], see `buckets.assign`.
+
+  Returns:
+    The finished LatentCache (the one there, if it is already finished).
+
+  Raises:
+    errors.DataError: the directory holds another cache, latents of a wrong
+      shape, too few of them, or the disk is full; what is written stays and is
+      used by the next call.
+  """
+  directory = pathlib.Path(directory)
+  if (there := _read_meta(directory)) is not None:
+    _check_same(directory, there, meta)
+    return LatentCache(directory, there)
+  if directory.exists():
+    raise errors.DataError(
+      f"{directory} exists and is no latent cache; give another place."
+    )
+  partial = _partial(directory)
+  try:
+    done = _begin(partial, meta, assigned)
+    assigned = np.load(partial / "assigned.npy")
+    order = _order(assigned, meta)
+    _append(partial, order, done, records, meta, assigned)
+    _replace(partial / "meta.json", json.dumps(dataclasses.asdict(meta)))
+    (partial / "done.json").unlink(missing_ok=True)
+    os.replace(partial, directory)
+  except OSError as error:
+    raise errors.DataError(
+      f"The latent cache could not be written ({error}). What is finished is"
+      f" kept in {partial}; make room and give the same command again, it goes"
+      " on there."
+    ) from error
+  return LatentCache(directory, meta)
+
+
+def resume_point(directory, meta) -> int:
+  """How many pictures are finished.
+
+  Raises:
+    errors.DataError: the directory holds another cache.
+  """
+  directory = pathlib.Path(directory)
+  if (there := _read_meta(directory)) is not None:
+    _check_same(directory, there, meta)
+    return int((np.load(directory / "assigned.npy") != buckets_lib.NONE).sum())
+  begun = _partial(directory) / "done.json"
+  if not begun.exists():
+    return 0
+  fields = json.loads(begun.read_text())
+  _check_same(_partial(directory), Meta(**fields["meta"]), meta)
+  return fields["done"]
+
+
+def _begin(partial, meta, assigned):
+  """Opens the unfinished folder; how many pictures are in it."""
+  partial.mkdir(parents=True, exist_ok=True)
+  if not (partial / "done.json").exists():
+    with (partial / "assigned.npy").open("wb") as file:
+      np.save(file, np.asarray(assigned, np.int8))
+    _seal(partial, meta, 0)
+    return 0
+  fields = json.loads((partial / "done.json").read_text())
+  _check_same(partial, Meta(**fields["meta"]), meta)
+  return fields["done"]
+
+
+def _append(partial, order, done, records, meta, assigned):
+  """Appends what is still to come, sealed every few pictures."""
+  stream = iter(records(order[done:]))
+  counts = np.bincount(assigned[order], minlength=len(meta.buckets))
+  ends = np.cumsum(counts)
+  for first in range(done, len(order), _SEALED):
+    chunk = order[first : first + _SEALED]
+    last = first + len(chunk)
+    rows = np.zeros((len(chunk), 7), "<i4")
+    latents = []
+    for j, i in enumerate(chunk):
+      if (made := next(stream, None)) is None:
+        raise errors.DataError(
+          f"Only {first + j} of {len(order)} pictures came for {partial}."
+        )
+      value, rows[j, :6] = made
+      rows[j, 6] = value is not None
+      shape = meta.shape(meta.buckets[assigned[i]])
+      latents.append(_checked(value, shape, i))
+    _write_at(partial / "numbers.i32", first * rows[0].nbytes, rows.tobytes())
+    for b, end in enumerate(ends):
+      begin = end - counts[b]
+      mine = latents[max(begin, first) - first : max(min(end, last) - first, 0)]
+      if mine:
+        place = (max(begin, first) - begin) * mine[0].nbytes
+        data = b"".join(x.tobytes() for x in mine)
+        _write_at(partial / _file(b), int(place), data)
+    _seal(partial, meta, last)
+
+
+def _checked(value, shape, i):
+  """Latents as they are stored; a bad picture's are zeros."""
+  if value is None:
+    return np.zeros(shape, _TYPE)
+  value = np.asarray(value)
+  if value.shape != shape:
+    raise errors.DataError(
+      f"Picture {i} has latents of shape {value.shape}, its bucket {shape}."
+    )
+  return value.astype(_TYPE)
+
+
+def _write_at(path, start, data):
+  """Writes bytes at a place; what lay behind it, unsealed, is cut off."""
+  with path.open("r+b" if path.exists() else "w+b") as file:
+    file.truncate(start)
+    file.seek(start)
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _seal(partial, meta, done):
+  fields = {"meta": dataclasses.asdict(meta), "done": done}
+  _replace(partial / "done.json", json.dumps(fields))
+
+
+def _replace(path, text):
+  """Writes a small file, whole or not at all."""
+  temporary = path.with_suffix(".tmp")
+  with temporary.open("w") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def _order(assigned, meta):
+  """int64[n]: pictures in the order in which they lie in the files."""
+  return np.concatenate(buckets_lib.members(assigned, len(meta.buckets)))
+
+
+def _open_files(directory, assigned, meta):
+  """The mapped latents of each bucket; ValueError if one is too short."""
+  files = {}
+  for b, chosen in enumerate(buckets_lib.members(assigned, len(meta.buckets))):
+    if len(chosen):
+      shape = (len(chosen), *meta.shape(meta.buckets[b]))
+      files[b] = np.memmap(directory / _file(b), _TYPE, "r", shape=shape)
+  return files
+
+
+def _file(bucket):
+  return f"latents-{bucket}.f16"
+
+
+def _partial(directory):
+  return directory.with_name(directory.name + ".partial")
+
+
+def _read_meta(directory):
+  """The Meta of a finished cache, None if there is none."""
+  path = directory / "meta.json"
+  if not path.is_file():
+    return None
+  try:
+    fields = json.loads(path.read_text())
+    if fields.get("format") != _FORMAT:
+      raise ValueError(f"format {fields.get('format')}, known is {_FORMAT}")
+    return Meta(**fields)
+  except (OSError, ValueError, TypeError, AttributeError) as error:
+    raise _damaged(directory, error) from error
+
+
+def _check_same(directory, there, meta):
+  """Refuses to mix the latents of two datasets, autoencoders or buckets."""
+  for field in dataclasses.fields(meta):
+    old, new = getattr(there, field.name), getattr(meta, field.name)
+    if old != new:
+      raise _foreign(directory, field.name, old, new)
+
+
+def _foreign(directory, kind, theirs, ours):
+  return errors.DataError(
+    f"The latent cache {directory} was made with another {kind} ({theirs}, here"
+    f" {ours}). Write one at another place, or delete it first."
+  )
+
+
+def _damaged(directory, reason):
+  return errors.DataError(
+    f"The latent cache {directory} is damaged ({reason}); delete it and write"
+    " it again."
+  )

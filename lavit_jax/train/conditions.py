@@ -1,0 +1,59 @@
+"""From pictures to what a pixel decoder is told, all of it frozen.
+
+pixels -> features -> kept patches -> words -> reconstructed features.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lavit_jax import images
+from lavit_jax.models import selector, tokenizer
+
+SELECTIONS = ("expected", "sampled")
+
+
+def words(model, frozen, image, rng=None):
+  """The words of pictures.
+
+  Args:
+    model: a `tokenizer.DynamicVisualTokenizer`.
+    frozen: {"encoder": params, "tokenizer": {"params", "codebook"}}.
+    image: uint8[B, H, W, 3].
+    rng: of the selection, which is sampled as in the tokenizer's training;
+      None: the patches of highest p(keep), as many as expected.
+
+  Returns:
+    (ids int32[B, N], valid bool[B, N]), kept patches first; every picture
+    keeps at least one.
+  """
+  variables, config = frozen["tokenizer"], model.config
+  features = tokenizer.encode_images(
+    config, frozen["encoder"], images.normalize(image)
+  )
+  log_probs = model.apply(variables, features, method="select")
+  if rng is None:
+    keep = selector.expected_count_mask(log_probs)
+  else:
+    keep = selector.sample_mask(log_probs, rng) > 0.5
+    best = selector.budget_mask(log_probs, 1)
+    keep = jnp.where(keep.any(1, keepdims=True), keep, best)
+  _, ids, valid = model.apply(
+    variables, features, keep.astype(bool), config.num_patches, method="encode"
+  )
+  return jax.lax.stop_gradient((ids, valid))
+
+
+def reconstructed_features(model, frozen, image, rng=None):
+  """What the tokenizer makes of pictures with a semantic decoder of its own.
+
+  Returns:
+    x_rec float[B, N, D]; arguments are those of `words`.
+  """
+  ids, valid = words(model, frozen, image, rng)
+  x_rec = model.apply(frozen["tokenizer"], ids, valid, method="decode_codes")
+  return jax.lax.stop_gradient(x_rec)
+
+
+def to_unit(image: jax.Array) -> jax.Array:
+  """uint8[B, H, W, 3] as float32 in [-1, 1]."""
+  return image.astype(jnp.float32) / 127.5 - 1.0

@@ -1,0 +1,133 @@
+"""The latents of a whole dataset, on disk: what `lavit tokenize` is for words.
+
+latent_data.write_cache("runs/sd15", "lowres", config.data, "latents/train")
+"""
+
+import io
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lavit_jax import images, progress
+from lavit_jax.data import bucket_rows, examples, faults, latent_cache, sources
+from lavit_jax.data import buckets as buckets_lib
+from lavit_jax.train import conditions, latent_parts
+
+
+def write_cache(
+  model,
+  kind: str,
+  data: Mapping[str, Any],
+  out,
+  *,
+  split: str = "train",
+  batch: int = 8,
+  quiet: bool = False,
+) -> dict[str, Any]:
+  """Writes the latents of every picture, each cut to its bucket.
+
+  Interrupt it anywhere and call it again: it goes on. Pictures that cannot be
+  read are marked, counted and named in the log.
+
+  Args:
+    model: a model directory whose part `kind`_pixels has an autoencoder.
+    kind: "lowres" or "highres".
+    data: config.data of the training to come, its `buckets` included.
+    out: the cache's directory; it appears when it is complete.
+    split: "train" or "held_out".
+    batch: pictures encoded at once.
+    quiet: no progress bar.
+
+  Returns:
+    `pictures`, `bad`, `bytes`, `out`.
+
+  Raises:
+    errors.LavitError: as of the data, the model and `latent_cache.write`.
+  """
+  source = sources.build(data, split)
+  net, params = latent_parts.load_vae(model, kind)
+  meta = latent_cache.Meta(
+    source=examples.fingerprint(source),
+    vae=latent_parts.fingerprint(params, net.config),
+    num_images=source.num_images,
+    buckets=data["buckets"],
+    scale=net.config.scale,
+    channels=net.config.latent_channels,
+  )
+  assigned = buckets_lib.assign(buckets_lib.sizes_of(source), meta.buckets)
+  log = faults.FaultLog("pictures", 0.2)
+  encode = _encoder(net, params)
+  with progress.Progress(
+    int((assigned != buckets_lib.NONE).sum()),
+    start=latent_cache.resume_point(out, meta),
+    label=f"latents {split}",
+    stream=io.StringIO() if quiet else None,
+  ) as bar:
+    written = latent_cache.write(
+      out,
+      lambda numbers: _records(
+        source, meta, assigned, numbers, (encode, batch), log, bar
+      ),
+      meta,
+      assigned,
+    )
+  good = sum(written.good(i) for i in range(len(written)))
+  return {
+    "pictures": len(written),
+    "bad": len(written) - good,
+    "bytes": sum(x.stat().st_size for x in pathlib.Path(out).iterdir()),
+    "out": str(pathlib.Path(out)),
+  }
+
+
+def _encoder(net, params):
+  """uint8[B, H, W, 3] to mean latents float16[B, h, w, C], compiled."""
+
+  @jax.jit
+  def encode(params, pictures):
+    x = conditions.to_unit(pictures)
+    mean, _ = net.apply({"params": params}, x, method="encode")
+    return mean.astype("float16")
+
+  params = jax.device_put(params)
+  return lambda pictures: np.asarray(encode(params, pictures))
+
+
+def _records(source, meta, assigned, numbers, encoder, log, bar):
+  """(latents, numbers of size and place) of pictures; (None, ...): bad."""
+  encode, size = encoder
+  done = int((assigned != buckets_lib.NONE).sum()) - len(numbers)
+  for chunk in _chunks(numbers, assigned, size):
+    bucket = meta.buckets[assigned[chunk[0]]]
+    pixels = np.zeros((size, *bucket, 3), np.uint8)
+    told: list[Any] = [None] * len(chunk)
+    for row, i in enumerate(chunk):
+      try:
+        image = bucket_rows.original(source, int(i))
+        view = buckets_lib.view(image.size[::-1], bucket)
+        pixels[row] = images.cut(image, view.box, bucket)
+        told[row] = view.numbers
+        log.good()
+      except images.ImageError as error:
+        log.fault(source.image_key(int(i)), error)
+    made = encode(pixels)
+    for row, seen in enumerate(told):
+      if seen is None:
+        yield None, (*bucket, 0, 0, *bucket)
+      else:
+        yield made[row], seen
+    done += len(chunk)
+    bar.update(done, examples=len(chunk))
+
+
+def _chunks(numbers, assigned, size):
+  """Pictures in order, at most `size` at once and all of one bucket."""
+  start = 0
+  for end in range(1, len(numbers) + 1):
+    full = end - start == size or end == len(numbers)
+    if full or assigned[numbers[end]] != assigned[numbers[start]]:
+      yield numbers[start:end]
+      start = end
