@@ -33,6 +33,7 @@ PARTS = (
   "highres",
   "lowres_pixels",
   "highres_pixels",
+  "safety",
   "llm",
 )
 FORMAT = 1
@@ -219,8 +220,20 @@ def cast_dtype(stored, wanted):
   return wanted if floating and wanted is not None else stored
 
 
-def load_part(directory, name: str, *, dtype=jnp.float32) -> Part:
+def load_part(
+  directory,
+  name: str,
+  *,
+  dtype=jnp.float32,
+  branches: Mapping[str, Any] | None = None,
+) -> Part:
   """Reads one part of a model directory onto the default device.
+
+  Args:
+    directory: a model directory.
+    name: of PARTS.
+    dtype: to which floats are cast as they are read.
+    branches: other dtypes for top branches of the params, by their names.
 
   Raises:
     errors.CheckpointError: the directory or the part is missing or damaged.
@@ -231,14 +244,21 @@ def load_part(directory, name: str, *, dtype=jnp.float32) -> Part:
     host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     # Cast as they are read: a cast of arrays on one device would fail
     # within the mesh of a training run.
-    target = jax.tree.map(
-      lambda m: jax.ShapeDtypeStruct(
-        m.shape, cast_dtype(m.dtype, dtype), sharding=host
+    target = jax.tree_util.tree_map_with_path(
+      lambda path, m: jax.ShapeDtypeStruct(
+        m.shape,
+        cast_dtype(m.dtype, (branches or {}).get(_top(path), dtype)),
+        sharding=host,
       ),
       _stored_tree(checkpointer, folder / _WEIGHTS),
     )
     params = checkpointer.restore(folder / _WEIGHTS, target)
   return Part(params, meta)
+
+
+def _top(path) -> str:
+  """The first name of a path in a tree."""
+  return jax.tree_util.keystr(path[:1], simple=True)
 
 
 class StoredPart:

@@ -63,6 +63,7 @@ class Progress:
     self._clock = clock
     self._begin = self._drawn = clock()
     self._paused = self._waited = 0.0
+    self._waits = False  # whether there are data to wait for
     self._marks = collections.deque([_Mark(start)])
     self._first = True  # no step is done yet
     self._metrics: dict[str, float] = {}
@@ -77,6 +78,7 @@ class Progress:
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
     """Counts the time inside as time spent waiting for data."""
+    self._waits = True
     before = self._clock()
     try:
       yield
@@ -175,7 +177,7 @@ class Progress:
     for name, unit in (("examples", "ex/s"), ("tokens", "tok/s")):
       if rate := rates.get(f"{name}_per_second"):
         fields.append(f"{quantity(rate)} {unit}")
-    if rates:
+    if rates and self._waits:
       fields.append(f"data wait {rates['data_wait_share']:.0%}")
     fields += [f"{name} {value:.4g}" for name, value in self._metrics.items()]
     if self._terminal:

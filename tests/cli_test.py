@@ -40,8 +40,9 @@ class Model:
   def __init__(self):
     self.loaded = self.how = self.called = None
 
-  def load(self, name, *, dtype, quantize):
+  def load(self, name, *, dtype, quantize, check_safety=True):
     self.loaded, self.how = name, (dtype, quantize)
+    self.checked = check_safety
     return self
 
   def _record(self, name, *args, **options):
@@ -70,11 +71,15 @@ class Model:
     self._record("write_codes", prompts, **options)
     return [np.array([5, 301 + i]) for i in range(len(prompts))]
 
-  def synthesize_batch(self, prompts, **options):
+  def synthesize_batch(self, prompts, *, progress, **options):
+    progress(1, 2)
     self._record("synthesize_batch", prompts, **options)
-    return [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(len(prompts))]
+    drawn = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(len(prompts))]
+    drawn[-1].info["withheld"] = "nude" in prompts
+    return drawn
 
-  def reconstruct(self, images, **options):
+  def reconstruct(self, images, *, progress, **options):
+    progress(2, 2)
     self._record("reconstruct", images, **options)
     return [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(len(images))]
 
@@ -193,7 +198,8 @@ def test_generate_hands_on_the_options_that_are_given(model, capsys, tmp_path):
   assert Image.open(tmp_path / "x" / "y.png").size == (4, 4)
   options = shlex.split(
     "--seed 7 --steps 9 --guidance 2.5 --decoder-guidance 1.5 --top-k 9"
-    " --temperature 0 --negative night --parity"
+    " --temperature 0 --negative night --parity --size 48x64 --solver dpm++"
+    " --decoder lowres --tile 32"
   )
   run(capsys, "generate", "one", *options)
   assert model.called[-1] == {
@@ -205,7 +211,24 @@ def test_generate_hands_on_the_options_that_are_given(model, capsys, tmp_path):
     "temperature": 0.0,
     "negative_prompts": "night",
     "parity": True,
+    "size": (48, 64),
+    "solver": "dpm++",
+    "decoder": "lowres",
+    "tile": 32,
   }
+
+
+def test_a_withheld_drawing_is_named_and_the_check_can_be_left_out(
+  model, capsys
+):
+  _, out, err = run(capsys, "generate", "star", "nude", "--json")
+  assert [row["withheld"] for row in json.loads(out)] == [False, True]
+  assert "drawing  50%" in err  # how far it is
+  _, out, _ = run(capsys, "generate", "nude")
+  assert out == "generated.png (withheld by the safety checker, black)\n"
+  assert model.checked
+  run(capsys, "reconstruct", "a.png", "--no-safety-check")
+  assert not model.checked
 
 
 def test_ids_are_printed_instead_of_drawn(model, capsys, tmp_path):
@@ -364,7 +387,10 @@ def test_mistakes_are_told_before_anything_is_loaded(model, capsys, argv, says):
   assert model.loaded is None
 
 
-@pytest.mark.parametrize("argv", ["", "draw", "caption", "generate x --seed y"])
+@pytest.mark.parametrize(
+  "argv",
+  ["", "draw", "caption", "generate x --seed y", "generate x --size 512"],
+)
 def test_unknown_words_exit_with_2(argv, capsys):
   with pytest.raises(SystemExit) as stop:
     cli.main(argv.split())

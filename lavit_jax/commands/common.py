@@ -147,12 +147,12 @@ def print_answer(
     print("\n".join(lines))
 
 
-def load(args: argparse.Namespace):
-  """The `LaVIT` of `--model`."""
+def load(args: argparse.Namespace, **options):
+  """The `LaVIT` of `--model`, with further options of `LaVIT.load`."""
   from lavit_jax.infer import pipeline
 
   return pipeline.LaVIT.load(
-    args.model, dtype=args.dtype, quantize=args.quantize
+    args.model, dtype=args.dtype, quantize=args.quantize, **options
   )
 
 

@@ -1,13 +1,24 @@
 """Commands that draw: generate, synthesize, reconstruct."""
 
 import argparse
+import contextlib
 import os
 import pathlib
+import re
 
-from lavit_jax import errors
+from lavit_jax import errors, progress
 from lavit_jax.commands import common
 
-_PIXELS = ("seed", "steps", "decoder_guidance_scale")
+_PIXELS = (
+  "seed",
+  "steps",
+  "decoder",
+  "solver",
+  "decoder_guidance_scale",
+  "ratio",
+  "size",
+  "tile",
+)
 _WORDS = (
   "seed",
   "guidance_scale",
@@ -39,20 +50,47 @@ def _add_drawing(parser: argparse.ArgumentParser, out: str) -> None:
   parser.add_argument(
     "--seed", type=int, metavar="N", help="same seed, same drawing"
   )
-  parser.add_argument(
-    "--steps", type=int, metavar="N", help="steps of denoising"
+  group = parser.add_argument_group(
+    "how pixels are painted (by default as the pixel decoder wants it)"
   )
+  for flag, kind, name, meaning in (
+    ("--decoder", "NAME", "decoder", "highres, lowres or pixels"),
+    ("--ratio", "W:H", "ratio", "1:1, 4:3, 3:2, 16:9, 2:3 or 3:4"),
+    ("--size", "HxW", "size", "height and width, instead of a ratio"),
+    ("--steps", "N", "steps", "steps of denoising"),
+    ("--solver", "NAME", "solver", "ddim, or dpm++ for few steps"),
+    (
+      "--decoder-guidance",
+      "X",
+      "decoder_guidance_scale",
+      "how closely pixels follow the visual words; 1 is off",
+    ),
+    ("--tile", "PIXELS", "tile", "decode in tiles, in less memory"),
+  ):
+    convert = {"N": int, "PIXELS": int, "X": float, "HxW": _size}.get(kind)
+    group.add_argument(
+      flag, type=convert or str, metavar=kind, dest=name, help=meaning
+    )
+  group.add_argument(
+    "--no-safety-check",
+    action="store_false",
+    dest="check_safety",
+    help="show what the model's safety checker, if it has one, would withhold",
+  )
+
+
+def _size(text: str) -> tuple[int, int]:
+  """512x768 as (512, 768)."""
+  match = re.fullmatch(r"(\d+)[x×](\d+)", text.strip())
+  if not match:
+    raise argparse.ArgumentTypeError(
+      f"{text!r}: expected height x width, such as 512x768"
+    )
+  return int(match[1]), int(match[2])
 
 
 def _add_words(parser: argparse.ArgumentParser) -> None:
   """Options of the visual words; the model has its own defaults."""
-  parser.add_argument(
-    "--decoder-guidance",
-    type=float,
-    metavar="X",
-    dest="decoder_guidance_scale",
-    help="how closely pixels follow the visual words; 1 is off",
-  )
   group = parser.add_argument_group(
     "how visual words are chosen (by default as the model wants it)"
   )
@@ -88,7 +126,7 @@ def _drawn(args: argparse.Namespace, prompts, shown) -> None:
     "--negative", [args.negative_prompts or ""], "Give words."
   )
   paths = common.outputs(args.out, len(prompts))
-  lavit, options = common.load(args), common.given(args, *_WORDS)
+  lavit, options = _load(args), common.given(args, *_WORDS)
   if args.ids:
     rows = [
       {**name, "codes": codes.tolist()}
@@ -100,11 +138,45 @@ def _drawn(args: argparse.Namespace, prompts, shown) -> None:
     common.print_answer(args, rows, lines)
     return
   options |= common.given(args, *_PIXELS)
-  common.save(lavit.synthesize_batch(prompts, **options), paths)
-  rows = [
-    {**name, "file": str(path)} for name, path in zip(shown, paths, strict=True)
-  ]
-  common.print_answer(args, rows, [str(path) for path in paths])
+  with _bar() as tell:
+    pictures = lavit.synthesize_batch(prompts, progress=tell, **options)
+  _save(args, pictures, paths, shown)
+
+
+def _load(args):
+  """The `LaVIT` of `--model`, with or without its safety checker."""
+  return common.load(args, check_safety=args.check_safety)
+
+
+@contextlib.contextmanager
+def _bar():
+  """Gives a callback that shows how far a drawing is."""
+  bars = []
+
+  def tell(done, steps):
+    if not bars:  # nothing is shown before the first step is done
+      bars.append(progress.Progress(steps, label="drawing"))
+    bars[0].update(done)
+
+  try:
+    yield tell
+  finally:
+    for bar in bars:
+      bar.close()
+
+
+def _save(args, pictures, paths, shown) -> None:
+  """Writes drawings and prints where; those withheld are named."""
+  from lavit_jax.infer import safety
+
+  common.save(pictures, paths)
+  rows, lines = [], []
+  for name, path, picture in zip(shown, paths, pictures, strict=True):
+    withheld = safety.is_withheld(picture)
+    rows.append({**name, "file": str(path), "withheld": withheld})
+    note = " (withheld by the safety checker, black)" if withheld else ""
+    lines.append(f"{path}{note}")
+  common.print_answer(args, rows, lines)
 
 
 def _add_generate(subparsers) -> None:
@@ -119,6 +191,7 @@ def _add_generate(subparsers) -> None:
       lavit generate "a small blue square" --count 4 --seed 7 --out square.png
       lavit generate "a green star" --guidance 4 --steps 50
       lavit generate "a green star" --negative "a red star" --ids
+      lavit generate "a cat" --model runs/lavit_7b --ratio 16:9 --solver dpm++
     """,
   )
   common.add_model(parser)
@@ -180,6 +253,7 @@ def _add_reconstruct(subparsers) -> None:
     examples:
       lavit reconstruct photo.jpg --out again.png
       lavit reconstruct *.jpg --out again.png      again_0.png, again_1.png, ...
+      lavit reconstruct photo.jpg --model runs/lavit_7b --decoder lowres
     """,
   )
   common.add_model(parser)
@@ -190,12 +264,7 @@ def _add_reconstruct(subparsers) -> None:
 def _reconstruct(args: argparse.Namespace) -> None:
   common.require_files(args.images)
   paths = common.outputs(args.out, len(args.images))
-  pictures = common.load(args).reconstruct(
-    args.images, **common.given(args, *_PIXELS)
-  )
-  common.save(pictures, paths)
-  rows = [
-    {"image": image, "file": str(path)}
-    for image, path in zip(args.images, paths, strict=True)
-  ]
-  common.print_answer(args, rows, [str(path) for path in paths])
+  lavit, options = _load(args), common.given(args, *_PIXELS)
+  with _bar() as tell:
+    pictures = lavit.reconstruct(args.images, progress=tell, **options)
+  _save(args, pictures, paths, [{"image": image} for image in args.images])

@@ -1,15 +1,15 @@
 """Batches padded to a few sizes, so that each shape compiles once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 SIZES = (1, 4, 16, 64)
 
 
-def padded_size(count: int) -> int:
-  """The smallest of SIZES that holds `count`."""
-  return next(size for size in SIZES if size >= count)
+def padded_size(count: int, sizes: Sequence[int] = SIZES) -> int:
+  """The smallest of the sizes that holds `count`."""
+  return next(size for size in sizes if size >= count)
 
 
 def fill(rows, size: int):
@@ -21,8 +21,15 @@ def fill(rows, size: int):
   return np.concatenate([rows, last])
 
 
-def chunks(rows, limit: int = SIZES[-1]) -> Iterator[tuple]:
+def chunks(
+  rows, limit: int = SIZES[-1], sizes: Sequence[int] = SIZES
+) -> Iterator[tuple]:
   """Cuts a list or an array into padded chunks.
+
+  Args:
+    rows: what is cut.
+    limit: rows of a chunk at most, no more than the largest size.
+    sizes: to which chunks are padded, from small to large.
 
   Yields:
     (chunk, how many of its rows are real, index of its first row).
@@ -30,4 +37,4 @@ def chunks(rows, limit: int = SIZES[-1]) -> Iterator[tuple]:
   for start in range(0, len(rows), limit):
     chunk = rows[start : start + limit]
     count = len(chunk)
-    yield fill(chunk, min(padded_size(count), limit)), count, start
+    yield fill(chunk, min(padded_size(count, sizes), limit)), count, start

@@ -125,7 +125,15 @@ def _tell(progress, index, steps, z):
 
 
 @functools.partial(
-  jax.jit, static_argnames=("decoder", "schedule", "steps", "eta", "guide")
+  jax.jit,
+  static_argnames=(
+    "decoder",
+    "schedule",
+    "steps",
+    "solver",
+    "guide",
+    "progress",
+  ),
 )
 def draw(
   decoder,
@@ -135,9 +143,10 @@ def draw(
   seeds: jax.Array,
   *,
   steps: int = 20,
-  eta: float = 0.0,
+  solver: solvers.Solver = solvers.Ddim(),
   guide: bool = False,
   guidance: float | jax.Array = 1.0,
+  progress: Callable[[int, int], None] | None = None,
 ) -> jax.Array:
   """Pictures from reconstructed features.
 
@@ -147,10 +156,11 @@ def draw(
     variables: its variables, `{"params": ...}`.
     x_rec: float[B, N, D].
     seeds: int[B].
-    steps: of DDIM (static).
-    eta: see `solvers.Ddim` (static).
+    steps: that the solver visits (static).
+    solver: see `solvers.py` (static).
     guide: run the unconditional stream too (static; twice the work).
     guidance: its factor; a change of it compiles nothing.
+    progress: as of `sample` (static).
 
   Returns:
     float32[B, H, W, 3] in [0, 1].
@@ -169,8 +179,9 @@ def draw(
     seeds=seeds,
     shape=(size, size, 3),
     steps=steps,
-    solver=solvers.Ddim(eta=eta),
+    solver=solver,
     uncondition=(x_rec, ~given) if guide else None,
     guidance=guidance,
+    progress=progress,
   )
   return jnp.clip(pictures / 2 + 0.5, 0.0, 1.0)

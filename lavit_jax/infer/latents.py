@@ -37,8 +37,13 @@ LOWRES_GUIDANCE, HIGHRES_GUIDANCE = 5.0, 7.0  # the official defaults
 Denoise = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
-def size_of(ratio: str) -> tuple[int, int]:
+def size_of(ratio: str, side: int = 1024, factor: int = 8) -> tuple[int, int]:
   """Height and width of a ratio: "4:3" gives (896, 1152).
+
+  Args:
+    ratio: a key of `RATIOS`.
+    side: of the square that the decoder draws; the sizes are in proportion.
+    factor: of which they are multiples.
 
   Raises:
     errors.UsageError: the ratio is none of `RATIOS`.
@@ -48,7 +53,9 @@ def size_of(ratio: str) -> tuple[int, int]:
       f"The ratio {ratio!r} is not known: give one of {', '.join(RATIOS)}, or"
       " a height and a width."
     )
-  return RATIOS[ratio]
+  scale = side / (1024 * factor)
+  height, width = (max(round(n * scale), 1) * factor for n in RATIOS[ratio])
+  return height, width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,7 +231,8 @@ def highres(
 def sizes(settings: Settings, count: int, original_size=None, crop=(0, 0)):
   """float32[count, 6]: original height and width, top and left, drawn ones."""
   target = (settings.height, settings.width)
-  row = [*(original_size or target), *crop, *target]
+  original = target if original_size is None else original_size
+  row = [*original, *crop, *target]
   return jnp.broadcast_to(jnp.asarray(row, jnp.float32), (count, 6))
 
 

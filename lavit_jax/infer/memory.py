@@ -17,24 +17,26 @@ from typing import Any
 import jax
 
 from lavit_jax import checkpoints
+from lavit_jax.infer import painters, safety
 from lavit_jax.infer import quantize as quantize_lib
 from lavit_jax.infer import rules as rules_lib
-from lavit_jax.models import llama, tokenizer
+from lavit_jax.models import llama, tokenizer, vae
 
 _READS = ("encoder", "tokenizer")
 _WRITES = (*_READS, "llm")
 TASKS = {
   "tokenize": _READS,
-  "reconstruct": (*_READS, "pixels"),
+  "reconstruct": _READS,
   "caption": _WRITES,
   "answer": _WRITES,
   "write_codes": _WRITES,
-  "generate": (*_WRITES, "pixels"),
-  "synthesize": (*_WRITES, "pixels"),
+  "generate": _WRITES,
+  "synthesize": _WRITES,
 }
+_PAINTS = ("reconstruct", "generate", "synthesize")  # a pixel decoder besides
 # Loaded as float32 whatever the dtype: codes are told apart by small
 # differences, and the pixel decoder is small.
-_FLOAT32 = ("tokenizer", "pixels")
+_FLOAT32 = ("tokenizer", "pixels", safety.PART)
 _PROMPT_MULTIPLE = 16  # to which prompts are padded
 
 
@@ -47,6 +49,7 @@ def needs(
   text_tokens: int = 32,
   pictures: int = 1,
   rules: rules_lib.Rules | None = None,
+  decoder: str | None = None,
 ) -> dict[str, dict[str, Any]]:
   """What class LaVIT needs for each task with a model directory.
 
@@ -59,6 +62,7 @@ def needs(
     pictures: in a prompt of `synthesize` and `write_codes`; each is taken to
       keep all its patches, the most that is possible.
     rules: how many tokens, beams and streams; by default the model's own.
+    decoder: the pixel decoder, of `painters.NEEDS`; by default the model's.
 
   Returns:
     For each of `TASKS` a dict, ready for JSON: `parts` (names), `missing`
@@ -79,18 +83,16 @@ def needs(
     for name in checkpoints.parts_in(directory)
   }
   weights = {
-    name: _bytes_of(
-      quantize_lib.loaded_shapes(
-        part.arrays,
-        "float32" if name in _FLOAT32 else dtype,
-        quantize if name == "llm" else None,
-      )
-    )
+    name: _loaded_bytes(name, part, dtype, quantize)
     for name, part in stored.items()
   }
+  paints = painters.NEEDS[decoder or painters.preferred(stored)]
   out = {}
   for task, parts in TASKS.items():
-    missing = _missing(directory, stored, task)
+    if task in _PAINTS:
+      checker = (safety.PART,) if safety.PART in stored else ()
+      parts = (*parts, *paints, *checker)
+    missing = _missing(directory, stored, task, parts)
     slots = _slots(stored, task, rules, text_tokens, pictures)
     held = {name: weights[name] for name in parts if name in weights}
     cache = _cache_bytes(stored, slots, batch, dtype)
@@ -98,7 +100,7 @@ def needs(
       "parts": list(parts),
       "missing": missing,
       "possible": not missing,
-      "note": _note(stored, missing),
+      "note": _note(missing),
       "weights": held,
       "weights_bytes": sum(held.values()),
       "cache_bytes": cache,
@@ -133,10 +135,26 @@ def _bytes_of(tree) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _missing(directory, stored, task) -> list[str]:
+def _loaded_bytes(name, part, dtype, quantize) -> int:
+  """Of the arrays that class LaVIT loads of a part."""
+  wanted = "float32" if name in _FLOAT32 else dtype
+  mode = quantize if name == "llm" else None
+  shapes = functools.partial(quantize_lib.loaded_shapes, mode=mode)
+  if "vae" not in part.meta:
+    return _bytes_of(shapes(part.arrays, wanted))
+  config = vae.VaeConfig(**part.meta["vae"] | {"dtype": wanted})
+  branch = lambda vae: {
+    k: v for k, v in part.arrays.items() if k.startswith("vae/") == vae
+  }
+  return _bytes_of(shapes(branch(False), wanted)) + _bytes_of(
+    shapes(branch(True), config.compute_dtype)
+  )
+
+
+def _missing(directory, stored, task, parts) -> list[str]:
   """What the directory lacks for a task: parts, files, branches of parts."""
-  missing = [name for name in TASKS[task] if name not in stored]
-  if "llm" not in TASKS[task]:
+  missing = [name for name in parts if name not in stored]
+  if "llm" not in parts:
     return missing
   if not (directory / "tokenizer.model").is_file():
     missing.append("tokenizer.model")
@@ -147,18 +165,9 @@ def _missing(directory, stored, task) -> list[str]:
   return missing
 
 
-def _note(stored: Sequence[str], missing) -> str:
+def _note(missing: Sequence[str]) -> str:
   """Why a task is not possible, in words."""
-  if not missing:
-    return ""
-  note = f"the model has no {', '.join(missing)}"
-  imported = [name for name in ("lowres", "highres") if name in stored]
-  if "pixels" in missing and imported:
-    note += (
-      f" (imported, it draws by {' and '.join(imported)}, whose U-Nets this"
-      " version cannot run yet)"
-    )
-  return note
+  return f"the model has no {', '.join(missing)}" if missing else ""
 
 
 def _slots(stored, task, rules, text_tokens, pictures) -> tuple[int, int]:

@@ -1,6 +1,7 @@
-"""The parts of a model directory, loaded for use: language model and pixels.
+"""Where a model is, and its language part, loaded for use.
 
-The third, encoder and visual tokenizer, is `visual.VisualTokenizer`.
+Encoder and visual tokenizer are `visual.VisualTokenizer`, the pixel decoders
+`painters.py`.
 """
 
 import dataclasses
@@ -11,9 +12,9 @@ import jax
 import numpy as np
 
 from lavit_jax import checkpoints, errors, vocabulary
-from lavit_jax.infer import batches, diffusion, rules, schedules, visual
+from lavit_jax.infer import batches, rules, visual
 from lavit_jax.infer import quantize as int8
-from lavit_jax.models import llama, pixels, unified
+from lavit_jax.models import llama, unified
 
 
 def resolve(model) -> pathlib.Path:
@@ -101,28 +102,3 @@ class Language:
       tokens = np.pad(np.asarray(tokens, np.float32), (*rest, (0, 0)))
       outs.append((tokens[:count], np.pad(np.asarray(valid), rest)[:count]))
     return tuple(np.concatenate(x) for x in zip(*outs, strict=True))
-
-
-class Pixels:
-  """The pixel decoder part."""
-
-  def __init__(self, directory):
-    part = checkpoints.load_part(directory, "pixels")
-    config = pixels.PixelDecoderConfig(**part.meta["pixels"])
-    self._decoder = pixels.PixelDecoder(config)
-    self._schedule = schedules.Schedule(**part.meta["schedule"])
-    self._variables = {"params": part.params}
-
-  def draw(self, x_rec, seeds, steps, guidance_scale):
-    """float32[B, H, W, 3] in [0, 1], numpy."""
-    pictures = diffusion.draw(
-      self._decoder,
-      self._schedule,
-      self._variables,
-      x_rec,
-      seeds,
-      steps=steps,
-      guide=guidance_scale != 1,
-      guidance=guidance_scale,
-    )
-    return np.asarray(pictures)

@@ -27,7 +27,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 
@@ -37,9 +36,12 @@ from lavit_jax.infer import (
   drawings,
   memory,
   official,
+  painters,
+  painting,
   parts,
   prompts,
   rules,
+  safety,
   texts,
   visual,
   wording,
@@ -60,12 +62,15 @@ class LaVIT:
     quantize: str | None = None,
     manner: str | None = None,
     max_batch: int = batches.SIZES[-1],
+    check_safety: bool = True,
   ):
     self.directory = pathlib.Path(directory)
     self.parts = checkpoints.parts_in(directory)
     _check_options(dtype, quantize, manner, max_batch)
     self.max_batch = max_batch
     self._dtype, self._quantize, self._manner = dtype, quantize, manner
+    self._painters = {}
+    self._check_safety = check_safety and safety.PART in self.parts
 
   @classmethod
   def load(cls, model="tiny", **options) -> "LaVIT":
@@ -77,7 +82,9 @@ class LaVIT:
         (codes, and pixels drawn from them, are float32 in any case);
         quantize: "int8" for the weights of the LLM (`quantize.py`); manner:
         "ours" or "official" (`rules.py`), by default what the model asks for;
-        max_batch: pictures or prompts at once, less needs less memory.
+        max_batch: pictures or prompts at once, less needs less memory;
+        check_safety: hold drawings to the safety checker, where the model has
+        one: those withheld are black (`safety.is_withheld`).
 
     Raises:
       errors.CheckpointError: there is no such model.
@@ -114,9 +121,16 @@ class LaVIT:
   def _prompter(self) -> prompts.Prompter:
     return prompts.Prompter(self.visual, self._llm, self.text, self.max_batch)
 
+  def _painter(self, kind: str | None):
+    """A pixel decoder, of `painters.NEEDS`, or the default one."""
+    kind = painters.choose(self.parts, kind)
+    if kind not in self._painters:
+      self._painters[kind] = painters.load(self.directory, kind, self._dtype)
+    return self._painters[kind]
+
   @functools.cached_property
-  def _pixels(self) -> parts.Pixels:
-    return parts.Pixels(self.directory)
+  def _safety(self) -> safety.Checker:
+    return safety.Checker(self.directory)
 
   @functools.cached_property
   def rules(self) -> rules.Rules:
@@ -151,14 +165,19 @@ class LaVIT:
       out += self.visual.tokenize(chunk, seed=seeds, budget=budget, count=count)
     return out[0] if single else out
 
-  def reconstruct(self, pictures, *, seed: int = 0, steps: int = 20):
-    """Pictures redrawn from their own tokens, without the LLM."""
-    tokens = self.tokenize(pictures)
+  def reconstruct(self, pictures, *, budget=None, parity=False, **options):
+    """Pictures redrawn from their own tokens, without the LLM.
+
+    Args:
+      pictures: one or a list.
+      budget: see `tokenize`.
+      parity: see `tokenize`.
+      **options: see `draw_codes`.
+    """
+    tokens = self.tokenize(pictures, budget=budget, parity=parity)
     single = isinstance(tokens, dict)
     rows = [tokens] if single else tokens
-    drawn = self.draw_codes(
-      [row["codes"] for row in rows], seed=seed, steps=steps
-    )
+    drawn = self.draw_codes([row["codes"] for row in rows], **options)
     return drawn[0] if single else drawn
 
   def draw_codes(
@@ -166,20 +185,32 @@ class LaVIT:
     codes: Sequence[np.ndarray],
     *,
     seed: int = 0,
-    steps: int = 20,
-    guidance_scale: float = 1.0,
+    progress: painting.Progress | None = None,
+    **options,
   ) -> list[PIL.Image.Image]:
     """Paints pictures from lists of code numbers int[k], 1 <= k <= N.
 
-    Picture i takes the noise of seed + i, whatever the batch.
+    What the model's safety checker withholds is black, and named by
+    `safety.is_withheld`.
+
+    Args:
+      codes: one list for each picture.
+      seed: picture i takes the noise of seed + i, whatever the batch.
+      progress: called with (steps done, steps in all) as it goes on.
+      **options: fields of `painting.Painting` (ratio, size, steps, …).
     """
-    drawn = []
-    for chunk, count, start in batches.chunks(list(codes), self.max_batch):
-      x_rec = self.visual.features_of(chunk)
-      seeds = jnp.arange(len(chunk), dtype=jnp.int32) + seed + start
-      arrays = self._pixels.draw(x_rec, seeds, steps, guidance_scale)
-      drawn += [images.to_pil(a) for a in arrays[:count]]
-    return drawn
+    how = rules.changed(painting.Painting(), options)
+    arrays = painters.paint(
+      self._painter(how.decoder),
+      self.visual,
+      codes,
+      seed,
+      how,
+      limit=self.max_batch,
+      progress=progress,
+    )
+    pictures = [images.to_pil(array) for array in arrays]
+    return self._safety.check(pictures) if self._check_safety else pictures
 
   # Pictures to words --------------------------------------------------------
 
@@ -335,24 +366,46 @@ class LaVIT:
     self,
     prompts,
     *,
+    count: int = 1,
     seed: int = 0,
-    steps: int = 20,
-    decoder_guidance_scale: float = 1.0,
+    negative_prompts=None,
+    parity: bool = False,
+    progress: painting.Progress | None = None,
     **options,
-  ) -> list[PIL.Image.Image]:
-    """Draws one picture for each prompt, a list of text and picture parts.
+  ) -> list[Any]:
+    """Draws a picture for each prompt, a list of text and picture parts.
 
     Args:
       prompts: list of lists; see `synthesize`.
+      count: pictures of each prompt.
       seed: picture i is a function of its prompt and seed + i.
-      steps: DDIM steps of the pixel decoder.
-      decoder_guidance_scale: of the pixel decoder; 1 is off.
-      **options: see `write_codes`.
+      negative_prompts: see `write_codes`.
+      parity: see `write_codes`.
+      progress: see `draw_codes`.
+      **options: fields of `rules.Drawing` for the words (guidance_scale, …)
+        and of `painting.Painting` for the pixels (ratio, steps, …).
+
+    Returns:
+      A picture for each prompt, or with count > 1 a list of so many.
     """
-    codes = self.write_codes(prompts, seed=seed, **options)
-    return self.draw_codes(
-      codes, seed=seed, steps=steps, guidance_scale=decoder_guidance_scale
+    if count < 1:
+      raise errors.UsageError(f"count={count}: expected 1 or more.")
+    words, pixels = rules.split(options, rules.Drawing, painting.Painting)
+    how = rules.changed(painting.Painting(), pixels)
+    painters.choose(self.parts, how.decoder)  # before the words are written
+    against = _one_each("negative prompt", negative_prompts, len(prompts))
+    repeat = lambda rows: [row for row in rows for _ in range(count)]
+    codes = self.write_codes(
+      repeat(prompts),
+      negative_prompts=repeat(against),
+      seed=seed,
+      parity=parity,
+      **words,
     )
+    drawn = self.draw_codes(codes, seed=seed, progress=progress, **pixels)
+    if count == 1:
+      return drawn
+    return [drawn[i : i + count] for i in range(0, len(drawn), count)]
 
   def write_codes(
     self,
@@ -415,6 +468,8 @@ class LaVIT:
     return {
       "directory": str(self.directory),
       "parts": parts,
+      "pixel_decoders": painters.available(self.parts),
+      "safety_checker": self._check_safety,
       "tasks": {task: need["possible"] for task, need in needs.items()},
       "memory": needs,
     }

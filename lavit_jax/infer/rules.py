@@ -127,3 +127,19 @@ def changed(rule: _Rule, options: Mapping[str, Any]) -> _Rule:
     )
   given = {name: v for name, v in options.items() if v is not None}
   return dataclasses.replace(rule, **given)
+
+
+def split(options: Mapping[str, Any], *kinds: type) -> list[dict[str, Any]]:
+  """Options for each of several dataclasses, by the names of their fields.
+
+  Raises:
+    errors.UsageError: an option that none of them has.
+  """
+  names = [[f.name for f in dataclasses.fields(kind)] for kind in kinds]
+  known = [name for listed in names for name in listed]
+  if unknown := sorted(set(options) - set(known)):
+    raise errors.UsageError(
+      f"Unknown option {', '.join(unknown)}: expected one of"
+      f" {', '.join(known)}."
+    )
+  return [{n: v for n, v in options.items() if n in some} for some in names]

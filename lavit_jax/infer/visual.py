@@ -211,9 +211,8 @@ class VisualTokenizer:
     """
     if "decoder" not in self._variables["params"]:
       raise errors.CheckpointError(
-        "This tokenizer was imported: words are drawn by the parts lowres and"
-        " highres, whose U-Nets this version cannot run yet. It can tokenize,"
-        " caption, answer, and write words (write_codes)."
+        "This tokenizer was imported and has no decoder of its own: its words"
+        " are drawn by the decoders lowres and highres."
       )
     return self._decode(self._variables, ids, valid)
 
@@ -257,6 +256,26 @@ class VisualTokenizer:
     Raises:
       errors.UsageError: no code, more codes than patches, or no such code.
     """
+    return self.decode(*self.padded(codes))
+
+  def vectors_of(self, codes):
+    """Vectors of the codebook, padded to as many as there are patches.
+
+    Returns:
+      (float32[B, N, code_dim], valid bool[B, N]).
+
+    Raises:
+      errors.UsageError: as `features_of`.
+    """
+    ids, valid = self.padded(codes)
+    return jnp.take(self._variables["codebook"]["codes"], ids, axis=0), valid
+
+  def padded(self, codes):
+    """(ids int32[B, N], valid bool[B, N]) of lists of codes int[k].
+
+    Raises:
+      errors.UsageError: as `features_of`.
+    """
     num = self.num_patches
     ids = np.zeros((len(codes), num), np.int32)
     valid = np.zeros((len(codes), num), bool)
@@ -274,7 +293,7 @@ class VisualTokenizer:
         )
       ids[i, : len(row)] = row
       valid[i, : len(row)] = True
-    return self.decode(ids, valid)
+    return ids, valid
 
 
 def gumbel_noise(seed, shape) -> jax.Array:

@@ -6,12 +6,12 @@ import shutil
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from lavit_jax import checkpoints, errors
-from lavit_jax.infer import memory, parts, quantize, rules
+from lavit_jax.infer import memory, painters, parts, quantize, rules
 from lavit_jax.models import llama
+from tests.train import latent_micro
 
 TINY = parts.resolve("tiny")
 
@@ -117,7 +117,6 @@ def test_what_is_missing_is_named_and_the_rest_counted(copy):
     assert not needed[task]["possible"]
     assert needed[task]["missing"] == ["pixels"]
     assert "has no pixels" in needed[task]["note"]
-    assert "U-Net" not in needed[task]["note"]
   assert needed["caption"] == memory.needs(TINY)["caption"]
   assert "llm" in needed["generate"]["weights"]
 
@@ -129,13 +128,25 @@ def test_what_is_missing_is_named_and_the_rest_counted(copy):
   assert needed["caption"]["cache_bytes"] == 0  # its length is not known
 
 
-def test_an_imported_model_says_that_its_unets_are_to_come(copy):
+def test_the_pixel_decoder_there_is_counted_with_its_own_dtypes(copy, tmp_path):
+  latent_micro.save_model(tmp_path / "micro", kinds=("highres",))
+  for part in ("highres", "highres_pixels"):
+    shutil.copytree(tmp_path / "micro" / part, copy / part)
+  needed = memory.needs(copy, dtype="bfloat16")["generate"]
+  assert needed["possible"]
+  assert needed["parts"][-2:] == ["highres", "highres_pixels"]
+  loaded = painters.load(copy, "highres", "bfloat16").params
+  assert loaded["unet"]["conv_in"]["kernel"].dtype == jnp.bfloat16
+  assert loaded["vae"]["quant_conv"]["kernel"].dtype == jnp.float32
+  assert _held(loaded["told"]) == needed["weights"]["highres"]
+  del loaded["told"]
+  assert _held(loaded) == needed["weights"]["highres_pixels"]
+  small = memory.needs(copy, decoder="pixels")["generate"]
+  assert small["parts"][-1] == "pixels"
+  shutil.rmtree(copy / "highres_pixels")
   shutil.rmtree(copy / "pixels")
-  small = {"a": np.zeros(3, np.float32)}
-  for part in ("lowres", "highres"):
-    checkpoints.save_part(copy, part, small, {})
   needed = memory.needs(copy)
-  assert "lowres and highres, whose U-Nets" in needed["generate"]["note"]
+  assert needed["generate"]["note"] == "the model has no highres_pixels"
   assert needed["write_codes"]["possible"]
   lines = memory.lines(needed)
   assert [line for line in lines if line.startswith("generate: not possible")]

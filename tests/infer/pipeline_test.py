@@ -82,6 +82,26 @@ def test_a_drawing_is_a_function_of_prompt_and_seed(lavit):
   assert len(mine) != len(other) or (mine != other).any()
 
 
+def test_several_drawings_of_a_prompt_take_the_next_seeds(lavit):
+  kwargs = dict(steps=2, max_new_tokens=6)
+  told = []
+  both = lavit.generate(
+    ["a red circle", "a blue ring"],
+    count=2,
+    seed=3,
+    progress=lambda *now: told.append(now),
+    **kwargs,
+  )
+  assert [len(row) for row in both] == [2, 2]
+  assert told == [(1, 2), (2, 2)]
+  (alone,) = lavit.generate(["a blue ring"], seed=6, **kwargs)
+  difference = np.asarray(alone, int) - np.asarray(both[1][1], int)
+  assert np.abs(difference).max() <= 1
+  for count, says in ((0, "count=0"), (2, "guidance_scal")):
+    with pytest.raises(errors.UsageError, match=says):
+      lavit.generate("x", count=count, guidance_scales=3.0)
+
+
 def test_codes_written_are_codes(lavit):
   for codes in lavit.write_codes([["a red circle"], ["a ring"]], seed=5):
     assert 1 <= len(codes) <= 36
