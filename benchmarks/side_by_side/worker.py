@@ -12,19 +12,17 @@ import pathlib
 import time
 
 # A process of its own for each side: nothing here may import JAX or PyTorch.
-from side_by_side import cases
-
 SIDES = {"torch": "pytorch", "ours": "ours"}
 
 
 class Worker:
   """One side, in its process."""
 
-  def __init__(self, side: str, folder, sizes: cases.Sizes, threads: int):
-    """Starts it; `side` is one of SIDES."""
+  def __init__(self, side: str, folder, sizes, threads: int, modules=SIDES):
+    """Starts it; `side` is a key of `modules`, which name files here."""
     spawn = multiprocessing.get_context("spawn")
     self._pipe, other = spawn.Pipe()
-    args = (other, SIDES[side], str(folder), sizes, threads)
+    args = (other, modules[side], str(folder), sizes, threads)
     self._process = spawn.Process(target=_serve, args=args, daemon=True)
     self._process.start()
     other.close()
@@ -93,6 +91,10 @@ class _Timer:
 
   def versions(self):
     return self._side.versions()
+
+  def peak(self):
+    """Most memory held so far, in MB."""
+    return self._side.peak()
 
   def first(self, case, batch):
     """(seconds of the first call, compiling included; what it gave)."""

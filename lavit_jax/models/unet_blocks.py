@@ -148,9 +148,9 @@ class Attention(nn.Module):
   """Multi-head attention of float[B, L, D] to itself or to a condition.
 
   Attributes:
-    mask_bias: None: what is masked is not seen at all. Else it is added to
-      the logits of what is masked, as diffusers does with -10000: a row all
-      masked then sees everything, its logits rounded to about 1e-3.
+    mask_bias: None: what is masked is not seen at all. Else it stands for
+      what diffusers adds to the logits of what is masked, -10000: the same,
+      but a row all masked sees everything.
   """
 
   num_heads: int
@@ -173,12 +173,11 @@ class Attention(nn.Module):
 
     query, key = project(x, "to_q"), project(context, "to_k")
     value = project(context, "to_v")
-    mask = None if mask is None else mask[:, None, None]  # [B, 1, 1, N]
-    if mask is None or self.mask_bias is None:
-      out = layers.attention(query, key, value, mask=mask)
-    else:
-      bias = jnp.where(mask, 0.0, self.mask_bias).astype(query.dtype)
-      out = jax.nn.dot_product_attention(query, key, value, bias)
+    if mask is not None:
+      if self.mask_bias is not None:
+        mask = mask | ~mask.any(-1, keepdims=True)
+      mask = mask[:, None, None]  # [B, 1, 1, N]
+    out = layers.attention(query, key, value, mask=mask)
     out = out.reshape(*x.shape[:2], width)
     return layers.dense(
       width, ("heads", "embed"), name="to_out_0", dtype=self.dtype

@@ -179,3 +179,32 @@ def test_l2_normalize_is_safe_at_zero():
 def test_unknown_remat_policy_is_named():
   with pytest.raises(ValueError, match=r"'most'.*full"):
     layers.remat(layers.Mlp, "most")
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("kind", ["none", "keys", "causal", "segments"])
+def test_attention_in_blocks_is_attention(monkeypatch, kind, groups):
+  keys = jax.random.split(jax.random.key(4), 3)
+  query = jax.random.normal(keys[0], (2, 11, 4, 8))
+  key = jax.random.normal(keys[1], (2, 11, groups, 8))
+  value = jax.random.normal(keys[2], (2, 11, groups, 8))
+  options = {
+    "none": {},
+    "keys": {"mask": (jnp.arange(11) < 7)[None, None, None]},
+    "causal": {"causal": True},
+    "segments": {"segment_ids": jnp.array([[0] * 5 + [1] * 6, [2] * 11])},
+  }[kind]
+
+  def loss(query, key, value):
+    out = layers.attention(query, key, value, **options)
+    return jnp.sin(out).sum(), out
+
+  run = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+  (_, whole), gradients = run(query, key, value)
+  monkeypatch.setattr(layers, "_LARGE_LOGITS", 4 * 11 * 3)  # 3 queries each
+  (_, blocks), again = run(query, key, value)
+  np.testing.assert_allclose(blocks, whole, atol=1e-6)
+  for a, b in zip(again, gradients, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  text = str(jax.make_jaxpr(loss)(query, key, value))
+  assert "scan" in text  # that it did go in blocks

@@ -1,0 +1,92 @@
+"""What the U-Net benchmark runs: sizes, cases, and their inputs.
+
+Knows neither JAX nor PyTorch, as both sides read it.
+"""
+
+import dataclasses
+
+import numpy as np
+
+TOKENS = 256  # of a condition, as the official decoder has
+SEEN = 77  # of the unconditional stream
+GUIDANCE = 5.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+  """A U-Net of Stable Diffusion 1.5's shape, and the VAE whose memory counts.
+
+  Attributes:
+    channels: of the U-Net's levels.
+    latent: places a side of the latents.
+    vae_channels: of the VAE's levels.
+    picture: pixels a side of what the VAE decodes.
+    tiles: places a side of the tiles it is decoded in.
+  """
+
+  channels: tuple[int, ...]
+  layers_per_block: int
+  heads: int
+  cross_dim: int
+  groups: int
+  latent: int
+  vae_channels: tuple[int, ...]
+  picture: int
+  tiles: tuple[int, ...]
+
+
+FULL = Sizes(
+  channels=(128, 256, 512, 512),
+  layers_per_block=1,
+  heads=8,
+  cross_dim=768,
+  groups=32,
+  latent=64,
+  vae_channels=(128, 256, 512, 512),
+  picture=1024,
+  tiles=(64, 32),
+)
+SMALL = Sizes(
+  channels=(16, 32),
+  layers_per_block=1,
+  heads=2,
+  cross_dim=24,
+  groups=8,
+  latent=8,
+  vae_channels=(16, 32),
+  picture=128,
+  tiles=(32, 16),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+  """Guided sampling of `batch` pictures by DDIM.
+
+  Attributes:
+    unit, count: steps, for the table.
+  """
+
+  name: str
+  steps: int
+  unit: str = "steps"
+
+  @property
+  def count(self) -> int:
+    """Steps of a picture."""
+    return self.steps
+
+
+CASES = (Case(name="unet_ddim", steps=10),)
+
+
+def inputs(sizes: Sizes, batch: int) -> dict[str, np.ndarray]:
+  """Noise NHWC, the condition, and the unconditional embeddings."""
+  rng = np.random.default_rng(0)
+  side, width = sizes.latent, sizes.cross_dim
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  return {
+    "noise": draw(batch, side, side, 4),
+    "tokens": draw(batch, TOKENS, width),
+    "uncond": draw(1, SEEN, width),
+  }
