@@ -148,8 +148,8 @@ def save_part(
     directory: the model directory; made if missing.
     name: one of `PARTS`.
     params: tree of arrays. Where any is mapped from a file (np.memmap) all
-      must be numpy arrays, and they are stored one after the other: memory
-      holds about one and a half of the largest.
+      must be numpy arrays, and they are stored a few at a time: memory holds
+      about one and a half of the largest.
     meta: JSON-able description (model config, provenance, metrics).
     dtype: cast floating arrays to this dtype first (e.g. jnp.float16).
 
@@ -178,8 +178,8 @@ def save_part(
   return final
 
 
-class _OneByOne(ocp.type_handlers.NumpyHandler):
-  """Writes arrays as they are, without a copy, one after the other.
+class _FewAtATime(ocp.type_handlers.NumpyHandler):
+  """Writes arrays as they are, without a copy, a few after the others.
 
   Orbax by itself copies all of them first, and encodes all at once.
   """
@@ -188,10 +188,22 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
     super().__init__(deepcopy_host_arrays=False)
 
   async def serialize(self, values, infos, args=None):
-    for value, info, arg in zip(values, infos, args, strict=True):
-      for future in await super().serialize([value], [info], [arg]):
+    for start, stop in _groups([value.nbytes for value in values]):
+      some = (given[start:stop] for given in (values, infos, args))
+      for future in await super().serialize(*some):
         future.result()
     return []
+
+
+def _groups(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+  """Bounds of neighbours of _CHUNK_BYTES together, or one that has more."""
+  start, total = 0, 0
+  for i, size in enumerate(sizes):
+    if i > start and total + size > _CHUNK_BYTES:
+      yield start, i
+      start, total = i, 0
+    total += size
+  yield start, len(sizes)
 
 
 def _save_mapped(path, params):
@@ -199,7 +211,7 @@ def _save_mapped(path, params):
   params = jax.tree.map(np.asarray, params)  # memmap to a view of its pages
   handler = ocp.PyTreeCheckpointHandler(
     type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-      (np.ndarray, _OneByOne()), (jax.Array, ocp.type_handlers.ArrayHandler())
+      (np.ndarray, _FewAtATime()), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
   )
   save_args = jax.tree.map(
@@ -269,8 +281,7 @@ class StoredPart:
     self.meta = read_meta(directory, name)
     self._path = pathlib.Path(directory).absolute() / name / _WEIGHTS
     with _reading(self._path):
-      self._handler = ocp.PyTreeCheckpointer()
-      tree = _stored_tree(self._handler, self._path)
+      tree = _stored_tree(ocp.PyTreeCheckpointer(), self._path)
       leaves = jax.tree_util.tree_leaves_with_path(tree)
       if not leaves:  # Orbax only logs that it cannot read them
         raise ValueError("There are no arrays in it.")
@@ -284,13 +295,8 @@ class StoredPart:
 
   def read(self, path: str) -> np.ndarray:
     """One array, on the host."""
-    item = ocp.RestoreArgs(restore_type=np.ndarray)
-    for name in reversed(path.split("/")):
-      item = {name: item}
-    args = ocp.args.PyTreeRestore(item, restore_args=item, partial_restore=True)
-    with _reading(self._path):
-      restored = self._handler.restore(self._path, args=args)
-    return np.asarray(jax.tree.leaves(restored)[0])
+    with _reading(self._path):  # ten times quicker than by Orbax
+      return np.asarray(self._open(path).read().result())
 
   def blocks(self, path: str, whole: int) -> Iterator[tuple[tuple, np.ndarray]]:
     """Pieces of one array as they lie on disk, each read once.

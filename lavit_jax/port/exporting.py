@@ -5,6 +5,7 @@
   llm/                        a LlamaForCausalLM folder
   visual_tokenizer.safetensors  see `hugging_face.py` for its names
   visual_tokenizer.json       its sizes
+  lowres_pixels/, highres_pixels/   folders of diffusers: unet, vae, scheduler
 
 Both go through the tables of `names.py`. Arrays are read one at a time into
 mapped files, so memory holds about one of them.
@@ -55,12 +56,14 @@ class StateFile:
     stem: path under the export without suffix.
     suffix: ".bin" or ".safetensors".
     limit: bytes a shard, 0 for one file whatever its size.
+    bare: a .bin of its one tensor alone, not of a dict.
   """
 
   stem: str
   suffix: str
   entries: tuple[Entry, ...]
   limit: int = 0
+  bare: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +201,8 @@ def _write_state(partial, state, tick) -> dict[str, Any]:
   if state.suffix != ".safetensors":
     for file, group in files.items():
       arrays = {spec.name: views.pop(spec.name) for spec in group}
-      writing.save_torch(target / file, arrays)
+      content = next(iter(arrays.values())) if state.bare else arrays
+      writing.save_torch(target / file, content)
       (scratch / file).unlink()
   writing.remove_folder(scratch)
   if len(files) > 1:

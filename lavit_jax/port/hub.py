@@ -36,8 +36,17 @@ def resolve(source, only: Sequence[str] | None = None) -> pathlib.Path:
     )
   hub = tensors.require("huggingface_hub", f"Downloading {source}")
   try:
+    files = _listed(hub, str(source))
     return pathlib.Path(
-      hub.snapshot_download(str(source), allow_patterns=patterns(only))
+      hub.snapshot_download(
+        str(source),
+        allow_patterns=patterns(only),
+        ignore_patterns=[
+          file
+          for folder, kind in _networks()
+          for file in pixel_folders.other_weights(files, folder, kind)
+        ],
+      )
     )
   except Exception as e:  # the hub's errors, of requests and of files
     raise errors.CheckpointError(
@@ -47,10 +56,29 @@ def resolve(source, only: Sequence[str] | None = None) -> pathlib.Path:
     ) from e
 
 
+def _listed(hub, source) -> list[str]:
+  """Files of a repository; none where the hub cannot be asked.
+
+  What is in the cache is found without it, and the download says what is
+  wrong if nothing is.
+  """
+  try:
+    return hub.HfApi().list_repo_files(source)
+  except Exception:  # the hub's errors, of requests and of files
+    return []
+
+
+def _networks() -> list[tuple[str, str]]:
+  """(folder, kind) of U-Nets and autoencoders, of a plain pipeline's too."""
+  places = ("", *(f"{name}/" for name in pixel_folders.FOLDERS.values()))
+  return [(f"{p}{kind}", kind) for p in places for kind in ("unet", "vae")]
+
+
 def patterns(only: Sequence[str] | None) -> list[str]:
   """What to download for these parts; safety checkers are left.
 
-  Both layouts are covered: the official one and a plain LLaMA folder.
+  All layouts are covered: the official one, a plain LLaMA folder, a pipeline
+  of Stable Diffusion.
   """
   parts = set(only or official.ALL_PARTS)
   files = {
@@ -68,4 +96,6 @@ def patterns(only: Sequence[str] | None) -> list[str]:
     folder = pixel_folders.FOLDERS[part]
     found += [f"{folder}/{kind}/*" for kind in ("unet", "vae")]
     found.append(f"{folder}/{pixel_folders.UNCOND}")
+  if parts & set(pixel_folders.FOLDERS):
+    found += ["unet/*", "vae/*"]
   return found

@@ -12,14 +12,24 @@ the official names, each network with a prefix:
   lowres.         the two decoders of the official release, if there
   highres.
 
-Its sizes are in `visual_tokenizer.json`.
+Its sizes are in `visual_tokenizer.json`. `lowres_pixels/` and
+`highres_pixels/` have the folders unet, vae and scheduler, which diffusers
+loads, and lowres the embeddings of its unconditional stream.
 """
 
 import numpy as np
 
 from lavit_jax import checkpoints, errors
 from lavit_jax.models import llama
-from lavit_jax.port import exporting, llama_folder, names, official, writing
+from lavit_jax.port import (
+  exporting,
+  llama_folder,
+  names,
+  official,
+  pixel_files,
+  pixel_folders,
+  writing,
+)
 
 _SHARD = 5 * 10**9  # bytes, the usual size of shards
 _VISUAL = "visual_tokenizer"
@@ -38,7 +48,7 @@ def make(model) -> exporting.Export:
   """What to write for a model directory (pathlib.Path).
 
   Raises:
-    errors.CheckpointError: it has neither a language model nor an encoder.
+    errors.CheckpointError: it has nothing that these files could hold.
   """
   have = checkpoints.parts_in(model)
   parts = {name: checkpoints.StoredPart(model, name) for name in have}
@@ -50,10 +60,15 @@ def make(model) -> exporting.Export:
   if visual:
     states.append(exporting.StateFile(_VISUAL, ".safetensors", tuple(visual)))
     files[f"{_VISUAL}.json"] = llama_folder.to_json(_sizes(parts, visual))
+  for name in [name for name in pixel_folders.FOLDERS if name in parts]:
+    folder = pixel_files.diffusers_folder(model, parts[name])
+    states += folder.states
+    files |= folder.files
   if not states:
     raise errors.CheckpointError(
       f"{model} has only {', '.join(have)}: nothing that Hugging Face files"
-      " could hold. Expected a language model or a visual tokenizer."
+      " could hold. Expected a language model, a visual tokenizer or a pixel"
+      " decoder in latents."
     )
   if "pixels" in parts:
     notes.append("the part pixels was left: no Hugging Face class reads it")

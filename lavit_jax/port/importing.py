@@ -1,11 +1,12 @@
 """Checkpoints of others become a model directory: `lavit port import`.
 
 A source is recognised by what it is: a directory in the official layout
-(`official.py`), a Hugging Face LLaMA folder or an EVA-CLIP file (`starts.py`),
-or the id of a model on the Hugging Face hub (`hub.py`). All of it is checked
-before anything is written. Then each tensor is read from its mapped file and
-put into a mapped file of the stacked array, and Orbax stores these: anonymous
-memory holds about one array at a time (`benchmarks/import_memory.py`).
+(`official.py`), a Hugging Face LLaMA folder, an EVA-CLIP file or a folder of
+Stable Diffusion (`starts.py`), or the id of a model on the Hugging Face hub
+(`hub.py`). All of it is checked before anything is written. Then each tensor
+is read from its mapped file and put into a mapped file of the stacked array,
+and Orbax stores these: anonymous memory holds about one array at a time
+(`benchmarks/import_memory.py`).
 """
 
 import collections
@@ -113,6 +114,8 @@ def _plan(place, only, heads, allow, codes, seed) -> plan.Plan:
         " tells its own number. Leave it out."
       )
     return official.make_plan(place, only, heads=heads, allow=allow)
+  if place.is_dir() and starts.is_diffusers(place):
+    return starts.diffusers_plan(place, only, allow=allow)
   if place.is_dir() and (place / "config.json").is_file():
     starts.require_only(only, "llm", place)
     codes = DEFAULT_CODES if codes is None else codes
@@ -126,7 +129,8 @@ def _plan(place, only, heads, allow, codes, seed) -> plan.Plan:
   raise errors.CheckpointError(
     f"{place} is no checkpoint that can be imported: expected a directory with"
     " visual_tokenizer/ and language_model/ (official layout), a Hugging Face"
-    " LLaMA folder with config.json, or an EVA-CLIP file"
+    " LLaMA folder with config.json, a folder of Stable Diffusion with unet/"
+    " and vae/ in diffusers' format, or an EVA-CLIP file"
     f" ({', '.join(tensors.SUFFIXES)}).{hint}"
   )
 

@@ -67,9 +67,8 @@ _COPY = "encoder."
 
 def is_layout(folder: pathlib.Path) -> bool:
   """Whether a folder looks like the official layout."""
-  return any(
-    (folder / name).is_dir() for name in ("visual_tokenizer", LLM_FOLDER)
-  )
+  places = ("visual_tokenizer", LLM_FOLDER, *pixel_folders.FOLDERS.values())
+  return any((folder / name).is_dir() for name in places)
 
 
 def make_plan(
@@ -122,9 +121,8 @@ class _Reader:
     self._parts = parts
     self._found = self._open(parts)
     self._pixels = [
-      pixel_folders.Reader(folder, part)
-      for part in pixel_folders.FOLDERS
-      if part in parts
+      pixel_folders.Reader(folder / name, name, part, uncond)
+      for name, uncond, part in pixel_folders.official_places(parts)
     ]
     self._heads, source = sizes.head_count(folder, heads)
     if self._found:
@@ -143,8 +141,9 @@ class _Reader:
     for file in sorted(needed):
       if not (self.folder / FILES[file]).is_file():
         self.problems.add("missing file", FILES[file])
-    for part in set(parts) & set(pixel_folders.FOLDERS):
-      for file in pixel_folders.missing(self.folder, part):
+    for name, uncond, _ in pixel_folders.official_places(parts):
+      place = self.folder / name
+      for file in pixel_folders.missing(place, name, uncond):
         self.problems.add("missing file", file)
     if "llm" in parts:
       for file in (f"{LLM_FOLDER}/config.json", f"{LLM_FOLDER}/{WORDS}"):
@@ -172,8 +171,9 @@ class _Reader:
     for reader in self._pixels:
       part = reader.read(self.problems, self._allow)
       made.append(self._part(part.name, part.arrays, part.meta))
+      place = f"{OFFICIAL}/{pixel_folders.FOLDERS[part.name]}"
       kept = reader.small_files()
-      self.files |= {f"{OFFICIAL}/{path}": data for path, data in kept.items()}
+      self.files |= {f"{place}/{path}": data for path, data in kept.items()}
       self.notes += reader.notes()
     return made
 

@@ -2,7 +2,8 @@
 
 The same file names, tensor names, shapes and dtypes. What an import found
 there is given back: dtypes, the tensors of visual_weight.bin, copies of the
-encoder in the tokenizer's file, and the small files of language_model/.
+encoder in the tokenizer's file, and the small files of language_model/. The
+pixel decoders' folders are those of `pixel_files.py`.
 """
 
 import numpy as np
@@ -14,6 +15,8 @@ from lavit_jax.port import (
   llama_folder,
   names,
   official,
+  pixel_files,
+  pixel_folders,
   tensors,
   writing,
 )
@@ -27,16 +30,38 @@ _NEEDED = ("encoder", "tokenizer", "llm")
 def make(model) -> exporting.Export:
   """What to write for a model directory (pathlib.Path).
 
+  A model of nothing but pixel decoders gives their files alone.
+
   Raises:
     errors.CheckpointError: a part is missing, or the layout cannot hold it.
   """
   have = checkpoints.parts_in(model)
-  if missing := [part for part in _NEEDED if part not in have]:
+  missing = [part for part in _NEEDED if part not in have]
+  drawn = [part for part in pixel_folders.FOLDERS if part in have]
+  alone = bool(drawn) and len(missing) == len(_NEEDED)
+  if missing and not alone:
     raise errors.CheckpointError(
       f"{model} has no {', '.join(missing)}: the official layout is encoder,"
       " tokenizer and language model together. Use --format huggingface."
     )
   parts = {name: checkpoints.StoredPart(model, name) for name in have}
+  states, files, notes = [], {}, []
+  if alone:
+    listed = ",".join(part for part in have if part in official.ALL_PARTS)
+    notes.append(
+      f"no {', '.join(missing)}: import it again with --only {listed}"
+    )
+  else:
+    states, files = _understanding(model, parts)
+  more, said = _decoders(model, parts)
+  for export in more:
+    states += export.states
+    files |= export.files
+  return exporting.Export(tuple(states), files, (*notes, *said))
+
+
+def _understanding(model, parts):
+  """Files of encoder, tokenizer and language model."""
   _check_layout(parts["llm"])
   kept = _kept(model)
   encoder = _encoder(parts["encoder"])
@@ -45,23 +70,37 @@ def make(model) -> exporting.Export:
     "tokenizer": _tokenizer(parts, encoder, kept),
     "overlay": _overlay(parts, encoder, kept),
   }
-  notes = []
+  states = [_state(name, entries) for name, entries in found.items()]
+  states.append(_language_model(parts["llm"], kept))
+  return states, _small_files(model, parts["llm"])
+
+
+def _decoders(model, parts):
+  """Files of the decoders, and notes on those that are not there."""
+  found, notes = [], []
   for name, table in (("lowres", names.LOWRES), ("highres", names.HIGHRES)):
     if name in parts:
-      found[name] = exporting.entries(table, parts[name])
+      state = _state(name, exporting.entries(table, parts[name]))
+      found.append(exporting.Export((state,), {}))
     else:
       notes.append(f"no {official.FILES[name]}: the model has no part {name}")
+  for name, folder in pixel_folders.FOLDERS.items():
+    if name in parts:
+      found.append(pixel_files.official_folder(model, parts[name]))
+      if name == "lowres_pixels" and "uncond" not in parts[name].arrays:
+        notes.append(
+          f"no {folder}/{pixel_folders.UNCOND}: training makes these embeddings"
+        )
+    else:
+      notes.append(f"no {folder}/: the model has no part {name}")
   if "pixels" in parts:
     notes.append("the part pixels has no place in the official layout")
-  states = [
-    exporting.StateFile(
-      official.FILES[name].removesuffix(".bin"), ".bin", tuple(entries)
-    )
-    for name, entries in found.items()
-  ]
-  states.append(_language_model(parts["llm"], kept))
-  files = _small_files(model, parts["llm"])
-  return exporting.Export(tuple(states), files, tuple(notes))
+  return found, notes
+
+
+def _state(name, entries) -> exporting.StateFile:
+  stem = official.FILES[name].removesuffix(".bin")
+  return exporting.StateFile(stem, ".bin", tuple(entries))
 
 
 def _check_layout(llm):

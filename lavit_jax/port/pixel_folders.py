@@ -4,7 +4,8 @@
   highres_pixels   highres_pixel_decoding/
 
 Each folder has unet/ and vae/ (config.json and weights) and
-scheduler/scheduler_config.json; that of lowres uncond_embeddings.bin besides.
+scheduler/scheduler_config.json, as a plain Stable Diffusion has; that of
+lowres uncond_embeddings.bin besides.
 Weights are diffusion_pytorch_model.bin or .safetensors, whole or in shards
 with their index, or where neither is there those of the variant `fp16`. Where
 there are several, the official classes' choice is taken: the .bin of a U-Net,
@@ -41,7 +42,7 @@ CONFIG = "config.json"
 SCHEDULER = f"scheduler/{scheduler_config.FILE}"
 STEM = "diffusion_pytorch_model"
 _SUFFIXES = {"unet": (".bin", ".safetensors"), "vae": (".safetensors", ".bin")}
-_VARIANT = "fp16"
+VARIANT = "fp16"
 _CHECKERS = ("safety_checker", "feature_extractor")
 _SIZE_NUMBERS = 6  # that SDXL is told
 
@@ -51,6 +52,15 @@ def present(folder: pathlib.Path) -> list[str]:
   return [part for part, name in FOLDERS.items() if (folder / name).is_dir()]
 
 
+def official_places(parts: Collection[str]) -> list[tuple[str, bool, str]]:
+  """(folder, whether it has unconditional embeddings, part) of pixel parts."""
+  return [
+    (name, part == "lowres_pixels", part)
+    for part, name in FOLDERS.items()
+    if part in parts
+  ]
+
+
 def weight_files(kind: str) -> list[str]:
   """Names of weights, or of their index, in order of preference.
 
@@ -58,7 +68,7 @@ def weight_files(kind: str) -> list[str]:
     kind: "unet" or "vae".
   """
   found = []
-  for variant in ("", f".{_VARIANT}"):
+  for variant in ("", f".{VARIANT}"):
     for suffix in _SUFFIXES[kind]:
       found += [
         f"{STEM}{variant}{suffix}",
@@ -67,19 +77,56 @@ def weight_files(kind: str) -> list[str]:
   return found
 
 
-def missing(folder: pathlib.Path, part: str) -> list[str]:
-  """Files of a part that are not there, as paths under the layout's root."""
-  name = FOLDERS[part]
+def is_index(file: str) -> bool:
+  """Whether a file name is that of an index of shards."""
+  return ".index." in file and file.endswith(".json")
+
+
+def other_weights(files: Collection[str], folder: str, kind: str) -> list[str]:
+  """Weights in a folder that are not read, as another choice is preferred.
+
+  Args:
+    files: paths of all files there are.
+    folder: path of a network's folder.
+    kind: "unet" or "vae".
+  """
+  here = [f for f in files if f.rpartition("/")[0] == folder]
+  chosen = [n for n in weight_files(kind) if f"{folder}/{n}" in here][:1]
+  if not chosen:
+    return []
+  sharded, half = is_index(chosen[0]), VARIANT in chosen[0]
+  suffix = next(end for end in _SUFFIXES[kind] if end in chosen[0])
+
+  def is_read(name):
+    if not sharded:
+      return name == chosen[0]
+    same = (VARIANT in name) == half and name.endswith(suffix)
+    return name.startswith(STEM) and "-of-" in name and same
+
+  return [
+    path
+    for path in here
+    if path.endswith(tensors.SUFFIXES) and not is_read(path.rpartition("/")[2])
+  ]
+
+
+def missing(folder: pathlib.Path, label: str, uncond: bool) -> list[str]:
+  """Files of a pixel decoder that are not there, as messages name them.
+
+  Args:
+    folder: with unet/, vae/ and scheduler/.
+    label: how messages name it.
+    uncond: whether unconditional embeddings belong to it.
+  """
   wanted = [f"{kind}/{CONFIG}" for kind in _SUFFIXES] + [SCHEDULER]
-  if part == "lowres_pixels":
+  if uncond:
     wanted.append(UNCOND)
-  place = folder / name
-  found = [f"{name}/{file}" for file in wanted if not (place / file).is_file()]
+  found = [file for file in wanted if not (folder / file).is_file()]
   for kind in _SUFFIXES:
     files = weight_files(kind)
-    if not any((place / kind / file).is_file() for file in files):
-      found.append(f"{name}/{kind}/{files[0]}")
-  return found
+    if not any((folder / kind / file).is_file() for file in files):
+      found.append(f"{kind}/{files[0]}")
+  return [f"{label}/{file}" for file in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +217,7 @@ def open_network(folder: pathlib.Path, kind: str, label: str) -> Network:
       f"{label} has no weights: expected one of {', '.join(files)} in it."
     )
   file = have[0]
-  if file.endswith(".json"):
+  if is_index(file):
     found = tensors.open_index(folder / file, label)
   else:
     found = tensors.open_file(folder / file, f"{label}/{file}")
@@ -179,30 +226,34 @@ def open_network(folder: pathlib.Path, kind: str, label: str) -> Network:
 
 
 class Reader:
-  """One of the two folders, opened."""
+  """One folder of U-Net, autoencoder and scheduler, opened."""
 
-  def __init__(self, root: pathlib.Path, part: str):
+  def __init__(
+    self, folder: pathlib.Path, label: str, part: str, uncond: bool = False
+  ):
     """Opens it.
 
     Args:
-      root: of the layout.
-      part: a key of FOLDERS, none of whose files is `missing`.
+      folder: none of whose files is `missing`.
+      label: how messages name it.
+      part: that it becomes, a key of FOLDERS.
+      uncond: whether unconditional embeddings belong to it.
 
     Raises:
       errors.CheckpointError: as `open_network`, or a scheduler or an
         embedding that cannot be read.
     """
-    self.part, self._name = part, FOLDERS[part]
-    self._folder = root / self._name
+    self.part, self._name, self._folder = part, label, folder
     self.networks = {
-      kind: open_network(self._folder / kind, kind, f"{self._name}/{kind}")
+      kind: open_network(folder / kind, kind, f"{label}/{kind}")
       for kind in _SUFFIXES
     }
-    self._schedule = scheduler_config.load(self._folder / SCHEDULER)
+    self._schedule = scheduler_config.load(folder / SCHEDULER)
     self.uncond = None
-    if part == "lowres_pixels":
-      label = f"{self._name}/{UNCOND}"
-      opened = tensors.open_file(self._folder / UNCOND, label, bare=True)
+    if uncond:
+      opened = tensors.open_file(
+        folder / UNCOND, f"{label}/{UNCOND}", bare=True
+      )
       (self.uncond,) = opened.values()
 
   @property
@@ -253,8 +304,7 @@ class Reader:
     if self.uncond is None:
       return
     shape = self.uncond.shape
-    good = len(shape) in (2, 3) and (len(shape) == 2 or shape[0] == 1)
-    if not good or shape[-1] != net.cross_dim:
+    if len(shape) != 3 or (shape[0], shape[2]) != (1, net.cross_dim):
       problems.add(
         "wrong shape",
         f"{self._name}/{UNCOND} {list(shape)} instead of"
@@ -262,15 +312,18 @@ class Reader:
       )
 
   def small_files(self) -> dict[str, bytes]:
-    """What export gives back, by path under the layout's root."""
+    """What export gives back, by path in the folder."""
     found = {}
     for place in ("", *self.networks, "scheduler"):
       kept = llama_folder.small_files(self._folder / place)
+      kept = {name: kept[name] for name in kept if not is_index(name)}
       network = self.networks.get(place)
-      if network is not None and network.file.endswith(".json"):
+      if network is not None and is_index(network.file):
         kept[network.file] = (self._folder / place / network.file).read_bytes()
-      prefix = "/".join(filter(None, (self._name, place)))
-      found |= {f"{prefix}/{name}": data for name, data in kept.items()}
+      found |= {
+        f"{place}/{name}" if place else name: data
+        for name, data in kept.items()
+      }
     return found
 
   def notes(self) -> list[str]:
@@ -280,7 +333,7 @@ class Reader:
       if network.left:
         left = ", ".join(network.left)
         found.append(f"{network.label}: {network.file} taken, {left} left")
-      elif _VARIANT in network.file:
+      elif VARIANT in network.file:
         found.append(f"{network.label}: {network.file}, as no other is there")
     checkers = [n for n in _CHECKERS if (self._folder / n).is_dir()]
     if checkers:

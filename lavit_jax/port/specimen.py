@@ -1,18 +1,18 @@
 """A small checkpoint in the official layout, its weights random.
 
-The same files, names and rules as those of the release, 17 MB instead of
-26 GB, so that an import and an export can be tried anywhere in seconds. What
-such a model writes is nonsense. `pixel_decoding/` and
-`highres_pixel_decoding/`, of which import takes nothing, are left out.
+The same files, names and rules as those of the release, 28 MB instead of
+42 GB, so that an import and an export can be tried anywhere in seconds. What
+such a model writes and draws is nonsense. The U-Nets draw 32 x 32 pixels.
 """
 
+import functools
 import json
 import pathlib
 import zlib
 
 import numpy as np
 
-from lavit_jax.infer import parts
+from lavit_jax.infer import parts, schedules
 from lavit_jax.models import (
   decoder,
   llama,
@@ -20,13 +20,18 @@ from lavit_jax.models import (
   quantizer,
   selector,
   tokenizer,
+  unet,
+  vae,
   vision,
 )
 from lavit_jax.port import (
+  diffusers_config,
   folder,
   llama_folder,
   names,
   official,
+  pixel_folders,
+  scheduler_config,
   sizes,
   tensors,
   writing,
@@ -36,7 +41,7 @@ from lavit_jax.port import (
 # pixels, 16 patches. Codes and text ids are as many as in the release.
 _HEADS, _WIDTH, _HIDDEN, _PATCHES, _CODE_DIM = 4, 64, 279, 16, 32
 _NUM_CODES, _LLM_WIDTH = 16384, 32
-_UNET_DIM, _UNET_DIMS, _POOLED_DIM = 48, (24, 40), 40
+_UNET_DIM, _UNET_DIMS, _POOLED_DIM, _SIZE_DIM = 48, (24, 40), 40, 8
 _BLOCKS = {
   "width": _WIDTH,
   "depth": 2,
@@ -70,6 +75,42 @@ _LLAMA = llama.LlamaConfig(
   norm_eps=1e-5,
   max_len=4096,
 )
+_UNET = functools.partial(
+  unet.UNetConfig,
+  in_channels=4,
+  out_channels=4,
+  channels=(32, 64),
+  layers_per_block=1,
+  groups=8,
+)
+_UNETS = {
+  "lowres_pixels": _UNET(
+    attention=(True, False),
+    transformer_layers=(1, 1),
+    num_heads=(8, 8),
+    cross_dim=_UNET_DIM,
+  ),
+  "highres_pixels": _UNET(
+    attention=(False, True),
+    transformer_layers=(1, 2),
+    num_heads=(2, 4),
+    cross_dim=sum(_UNET_DIMS),
+    details=unet.Details(
+      linear_projection=True,
+      added_dim=_POOLED_DIM + 6 * _SIZE_DIM,
+      added_time_dim=_SIZE_DIM,
+    ),
+  ),
+}
+_FACTORS = {"lowres_pixels": 0.18215, "highres_pixels": 0.13025}
+_VAE = functools.partial(
+  vae.VaeConfig,
+  channels=(16, 16, 32, 32),
+  layers_per_block=1,
+  groups=8,
+  sample_size=32,
+)
+_UNCOND_TOKENS = 5
 _LLM = f"{official.LLM_FOLDER}/pytorch_model.bin"
 # Standard deviations where those of `_values` would do badly: a selector that
 # is sure of itself keeps other patches in other pictures.
@@ -106,6 +147,8 @@ def write(directory, seed: int = 0) -> pathlib.Path:
       writing.save_torch(
         path, _values(names.to_official(table, tree, rows), rng)
       )
+    for part, name in pixel_folders.FOLDERS.items():
+      _write_pixels(partial / name, part, seed)
     language_model = partial / official.LLM_FOLDER
     for name, data in llama_folder.default_files(_LLAMA, "float32", {}).items():
       (language_model / name).write_bytes(data)
@@ -114,6 +157,39 @@ def write(directory, seed: int = 0) -> pathlib.Path:
     heads = json.dumps({"heads": _HEADS})
     (partial / "variant_config.json").write_text(heads)
   return directory
+
+
+def _write_pixels(place, part, seed):
+  """pixel_decoding/ or highres_pixel_decoding/, as diffusers writes them."""
+  configs = {"unet": _UNETS[part], "vae": _VAE(scaling_factor=_FACTORS[part])}
+  described = {
+    pixel_folders.SCHEDULER: scheduler_config.unparse(
+      schedules.STABLE_DIFFUSION
+    ),
+    "unet/config.json": diffusers_config.unet_fields(configs["unet"]),
+    "vae/config.json": diffusers_config.vae_fields(configs["vae"]),
+  }
+  for file, fields in described.items():
+    (place / file).parent.mkdir(parents=True)
+    (place / file).write_bytes(llama_folder.to_json(fields))
+  trees = {
+    "unet": diffusers_config.abstract_unet(configs["unet"]),
+    "vae": diffusers_config.abstract_vae(configs["vae"]),
+  }
+  for kind, tree in trees.items():
+    path = place / kind / pixel_folders.weight_files(kind)[0]
+    rng = np.random.default_rng([seed, zlib.crc32(f"{part}/{kind}".encode())])
+    table = pixel_folders.table_of(configs[kind], "to_q")
+    state = _values(names.to_official(table, tree), rng)
+    if path.suffix == ".bin":
+      writing.save_torch(path, state)
+    else:
+      writing.save_arrays(path, state)
+  if part == "lowres_pixels":
+    rng = np.random.default_rng([seed, zlib.crc32(part.encode())])
+    shape = (1, _UNCOND_TOKENS, _UNET_DIM)
+    uncond = rng.standard_normal(shape, np.float32)
+    writing.save_torch(place / pixel_folders.UNCOND, uncond)
 
 
 def _files():

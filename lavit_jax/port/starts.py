@@ -1,10 +1,14 @@
-"""Weights that training starts from: a plain LLaMA, an EVA-CLIP encoder.
+"""Weights that training starts from: LLaMA, EVA-CLIP, Stable Diffusion.
 
 A LLaMA folder becomes the part `llm` without a reading branch. Its text rows
 are kept, and the vocabulary grows to text | [IMG] [/IMG] | codes: "new visual
 rows of embedding and head start at random". They are drawn here from a normal
 distribution of mean 0 and the standard deviation of the text rows of the same
 array, so that a new word is as loud as an old one, whatever the model's size.
+
+A folder of Stable Diffusion becomes the part with the pixels of lowres, or of
+highres if its U-Net has SDXL's additional embedding. Its text encoders are not
+needed, and unconditional embeddings are for training to make.
 """
 
 import dataclasses
@@ -15,7 +19,16 @@ import numpy as np
 
 from lavit_jax import errors, vocabulary
 from lavit_jax.models import llama
-from lavit_jax.port import llama_folder, names, official, plan, sizes, tensors
+from lavit_jax.port import (
+  diffusers_config,
+  llama_folder,
+  names,
+  official,
+  pixel_folders,
+  plan,
+  sizes,
+  tensors,
+)
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
@@ -227,3 +240,56 @@ def _without_prefix(found, label):
       " Which encoder is meant cannot be told; save one of them alone."
     )
   return under or found
+
+
+def is_diffusers(folder: pathlib.Path) -> bool:
+  """Whether a folder looks like a pipeline of diffusers with a U-Net."""
+  return (folder / "unet" / pixel_folders.CONFIG).is_file()
+
+
+def diffusers_plan(
+  folder: pathlib.Path,
+  only: Sequence[str] | None = None,
+  *,
+  allow: Collection[str] = (),
+) -> plan.Plan:
+  """A folder of Stable Diffusion as `lowres_pixels` or `highres_pixels`.
+
+  Args:
+    folder: unet/, vae/ and scheduler/; of the rest only LaVIT's own
+      unconditional embeddings are taken, if they are there.
+    only: None, or the part that it gives.
+    allow: official names that may be missing.
+
+  Raises:
+    errors.UsageError: another part is asked for.
+    errors.CheckpointError: files or tensors missing, not used or of a wrong
+      shape, a network or a scheduler of another kind.
+  """
+  label, problems = folder.name, plan.Problems(folder.name)
+  for file in pixel_folders.missing(folder, label, uncond=False):
+    problems.add("missing file", file)
+  problems.check()
+  file = f"unet/{pixel_folders.CONFIG}"
+  fields = llama_folder.read_json(folder / file, f"{label}/{file}")
+  told = diffusers_config.unet_config(fields, f"{label}/{file}").details
+  part = "highres_pixels" if told.added_dim else "lowres_pixels"
+  require_only(only, part, folder)
+  uncond = not told.added_dim and (folder / pixel_folders.UNCOND).is_file()
+  reader = pixel_folders.Reader(folder, label, part, uncond)
+  plan.check_allowed(allow, reader.tables)
+  made = reader.read(problems, allow)
+  problems.check()
+  meta = made.meta | {"port": {"source": "diffusers", **made.meta["port"]}}
+  place = f"{official.OFFICIAL}/{pixel_folders.FOLDERS[part]}"
+  files = {
+    f"{place}/{path}": data
+    for path, data in reader.small_files().items()
+    if "/" in path  # those at the top are of the whole pipeline
+  }
+  return plan.Plan(
+    source="diffusers",
+    parts=(dataclasses.replace(made, meta=meta),),
+    files=files,
+    notes=tuple(reader.notes()),
+  )

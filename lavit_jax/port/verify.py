@@ -4,10 +4,11 @@ A directory of recordings has a file a module (`encoder.npz`, ...), whose
 arrays `in_*` are inputs, `out_*` what the official module made of them, and
 `info_*` remarks; strings are in the `.json` of the same name. Every `out_*`
 array gives one row, with the tolerances of TOLERANCES; whatever is in the
-directory and is not known here is a failure. Recordings of the U-Nets, VAEs
-and pictures are named "later": no part of a model here holds these yet.
+directory and is not known here is a failure. The folder `extra` has the weights
+of `pixel_decoding/vae` once more, under older names.
 
-The numbers themselves are made in `recordings.py` and `recorded_text.py`.
+The numbers themselves are made in `recordings.py`, `recorded_text.py` and
+`recorded_pixels.py`.
 """
 
 import dataclasses
@@ -18,23 +19,24 @@ import jax
 import numpy as np
 
 from lavit_jax import checkpoints, errors, vocabulary
-from lavit_jax.infer import official, pipeline
+from lavit_jax.infer import official, painters, pipeline
 from lavit_jax.models import llama, tokenizer
-from lavit_jax.port import recorded_text, recordings
+from lavit_jax.port import recorded_pixels, recorded_text, recordings
 
-# max|a - b| / max|b| over an array; 0: equal.
-TOLERANCES = {"float": 1e-4, "score": 2e-4, "exact": 0.0}
-_LATER = {
-  "unet_sd": "the U-Net of Stable Diffusion",
-  "unet_sdxl": "the U-Net of SDXL",
-  "vae": "the VAEs",
-  "ddim": "the schedulers",
-  "pixels_lowres": "pictures of the lowres decoder",
-  "pixels_highres": "pictures of the highres decoder",
-  "detokenize": "pictures from tokens",
+# max|a - b| / max|b| over an array; 0: equal. Of pictures max|a - b| alone:
+# in [0, 1], and of 255 levels.
+TOLERANCES = {
+  "float": 1e-4,
+  "score": 2e-4,
+  "exact": 0.0,
+  "picture": 2 / 255,
+  "levels": 2.0,
 }
+_ABSOLUTE = ("picture", "levels")
+_CHECKS = recordings.CHECKS | recorded_pixels.CHECKS
 _OTHERS = ("README.md", "variant_config.json", "checkpoint", "preprocess")
-_LATER_FOLDERS = {"extra": "other names of the VAE"}
+_EXTRA = "extra"
+_DEPRECATED = "vae_deprecated_names"  # a folder in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Row:
   """One array, or one list of strings.
 
   Attributes:
-    status: "pass", "fail" or "later".
+    status: "pass" or "fail".
     max_abs, max_rel: largest error, and over the largest recorded value;
       None where nothing could be compared.
   """
@@ -80,9 +82,8 @@ def run(model, golden) -> list[Row]:
       rows += _arrays(path, parts)
     elif path.suffix == ".json" and path.stem in recorded_text.CHECKS:
       rows += _strings(path, parts)
-    elif path.name in _LATER_FOLDERS:
-      note = f"{_LATER_FOLDERS[path.name]}: not in this version"
-      rows.append(Row(path.name, "*", None, None, None, "later", note))
+    elif path.name == _EXTRA:
+      rows += _extra(path)
     elif path.name not in _OTHERS:
       rows.append(_unknown(path.name, "*", "nothing here knows this file"))
   return rows
@@ -100,6 +101,13 @@ class Parts:
     if name not in self._loaded:
       self._loaded[name] = checkpoints.load_part(self._directory, name)
     return self._loaded[name]
+
+  def painter(self, kind: str):
+    """A pixel decoder, of `painters.NEEDS`; CheckpointError as `part`."""
+    key = f"painter {kind}"
+    if key not in self._loaded:
+      self._loaded[key] = painters.load(self._directory, kind)
+    return self._loaded[key]
 
   @property
   def text(self) -> vocabulary.TextTokenizer:
@@ -139,31 +147,54 @@ class Recorded(dict):
 
 def _arrays(path, parts) -> list[Row]:
   """Rows of one .npz file."""
-  name = path.stem
-  if name in _LATER:
-    note = f"{_LATER[name]}: not in this version"
-    return [Row(path.name, "*", None, None, None, "later", note)]
-  if name not in recordings.CHECKS:
+  if path.stem not in _CHECKS:
     return [_unknown(path.name, "*", "nothing here knows this file")]
   recorded = Recorded(path)
+  return _compared(
+    path.name, recorded, lambda: _CHECKS[path.stem](recorded, parts)
+  )
+
+
+def _compared(file, recorded, check) -> list[Row]:
+  """Rows of arrays and what a check makes of them."""
   try:
-    made = recordings.CHECKS[name](recorded, parts)
+    made = check()
   except (errors.LavitError, KeyError, OSError, TypeError, ValueError) as e:
     text = str(e).splitlines()[0][:300]
-    return [_unknown(path.name, "*", f"cannot be run: {text}")]
+    return [_unknown(file, "*", f"cannot be run: {text}")]
   rows = []
   for array in recorded:
     if array.startswith("out_"):
       if array in made:
         value, kind = made[array]
         wanted = dict.__getitem__(recorded, array)
-        rows.append(_compare(path.name, array, value, wanted, kind))
+        rows.append(_compare(file, array, value, wanted, kind))
       else:
-        rows.append(_unknown(path.name, array, "nothing here makes this"))
+        rows.append(_unknown(file, array, "nothing here makes this"))
     elif array.startswith("in_") and array not in recorded.used:
-      rows.append(_unknown(path.name, array, "no check took this input"))
+      rows.append(_unknown(file, array, "no check took this input"))
     elif not array.startswith(("in_", "info_")):
-      rows.append(_unknown(path.name, array, "neither in_, out_ nor info_"))
+      rows.append(_unknown(file, array, "neither in_, out_ nor info_"))
+  return rows
+
+
+def _extra(folder) -> list[Row]:
+  """Rows of the folder `extra`: arrays of vae.npz by weights of other names."""
+  rows = []
+  for place in sorted(folder.iterdir()):
+    name = f"{folder.name}/{place.name}"
+    if place.name != _DEPRECATED:
+      rows.append(_unknown(name, "*", "nothing here knows this"))
+      continue
+    path = folder.parent / "vae.npz"
+    if not path.is_file():
+      rows.append(_unknown(name, "*", "its pictures are in vae.npz: missing"))
+      continue
+    recorded = Recorded(path)
+    for array in [n for n in recorded if n.endswith("_sdxl")]:
+      del recorded[array]
+    check = lambda a=recorded, p=place: recorded_pixels.deprecated_names(a, p)
+    rows += _compared(name, recorded, check)
   return rows
 
 
@@ -201,13 +232,14 @@ def _compare(file, array, ours, theirs, kind) -> Row:
   ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
   finite = np.isfinite(theirs)
   same = np.array_equal(ours[~finite], theirs[~finite], equal_nan=True)
-  error = np.abs(ours[finite] - theirs[finite])
-  largest = float(error.max(initial=0.0))
+  apart = np.abs(ours[finite] - theirs[finite])
+  largest = float(apart.max(initial=0.0))
   scale = float(np.abs(theirs[finite]).max(initial=0.0)) or 1.0
-  good = same and largest / scale <= tolerance  # False for NaN
+  error = largest if kind in _ABSOLUTE else largest / scale
+  good = same and error <= tolerance  # False for NaN
   note = "" if same else "infinite at other places"
   if kind == "exact" and not good:
-    note = f"{int((error > 0).sum())} of {theirs.size} differ"
+    note = f"{int((apart > 0).sum())} of {theirs.size} differ"
   status = "pass" if good else "fail"
   return Row(file, array, largest, largest / scale, tolerance, status, note)
 

@@ -91,10 +91,20 @@ def save_tensors(path, items: Sequence[tuple[str, tensors.Tensor]]) -> None:
     views[name][...] = tensor.read()
 
 
-def save_torch(path, arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes a state_dict of these arrays by torch.save, without copies."""
+def save_arrays(path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes a state_dict of these arrays as safetensors."""
+  specs = [Spec(name, x.shape, x.dtype) for name, x in arrays.items()]
+  for name, view in map_safetensors(path, specs).items():
+    view[...] = arrays[name]
+
+
+def save_torch(path, content: Mapping[str, np.ndarray] | np.ndarray) -> None:
+  """Writes a state_dict, or one array alone, by torch.save, without copies."""
   torch = tensors.require("torch", "Writing .bin files")
-  state = {name: _tensor(torch, array) for name, array in arrays.items()}
+  if isinstance(content, np.ndarray):
+    torch.save(_tensor(torch, content), path)
+    return
+  state = {name: _tensor(torch, array) for name, array in content.items()}
   torch.save(state, path)
 
 

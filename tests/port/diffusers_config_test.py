@@ -16,9 +16,11 @@ from lavit_jax.port import (
   diffusers_config,
   names,
   names_pixels,
+  pixel_folders,
   plan,
   tensors,
 )
+from lavit_jax.port import official as layout
 
 # What Stable Diffusion 1.5 and SDXL are published with.
 SD15 = {
@@ -261,6 +263,26 @@ def test_full_size_names_and_shapes_are_those_of_the_manifest(
   assert round(numbers / 1e6, 1) == count
   if part == "vae":
     assert manifest[f"highres_{file}"] == manifest[file]
+
+
+@pytest.mark.shared
+def test_every_official_file_and_no_other_has_a_place_here():
+  """The files of the release, by the part that each one becomes."""
+  if "LAVIT_SHARED" not in os.environ:
+    pytest.skip("LAVIT_SHARED is not set: the manifest of the official release")
+  root = pathlib.Path(os.environ["LAVIT_SHARED"]) / "golden"
+  manifest = json.loads((root / "manifest_full.json").read_text())
+  known = {*layout.FILES.values()}
+  known.add(f"{layout.LLM_FOLDER}/pytorch_model-*.bin")
+  for part, folder in pixel_folders.FOLDERS.items():
+    for kind in ("unet", "vae"):
+      known.add(f"{folder}/{kind}/{pixel_folders.weight_files(kind)[0]}")
+    if part == "lowres_pixels":
+      known.add(f"{folder}/{pixel_folders.UNCOND}")
+  assert known == set(manifest)
+  uncond = manifest[f"pixel_decoding/{pixel_folders.UNCOND}"]
+  assert [row.official for row in names.UNCOND] == list(uncond)
+  assert uncond[""][-1] == unet.SD15_UNET.cross_dim
 
 
 @pytest.mark.parametrize("part", ["sd15", "sdxl", "vae"])

@@ -1,6 +1,4 @@
 import json
-import os
-import pathlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,20 +37,6 @@ def exported(model, target, format):
   return exporting.run(model, target, format=format, quiet=True)
 
 
-def bits(tensor):
-  """Of a tensor, so that equal means equal to the last bit."""
-  kinds = {2: torch.int16, 4: torch.int32}
-  return tensor.contiguous().view(kinds[tensor.element_size()])
-
-
-def assert_same_state(found, wanted):
-  assert set(found) == set(wanted)
-  for name, value in wanted.items():
-    assert found[name].dtype == value.dtype, name
-    assert found[name].shape == value.shape, name
-    assert torch.equal(bits(found[name]), bits(value)), name
-
-
 def assert_comes_back(source, target):
   """Every file of a source that is not a pixel decoder's, bit for bit."""
   for folder in ("visual_tokenizer", "language_model"):
@@ -61,7 +45,7 @@ def assert_comes_back(source, target):
     for name in wanted:
       left, right = source / folder / name, target / folder / name
       if name.endswith(".bin"):
-        assert_same_state(sources.load(right), sources.load(left))
+        sources.assert_same_state(sources.load(right), sources.load(left))
       else:
         assert left.read_bytes() == right.read_bytes(), name
 
@@ -118,21 +102,6 @@ def test_parts_imported_one_by_one_come_back_too(small, tmp_path):
   assert_comes_back(source, tmp_path / "back")
 
 
-@pytest.mark.shared
-@pytest.mark.skipif(
-  "LAVIT_SHARED" not in os.environ, reason="LAVIT_SHARED: golden checkpoints"
-)
-def test_golden_checkpoints_come_back(tmp_path):
-  root = pathlib.Path(os.environ["LAVIT_SHARED"]) / "golden"
-  found = sorted(root.glob("*/checkpoint"))
-  assert found
-  for source in found:
-    target = tmp_path / source.parent.name
-    imported(source, target / "model")
-    exported(target / "model", target / "back", "official")
-    assert_comes_back(source, target / "back")
-
-
 def test_weights_of_the_recorded_release_come_back(tmp_path):
   """The official modules' own files, with a language model of their width."""
   files = {
@@ -180,7 +149,7 @@ def test_large_language_models_are_cut_as_hugging_face_cuts_them(
     assert all(index["weight_map"][name] == file for name in state)
     joined |= state
   wanted = sources.load(source / sources.LLM)
-  assert_same_state(joined, wanted)
+  sources.assert_same_state(joined, wanted)
   size = sum(t.numel() * t.element_size() for t in wanted.values())
   assert index["metadata"]["total_size"] == size
 
@@ -281,7 +250,7 @@ def test_visual_files_of_an_imported_model_are_the_official_tensors(
       for name, value in found.items()
       if name.startswith(prefix)
     }
-    assert_same_state(part, wanted)
+    sources.assert_same_state(part, wanted)
 
 
 def test_a_model_with_another_text_vocabulary_is_refused(tmp_path):

@@ -153,3 +153,18 @@ def write_llama(folder, config=LLAMA, tensors=None, **config_fields):
 def load(path):
   """A .bin file as torch tensors."""
   return torch.load(path, weights_only=True)
+
+
+def _bits(tensor):
+  """Of a tensor, so that equal means equal to the last bit."""
+  kinds = {2: torch.int16, 4: torch.int32}
+  return tensor.contiguous().view(kinds[tensor.element_size()])
+
+
+def assert_same_state(found, wanted):
+  """Names, dtypes and numbers of two state_dicts, to the last bit."""
+  assert set(found) == set(wanted)
+  for name, value in wanted.items():
+    assert found[name].dtype == value.dtype, name
+    assert found[name].shape == value.shape, name
+    assert torch.equal(_bits(found[name]), _bits(value)), name

@@ -14,7 +14,7 @@ from lavit_jax.models import llama  # noqa: E402
 from lavit_jax.port import importing, names  # noqa: E402
 from lavit_jax.train import loop  # noqa: E402
 from tests import micro  # noqa: E402
-from tests.port import sources  # noqa: E402
+from tests.port import pixel_sources, sources  # noqa: E402
 
 TEXT = 512  # pieces of sources.WORDS
 LLAMA = dataclasses.replace(sources.LLAMA, vocab_size=TEXT)
@@ -250,4 +250,44 @@ def test_an_encoder_that_does_not_fit_is_refused(tmp_path):
   torch.save(tensors, path)
   with pytest.raises(errors.CheckpointError, match="square"):
     imported(path, tmp_path / "model", heads=3)
+  assert not (tmp_path / "model").exists()
+
+
+# Stable Diffusion -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", pixel_sources.FOLDERS)
+def test_stable_diffusion_becomes_the_part_of_its_unet(tmp_path, part):
+  source = pixel_sources.write(tmp_path / "sd", part)
+  (source / "model_index.json").write_text("{}")
+  (source / "text_encoder").mkdir()
+  report = imported(source, tmp_path / "model")
+  assert report["source"] == "diffusers"
+  assert list(report["parts"]) == [part]
+  found = stored(tmp_path / "model", part)
+  assert set(found.params) == {"unet", "vae"}  # no unconditional embeddings
+  assert found.meta["port"]["source"] == "diffusers"
+  official = pixel_sources.write_official(tmp_path / "official", part)
+  imported(official, tmp_path / "same", only=[part])
+  same = stored(tmp_path / "same", part)
+  same.params.pop("uncond", None)
+  jax.tree.map(np.testing.assert_array_equal, found.params, same.params)
+  kept = tmp_path / "model" / "official" / pixel_sources.FOLDERS[part]
+  assert sorted(path.name for path in kept.iterdir()) == [
+    "scheduler",
+    "unet",
+    "vae",
+  ]
+
+
+def test_stable_diffusion_gives_one_part_and_says_what_is_missing(tmp_path):
+  source = pixel_sources.write(tmp_path / "sd", "lowres_pixels")
+  with pytest.raises(errors.UsageError, match="lowres_pixels alone"):
+    imported(source, tmp_path / "model", only=["highres_pixels"])
+  (source / "scheduler" / "scheduler_config.json").unlink()
+  (source / "vae" / "config.json").unlink()
+  with pytest.raises(errors.CheckpointError) as caught:
+    imported(source, tmp_path / "model", only=["lowres_pixels"])
+  for file in ("sd/scheduler/scheduler_config.json", "sd/vae/config.json"):
+    assert file in str(caught.value)
   assert not (tmp_path / "model").exists()

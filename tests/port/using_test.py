@@ -225,7 +225,7 @@ def test_what_needs_the_u_nets_is_refused(lavit, pictures):
     lambda: lavit.reconstruct(pictures[0]),
     lambda: lavit.generate("a dog", max_new_tokens=2),
   ):
-    with pytest.raises(errors.CheckpointError, match="lowres and highres"):
+    with pytest.raises(errors.CheckpointError, match="has no highres_pixels"):
       draw()
   with pytest.raises(errors.CheckpointError, match="mean features"):
     _ = lavit.visual.feature_mean

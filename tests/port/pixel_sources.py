@@ -1,0 +1,143 @@
+"""Small pixel decoders in diffusers' format, beside those of `sources.py`."""
+
+import json
+
+import numpy as np
+import torch
+from safetensors import torch as safe
+
+from lavit_jax.infer import schedules
+from lavit_jax.models import unet, vae
+from lavit_jax.port import (
+  diffusers_config,
+  names,
+  pixel_folders,
+  scheduler_config,
+)
+
+FOLDERS = pixel_folders.FOLDERS
+STEM = pixel_folders.STEM
+SHAPE = {
+  "in_channels": 4,
+  "out_channels": 4,
+  "channels": (8, 16),
+  "layers_per_block": 1,
+  "transformer_layers": (1, 1),
+  "groups": 4,
+}
+UNETS = {  # what the decoders of `sources.py` give
+  "lowres_pixels": unet.UNetConfig(
+    **SHAPE,
+    attention=(True, False),
+    num_heads=(2, 2),
+    cross_dim=10,
+    details=unet.Details(mask_bias=unet.MASK_BIAS),
+  ),
+  "highres_pixels": unet.UNetConfig(
+    **SHAPE,
+    attention=(False, True),
+    num_heads=(1, 4),
+    cross_dim=18,
+    details=unet.Details(
+      linear_projection=True,
+      mask_bias=unet.MASK_BIAS,
+      added_dim=13 + 6 * 2,
+      added_time_dim=2,
+    ),
+  ),
+}
+VAE = vae.VaeConfig(
+  channels=(4, 8), layers_per_block=1, groups=2, sample_size=8
+)
+UNCOND = np.linspace(-1, 1, 30, dtype=np.float32).reshape(1, 3, 10)
+
+
+def config(part, kind):
+  """Sizes of a network."""
+  return UNETS[part] if kind == "unet" else VAE
+
+
+def state(part, kind, generation="to_q", dtype=torch.float32):
+  """Random tensors of a network by official name."""
+  if kind == "unet":
+    tree = diffusers_config.abstract_unet(UNETS[part])
+  else:
+    tree = diffusers_config.abstract_vae(VAE)
+  rng = np.random.default_rng([len(part), len(kind)])
+  table = pixel_folders.table_of(config(part, kind), generation)
+  return {
+    name: torch.from_numpy(
+      rng.normal(size=value.shape, scale=0.3).astype(np.float32)
+    ).to(dtype)
+    for name, value in names.to_official(table, tree).items()
+  }
+
+
+def save(path, tensors):
+  """Writes a state_dict as the suffix says."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if path.suffix == ".bin":
+    torch.save(tensors, path)
+  else:
+    safe.save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+
+
+def load(path):
+  """A state_dict, or a bare tensor, under whatever suffix."""
+  if path.suffix == ".bin":
+    return torch.load(path, weights_only=True)
+  return safe.load_file(path)
+
+
+def shard(path, count):
+  """Cuts a file of weights into shards with an index; the index's path."""
+  tensors, weight_map = load(path), {}
+  path.unlink()
+  for i in range(count):
+    file = f"{STEM}-{i + 1:05d}-of-{count:05d}{path.suffix}"
+    some = dict(list(tensors.items())[i::count])
+    save(path.with_name(file), some)
+    weight_map |= dict.fromkeys(some, file)
+  index = path.with_name(f"{STEM}{path.suffix}.index.json")
+  size = sum(t.numel() * t.element_size() for t in tensors.values())
+  content = {"metadata": {"total_size": size}, "weight_map": weight_map}
+  index.write_text(json.dumps(content))
+  return index
+
+
+def write(
+  folder,
+  part,
+  *,
+  generation="to_q",
+  dtype=torch.float32,
+  files=(f"{STEM}.bin", f"{STEM}.safetensors"),
+  uncond=None,
+):
+  """Writes unet/, vae/, scheduler/ (and uncond, an array) and returns it."""
+  fields = {
+    "unet": diffusers_config.unet_fields(UNETS[part]),
+    "vae": diffusers_config.vae_fields(VAE),
+  }
+  for kind, file in zip(fields, files, strict=True):
+    tensors = state(part, kind, generation, dtype)
+    save(folder / kind / file, tensors)
+    # Not as we would write it: an import must give these very bytes back.
+    text = json.dumps(fields[kind] | {"_diffusers_version": "0.0"}, indent=3)
+    (folder / kind / "config.json").write_text(text)
+  scheduler = folder / "scheduler"
+  scheduler.mkdir(exist_ok=True)
+  content = scheduler_config.unparse(schedules.STABLE_DIFFUSION)
+  content |= {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
+  (scheduler / scheduler_config.FILE).write_text(json.dumps(content))
+  if uncond is not None:
+    torch.save(torch.from_numpy(uncond), folder / pixel_folders.UNCOND)
+  return folder
+
+
+def write_official(root, part="lowres_pixels", **kwargs):
+  """The folder of a part in the official layout; gives the root."""
+  if part == "lowres_pixels":
+    kwargs = {"uncond": UNCOND} | kwargs
+  write(root / FOLDERS[part], part, **kwargs)
+  return root
