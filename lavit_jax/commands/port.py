@@ -52,7 +52,7 @@ def _add_import(actions):
     type=_parts,
     metavar="PARTS",
     help="some of encoder, tokenizer, llm, lowres, highres, lowres_pixels,"
-    " highres_pixels, as in the example; all there are by default",
+    " highres_pixels, safety, as in the example; all there are by default",
   )
   parser.add_argument(
     "--dtype",

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from lavit_jax import errors
-from lavit_jax.port import official, pixel_folders, tensors
+from lavit_jax.port import official, pixel_folders, safety_folder, tensors
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _EVERY = ("*.json", "tokenizer.model")
@@ -75,7 +75,7 @@ def _networks() -> list[tuple[str, str]]:
 
 
 def patterns(only: Sequence[str] | None) -> list[str]:
-  """What to download for these parts; safety checkers are left.
+  """What to download for these parts.
 
   All layouts are covered: the official one, a plain LLaMA folder, a pipeline
   of Stable Diffusion.
@@ -98,4 +98,6 @@ def patterns(only: Sequence[str] | None) -> list[str]:
     found.append(f"{folder}/{pixel_folders.UNCOND}")
   if parts & set(pixel_folders.FOLDERS):
     found += ["unet/*", "vae/*"]
+  if safety_folder.PART in parts:
+    found += [f"{place}/*" for place in safety_folder.PLACES]
   return found

@@ -14,7 +14,8 @@ the official names, each network with a prefix:
 
 Its sizes are in `visual_tokenizer.json`. `lowres_pixels/` and
 `highres_pixels/` have the folders unet, vae and scheduler, which diffusers
-loads, and lowres the embeddings of its unconditional stream.
+loads, and lowres the embeddings of its unconditional stream. A safety checker
+lies where the import found it.
 """
 
 import numpy as np
@@ -28,6 +29,7 @@ from lavit_jax.port import (
   official,
   pixel_files,
   pixel_folders,
+  safety_folder,
   writing,
 )
 
@@ -62,6 +64,12 @@ def make(model) -> exporting.Export:
     files[f"{_VISUAL}.json"] = llama_folder.to_json(_sizes(parts, visual))
   for name in [name for name in pixel_folders.FOLDERS if name in parts]:
     folder = pixel_files.diffusers_folder(model, parts[name])
+    states += folder.states
+    files |= folder.files
+  if safety_folder.PART in parts:
+    folder = safety_folder.export(
+      model, parts[safety_folder.PART], official.OFFICIAL
+    )
     states += folder.states
     files |= folder.files
   if not states:

@@ -1,12 +1,15 @@
 """The table of `names.py` for Stable Diffusion's safety checker.
 
-SAFETY   params of `safety.SafetyChecker`
+table   params of `safety.SafetyChecker`, under either generation of names
 """
+
+from collections.abc import Iterable
 
 from lavit_jax.port import names
 
-_TOWER = "vision_model.vision_model."
-_LAYER = _TOWER + "encoder.layers.{i}."
+# What the names of the vision tower begin with: transformers up to 4 wrote the
+# first kind, Stable Diffusion 1.5's own file among others.
+GENERATIONS = ("vision_model.vision_model.", "vision_model.")
 
 
 def _norm(official: str, ours: str) -> names.Table:
@@ -23,36 +26,47 @@ def _dense(official: str, ours: str) -> names.Table:
   )
 
 
-SAFETY: names.Table = (
-  names.Row(_TOWER + "embeddings.class_embedding", "class_embedding"),
-  names.Row(
-    _TOWER + "embeddings.patch_embedding.weight", "patch_embed/kernel", "patch"
-  ),
-  names.Row(_TOWER + "embeddings.position_embedding.weight", "pos_embed"),
-  *_norm(_TOWER + "pre_layrnorm", "pre_norm"),
-  *(
-    row
-    for theirs, ours in (
-      ("q_proj", "query"),
-      ("k_proj", "key"),
-      ("v_proj", "value"),
-      ("out_proj", "proj"),
-    )
-    for row in _dense(f"{_LAYER}self_attn.{theirs}", f"blocks/self_attn/{ours}")
-  ),
-  *_norm(_LAYER + "layer_norm1", "blocks/layer_norm1"),
-  *_dense(_LAYER + "mlp.fc1", "blocks/fc1"),
-  *_dense(_LAYER + "mlp.fc2", "blocks/fc2"),
-  *_norm(_LAYER + "layer_norm2", "blocks/layer_norm2"),
-  *_norm(_TOWER + "post_layernorm", "post_norm"),
-  names.Row("visual_projection.weight", "projection/kernel", "linear"),
-  *(
-    names.Row(name, name)
-    for name in (
-      "concept_embeds",
-      "special_care_embeds",
-      "concept_embeds_weights",
-      "special_care_embeds_weights",
-    )
-  ),
-)
+def generation(found: Iterable[str]) -> str:
+  """Of GENERATIONS, the one that these names are of."""
+  old = any(name.startswith(GENERATIONS[0]) for name in found)
+  return GENERATIONS[0] if old else GENERATIONS[1]
+
+
+def table(tower: str = GENERATIONS[0]) -> names.Table:
+  """The table, for a tower of one of GENERATIONS."""
+  layer = tower + "encoder.layers.{i}."
+  return (
+    names.Row(tower + "embeddings.class_embedding", "class_embedding"),
+    names.Row(
+      tower + "embeddings.patch_embedding.weight", "patch_embed/kernel", "patch"
+    ),
+    names.Row(tower + "embeddings.position_embedding.weight", "pos_embed"),
+    *_norm(tower + "pre_layrnorm", "pre_norm"),
+    *(
+      row
+      for theirs, ours in (
+        ("q_proj", "query"),
+        ("k_proj", "key"),
+        ("v_proj", "value"),
+        ("out_proj", "proj"),
+      )
+      for row in _dense(
+        f"{layer}self_attn.{theirs}", f"blocks/self_attn/{ours}"
+      )
+    ),
+    *_norm(layer + "layer_norm1", "blocks/layer_norm1"),
+    *_dense(layer + "mlp.fc1", "blocks/fc1"),
+    *_dense(layer + "mlp.fc2", "blocks/fc2"),
+    *_norm(layer + "layer_norm2", "blocks/layer_norm2"),
+    *_norm(tower + "post_layernorm", "post_norm"),
+    names.Row("visual_projection.weight", "projection/kernel", "linear"),
+    *(
+      names.Row(name, name)
+      for name in (
+        "concept_embeds",
+        "special_care_embeds",
+        "concept_embeds_weights",
+        "special_care_embeds_weights",
+      )
+    ),
+  )

@@ -10,7 +10,8 @@ Parts and the files they are made of:
              branch that reads pictures: visual_weight.bin, which may hold any
              of the tokenizer's tensors, laid over tokenizer_encoder.bin
 
-  lowres_pixels, highres_pixels   see `pixel_folders.py`; these folders may be
+  lowres_pixels, highres_pixels   see `pixel_folders.py`
+  safety                          see `safety_folder.py`; these folders may be
                                   missing, and all the rest is still whole
 
 The tokenizer file may repeat the encoder under `encoder.`: copies that are
@@ -30,6 +31,7 @@ from lavit_jax.port import (
   names,
   pixel_folders,
   plan,
+  safety_folder,
   sizes,
   tensors,
 )
@@ -37,7 +39,7 @@ from lavit_jax.port import (
 SOURCE = "lavit"
 TEXT_SIZE = 32000
 PARTS = ("encoder", "tokenizer", "lowres", "highres", "llm")  # always there
-ALL_PARTS = (*PARTS, *pixel_folders.FOLDERS)
+ALL_PARTS = (*PARTS, *pixel_folders.FOLDERS, safety_folder.PART)
 FILES = {
   "encoder": "visual_tokenizer/eva_vitg_psz14.bin",
   "tokenizer": "visual_tokenizer/tokenizer_encoder.bin",
@@ -93,10 +95,13 @@ def make_plan(
     errors.UsageError: heads or names that cannot be.
   """
   parts = only or (*PARTS, *pixel_folders.present(folder))
+  if not only and safety_folder.find(folder):
+    parts = (*parts, safety_folder.PART)
   reader = _Reader(folder, parts, heads, allow)
   plan.check_allowed(allow, reader.tables)
   made = [getattr(reader, part)() for part in PARTS if part in parts]
-  made = [part for part in (*made, *reader.pixels()) if part is not None]
+  made += [*reader.pixels(), *reader.safety()]
+  made = [part for part in made if part is not None]
   pixel_folders.check_conditions({p.name: p for p in made}, reader.problems)
   reader.problems.check()
   return plan.Plan(
@@ -145,6 +150,8 @@ class _Reader:
       place = self.folder / name
       for file in pixel_folders.missing(place, name, uncond):
         self.problems.add("missing file", file)
+    if safety_folder.PART in parts and not safety_folder.find(self.folder):
+      self.problems.add("missing file", f"{safety_folder.NAME}/config.json")
     if "llm" in parts:
       for file in (f"{LLM_FOLDER}/config.json", f"{LLM_FOLDER}/{WORDS}"):
         if not (self.folder / file).is_file():
@@ -176,6 +183,18 @@ class _Reader:
       self.files |= {f"{place}/{path}": data for path, data in kept.items()}
       self.notes += reader.notes()
     return made
+
+  def safety(self) -> list[plan.Part]:
+    """The safety checker, if it is wanted."""
+    if safety_folder.PART not in self._parts:
+      return []
+    place = safety_folder.find(self.folder)
+    part, kept = safety_folder.read(
+      self.folder, place, self.problems, self._allow
+    )
+    files = {f"{OFFICIAL}/{place}/{name}": kept[name] for name in kept}
+    self.files |= files
+    return [self._part(part.name, part.arrays, part.meta)]
 
   def _check_heads(self, source):
     for shapes in self._shapes.values():

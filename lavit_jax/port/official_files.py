@@ -17,6 +17,7 @@ from lavit_jax.port import (
   official,
   pixel_files,
   pixel_folders,
+  safety_folder,
   tensors,
   writing,
 )
@@ -37,7 +38,8 @@ def make(model) -> exporting.Export:
   """
   have = checkpoints.parts_in(model)
   missing = [part for part in _NEEDED if part not in have]
-  drawn = [part for part in pixel_folders.FOLDERS if part in have]
+  kinds = (*pixel_folders.FOLDERS, safety_folder.PART)
+  drawn = [part for part in kinds if part in have]
   alone = bool(drawn) and len(missing) == len(_NEEDED)
   if missing and not alone:
     raise errors.CheckpointError(
@@ -93,6 +95,9 @@ def _decoders(model, parts):
         )
     else:
       notes.append(f"no {folder}/: the model has no part {name}")
+  if safety_folder.PART in parts:
+    part = parts[safety_folder.PART]
+    found.append(safety_folder.export(model, part, official.OFFICIAL))
   if "pixels" in parts:
     notes.append("the part pixels has no place in the official layout")
   return found, notes

@@ -43,7 +43,6 @@ SCHEDULER = f"scheduler/{scheduler_config.FILE}"
 STEM = "diffusion_pytorch_model"
 _SUFFIXES = {"unet": (".bin", ".safetensors"), "vae": (".safetensors", ".bin")}
 VARIANT = "fp16"
-_CHECKERS = ("safety_checker", "feature_extractor")
 _SIZE_NUMBERS = 6  # that SDXL is told
 
 
@@ -335,12 +334,6 @@ class Reader:
         found.append(f"{network.label}: {network.file} taken, {left} left")
       elif VARIANT in network.file:
         found.append(f"{network.label}: {network.file}, as no other is there")
-    checkers = [n for n in _CHECKERS if (self._folder / n).is_dir()]
-    if checkers:
-      listed = " and ".join(f"{self._name}/{name}" for name in checkers)
-      found.append(
-        f"{listed} left out: drawings are not checked in this version"
-      )
     return found
 
 

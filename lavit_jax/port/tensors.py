@@ -5,7 +5,7 @@
 `open_index` with the shards that an index names.
 Nothing is read before `Tensor.read`, and what is read comes from the file's
 pages, not from anonymous memory. Pickles are opened with `weights_only=True`:
-they can name no code to run.
+they can name no code to run. Buffers that only count positions are left out.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ DTYPES = {
 }
 _FLOATS = {**DTYPES, "float64": np.dtype(np.float64)}
 _WRAPPERS = ("model", "module", "state_dict")
+_COUNTS = ".position_ids"  # integers from 0 on, of older transformers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,8 @@ def _open_safetensors(path, label):
     ) from e
   found = {}
   for name, part in slices.items():
+    if name.endswith(_COUNTS):
+      continue
     dtype = _SAFE_DTYPES.get(part.get_dtype())
     if dtype is None:
       raise _not_float(label, name, part.get_dtype())
@@ -151,6 +154,8 @@ def _open_pickle(path, label, unwrap, bare):
         " Expected a dict of tensors by name; save the model's state_dict()"
         " alone."
       )
+    if name.endswith(_COUNTS):
+      continue
     if value.layout != torch.strided or value.is_quantized:
       raise _not_float(label, name, f"{value.dtype}, {value.layout}")
     dtype = _FLOATS.get(str(value.dtype).removeprefix("torch."))

@@ -62,10 +62,9 @@ def theirs():
 def params(theirs):
   """Theirs by the table."""
   found = {k: v.detach().numpy() for k, v in theirs.named_parameters()}
-  prefix = "vision_model.vision_model."
-  if not any(name.startswith(prefix) for name in found):  # transformers 5
-    found = {k.replace("vision_model.", prefix, 1): v for k, v in found.items()}
-  return names.to_ours(names_safety.SAFETY, found)
+  return names.to_ours(
+    names_safety.table(names_safety.generation(found)), found
+  )
 
 
 def test_the_same_pictures_are_withheld_as_by_diffusers(theirs, params):

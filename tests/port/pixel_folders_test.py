@@ -112,19 +112,17 @@ def test_older_names_shards_and_half_precision(tmp_path, suffix):
 
 
 def test_of_several_files_the_official_choice_is_taken(source, tmp_path):
-  """And the rest, a checker of drawings too, is named as left."""
+  """And the rest is named as left."""
   for kind, other in (("unet", ".safetensors"), ("vae", ".bin")):
     tensors = pixel_sources.state("lowres_pixels", kind)
     changed = {name: tensor + 1 for name, tensor in tensors.items()}
     pixel_sources.save(place(source, kind, f"{STEM}{other}"), changed)
-  place(source, "safety_checker").mkdir()
   report = imported(source, tmp_path / "model")
   found = params(tmp_path / "model", "lowres_pixels")
   assert_equal(found, wanted("lowres_pixels"))
   notes = " ".join(report["notes"])
   assert f"unet: {STEM}.bin taken, {STEM}.safetensors left" in notes
   assert f"vae: {STEM}.safetensors taken, {STEM}.bin left" in notes
-  assert "pixel_decoding/safety_checker left out" in notes
 
 
 def test_all_files_that_are_missing_are_listed(source, tmp_path):

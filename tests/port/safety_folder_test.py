@@ -1,0 +1,136 @@
+"""Stable Diffusion's safety checker comes in, works, and goes back."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch", reason="writes PyTorch files")
+transformers = pytest.importorskip("transformers", reason="makes the checker")
+diffusers = pytest.importorskip(
+  "diffusers.pipelines.stable_diffusion.safety_checker",
+  reason="has the checker's class",
+)
+
+from lavit_jax import checkpoints, errors, images  # noqa: E402
+from lavit_jax.infer import safety  # noqa: E402
+from lavit_jax.port import (  # noqa: E402
+  exporting,
+  importing,
+  names_safety,
+  safety_folder,
+)
+from tests.port import sources  # noqa: E402
+
+_PLACE = "pixel_decoding/safety_checker"
+_TOWER = {
+  "image_size": 32,
+  "patch_size": 8,
+  "hidden_size": 32,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "intermediate_size": 48,
+}
+
+
+@pytest.fixture(scope="module")
+def checker():
+  """diffusers' checker at small sizes, which withholds light pictures."""
+  config = transformers.CLIPConfig(vision_config=_TOWER, projection_dim=16)
+  torch.manual_seed(1)
+  model = diffusers.StableDiffusionSafetyChecker(config).eval()
+  with torch.no_grad():
+    for value in model.parameters():
+      value += 0.3 * torch.randn(value.shape)
+    model.special_care_embeds_weights.fill_(2.0)
+    model.concept_embeds_weights.fill_(2.0)
+    dark, light = (_scores(model, _picture(c)) for c in (0, 255))
+    concept = int((light - dark).argmax())
+    middle = (light[concept] + dark[concept]) / 2
+    model.concept_embeds_weights[concept] = middle
+  return model
+
+
+def _picture(level):
+  return Image.new("RGB", (40, 32), (level, level, level))
+
+
+def _scores(model, picture):
+  """Cosines of a picture with the concepts."""
+  seen = images.normalize(safety.clip_square(picture, 32))
+  pixels = torch.from_numpy(seen.transpose(2, 0, 1)[None].copy())
+  found = model.visual_projection(model.vision_model(pixels)[1])
+  normal = torch.nn.functional.normalize
+  return (normal(found) @ normal(model.concept_embeds).T)[0]
+
+
+@pytest.fixture(params=["safetensors, new names", "bin, old names"])
+def source(request, checker, tmp_path):
+  """A checkpoint with nothing but the checker, as either age wrote it."""
+  folder = tmp_path / "source" / _PLACE
+  checker.save_pretrained(folder)
+  if request.param.startswith("bin"):
+    state = checker.state_dict()
+    if names_safety.generation(state) != names_safety.GENERATIONS[0]:
+      state = {
+        k.replace("vision_model.", "vision_model.vision_model.", 1): v
+        for k, v in state.items()
+      }
+    # A counter that transformers wrote then, and that is passed over.
+    state[f"{names_safety.GENERATIONS[0]}embeddings.position_ids"] = (
+      torch.arange(17)[None]
+    )
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+  return tmp_path / "source"
+
+
+def test_it_comes_in_works_and_goes_back(source, checker, tmp_path):
+  model = tmp_path / "model"
+  importing.run(source, model, quiet=True, only=["safety"])
+  assert checkpoints.parts_in(model) == ["safety"]
+  given = [_picture(0), _picture(255), _picture(0)]
+  found = safety.Checker(model).check(given)
+  assert [safety.is_withheld(p) for p in found] == [False, True, False]
+  assert not np.asarray(found[1]).any()
+  exporting.run(model, tmp_path / "back", format="official", quiet=True)
+  here, there = source / _PLACE, tmp_path / "back" / _PLACE
+  assert sorted(p.name for p in here.iterdir()) == sorted(
+    p.name for p in there.iterdir()
+  )
+  for path in here.iterdir():
+    if path.suffix == ".json":
+      assert path.read_bytes() == (there / path.name).read_bytes()
+  read = diffusers.StableDiffusionSafetyChecker.from_pretrained
+  sources.assert_same_state(
+    dict(read(there).state_dict()), dict(checker.state_dict())
+  )
+
+
+@pytest.mark.parametrize(
+  ("change", "says"),
+  [
+    ({"vision_config": _TOWER | {"hidden_act": "gelu"}}, "quick_gelu"),
+    ({"vision_config": _TOWER | {"patch_size": 5}}, "multiple of"),
+    ({"vision_config": _TOWER | {"hidden_size": 64}}, "wrong shape"),
+    ({"projection_dim": "wide"}, "cannot be made"),
+  ],
+)
+def test_another_network_is_refused(source, tmp_path, change, says):
+  path = source / _PLACE / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  with pytest.raises(errors.CheckpointError, match=says):
+    importing.run(source, tmp_path / "model", quiet=True, only=["safety"])
+  assert not (tmp_path / "model").exists()
+
+
+def test_a_folder_without_files_says_what_is_missing(tmp_path):
+  folder = tmp_path / "source" / _PLACE
+  folder.mkdir(parents=True)
+  with pytest.raises(errors.CheckpointError, match=r"config\.json is missing"):
+    importing.run(tmp_path / "source", tmp_path / "model", only=["safety"])
+  folder.rmdir()
+  with pytest.raises(errors.CheckpointError, match="safety_checker/config"):
+    importing.run(tmp_path / "source", tmp_path / "model", only=["safety"])
+  assert safety_folder.find(tmp_path / "source") is None
