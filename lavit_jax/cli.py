@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 
 from lavit_jax import errors
-from lavit_jax.commands import common, draw, info, port, read, train
+from lavit_jax.commands import common, draw, info, latents, port, read, train
 
 _DESCRIPTION = """\
 LaVIT: a language model that reads and draws pictures as tokens of its own.
@@ -31,7 +31,7 @@ Every command explains itself: lavit COMMAND --help
 LAVIT_DEBUG=1 in the environment shows the traceback of an error.
 """
 
-_RESUMABLE = {"quickstart", "train", "tokenize"}
+_RESUMABLE = {"quickstart", "train", "tokenize", "latents"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     if argv[:1] == ["train"]:
       return train.train(argv[1:])
+    if argv[:1] == ["latents"]:
+      return latents.latents(argv[1:])
     args = _parser().parse_args(argv)
     status = args.run(args)
     sys.stdout.flush()
@@ -124,6 +126,6 @@ def _parser() -> argparse.ArgumentParser:
   subparsers = parser.add_subparsers(
     title="commands", metavar="COMMAND", required=True
   )
-  for commands in (train, read, draw, port, info):
+  for commands in (train, latents, read, draw, port, info):
     commands.add(subparsers)
   return parser

@@ -48,11 +48,9 @@ def get_config():
   )
   cfg.data.buckets = ((48, 48), (40, 56), (56, 40))
   cfg.data.crop = "center"
-  cfg.data.codes_dir = ""  # see `lavit tokenize`
-  cfg.data.held_out_codes_dir = ""
-  cfg.data.latents_dir = ""  # see lavit_jax/train/latent_data.py
+  cfg.data.latents_dir = ""  # see `lavit latents`
   cfg.data.held_out_latents_dir = ""
-  cfg.eval.sample_steps = 20
+  cfg.eval.sample_pictures, cfg.eval.sample_steps = 24, 20
   cfg.schedule = ("train",)
   cfg.phases = dict(
     train=dict(

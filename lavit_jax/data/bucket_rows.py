@@ -1,7 +1,7 @@
 """Rows of bucketed pictures: what a plan's row number becomes as arrays.
 
-The picture that is learnt, or its latents; what the tokenizer sees of it, or
-its words; and SDXL's numbers of size and place.
+The picture that is learnt, or its latents; what the tokenizer sees of it, which
+is the same part; and SDXL's numbers of size and place.
 """
 
 import dataclasses
@@ -25,7 +25,6 @@ def batches(
   *,
   seed=None,
   crop="center",
-  codes=None,
   latents=None,
   limit_share=0.05,
 ) -> pipeline.Batches:
@@ -38,22 +37,20 @@ def batches(
     seed: of the endless order; None: each picture once, the last batch of a
       bucket filled up with zeros.
     crop: "center", or "random" for another part each time (needs a seed).
-    codes: a cache.CodeCache; its words stand in for the tokenizer's picture.
     latents: a latent_cache.LatentCache; its latents stand in for the picture
       that is learnt, and it says which bucket a picture has.
     limit_share: share of bad pictures that stops the run.
 
   Returns:
     Batches of `valid` float32[B], `index` int64[B], `sizes` float32[B, 6] (see
-    `View`), of `image` uint8[B, S, S, 3], what the tokenizer sees, or `ids`
-    int32[B, N] and `kept` bool[B, N]; and of `target` uint8[B, h, w, 3], what
-    is learnt, or `latents` float16[B, h, w, C].
+    `View`), `image` uint8[B, S, S, 3], what the tokenizer sees; and of `target`
+    uint8[B, h, w, 3], what is learnt, or `latents` float16[B, h, w, C].
 
   Raises:
     errors.ConfigError: no such crop, or a crop that does not go with a cache.
     errors.DataError: no picture can be read, or a cache of other data.
   """
-  _check(source, crop, seed, codes, latents)
+  _check(source, crop, seed, latents)
   buckets = [tuple(int(side) for side in pair) for pair in buckets]
   if latents is None:
     assigned = buckets_lib.assign(buckets_lib.sizes_of(source), buckets)
@@ -64,31 +61,30 @@ def batches(
   plan = plan_of(assigned, len(buckets), batch_size, *rest)
   log = faults_lib.FaultLog(f"pictures of {source.name}", limit_share)
   _name_unreadable(source, assigned, log)
-  rows = _Rows(source, buckets, plan, batch_size, log, codes, latents)
-  rows.place_seed = seed if crop == "random" else None
+  place_seed = seed if crop == "random" else None
+  rows = _Rows(source, buckets, plan, batch_size, log, latents, place_seed)
   length = _ENDLESS if seed is not None else len(plan) * batch_size
   return pipeline.Batches(
     grain.MapDataset.range(length).map(rows), batch_size, (log,)
   )
 
 
-def _check(source, crop, seed, codes, latents):
+def _check(source, crop, seed, latents):
   """Everything that can be known to be wrong before a picture is read."""
   if crop not in CROPS:
     raise errors.ConfigError(f"data.crop={crop!r}: expected one of {CROPS}.")
-  if crop == "random" and (codes, latents, seed is None) != (None, None, False):
+  if crop == "random" and (latents is not None or seed is None):
     raise errors.ConfigError(
       'data.crop="random" shows another part of a picture each time, but'
-      " cached words or latents are those of one part. Use crop='center', or"
-      " no cache."
+      " cached latents, and held-out pictures, are those of one part. Use"
+      " crop='center', or no cache."
     )
-  for what, cache in (("code", codes), ("latent", latents)):
-    if cache is not None and len(cache) != source.num_images:
-      raise errors.DataError(
-        f"The {what} cache {cache.directory} has {len(cache)} pictures, but"
-        f" {source.name} has {source.num_images}: it was made from other data."
-        " Make it again for this data."
-      )
+  if latents is not None and len(latents) != source.num_images:
+    raise errors.DataError(
+      f"The latent cache {latents.directory} has {len(latents)} pictures, but"
+      f" {source.name} has {source.num_images}: it was made from other data."
+      " Make it again for this data."
+    )
 
 
 def _name_unreadable(source, assigned, log):
@@ -107,7 +103,6 @@ class _Rows:
   plan: object
   batch_size: int
   log: faults_lib.FaultLog
-  codes: object = None
   latents: object = None
   place_seed: int | None = None
 
@@ -127,47 +122,31 @@ class _Rows:
 
   def _row(self, number, i, size):
     """The arrays of picture i; ImageError if it is bad."""
-    row = {"valid": np.float32(1)}
-    if self.codes is not None:
-      ids = self.codes.codes(i)
-      row["kept"] = np.arange(self.codes.num_patches) < len(ids)
-      row["ids"] = np.zeros(self.codes.num_patches, np.int32)
-      row["ids"][: len(ids)] = ids
-      row["valid"] *= len(ids) > 0
-    if self.latents is not None:
-      row["latents"] = self.latents.latents(i)
-      row["sizes"] = self.latents.numbers[i].astype(np.float32)
-      row["valid"] *= self.latents.good(i)
-    if self.codes is None or self.latents is None:
-      row |= self._pixels(number, i, size)
-    return row
-
-  def _pixels(self, number, i, size):
-    """What needs the picture itself."""
     image = original(self.source, i)
     place = (0.5, 0.5)
     if self.place_seed is not None:
       rng = np.random.default_rng([self.place_seed, int(number)])
       place = tuple(rng.random(2))
     part = buckets_lib.view(image.size[::-1], size, place)
-    row = {"sizes": np.array(part.numbers, np.float32)}
-    if self.codes is None:
-      side = self.source.image_size
-      row["image"] = images.cut(image, part.box, (side, side))
+    side = self.source.image_size
+    row = {
+      "valid": np.float32(1),
+      "sizes": np.array(part.numbers, np.float32),
+      "image": images.cut(image, part.box, (side, side)),
+    }
     if self.latents is None:
       row["target"] = images.cut(image, part.box, size)
+    else:
+      row["latents"] = self.latents.latents(i)
+      row["valid"] *= self.latents.good(i)
     return row
 
   def _blank(self, size):
     """A row of zeros; its size is told all the same."""
     row = {"valid": np.float32(0), "index": np.int64(buckets_lib.NONE)}
     row["sizes"] = np.array((*size, 0, 0, *size), np.float32)
-    if self.codes is not None:
-      row["ids"] = np.zeros(self.codes.num_patches, np.int32)
-      row["kept"] = np.zeros(self.codes.num_patches, bool)
-    else:
-      side = self.source.image_size
-      row["image"] = np.zeros((side, side, 3), np.uint8)
+    side = self.source.image_size
+    row["image"] = np.zeros((side, side, 3), np.uint8)
     if self.latents is not None:
       row["latents"] = np.zeros(self.latents.shape_of(size), np.float16)
     else:

@@ -2,7 +2,7 @@
 
 DIR/meta.json     what it was made from and with; written last
 DIR/assigned.npy  int8[num_images], the bucket of each picture, -1: unreadable
-DIR/numbers.i32   int32[n, 7], see `buckets.View`, and whether it is good
+DIR/good.u1       uint8[n], 1 for a picture that could be read
 DIR/latents-0.f16 ...  float16[n_b, h, w, C], one file a bucket
 DIR.partial       the same while it is being written; goes on from there
 
@@ -12,6 +12,7 @@ from the centre.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -52,24 +53,21 @@ class Meta:
 
 
 class LatentCache:
-  """Read access: latents(i), good(i), numbers, assigned, meta."""
+  """Read access: latents(i), good(i), assigned, meta."""
 
   def __init__(self, directory, meta):
     self.directory, self.meta = directory, meta
     try:
       self.assigned = np.load(directory / "assigned.npy")
       order = _order(self.assigned, meta)
-      rows = np.fromfile(directory / "numbers.i32", "<i4").reshape(-1, 7)
+      good = np.fromfile(directory / "good.u1", np.uint8)
       self._files = _open_files(directory, self.assigned, meta)
     except (OSError, ValueError) as error:
       raise _damaged(directory, error) from error
-    if len(self.assigned) != meta.num_images or len(rows) != len(order):
-      raise _damaged(directory, f"{len(rows)} pictures")
-    # [n, 6] for every picture of the source, and where its latents lie.
-    self.numbers = np.zeros((meta.num_images, 6), np.int32)
-    self.numbers[order] = rows[:, :6]
+    if len(self.assigned) != meta.num_images or len(good) != len(order):
+      raise _damaged(directory, f"{len(good)} pictures")
     self._good = np.zeros(meta.num_images, bool)
-    self._good[order] = rows[:, 6] > 0
+    self._good[order] = good > 0
     self._place = np.zeros(meta.num_images, np.int64)
     for chosen in buckets_lib.members(self.assigned, len(meta.buckets)):
       self._place[chosen] = np.arange(len(chosen))
@@ -93,8 +91,8 @@ class LatentCache:
     if meta is None:
       state = "is not finished" if _partial(directory).exists() else "is none"
       raise errors.DataError(
-        f"{directory}: the latent cache there {state}; call"
-        " infer.latent_data.write_cache (it goes on where it stopped)."
+        f"{directory}: the latent cache there {state}; run `lavit latents`,"
+        " the same command goes on where it stopped."
       )
     wanted = {"source": source, "vae": vae, "buckets": buckets}
     if buckets is not None:
@@ -126,8 +124,8 @@ def write(directory, records, meta, assigned) -> LatentCache:
   Args:
     directory: the finished cache appears here, whole or not at all.
     records: function of the picture numbers still to come, giving an iterable
-      of (latents float[h, w, C] or None for a bad picture, numbers int[6]) for
-      each of them, in order.
+      of latents float[h, w, C], or None for a bad picture, for each of them,
+      in order.
     meta: a Meta.
     assigned: int8[num_images], see `buckets.assign`.
 
@@ -204,18 +202,18 @@ def _append(partial, order, done, records, meta, assigned):
   for first in range(done, len(order), _SEALED):
     chunk = order[first : first + _SEALED]
     last = first + len(chunk)
-    rows = np.zeros((len(chunk), 7), "<i4")
-    latents = []
-    for j, i in enumerate(chunk):
-      if (made := next(stream, None)) is None:
-        raise errors.DataError(
-          f"Only {first + j} of {len(order)} pictures came for {partial}."
-        )
-      value, rows[j, :6] = made
-      rows[j, 6] = value is not None
-      shape = meta.shape(meta.buckets[assigned[i]])
-      latents.append(_checked(value, shape, i))
-    _write_at(partial / "numbers.i32", first * rows[0].nbytes, rows.tobytes())
+    values = list(itertools.islice(stream, len(chunk)))
+    if len(values) < len(chunk):
+      raise errors.DataError(
+        f"Only {first + len(values)} of {len(order)} pictures came for"
+        f" {partial}."
+      )
+    latents = [
+      _checked(value, meta.shape(meta.buckets[assigned[i]]), i)
+      for i, value in zip(chunk, values, strict=True)
+    ]
+    good = bytes(value is not None for value in values)
+    _write_at(partial / "good.u1", first, good)
     for b, end in enumerate(ends):
       begin = end - counts[b]
       mine = latents[max(begin, first) - first : max(min(end, last) - first, 0)]

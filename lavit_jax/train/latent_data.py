@@ -1,6 +1,6 @@
-"""The latents of a whole dataset, on disk: what `lavit tokenize` is for words.
+"""`lavit latents`: the latents of a whole dataset, on disk.
 
-latent_data.write_cache("runs/sd15", "lowres", config.data, "latents/train")
+What `lavit tokenize` is for words.
 """
 
 import io
@@ -49,6 +49,7 @@ def write_cache(
   """
   source = sources.build(data, split)
   net, params = latent_parts.load_vae(model, kind)
+  latent_parts.check_buckets(data["buckets"], net.config)
   meta = latent_cache.Meta(
     source=examples.fingerprint(source),
     vae=latent_parts.fingerprint(params, net.config),
@@ -97,28 +98,24 @@ def _encoder(net, params):
 
 
 def _records(source, meta, assigned, numbers, encoder, log, bar):
-  """(latents, numbers of size and place) of pictures; (None, ...): bad."""
+  """Latents of pictures; None for a bad one."""
   encode, size = encoder
   done = int((assigned != buckets_lib.NONE).sum()) - len(numbers)
   for chunk in _chunks(numbers, assigned, size):
     bucket = meta.buckets[assigned[chunk[0]]]
     pixels = np.zeros((size, *bucket, 3), np.uint8)
-    told: list[Any] = [None] * len(chunk)
+    good = np.zeros(len(chunk), bool)
     for row, i in enumerate(chunk):
       try:
         image = bucket_rows.original(source, int(i))
         view = buckets_lib.view(image.size[::-1], bucket)
         pixels[row] = images.cut(image, view.box, bucket)
-        told[row] = view.numbers
+        good[row] = True
         log.good()
       except images.ImageError as error:
         log.fault(source.image_key(int(i)), error)
     made = encode(pixels)
-    for row, seen in enumerate(told):
-      if seen is None:
-        yield None, (*bucket, 0, 0, *bucket)
-      else:
-        yield made[row], seen
+    yield from (made[row] if fine else None for row, fine in enumerate(good))
     done += len(chunk)
     bar.update(done, examples=len(chunk))
 

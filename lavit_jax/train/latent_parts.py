@@ -29,14 +29,14 @@ _SIZE_NUMBERS = 6  # of SDXL
 class Words:
   """Encoder and tokenizer: pictures to words, and words to vectors.
 
-  `frozen` has "encoder" (unless only codes are needed) and "tokenizer".
+  `frozen` has "encoder" and "tokenizer".
   """
 
   model: tokenizer.DynamicVisualTokenizer
   frozen: dict[str, Any]
 
 
-def load_words(directory, dtype: str, *, codes_only: bool = False) -> Words:
+def load_words(directory, dtype: str) -> Words:
   """The frozen encoder in a dtype, the tokenizer in float32.
 
   Codes are told apart by small differences: the tokenizer keeps them.
@@ -44,7 +44,6 @@ def load_words(directory, dtype: str, *, codes_only: bool = False) -> Words:
   Args:
     directory: a model directory with `encoder` and `tokenizer`.
     dtype: of the encoder and its computation.
-    codes_only: leave out all but the codebook, where words are cached.
   """
   stored = checkpoints.load_part(directory, "tokenizer")
   config = tokenizer.config_from_dict(stored.meta["tokenizer"])
@@ -52,13 +51,10 @@ def load_words(directory, dtype: str, *, codes_only: bool = False) -> Words:
   vit = dataclasses.replace(config.vit, dtype=dtype)
   config = dataclasses.replace(config, vit=vit)
   model = tokenizer.DynamicVisualTokenizer(config)
-  codebook = stored.params["codebook"]
-  if codes_only:
-    return Words(model, {"tokenizer": {"codebook": codebook}})
   needed = ("selector", "merger", "quantizer")
   params = {name: stored.params["params"][name] for name in needed}
   encoder = checkpoints.load_part(directory, "encoder", dtype=dtype)
-  variables = {"params": params, "codebook": codebook}
+  variables = {"params": params, "codebook": stored.params["codebook"]}
   return Words(model, {"encoder": encoder.params, "tokenizer": variables})
 
 
@@ -167,6 +163,57 @@ def check_unet(kind: str, config: unet.UNetConfig, sizes) -> None:
   for wrong, fine in good.items():
     if not fine:
       raise errors.ConfigError(f"{wrong}. Change config.model to agree.")
+
+
+def check_buckets(buckets, config: vae.VaeConfig) -> None:
+  """Raises ConfigError for sides that the autoencoder cannot halve."""
+  for pair in buckets:
+    if any(side % config.scale for side in pair):
+      raise errors.ConfigError(
+        f"data.buckets has {tuple(pair)}, but a place of the latents is"
+        f" {config.scale} pixels a side: heights and widths must be multiples"
+        " of it. Change data.buckets."
+      )
+
+
+def check_start(folder, part: str, config: unet.UNetConfig) -> None:
+  """Whether a model directory has a U-Net of a config to start from.
+
+  Raises:
+    errors.ConfigError: none is given, or there is none, or it is another.
+  """
+  if folder is None:
+    raise errors.ConfigError(
+      "start_from is not set. This run starts from Stable Diffusion's weights:"
+      f" import them (lavit port import), and give the model directory with"
+      f" the part {part} as --config.start_from=DIR. An empty"
+      " --config.start_from= trains from nothing."
+    )
+  if not folder:
+    return
+  if part not in checkpoints.parts_in(folder):
+    raise errors.ConfigError(
+      f"start_from={folder} has no part {part}; it has"
+      f" {', '.join(checkpoints.parts_in(folder)) or 'none'}. Give the model"
+      " directory that Stable Diffusion's U-Net was imported into."
+    )
+  fields = checkpoints.read_meta(folder, part).get("unet")
+  if fields is None:
+    raise errors.ConfigError(
+      f"The part {part} of start_from={folder} has an autoencoder, but no"
+      " U-Net to start from. Give another, or leave start_from empty and set"
+      f" vae_from={folder}."
+    )
+  theirs = dataclasses.asdict(unet.UNetConfig(**fields))
+  ours = dataclasses.asdict(config)
+  theirs |= {name: ours[name] for name in ("dtype", "remat")}
+  if wrong := [name for name in ours if ours[name] != theirs[name]]:
+    name = wrong[0]
+    raise errors.ConfigError(
+      f"The U-Net of start_from={folder} has {name}={theirs[name]}, but"
+      f" model.unet.{name}={ours[name]}: weights of one are not those of the"
+      f" other. Set model.unet to what {part}/part.json says."
+    )
 
 
 def init_unet(net: unet.UNet, rng):

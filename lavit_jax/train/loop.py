@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import checkpoints, errors, progress, sharding
+from lavit_jax import checkpoints, errors, images, progress, sharding
 from lavit_jax.train import objectives, optimizer, writers
 from lavit_jax.train import state as state_lib
 
@@ -315,8 +315,18 @@ class _Run:
     self.writer.write_scalars(
       step, {f"held_out/{name}": value for name, value in metrics.items()}
     )
+    if self.objective.pictures is not None and len(self.objective.pictures):
+      self._show(step, self.objective.pictures)
     self.writer.flush()
     return metrics
+
+  def _show(self, step, pictures):
+    """Pictures uint8[B, h, w, 3] as events, and in a row as a file."""
+    self.writer.write_images(step, {"held_out/pictures": pictures})
+    if jax.process_index() == 0:
+      path = self.workdir / "pictures" / f"{step:06d}.png"
+      path.parent.mkdir(exist_ok=True)
+      images.to_pil(np.concatenate(list(pictures), axis=1)).save(path)
 
   def _save(self, step, state, metrics):
     meta = {

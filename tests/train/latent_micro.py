@@ -1,11 +1,14 @@
 """A micro model directory with every part that stage `latents` asks for."""
 
+import contextlib
 import dataclasses
 import importlib
+import pathlib
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lavit_jax import checkpoints
 from lavit_jax.infer import schedules
@@ -21,8 +24,6 @@ from lavit_jax.models import (
 )
 from lavit_jax.train import latent_parts
 
-# Quick to compile; these programs are too small for optimizing to pay.
-QUICK = {"xla_backend_optimization_level": 0}
 TOKENIZER = tokenizer.TokenizerConfig(
   vit=vision.ViTConfig(
     image_size=32, patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=16
@@ -46,9 +47,9 @@ TOKENIZER = tokenizer.TokenizerConfig(
   ),
 )
 VAE = vae.VaeConfig(
-  channels=(8, 8, 8), layers_per_block=1, groups=4, sample_size=32
+  channels=(8, 8), layers_per_block=1, groups=4, sample_size=32
 )
-BUCKETS = ((32, 32), (24, 32), (32, 24))
+BUCKETS = ((24, 32), (32, 24))
 SIZES = {
   "lowres": {"dims": (12,), "pooled": 0},
   "highres": {"dims": (8, 12), "pooled": 10},
@@ -70,7 +71,7 @@ def unet_config(kind, **changes):
     out_channels=4,
     channels=(8, 16),
     layers_per_block=1,
-    attention=(True, True),
+    attention=(False, True),
     transformer_layers=(1, 1),
     num_heads=(2, 2),
     cross_dim=sum(sizes["dims"]),
@@ -85,7 +86,7 @@ def config(kind, root, **updates):
   """configs/tiny/latents.py made micro; `updates` are dotted fields."""
   module = importlib.import_module("lavit_jax.configs.tiny.latents")
   cfg = module.get_config()
-  cfg.model_dir = str(root / "model")
+  cfg.model_dir = str(pathlib.Path(root) / "model")
   cfg.batch_size = 8
   cfg.model.kind = kind
   cfg.model.condition = SIZES[kind]
@@ -96,7 +97,8 @@ def config(kind, root, **updates):
   cfg.data.buckets = BUCKETS
   cfg.data.threads = 0
   cfg.log.every = 2
-  cfg.eval.every, cfg.eval.batches, cfg.eval.sample_steps = 1000, 1, 2
+  cfg.eval.every, cfg.eval.batches = 1000, 1
+  cfg.eval.sample_pictures, cfg.eval.sample_steps = 2, 2
   cfg.checkpoint.every = 2
   cfg.phases.train.steps = 4
   for path, value in updates.items():
@@ -108,20 +110,40 @@ def config(kind, root, **updates):
   return cfg
 
 
-def _init(module, seed, *args):
-  init = jax.jit(module.init, compiler_options=QUICK)
-  return nn.meta.unbox(init(jax.random.key(seed), *args))
+@contextlib.contextmanager
+def quick():
+  """Programs compiled inside are hardly optimized."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def _init(init, seed, *args):
+  """Random variables of an init function, drawn without compiling it."""
+  rng = np.random.default_rng(seed)
+  abstract = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), *args))
+
+  def draw(path, leaf):
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    if name in ("scale", "bias"):
+      return np.full(leaf.shape, name == "scale", np.float32)
+    fan = np.prod(leaf.shape[:-1]) or 1
+    return rng.normal(0, fan**-0.5, leaf.shape).astype(leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
 def save_model(directory, kinds=("lowres", "highres"), *, unets=True):
   """Writes encoder, tokenizer without a decoder, and the parts of `kinds`."""
   config = TOKENIZER
   grid = config.num_patches
-  encoder = _init(vision.EvaVit(config.vit), 0, jnp.zeros((1, 32, 32, 3)))
+  encoder = _init(vision.EvaVit(config.vit).init, 0, jnp.zeros((1, 32, 32, 3)))
   meta = {"vit": dataclasses.asdict(config.vit)}
   checkpoints.save_part(directory, "encoder", encoder["params"], meta)
   model = tokenizer.DynamicVisualTokenizer(config)
-  made = _init(model, 1, jnp.zeros((1, grid, 16)), jnp.ones((1, grid)))
+  made = _init(model.init, 1, jnp.zeros((1, grid, 16)), jnp.ones((1, grid)))
   params = dict(made["params"])
   if kinds:  # as imported: the semantic decoders are parts of their own
     del params["decoder"]
@@ -141,23 +163,21 @@ def save_kind(directory, kind, unets=True):
     told = decoder.HighresDecoder(
       TOKENIZER.decoder, sizes["dims"], sizes["pooled"]
     )
-  made = _init(told, 2, jnp.zeros((1, grid, 8)), jnp.ones((1, grid), bool))
+  made = _init(told.init, 2, jnp.zeros((1, grid, 8)), jnp.ones((1, grid), bool))
   meta = latent_parts.conditioner_meta(kind, told)
   checkpoints.save_part(directory, kind, made["params"], meta)
   net = vae.AutoencoderKL(VAE)
-  tree = {"vae": _init(net, 3, jnp.zeros((1, 8, 8, 3)))["params"]}
+  tree = {"vae": _init(net.init, 3, jnp.zeros((1, 8, 8, 3)))["params"]}
   meta = {
     "vae": dataclasses.asdict(VAE),
     "schedule": dataclasses.asdict(schedules.STABLE_DIFFUSION),
   }
   if unets:
     net = unet.UNet(unet_config(kind))
-    init = jax.jit(
-      lambda key: latent_parts.init_unet(net, key), compiler_options=QUICK
-    )
-    tree["unet"] = nn.meta.unbox(init(jax.random.key(4)))
+    init = lambda key: latent_parts.init_unet(net, key)
+    tree["unet"] = _init(init, 4)
     meta["unet"] = dataclasses.asdict(net.config)
     if kind == "lowres":
       shape = (1, UNCOND, sum(sizes["dims"]))
-      tree["uncond"] = jax.random.normal(jax.random.key(5), shape)
+      tree["uncond"] = np.ones(shape, np.float32)
   checkpoints.save_part(directory, f"{kind}_pixels", tree, meta)

@@ -23,6 +23,7 @@ class Objective:
   part: str
   best_metric: str = "loss"
   best_mode: str = "min"
+  pictures: np.ndarray | None = None  # uint8[B, h, w, 3], of `evaluate`
 
   def __init__(self, config):
     self.config = config
@@ -105,7 +106,8 @@ class Objective:
   def held_out_batches(self) -> Iterator[dict[str, np.ndarray]]:
     """The first config.eval.batches held-out batches, always the same."""
     data = pipeline.iterate(self._held_out_data, start_batch=0, num_threads=0)
-    for _ in range(self.config.eval.batches):
+    count = min(self.config.eval.batches, len(self._held_out_data))
+    for _ in range(count):
       yield next(data)
 
   @functools.cached_property
@@ -113,12 +115,28 @@ class Objective:
     return jax.jit(self.held_out_metrics)
 
   def evaluate(self, params, frozen, state) -> dict[str, float]:
-    """Means of `held_out_metrics` over the held-out batches."""
-    rows = [
-      jax.device_get(self._compiled_held_out(params, frozen, state, batch))
-      for batch in self.held_out_batches()
-    ]
-    return {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}
+    """Means of `held_out_metrics` over the held-out batches.
+
+    A batch counts as many times as it has valid pictures. What the metrics of
+    the fullest hold as `pictures` is kept in `self.pictures`.
+    """
+    rows, counts = [], []
+    for batch in self.held_out_batches():
+      row = jax.device_get(
+        self._compiled_held_out(params, frozen, state, batch)
+      )
+      made, valid = row.pop("pictures", None), batch.get("valid", np.ones(1))
+      if made is not None and valid.sum() > max(counts, default=0):
+        self.pictures = made[valid[: len(made)] > 0]
+      rows.append(row)
+      counts.append(valid.sum())
+    total = max(sum(counts), 1)
+    return {
+      name: float(
+        sum(n * row[name] for n, row in zip(counts, rows, strict=True)) / total
+      )
+      for name in rows[0]
+    }
 
 
 def check_same(folder, ours, theirs, what: str) -> None:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from lavit_jax import checkpoints, errors
-from lavit_jax.data import bucket_rows, cache, examples, latent_cache
+from lavit_jax.data import bucket_rows, examples, latent_cache
 from lavit_jax.infer import latents, schedules
 from lavit_jax.models import unet, vae
 from lavit_jax.train import conditions, denoising, latent_parts, lora
@@ -51,10 +51,7 @@ class LatentsObjective(base.Objective):
     self.schedule = schedules.Schedule(**model.schedule.to_dict())
     self.lora_scale = model.lora.alpha / max(model.lora.rank, 1)
     self._check()
-    cached = bool(config.data.codes_dir)
-    words = latent_parts.load_words(
-      config.model_dir, model.frozen_dtype, codes_only=cached
-    )
+    words = latent_parts.load_words(config.model_dir, model.frozen_dtype)
     self.tokenizer = words.model
     self._told = latent_parts.load_conditioner(
       config.model_dir, self.kind, model.condition, model.frozen_dtype
@@ -80,26 +77,24 @@ class LatentsObjective(base.Objective):
           f"phases.{name}.selection={phase.selection!r}: expected one of"
           f" {conditions.SELECTIONS}."
         )
-      asked = {
-        "selection": (phase.selection == "sampled", "codes_dir"),
-        "sample_latents": (phase.sample_latents, "latents_dir"),
-      }
-      for setting, (random, where) in asked.items():
-        if random and config.data[where]:
-          raise errors.ConfigError(
-            f"phases.{name}.{setting}={phase[setting]!r} draws anew each time,"
-            f" but data.{where} holds the same always. Change one of them."
-          )
+      if phase.sample_latents and config.data.latents_dir:
+        raise errors.ConfigError(
+          f"phases.{name}.sample_latents=True draws anew each time, but"
+          " data.latents_dir holds the same always. Change one of them."
+        )
+    latent_parts.check_start(config.start_from, self.part, self.unet.config)
     if latent_parts.same_directory(config.start_from, config.model_dir):
       raise errors.ConfigError(
         f"start_from and model_dir are both {config.model_dir}: the result"
         " would take the place of the weights it starts from. Give another"
         " model_dir with encoder, tokenizer and semantic decoder."
       )
-    if config.model.lora.rank and not config.start_from:
+    low = config.model.lora
+    if low.rank and (low.alpha <= 0 or not config.start_from):
       raise errors.ConfigError(
-        "model.lora changes a trained U-Net: give its model directory as"
-        " start_from, or set model.lora.rank=0."
+        f"model.lora={low.to_dict()} changes a trained U-Net: it needs an"
+        " alpha above 0, and start_from, that U-Net's model directory. Set"
+        " model.lora.rank=0 to train the whole."
       )
 
   def _start(self, top, dtype="float32"):
@@ -125,6 +120,7 @@ class LatentsObjective(base.Objective):
         f" {self.config.model_dir} sees {found} pixels a side. Set"
         f" data.image_size={found}."
       )
+    latent_parts.check_buckets(data.buckets, self.vae.config)
     self._train_data = self._batches(self.source, self.config.seed)
     self._held_out_data = self._batches(self.held_out, None)
     self.batch_examples = self.config.batch_size
@@ -132,17 +128,12 @@ class LatentsObjective(base.Objective):
   def _batches(self, source, seed):
     """Batches of a source: the endless ones with a seed, else once each."""
     data = self.config.data
-    held = "" if seed is not None else "held_out_"
-    codes_dir = data[f"{held}codes_dir"]
-    latents_dir = data[f"{held}latents_dir"]
-    named = examples.fingerprint(source) if codes_dir or latents_dir else None
-    codes = stored = None
-    if codes_dir:
-      codes = cache.CodeCache.load(codes_dir, source=named)
-    if latents_dir:
+    training, stored = seed is not None, None
+    where = data.latents_dir if training else data.held_out_latents_dir
+    if where:
       stored = latent_cache.LatentCache.load(
-        latents_dir,
-        source=named,
+        where,
+        source=examples.fingerprint(source),
         vae=latent_parts.fingerprint(self._vae_params, self.vae.config),
         buckets=data.buckets,
       )
@@ -151,8 +142,7 @@ class LatentsObjective(base.Objective):
       data.buckets,
       self.config.batch_size,
       seed=seed,
-      crop=data.crop if seed is not None else "center",
-      codes=codes,
+      crop=data.crop if training else "center",
       latents=stored,
     )
 
@@ -233,10 +223,7 @@ class LatentsObjective(base.Objective):
 
   def _condition(self, params, frozen, batch, rng=None):
     """What the U-Net is told of each picture: `tokens`, `pooled`, `sizes`."""
-    if "ids" in batch:
-      ids, valid = batch["ids"], batch["kept"]
-    else:
-      ids, valid = conditions.words(self.tokenizer, frozen, batch["image"], rng)
+    ids, valid = conditions.words(self.tokenizer, frozen, batch["image"], rng)
     codes = frozen["tokenizer"]["codebook"]["codes"]
     told = self._told.model.apply(
       {"params": {"decoder": frozen["semantic"]} | params["projection"]},
@@ -268,9 +255,10 @@ class LatentsObjective(base.Objective):
   def held_out_metrics(self, params, frozen, state, batch):
     """Errors of the mean weights, always under the same noise.
 
-    With `eval.sample_steps` pictures are also drawn in so many steps, without
-    guidance, and held to the real ones: `latent_mse` in the latents, and
-    `picture_mse` in what the autoencoder makes of both.
+    The first `eval.sample_pictures` of a batch are also drawn, in
+    `eval.sample_steps` steps without guidance, and held to what the
+    autoencoder makes of the real ones: `latent_mse`, `picture_mse`, and
+    `pictures`, both one above the other.
     """
     del params
     rng, ema = jax.random.key(0), state["ema"]
@@ -281,14 +269,23 @@ class LatentsObjective(base.Objective):
     loss, metrics = denoising.eps_loss(
       predict, self.schedule, x, told, valid, rng, phase
     )
-    if self.config.eval.sample_steps:
-      drawn = self.draw(ema, frozen, told, x.shape[1:])
-      error = jnp.square(drawn - x).mean((1, 2, 3))
-      metrics["latent_mse"] = denoising.mean(error, valid)
-      real, drawn = (self.decode(frozen, z) for z in (x, drawn))
-      error = jnp.square(drawn - real).mean((1, 2, 3))
-      metrics["picture_mse"] = denoising.mean(error, valid)
+    if shown := self.config.eval.sample_pictures:
+      x, told, valid = jax.tree.map(lambda v: v[:shown], (x, told, valid))
+      metrics |= self._drawn_metrics(ema, frozen, x, told, valid)
     return metrics | {"loss": loss}
+
+  def _drawn_metrics(self, params, frozen, x, told, valid):
+    """What is drawn with some weights, beside latents x and their pictures."""
+    drawn = self.draw(params, frozen, told, x.shape[1:])
+    of_latents = jnp.square(drawn - x).mean((1, 2, 3))
+    real, drawn = (self.decode(frozen, z) for z in (x, drawn))
+    of_pictures = jnp.square(drawn - real).mean((1, 2, 3))
+    both = jnp.concatenate([real, drawn], axis=1)  # [B, 2 H, W, 3]
+    return {
+      "latent_mse": denoising.mean(of_latents, valid),
+      "picture_mse": denoising.mean(of_pictures, valid),
+      "pictures": jnp.round(both * 127.5 + 127.5).astype(jnp.uint8),
+    }
 
   def draw(self, params, frozen, told, shape):
     """Latents float32[B, h, w, C] drawn without guidance, seeds 0 ... B - 1."""

@@ -1,0 +1,42 @@
+"""What the runs at full size share: data, optimizer, logging."""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config(stage: str) -> ml_collections.ConfigDict:
+  """The fields every stage has; each file adds its own."""
+  cfg = ml_collections.ConfigDict()
+  cfg.stage = stage
+  cfg.seed = 0
+  cfg.steps = 0  # 0: as the phases say; else they are scaled to this total
+  # Encoder, tokenizer and semantic decoders are read from here, and what is
+  # trained is written to here.
+  cfg.model_dir = "models/lavit_7b"
+  cfg.start_from = config_dict.placeholder(str)  # has to be given
+  cfg.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)  # -1: the rest
+  cfg.data = dict(
+    kind="jsonl",  # or "tfds": see lavit_jax/data/sources.py
+    image_size=224,  # what the encoder sees
+    seed=0,
+    path="data/pictures.jsonl",
+    held_out_path="",  # "": a tenth of path
+    name="",
+    train_split="train",
+    held_out_split="validation",
+    data_dir="",
+    image_feature="image",
+    text_feature="caption",
+    threads=16,
+  )
+  cfg.optimizer = dict(
+    b1=0.9,
+    b2=0.999,
+    weight_decay=0.01,
+    clip_norm=1.0,
+    groups=dict(base=1.0),
+  )
+  cfg.log = dict(every=50)
+  cfg.eval = dict(every=1000, batches=8)
+  cfg.checkpoint = dict(every=1000, keep=2)
+  return cfg

@@ -1,0 +1,72 @@
+"""The command that caches latents for training: latents."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from lavit_jax import errors
+from lavit_jax.commands import train
+
+_HELP = """\
+usage: lavit latents --config FILE --out DIR [--split NAME] [--json]
+                     [--config.FIELD=VALUE ...]
+
+Write the latents of every picture that a config of stage latents trains on.
+
+  --config FILE          the config of the training to come, or a shipped one
+  --out DIR              where the cache goes; then train with
+                         --config.data.latents_dir=DIR
+  --split NAME           train (the default) or held_out, for
+                         --config.data.held_out_latents_dir
+  --batch N              pictures encoded at once (8)
+  --json                 print one JSON document
+  --config.FIELD=VALUE   override any field of the config (after --config)
+
+example:
+  lavit latents --config tiny/latents.py --out latents/train
+
+Interrupt it anywhere and run it again: it goes on where it stopped.
+"""
+
+
+def add(subparsers) -> None:
+  """Names the command in `lavit --help`; its own words are above."""
+  subparsers.add_parser("latents", help="cache latents of a dataset, to train")
+
+
+def latents(argv: Sequence[str]) -> int:
+  """Reads a config file and its overrides, writes the cache; exit status."""
+  if not argv or {"-h", "--help"} & set(argv):
+    print(_HELP, end="", file=sys.stdout if argv else sys.stderr)
+    return 0 if argv else 2
+  # No short forms: --config.data.x is not --config.
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  parser.add_argument("--out")
+  parser.add_argument("--split", choices=("train", "held_out"), default="train")
+  parser.add_argument("--batch", type=int, default=8)
+  parser.add_argument("--json", action="store_true")
+  args, rest = parser.parse_known_args(argv)
+  if not args.out:
+    raise errors.UsageError("--out DIR is missing. See lavit latents --help.")
+  if args.batch < 1:
+    raise errors.UsageError(f"--batch {args.batch}: expected 1 or more.")
+  config, _ = train.read_config([*rest, "--workdir", args.out])
+  if config.stage != "latents":
+    raise errors.ConfigError(
+      f"This config is of stage {config.stage!r}, which trains on no latents."
+      " Give one such as tiny/latents.py."
+    )
+  from lavit_jax.train import latent_data
+
+  summary = latent_data.write_cache(
+    config.vae_from or config.start_from or config.model_dir,
+    config.model.kind,
+    config.data.to_dict(),
+    args.out,
+    split=args.split,
+    batch=args.batch,
+  )
+  lines = [f"{name}: {value}" for name, value in summary.items()]
+  print(json.dumps(summary, indent=2) if args.json else "\n".join(lines))
+  return 0

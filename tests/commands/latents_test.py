@@ -1,0 +1,62 @@
+"""`lavit latents`."""
+
+import json
+
+import pytest
+
+from lavit_jax import cli
+from lavit_jax.train import latent_data
+
+
+@pytest.fixture
+def written(monkeypatch):
+  """What the function behind the command was called with."""
+  calls = []
+
+  def write_cache(model, kind, data, out, **options):
+    calls.append((model, kind, data, out, options))
+    return {"pictures": 3, "bad": 0, "bytes": 12, "out": out}
+
+  monkeypatch.setattr(latent_data, "write_cache", write_cache)
+  return calls
+
+
+def test_the_config_says_what_is_cached(written, capsys):
+  argv = ["latents", "--config", "tiny/latents.py", "--out", "cache"]
+  more = ["--config.data.path=x.jsonl", "--config.start_from=sd", "--batch=2"]
+  assert cli.main([*argv, *more, "--split", "held_out", "--json"]) == 0
+  assert json.loads(capsys.readouterr().out)["pictures"] == 3
+  model, kind, data, out, options = written[0]
+  assert (model, kind, out) == ("sd", "lowres", "cache")
+  assert data["path"] == "x.jsonl"
+  assert len(data["buckets"]) == 3
+  assert options == {"split": "held_out", "batch": 2}
+  cli.main([*argv, "--config.vae_from=vae"])
+  assert written[1][0] == "vae"
+  assert "pictures: 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("argv", "words"),
+  [
+    (["--config", "tiny/latents.py"], "--out DIR is missing"),
+    (["--out", "x"], "--config FILE is missing"),
+    (["--out", "x", "--config", "tiny/pixels.py"], "stage 'pixels'"),
+    (
+      ["--out", "x", "--config", "tiny/latents.py", "--batch", "0"],
+      "--batch 0",
+    ),
+    (["--out", "x", "--config", "tiny/latents.py", "odd"], "cannot use odd"),
+  ],
+)
+def test_mistakes_are_named_before_anything_is_read(
+  argv, words, written, capsys
+):
+  assert cli.main(["latents", *argv]) == 2
+  assert words in capsys.readouterr().err
+  assert not written
+
+
+def test_help_shows_an_example(capsys):
+  assert cli.main(["latents", "--help"]) == 0
+  assert "lavit latents --config tiny/latents.py" in capsys.readouterr().out

@@ -1,0 +1,206 @@
+"""Every config file loads; those at full size fit together, by shapes alone."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lavit_jax import checkpoints, errors, sharding
+from lavit_jax.data import sources
+from lavit_jax.infer import latents
+from lavit_jax.models import decoder, tokenizer, unet, vae, vision
+from lavit_jax.train import latent_parts, loop, lora, objectives
+from lavit_jax.train import state as state_lib
+
+_ROOT = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(
+  str(path.relative_to(_ROOT))
+  for path in _ROOT.glob("*/*.py")
+  if path.stem not in ("__init__", "common")
+)
+
+
+def _module(name):
+  dotted = name.removesuffix(".py").replace("/", ".")
+  return importlib.import_module(f"lavit_jax.configs.{dotted}")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_loads_and_says_how_it_is_launched(name):
+  module = _module(name)
+  cfg = module.get_config()
+  assert f"lavit train --config configs/{name} --workdir" in module.__doc__
+  assert cfg.stage in objectives.STAGES
+  phases = loop.phases_of(cfg)
+  assert phases[-1].stop == sum(phase["steps"] for phase in phases)
+  for phase in phases:
+    assert set(dict(phase["train"]).values()) <= set(cfg.optimizer.groups)
+  json.loads(cfg.to_json_best_effort())
+  assert set(cfg.mesh) == set(sharding.MESH_AXES)
+
+
+def test_buckets_of_the_highres_decoder_are_the_six_official_ratios():
+  buckets = _module("lavit_7b/pixels_sdxl.py").get_config().data.buckets
+  assert buckets == tuple(latents.RATIOS.values())
+  buckets = _module("lavit_7b/pixels_sd15.py").get_config().data.buckets
+  assert buckets == (latents.LOWRES_SIZE,)
+
+
+class _Squares:
+  """A source of which only the number of pictures is asked."""
+
+  image_size, num_images, name = 224, 4096, "squares"
+
+
+def _abstract(module, *args, dtype=jnp.float32):
+  made = jax.eval_shape(module.init, jax.random.key(0), *args)
+  made = state_lib.unbox(made)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), made)
+
+
+def _words(directory, dtype):
+  """Encoder and tokenizer of LaVIT as shapes."""
+  del directory
+  config = tokenizer.with_dtype(tokenizer.LAVIT_7B, "float32")
+  vit = dataclasses.replace(config.vit, dtype=dtype)
+  config = dataclasses.replace(config, vit=vit, merger_form="reference")
+  model = tokenizer.DynamicVisualTokenizer(config)
+  grid = config.num_patches
+  made = _abstract(model, jnp.zeros((1, grid, 1408)), jnp.ones((1, grid)))
+  picture = jnp.zeros((1, 224, 224, 3))
+  encoder = _abstract(vision.EvaVit(vit), picture, dtype=jnp.dtype(dtype))
+  frozen = {"encoder": encoder["params"], "tokenizer": made}
+  return latent_parts.Words(model, frozen)
+
+
+def _conditioner(directory, kind, sizes, dtype):
+  """The semantic decoder of one kind, its projections as imported."""
+  del directory
+  config = dataclasses.replace(decoder.LAVIT_7B, dtype=dtype)
+  if kind == "lowres":
+    model = decoder.LowresDecoder(config, *sizes["dims"])
+  else:
+    model = decoder.HighresDecoder(
+      config, tuple(sizes["dims"]), sizes["pooled"]
+    )
+  made = _abstract(model, jnp.zeros((1, 256, 32)), jnp.ones((1, 256), bool))
+  semantic = made["params"].pop("decoder")
+  return latent_parts.Conditioner(model, semantic, made["params"], {})
+
+
+def _vae(directory, kind):
+  """The autoencoder of one kind."""
+  del directory
+  model = vae.AutoencoderKL(vae.SD15_VAE if kind == "lowres" else vae.SDXL_VAE)
+  return model, _abstract(model, jnp.zeros((1, 8, 8, 3)))["params"]
+
+
+def _frozen_unet(directory, part, top, dtype="float32"):
+  """What a LoRA changes."""
+  del directory
+  assert top == "unet"
+  config = unet.SD15_UNET if part == "lowres_pixels" else unet.SDXL_UNET
+  net = unet.UNet(config)
+  made = jax.eval_shape(
+    lambda key: latent_parts.init_unet(net, key), jax.random.key(0)
+  )
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)),
+    state_lib.unbox(made),
+  )
+
+
+@pytest.fixture
+def full_size(monkeypatch):
+  """Parts of full size as shapes, so that an objective can be made."""
+  monkeypatch.setattr(sources, "build", lambda *_: _Squares())
+  for name, made in {
+    "load_words": _words,
+    "load_conditioner": _conditioner,
+    "load_vae": _vae,
+    "read_tree": _frozen_unet,
+    "check_start": lambda *_: None,
+    "cast": lambda tree, dtype: tree,
+  }.items():
+    monkeypatch.setattr(latent_parts, name, made)
+
+
+_COUNTS = {"pixels_sd15": 859_520_964, "pixels_sdxl": 2_567_463_684}
+_VAE_COUNT = 83_653_863
+
+
+def _batch(size):
+  """Abstract arrays of two pictures of a bucket."""
+  shapes = {
+    "image": ((2, 224, 224, 3), np.uint8),
+    "target": ((2, *size, 3), np.uint8),
+    "sizes": ((2, 6), np.float32),
+    "valid": ((2,), np.float32),
+  }
+  return {k: jax.ShapeDtypeStruct(*v) for k, v in shapes.items()}
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("name", sorted(_COUNTS))
+def test_full_size_pixel_decoders_fit_together(name, rank, full_size, capsys):
+  cfg = _module(f"lavit_7b/{name}.py").get_config()
+  cfg.start_from = "given"
+  cfg.model.lora = dict(rank=rank, alpha=float(rank))
+  objective = objectives.build(cfg)
+  init = state_lib.init_fn(objective, 0)
+  boxed = jax.eval_shape(init)
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+  state_lib.shardings(boxed, mesh)
+  state = state_lib.unbox(boxed)
+  (phase,) = loop.phases_of(cfg)
+  objective.labels(phase, state.params)
+  net = objective.frozen["unet"] if rank else state.params["unet"]
+  count = checkpoints.count_params(net)
+  assert count == _COUNTS[name]
+  assert checkpoints.count_params(objective.frozen["vae"]) == _VAE_COUNT
+  trained = checkpoints.count_params(state.params)
+  with capsys.disabled():
+    print(f"\n{name}, rank {rank}: U-Net {count:,}, trained {trained:,}")
+  if rank:
+    assert trained < count / 50
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(net)}
+    assert dtypes == {jnp.dtype("bfloat16")}
+    assert {p[-1] for p in _layers(state.params["unet"])} == set(lora.ATTENTION)
+    return
+  loss, (extra, metrics) = jax.eval_shape(
+    lambda *args: objective.loss(phase, *args, jax.random.key(0)),
+    state.params,
+    objective.frozen,
+    state.extra,
+    _batch(cfg.data.buckets[-1]),
+  )
+  assert (loss.shape, loss.dtype) == ((), jnp.float32)
+  assert jax.tree.structure(extra) == jax.tree.structure(state.extra)
+  assert set(metrics) == {"eps_mse", "eps_mse_noisy"}
+
+
+def _layers(tree, path=()):
+  """Paths of the layers that a LoRA changes."""
+  if "a" in tree:
+    return {path}
+  return set().union(*(_layers(v, (*path, k)) for k, v in tree.items()))
+
+
+@pytest.mark.parametrize("name", sorted(_COUNTS))
+def test_a_full_size_run_without_weights_to_start_from_says_what_to_do(
+  name, monkeypatch
+):
+  monkeypatch.setattr(sources, "build", lambda *_: _Squares())
+  cfg = _module(f"lavit_7b/{name}.py").get_config()
+  with pytest.raises(errors.ConfigError, match=r"--config\.start_from=DIR"):
+    objectives.build(cfg)
+  cfg.start_from = "nowhere"
+  with pytest.raises(
+    errors.ConfigError, match="start_from=nowhere has no part"
+  ):
+    objectives.build(cfg)

@@ -1,0 +1,394 @@
+"""Stage `latents`: resume, devices, caches, LoRA, and what is refused."""
+
+import dataclasses
+import pathlib
+import shutil
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lavit_jax import checkpoints, errors, images, sharding
+from lavit_jax.data import latent_cache
+from lavit_jax.infer import painters, schedules
+from lavit_jax.models import unet, vae
+from lavit_jax.train import (
+  latent_data,
+  loop,
+  lora,
+  objectives,
+  writers,
+)
+from lavit_jax.train import state as state_lib
+from tests import micro
+from tests.train import latent_micro
+
+PHOTOS = pathlib.Path(__file__).parents[2] / "data_files" / "coco"
+_LORA = {
+  "model__lora": {"rank": 2, "alpha": 4.0},
+  "model__unet__remat": "full",
+  "data__buckets": ((24, 32),),  # each is compiled for by itself
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+  with latent_micro.quick():
+    yield
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  """A model directory with all parts, Stable Diffusion's as well."""
+  root = tmp_path_factory.mktemp("source")
+  latent_micro.save_model(root / "model")
+  return root / "model"
+
+
+def _branch(source, root, kind):
+  """A model directory without the pixel decoder that is to be trained."""
+  shutil.copytree(source, root / "model")
+  shutil.rmtree(root / "model" / f"{kind}_pixels")
+  return root
+
+
+def _config(kind, root, source, **updates):
+  """Trains on photographs from what is in `source`."""
+  photos = {
+    "data__kind": "jsonl",
+    "data__path": str(PHOTOS / "index.jsonl"),
+    "data__held_out_path": str(PHOTOS / "index.jsonl"),
+    "start_from": str(source),
+  }
+  return latent_micro.config(kind, root, **photos | updates)
+
+
+def _train(cfg, root, **kwargs):
+  with micro.one_device():
+    return loop.train(cfg, root, quiet=True, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def straight(source, tmp_path_factory):
+  """A LoRA of lowres, trained without a stop."""
+  root = _branch(source, tmp_path_factory.mktemp("straight"), "lowres")
+  _train(_config("lowres", root, source, **_LORA), root / "run")
+  return root
+
+
+def _load(root, part):
+  return checkpoints.load_part(root / "model", part)
+
+
+def _equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def _state(run):
+  """The newest checkpoint's arrays: parameters, moments, means, all."""
+  manager = checkpoints.RunCheckpoints(run / "checkpoints")
+  step = manager.latest_step()
+  manager.close()
+  path = run / "checkpoints" / str(step) / "state"
+  return checkpoints.ocp.StandardCheckpointer().restore(path.absolute())
+
+
+def test_resumed_equals_uninterrupted(straight, source, tmp_path):
+  """Stopped at an odd step: means and LoRA, moments and batches too."""
+  root = _branch(source, tmp_path, "lowres")
+  for stop in (3, None):
+    quiet = {"eval__sample_pictures": 0}  # drawing is no part of training
+    cfg = _config("lowres", root, source, **_LORA, **quiet)
+    _train(cfg, root / "run", stop_at=stop)
+  _equal(_state(root / "run"), _state(straight / "run"))
+  for part in ("lowres", "lowres_pixels"):
+    _equal(_load(root, part).params, _load(straight, part).params)
+  rows = [
+    writers.read_json_lines(folder / "run" / "batches.jsonl")
+    for folder in (root, straight)
+  ]
+  crcs = [{row["step"]: row["crc32"] for row in part} for part in rows]
+  assert crcs[0] == crcs[1]
+  assert len(crcs[0]) == 4
+
+
+def test_a_lora_trains_everywhere_and_nothing_else_changes(straight, source):
+  state = _state(straight / "run")
+  trained = state["params"]["unet"]
+  for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
+    assert np.abs(leaf).max() > 0, path  # `b` began at zero
+  start = checkpoints.load_part(source, "lowres_pixels").params
+  made = _load(straight, "lowres_pixels")
+  _equal(made.params["vae"], start["vae"])
+  merged = lora.merge(start["unet"], state["extra"]["ema"]["unet"], 2.0)
+  _equal(made.params["unet"], merged)
+  moved = jax.tree.map(
+    lambda a, b: bool((a != b).any()), made.params["unet"], start["unet"]
+  )
+  for path, changed in jax.tree_util.tree_leaves_with_path(moved):
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    targeted = names[-1] == "kernel" and names[-2] in lora.ATTENTION
+    assert changed == targeted, names
+
+
+def test_what_is_written_is_a_part_as_imported_ones_are(straight, source):
+  made, start = (
+    _load(straight, "lowres_pixels"),
+    checkpoints.load_part(source, "lowres_pixels"),
+  )
+  shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
+  assert shapes(made.params) == shapes(start.params)
+  config = unet.UNetConfig(**made.meta["unet"])
+  assert config == dataclasses.replace(
+    latent_micro.unet_config("lowres"), remat="full"
+  )
+  assert vae.VaeConfig(**made.meta["vae"]) == latent_micro.VAE
+  assert schedules.Schedule(**made.meta["schedule"]).prediction == "velocity"
+  semantic = _load(straight, "lowres")
+  old = checkpoints.load_part(source, "lowres")
+  _equal(semantic.params["decoder"], old.params["decoder"])
+  kernel = semantic.params["unet_proj"]["kernel"]
+  assert (kernel != old.params["unet_proj"]["kernel"]).any()
+  painter = painters.load(straight / "model", "lowres")  # checks that all fit
+  assert painter.schedule.prediction == "velocity"
+
+
+def test_an_evaluation_shows_real_and_drawn_pictures(straight):
+  rows = writers.read_json_lines(straight / "run" / "metrics.jsonl")
+  names = {name for row in rows for name in row}
+  assert {"held_out/loss", "held_out/eps_mse", "held_out/picture_mse"} <= names
+  (path,) = (straight / "run" / "pictures").iterdir()
+  height, width = images.size_of(path)
+  assert (height % 2, width % 2) == (0, 0)
+  assert height >= 48
+
+
+@pytest.fixture(scope="module")
+def highres(source, tmp_path_factory):
+  """(objective, phase) of the whole SDXL kind, from nothing."""
+  root = _branch(source, tmp_path_factory.mktemp("highres"), "highres")
+  cfg = _config("highres", root, "", vae_from=str(source))
+  return objectives.build(cfg), loop.phases_of(cfg)[0]
+
+
+def _one_step(objective, phase, first, sizes, count):
+  """Metrics, parameters and their mean after one step; is any sharded?"""
+  mesh = sharding.make_mesh(sizes, jax.devices()[:count])
+  batch = next(objective.batches(0))
+  with sharding.use(mesh):
+    init = state_lib.init_fn(objective, 0)
+    layout = state_lib.shardings(jax.eval_shape(init), mesh)
+    state = jax.device_put(first, layout)
+    labels = objective.labels(phase, state.params)
+    # Plain gradient steps: Adam's would turn rounding into whole steps.
+    tx = optax.sgd(0.1)
+    state = state.replace(opt_state=tx.init(state.params))
+    frozen = jax.device_put(objective.frozen, sharding.replicated(mesh))
+    step = jax.jit(state_lib.make_step(objective, phase, labels, tx))
+    state, metrics = step(state, frozen, sharding.put_batch(batch, mesh))
+    split = any(
+      not leaf.sharding.is_fully_replicated
+      for leaf in jax.tree.leaves(state.params)
+    )
+    return jax.device_get((metrics, state.params, state.extra)), split
+
+
+def test_eight_devices_update_as_one_does(highres):
+  objective, phase = highres
+  init = state_lib.init_fn(objective, 0)
+  first = jax.device_get(jax.jit(lambda: state_lib.unbox(init()))())
+  one, _ = _one_step(objective, phase, first, {}, 1)
+  mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+  eight, split = _one_step(objective, phase, first, mesh, 8)
+  assert split, "no parameter was sharded"
+  moved = jax.tree.map(
+    lambda a, b: np.abs(a - b).max(), one[1]["unet"], first.params["unet"]
+  )
+  assert max(jax.tree.leaves(moved)) > 1e-3
+
+  def close(path, a, b):
+    scale = max(np.abs(a).max(), 1e-3)
+    name = jax.tree_util.keystr(path)
+    np.testing.assert_allclose(b, a, atol=2e-4 * scale, err_msg=name)
+
+  jax.tree_util.tree_map_with_path(close, one, eight)
+
+
+def test_the_kind_of_sdxl_draws_and_is_written_as_imported(highres, source):
+  objective, _ = highres
+  init = state_lib.init_fn(objective, 0)
+  state = state_lib.unbox(jax.eval_shape(init))
+  batch = next(objective.batches(0))
+  height, width = batch["target"].shape[1:3]
+  metrics = jax.eval_shape(
+    objective.held_out_metrics,
+    state.params,
+    objective.frozen,
+    state.extra,
+    batch,
+  )
+  assert metrics["pictures"].shape == (2, 2 * height, width, 3)
+  assert {"loss", "eps_mse", "latent_mse", "picture_mse"} <= set(metrics)
+  made = objective.exports(state.params, state.extra)
+  assert set(made) == {"highres", "highres_pixels"}
+  for part, (params, meta) in made.items():
+    theirs = checkpoints.load_part(source, part)
+    shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), tree)
+    assert shapes(params) == shapes(theirs.params)
+    assert set(meta) <= set(theirs.meta)
+
+
+def test_every_axis_of_every_network_has_a_rule(highres):
+  objective, _ = highres
+  init = state_lib.init_fn(objective, 0)
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  boxed = jax.eval_shape(init)
+  state_lib.shardings(boxed, mesh)  # an axis without a rule would raise
+  boxes = jax.tree.leaves(
+    boxed.params["unet"],
+    is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
+  )
+  assert all(isinstance(box, nn.LogicallyPartitioned) for box in boxes)
+  net = vae.AutoencoderKL(latent_micro.VAE)
+  boxed = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+  sharding.param_shardings(boxed, mesh)
+
+
+def test_training_from_cached_latents_is_training_without(source, tmp_path):
+  """Cut from the centre, means: the loss is the same to float16's rounding."""
+  root = _branch(source, tmp_path, "lowres")
+  cfg = _config("lowres", root, source)
+  out = tmp_path / "cache"
+  summary = latent_data.write_cache(
+    source, "lowres", cfg.data.to_dict(), out, batch=4, quiet=True
+  )
+  assert summary["pictures"] == 8
+  assert summary["bad"] == 0
+  assert sum(p.stat().st_size for p in out.iterdir()) == summary["bytes"]
+  again = latent_data.write_cache(
+    source, "lowres", cfg.data.to_dict(), out, quiet=True
+  )
+  assert again == summary
+  plain = objectives.build(cfg)
+  cached = objectives.build(
+    _config("lowres", root, source, data__latents_dir=str(out))
+  )
+  for k in range(3):
+    left, right = next(plain.batches(k)), next(cached.batches(k))
+    for name in ("index", "image", "sizes", "valid"):
+      np.testing.assert_array_equal(left[name], right[name])
+    assert "target" not in right
+  x = jax.jit(plain._latents)(plain.frozen, left)
+  y = cached._latents(cached.frozen, right)
+  np.testing.assert_allclose(x, y, atol=2e-3 * np.abs(x).max())
+  _refuses_other_caches(root, source, out)
+
+
+def _refuses_other_caches(root, source, out):
+  """Of other buckets, another autoencoder, or with random crops."""
+
+  def build(message, error=errors.DataError, **updates):
+    updates = {"data__latents_dir": str(out)} | updates
+    with pytest.raises(error, match=message):
+      objectives.build(_config("lowres", root, source, **updates))
+
+  build("another buckets", data__buckets=((24, 32),))
+  build("another source", data__image_size=32, data__kind="shapes")
+  build("random", errors.ConfigError, data__crop="random")
+  build("draws anew", errors.ConfigError, phases__train__sample_latents=True)
+  meta = latent_cache.LatentCache.load(out).meta
+  with pytest.raises(errors.DataError, match="another vae"):
+    latent_cache.LatentCache.load(out, vae="other", source=meta.source)
+
+
+_WRONG = {
+  "kind": ({"model__kind": "midres"}, errors.LavitError, "midres"),
+  "no start": ({"start_from": None}, errors.ConfigError, "not set"),
+  "weighting": (
+    {"phases__train__weighting": "snr"},
+    errors.ConfigError,
+    "weighting='snr'",
+  ),
+  "selection": (
+    {"phases__train__selection": "best"},
+    errors.ConfigError,
+    "selection='best'",
+  ),
+  "buckets": (
+    {"data__buckets": ((32, 31),)},
+    errors.ConfigError,
+    "multiples",
+  ),
+  "image size": ({"data__image_size": 48}, errors.ConfigError, "sees 32"),
+  "unet width": (
+    {"model__unet__cross_dim": 13, "start_from": ""},
+    errors.ConfigError,
+    "cross_dim=13",
+  ),
+  "condition": (
+    {"model__condition": {"dims": (8, 12), "pooled": 10}},
+    errors.ConfigError,
+    "one width",
+  ),
+  "other unet": (
+    {"model__unet__details__freq_shift": 1.0},
+    errors.ConfigError,
+    "freq_shift",
+  ),
+  "alpha": (
+    {"model__lora": {"rank": 2, "alpha": 0.0}},
+    errors.ConfigError,
+    "alpha",
+  ),
+  "lora of nothing": (
+    {"model__lora": {"rank": 2, "alpha": 1.0}, "start_from": ""},
+    errors.ConfigError,
+    "start_from",
+  ),
+  "start": ({"start_from": "nowhere"}, errors.ConfigError, "has no part"),
+  "vae": (
+    {"start_from": "", "vae_from": ""},
+    errors.CheckpointError,
+    "no part 'lowres_pixels'",
+  ),
+  "model": (
+    {"model_dir": "nowhere"},
+    errors.CheckpointError,
+    "no part 'tokenizer'",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", _WRONG)
+def test_what_does_not_fit_is_refused_before_anything_is_trained(
+  name, source, tmp_path
+):
+  updates, error, words = _WRONG[name]
+  root = _branch(source, tmp_path, "lowres")
+  cfg = _config("lowres", root, source)
+  cfg.unlock()
+  for path, value in updates.items():
+    *parents, last = path.split("__")
+    node = cfg
+    for parent in parents:
+      node = node[parent]
+    del node[last]
+    node[last] = value
+  with pytest.raises(error, match=words):
+    objectives.build(cfg)
+
+
+def test_a_result_never_takes_the_place_of_its_start(source):
+  cfg = _config("lowres", source.parent, source)
+  with pytest.raises(errors.ConfigError, match="both"):
+    objectives.build(cfg)
+
+
+def test_a_model_without_a_semantic_decoder_is_refused(source, tmp_path):
+  root = _branch(source, tmp_path, "lowres")
+  shutil.rmtree(root / "model" / "lowres")
+  with pytest.raises(errors.CheckpointError, match="no semantic decoder"):
+    objectives.build(_config("lowres", root, source))
