@@ -83,6 +83,10 @@ class Model:
     self._record("reconstruct", images, **options)
     return [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(len(images))]
 
+  def draw_codes(self, codes, *, progress, **options):
+    self._record("draw_codes", codes, **options)
+    return [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(len(codes))]
+
   def info(self):
     need = {"missing": [], "weights_bytes": 14_200_000_000, "cache_bytes": 0}
     return {
@@ -289,6 +293,22 @@ def test_reconstruct_draws_each_picture(model, capsys, tmp_path):
   assert picture.getpixel((0, 0)) == (1, 0, 0)
 
 
+def test_words_that_were_printed_are_drawn_again(model, capsys, tmp_path):
+  for argv in ("tokenize a.png", "generate one two --ids"):
+    _, out, _ = run(capsys, *argv.split(), "--json")
+    (tmp_path / "words.json").write_text(out)
+    rows = json.loads(out)
+    argv = "reconstruct --codes words.json --steps 3 --json"
+    _, out, _ = run(capsys, *argv.split())
+    codes = [row["codes"] for row in rows]
+    assert model.called == ("draw_codes", codes, {"steps": 3})
+    assert len(json.loads(out)) == len(rows)
+  assert [row["prompt"] for row in json.loads(out)] == ["one", "two"]
+  for text in ("[]", "{}", "[1]", '[{"codes": ["a"]}]', "nonsense", "[[]]"):
+    (tmp_path / "words.json").write_text(text)
+    assert "JSON list" in failed(capsys, "reconstruct", "--codes", "words.json")
+
+
 def test_tokenize_prints_what_is_kept(model, capsys):
   _, out, _ = run(capsys, "tokenize", "a.png", "--budget", "2")
   assert out == "a.png: 2 of 4 patches kept, codes 5 301\n"
@@ -373,6 +393,9 @@ def test_quickstart_hands_on_its_options(model, capsys, monkeypatch, tmp_path):
     ("caption a.png --prompt a.png", "a.png is a picture, but --prompt"),
     ("generate x --negative a.png", "a.png is a picture, but --negative"),
     ("tokenize", "IMAGE"),
+    ("reconstruct", "--codes FILE"),
+    ("reconstruct a.png --codes x.json", "not both"),
+    ("reconstruct --codes x.json", "x.json"),
     ("tokenize a.png --data x.jsonl --out d", "--data X"),
     ("tokenize --data x.jsonl", "--out DIR"),
     ("tokenize --data x.jsonl --out d", "x.jsonl"),

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -254,17 +255,59 @@ def _add_reconstruct(subparsers) -> None:
       lavit reconstruct photo.jpg --out again.png
       lavit reconstruct *.jpg --out again.png      again_0.png, again_1.png, ...
       lavit reconstruct photo.jpg --model runs/lavit_7b --decoder lowres
+      lavit tokenize photo.jpg --json > words.json
+      lavit reconstruct --codes words.json         from words alone
     """,
   )
   common.add_model(parser)
-  common.add_images(parser)
+  common.add_images(parser, nargs="*")
+  parser.add_argument(
+    "--codes",
+    metavar="FILE",
+    help="in place of pictures: what lavit tokenize --json, or generate --ids"
+    " --json, has printed",
+  )
   _add_drawing(parser, "reconstructed.png")
 
 
 def _reconstruct(args: argparse.Namespace) -> None:
-  common.require_files(args.images)
-  paths = common.outputs(args.out, len(args.images))
+  if bool(args.images) == bool(args.codes):
+    raise errors.UsageError(
+      "Give pictures, or --codes FILE, and not both: see lavit reconstruct -h."
+    )
+  if args.codes:
+    shown, codes = _read_codes(args.codes)
+  else:
+    common.require_files(args.images)
+    shown = [{"image": image} for image in args.images]
+  paths = common.outputs(args.out, len(shown))
   lavit, options = _load(args), common.given(args, *_PIXELS)
   with _bar() as tell:
-    pictures = lavit.reconstruct(args.images, progress=tell, **options)
-  _save(args, pictures, paths, [{"image": image} for image in args.images])
+    if args.codes:
+      pictures = lavit.draw_codes(codes, progress=tell, **options)
+    else:
+      pictures = lavit.reconstruct(args.images, progress=tell, **options)
+  _save(args, pictures, paths, shown)
+
+
+def _read_codes(path: str):
+  """Names and lists of words from a JSON file; UsageError if it has none."""
+  common.require_files([path])
+  try:
+    rows = json.loads(pathlib.Path(path).read_text("utf-8"))
+    codes = [row["codes"] for row in rows]
+    good = codes and all(
+      isinstance(code, int) and abs(code) < 1 << 31
+      for row in codes
+      for code in [*row]
+    )
+  except (ValueError, TypeError, KeyError):
+    good = False
+  if not good:
+    raise errors.UsageError(
+      f'--codes {path}: expected a JSON list of {{"codes": [numbers]}}, as'
+      " lavit tokenize --json prints it."
+    )
+  names = ("image", "prompt", "parts")
+  shown = [{k: row[k] for k in names if k in row} for row in rows]
+  return shown, codes

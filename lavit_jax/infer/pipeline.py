@@ -32,6 +32,7 @@ import PIL.Image
 
 from lavit_jax import checkpoints, errors, images, vocabulary
 from lavit_jax.infer import (
+  arguments,
   batches,
   drawings,
   memory,
@@ -46,7 +47,6 @@ from lavit_jax.infer import (
   visual,
   wording,
 )
-from lavit_jax.infer import quantize as int8
 
 resolve = parts.resolve
 
@@ -66,7 +66,7 @@ class LaVIT:
   ):
     self.directory = pathlib.Path(directory)
     self.parts = checkpoints.parts_in(directory)
-    _check_options(dtype, quantize, manner, max_batch)
+    arguments.check_options(dtype, quantize, manner, max_batch)
     self.max_batch = max_batch
     self._dtype, self._quantize, self._manner = dtype, quantize, manner
     self._painters = {}
@@ -224,14 +224,14 @@ class LaVIT:
       seed: sample which patches are read; None is deterministic.
       **options: fields of `rules.Writing` (num_beams, max_new_tokens, …).
     """
-    _require_text("prompt", prompt)
+    arguments.require_text("prompt", prompt)
     batch, single = self._batch(pictures, parity)
     asked = [[p, prompt] if prompt else [p] for p in batch]
     rule = rules.changed(self.rules.caption, options)
     clean = str.strip
     if parity or self.rules.short:
       clean = official.clean_caption if parity else wording.first_sentence
-    seeds = _seeds(seed, parity, len(asked))
+    seeds = arguments.seeds(seed, parity, len(asked))
     written = texts.write(
       self._prompter, asked, rule, seeds=seeds, parity=parity
     )
@@ -270,7 +270,7 @@ class LaVIT:
     """
     batch, asked, single = self._paired(pictures, questions, parity)
     rule = rules.changed(self.rules.answer, options)
-    seeds = _seeds(seed, parity, len(asked))
+    seeds = arguments.seeds(seed, parity, len(asked))
 
     def ask(which, prompt):
       rows = [[batch[i], prompt(asked[i])] for i in which]
@@ -309,7 +309,7 @@ class LaVIT:
       For each prompt its `count` texts, whole, with their scores.
     """
     rule = rules.changed(self.rules.caption, options)
-    seeds = _seeds(seed, parity, len(prompts))
+    seeds = arguments.seeds(seed, parity, len(prompts))
     how = {"seeds": seeds, "parity": parity, "count": count}
     return texts.write(self._prompter, prompts, rule, **how)
 
@@ -318,9 +318,9 @@ class LaVIT:
     single = isinstance(questions, str)
     asked = [questions] if single else questions
     if not isinstance(asked, Sequence):
-      _require_text("question", asked)
+      arguments.require_text("question", asked)
     for question in asked:
-      _require_text("question", question)
+      arguments.require_text("question", question)
     batch, _ = self._batch(pictures, parity)
     if len(batch) == 1:
       batch = np.repeat(batch, len(asked), axis=0)
@@ -346,9 +346,9 @@ class LaVIT:
     single = isinstance(prompts, str)
     asked = [prompts] if single else prompts
     if not isinstance(asked, Sequence):
-      _require_text("prompt", asked, "synthesize")
+      arguments.require_text("prompt", asked, "synthesize")
     for text in asked:
-      _require_text("prompt", text, "synthesize")
+      arguments.require_text("prompt", text, "synthesize")
     out = self.synthesize_batch([[text] for text in asked], **kwargs)
     return out[0] if single else out
 
@@ -393,7 +393,9 @@ class LaVIT:
     words, pixels = rules.split(options, rules.Drawing, painting.Painting)
     how = rules.changed(painting.Painting(), pixels)
     painters.choose(self.parts, how.decoder)  # before the words are written
-    against = _one_each("negative prompt", negative_prompts, len(prompts))
+    against = arguments.one_each(
+      "negative prompt", negative_prompts, len(prompts)
+    )
     repeat = lambda rows: [row for row in rows for _ in range(count)]
     codes = self.write_codes(
       repeat(prompts),
@@ -430,7 +432,9 @@ class LaVIT:
     rule = rules.changed(self.rules.draw, options)
     if options.get("guidance_scale") is not None:
       rule = dataclasses.replace(rule, mixed_guidance_scale=rule.guidance_scale)
-    against = _one_each("negative prompt", negative_prompts, len(prompts))
+    against = arguments.one_each(
+      "negative prompt", negative_prompts, len(prompts)
+    )
     return drawings.write(
       self._prompter,
       prompts,
@@ -473,50 +477,3 @@ class LaVIT:
       "tasks": {task: need["possible"] for task, need in needs.items()},
       "memory": needs,
     }
-
-
-def _check_options(dtype, quantize, manner, max_batch):
-  """UsageError for a bad option of `LaVIT.load`."""
-  allowed = {
-    "dtype": (dtype, ("float32", "bfloat16")),
-    "quantize": (quantize, (None, *int8.MODES)),
-    "manner": (manner, (None, *rules.BY_NAME)),
-    "max_batch": (max_batch, range(1, batches.SIZES[-1] + 1)),
-  }
-  for name, (given, known) in allowed.items():
-    if given not in known:
-      raise errors.UsageError(
-        f"{name}={given!r}: expected {', '.join(map(repr, known))}."
-        if len(known) < 5
-        else f"{name}={given!r}: expected {known[0]} to {known[-1]}."
-      )
-
-
-def _seeds(seed, parity, count):
-  """int[n], one for each, or None for the deterministic selection."""
-  if seed is None and not parity:
-    return None
-  return np.arange(count) + (seed or 0)
-
-
-def _one_each(what, given, count):
-  """A list of `count`, from None, one for all or one for each."""
-  if given is None or isinstance(given, str):
-    return [given] * count
-  if len(given) != count:
-    raise errors.UsageError(
-      f"{len(given)} {what}s for {count} prompts: give one for all (a str), or"
-      " one for each."
-    )
-  return list(given)
-
-
-def _require_text(what, given, instead=None):
-  """UsageError where a picture or something else stands for a text."""
-  if isinstance(given, str):
-    return
-  hint = f" Pictures in a prompt go through {instead}." if instead else ""
-  raise errors.UsageError(
-    f"The {what} is a {type(given).__name__}, but text (str) is expected"
-    f" here.{hint}"
-  )
