@@ -11,6 +11,8 @@ process for each side. First both must draw the same; then they run in turn, A
 B A B, and medians are printed. Compile time is the first call less the median;
 memory is the most that each process has held (of ours while compiling, too).
 
+Single convolutions of such a U-Net are timed by themselves too.
+
 Then what decoding a 1024 x 1024 picture takes by the autoencoder of Stable
 Diffusion at full size, whole and in tiles, as XLA lays it out in advance.
 
@@ -90,6 +92,10 @@ def run(args, folder) -> dict | None:
     "repeats": args.repeats,
   }
   found["rows"] = common.measure(todo, workers, firsts, args.repeats)
+  shapes = unet_cases.CONVOLUTIONS
+  found["convolutions"] = {
+    name: one.ask("convolutions", shapes) for name, one in workers.items()
+  }
   found["peak_mb"] = {name: one.ask("peak") for name, one in workers.items()}
   if args.profile:
     folder = pathlib.Path(args.profile)
@@ -106,6 +112,11 @@ def memory_table(found) -> str:
   peak = ", ".join(f"{n} {mb:.0f} MB" for n, mb in found["peak_mb"].items())
   whole = found["vae"][0]["temporary_mb"]
   lines = [
+    "Single 3 x 3 convolutions, GFLOP/s: "
+    + "; ".join(
+      f"{name} {' '.join(f'{rate:.0f}' for rate in rates)}"
+      for name, rates in found["convolutions"].items()
+    ),
     f"Most memory held while sampling: {peak}",
     "",
     "| VAE decode | temporary MB | of whole | compile s |",

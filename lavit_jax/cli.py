@@ -35,7 +35,8 @@ _RESUMABLE = {"quickstart", "train", "tokenize", "latents"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one command; the exit status: 0, 2 for an error, 130 for Ctrl-C.
+  """Runs one command; the exit status: 0, 2 for an error, 130 for Ctrl-C,
+  75 where a training was asked to stop (SIGTERM) and has saved.
 
   A command may return another status: 1 says that a check failed.
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if message is None or os.environ.get("LAVIT_DEBUG"):
       raise
     _say(f"lavit: {message}")
-    return 2
+    return getattr(error, "exit_status", 2)
   return status or 0
 
 

@@ -4,6 +4,8 @@
 class LavitError(ValueError):
   """What was given, what was expected, and what to do, in one paragraph."""
 
+  exit_status = 2  # of the command
+
 
 class UsageError(LavitError):
   """A command or function was called with arguments that do not fit."""
@@ -19,3 +21,9 @@ class CheckpointError(LavitError):
 
 class DataError(LavitError):
   """Data on disk cannot be used as asked."""
+
+
+class Preempted(LavitError):
+  """The run was asked to stop and has saved: give the same command again."""
+
+  exit_status = 75  # EX_TEMPFAIL, by which launchers know to start it again

@@ -4,6 +4,7 @@ Knows neither JAX nor PyTorch, as both sides read it.
 """
 
 import dataclasses
+import time
 
 import numpy as np
 
@@ -78,6 +79,33 @@ class Case:
 
 
 CASES = (Case(name="unet_ddim", steps=10),)
+
+
+# 3 x 3, two rows: side of the map, channels in, channels out.
+CONVOLUTIONS = (
+  (64, 128, 128),
+  (64, 256, 128),
+  (32, 256, 256),
+  (32, 512, 256),
+  (16, 512, 512),
+)
+
+
+def gflop(shape) -> float:
+  """Of one convolution, in 1e9 operations."""
+  side, into, out = shape
+  return 2 * 9 * 2 * side**2 * into * out / 1e9
+
+
+def fastest(run, times: int = 5) -> float:
+  """Least seconds of a few calls, the first left out."""
+  run()
+  seconds = []
+  for _ in range(times):
+    start = time.perf_counter()
+    run()
+    seconds.append(time.perf_counter() - start)
+  return min(seconds)
 
 
 def inputs(sizes: Sizes, batch: int) -> dict[str, np.ndarray]:

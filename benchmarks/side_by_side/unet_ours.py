@@ -115,6 +115,23 @@ class Side:
   def judged(self, case, batch):
     """None: the work itself is compared."""
 
+  def convolutions(self, shapes) -> list[float]:
+    """GFLOP/s of single 3 x 3 convolutions, NHWC."""
+    rates = []
+    for side, into, out in shapes:
+      x = jnp.ones((2, side, side, into))
+      kernel = jnp.ones((3, 3, into, out))
+      run = jax.jit(
+        lambda x, kernel: jax.lax.conv_general_dilated(
+          x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+      )
+      seconds = unet_cases.fastest(
+        lambda run=run, x=x, kernel=kernel: run(x, kernel).block_until_ready()
+      )
+      rates.append(unet_cases.gflop((side, into, out)) / seconds)
+    return rates
+
   def peak(self) -> float:
     """Most memory that the process has held, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

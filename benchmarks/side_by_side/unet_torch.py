@@ -71,6 +71,18 @@ class Side:
   def judged(self, case, batch):
     """None: the work itself is compared."""
 
+  def convolutions(self, shapes) -> list[float]:
+    """GFLOP/s of single 3 x 3 convolutions, NCHW."""
+    rates = []
+    for side, into, out in shapes:
+      x = torch.ones(2, into, side, side)
+      kernel = torch.ones(out, into, 3, 3)
+      run = functools.partial(torch.nn.functional.conv2d, x, kernel, padding=1)
+      with torch.inference_mode():
+        seconds = unet_cases.fastest(run)
+      rates.append(unet_cases.gflop((side, into, out)) / seconds)
+    return rates
+
   def peak(self) -> float:
     """Most memory that the process has held, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -96,6 +96,10 @@ class _Timer:
     """Most memory held so far, in MB."""
     return self._side.peak()
 
+  def convolutions(self, shapes):
+    """GFLOP/s of each, see `unet_cases.CONVOLUTIONS`."""
+    return self._side.convolutions(shapes)
+
   def first(self, case, batch):
     """(seconds of the first call, compiling included; what it gave)."""
     self._work[case.name, batch] = self._side.work(case, batch)

@@ -26,6 +26,7 @@ examples:
   lavit train --config tiny/tokenizer.py --workdir runs/t --config.steps=100
 
 Interrupt it anywhere and run it again: it resumes with the same batches.
+SIGTERM saves the step it comes in and ends with exit status 75.
 """
 
 
@@ -101,8 +102,9 @@ def train(argv: Sequence[str]) -> int:
     print(_TRAIN_HELP, end="", file=sys.stdout if argv else sys.stderr)
     return 0 if argv else 2
   config, workdir = read_config(argv)
-  from lavit_jax.train import loop
+  from lavit_jax.train import distributed, loop
 
+  distributed.initialize()
   if config.mesh.data == -1:
     use_cpu_cores(config.batch_size)
   loop.train(config, workdir)

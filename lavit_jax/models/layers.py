@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lavit_jax.models import activations, dots
+from lavit_jax.models import activations, attention_forms, dots
 
 # What backward recomputes of a layer, by name (`remat` in every config).
 REMAT = {
@@ -17,7 +17,6 @@ REMAT = {
 }
 
 _IMPLEMENTATIONS = (None, "xla", "cudnn")
-_LARGE_LOGITS = 1 << 23  # bytes; see `_attend_by_row`
 
 
 def attention(
@@ -38,7 +37,7 @@ def attention(
 
   Masks combine: a key is seen where `mask`, `causal` and the segments all
   allow it. A query that sees no key gives zeros. With a `policy` the softmax
-  is LaVIT's (see `policy_softmax`) and only `causal` may be added.
+  is LaVIT's (`attention_forms.policy_softmax`) and only `causal` may be added.
 
   Args:
     query: float[B, L, H, Dh].
@@ -78,7 +77,9 @@ def attention(
       " multiply the mask into the policy instead."
     )
   scale = query.shape[-1] ** -0.5 if scale is None else scale
-  seen = _combine(query, key, mask, causal, segment_ids, kv_segment_ids)
+  seen = attention_forms.combine(
+    query, key, mask, causal, segment_ids, kv_segment_ids
+  )
   if implementation is not None:
     out = jax.nn.dot_product_attention(
       query, key, value, mask=seen, scale=scale, implementation=implementation
@@ -89,164 +90,9 @@ def attention(
       )
       out = jnp.where(any_key.swapaxes(1, 2)[..., None], out, 0)
     return out.astype(query.dtype)
-  rest = (query * scale, key, value, seen, policy)
-  size = 4 * query.shape[1] * heads * key.shape[1]  # bytes of a row's logits
-  if size >= _LARGE_LOGITS and policy is None:
-    small = _attend_by_block
-  elif query.shape[0] > 1 and size * query.shape[0] >= _LARGE_LOGITS:
-    small = functools.partial(_attend_by_row, policy_eps)
-  else:
-    return _attend(policy_eps, *rest)
-  return jax.lax.platform_dependent(
-    *rest, cpu=small, default=functools.partial(_attend, policy_eps)
+  return attention_forms.attend(
+    query * scale, key, value, seen, policy, policy_eps
   )
-
-
-def _attend(policy_eps, query, key, value, seen, policy):
-  """`attention` of scaled queries; seen and policy [B | 1, …] or None."""
-  logits = _logits(query, key)  # [B, H, L, M]
-  if policy is None:
-    weights = masked_softmax(logits, seen)
-  else:
-    policy = policy if seen is None else policy * seen
-    weights = policy_softmax(logits, policy, policy_eps)
-  return _mix(weights.astype(query.dtype), value)
-
-
-def _attend_by_row(policy_eps, query, key, value, seen, policy):
-  """`_attend` row by row: logits stay in a CPU's caches, twice as fast."""
-
-  def widen(x):
-    return None if x is None else jnp.broadcast_to(x, (rows, *x.shape[1:]))
-
-  def one(row):
-    arrays = [None if x is None else x[None] for x in row]
-    return _attend(policy_eps, *arrays)[0]
-
-  rows = query.shape[0]
-  return jax.lax.map(one, (query, key, value, widen(seen), widen(policy)))
-
-
-def _attend_by_block(query, key, value, seen, policy):
-  """`_attend` without a policy, one head and some queries at a time.
-
-  Logits that outgrow a CPU's caches take most of the time: this is up to 8
-  times as fast there.
-  """
-  del policy
-  (batch, length, heads, dim), keys = query.shape, key.shape[1]
-  block = min(length, max(_LARGE_LOGITS // (4 * keys), 1))
-  count = -(-length // block)
-  rest = count * block - length
-  query = jnp.pad(query, ((0, 0), (0, rest), (0, 0), (0, 0)))
-  shape = (batch * heads, count, block, dim)
-  query = query.transpose(0, 2, 1, 3).reshape(shape)
-  if seen is not None and seen.shape[2] > 1:
-    seen = jnp.pad(seen, ((0, 0), (0, 0), (0, rest), (0, 0)))
-
-  def head(given):
-    number, query = given
-    row, column = number // heads, number % heads
-    mine = column * key.shape[2] // heads
-    k, v = key[row, :, mine], value[row, :, mine]  # [M, Dh]
-    mask = None
-    if seen is not None:
-      mask = seen[row % seen.shape[0], column % seen.shape[1]]  # [L | 1, M]
-
-    def some(given):
-      start, query = given
-      one = mask
-      if mask is not None and mask.shape[0] > 1:
-        one = jax.lax.dynamic_slice_in_dim(mask, start, block)
-      logits = jnp.einsum(
-        "ld,md->lm", query, k, preferred_element_type=jnp.float32
-      )
-      return masked_softmax(logits, one).astype(v.dtype) @ v
-
-    return jax.lax.map(some, (jnp.arange(count) * block, query))
-
-  out = jax.lax.map(head, (jnp.arange(batch * heads), query))
-  out = out.reshape(batch, heads, count * block, dim)[:, :, :length]
-  return out.transpose(0, 2, 1, 3)
-
-
-def _combine(query, key, mask, causal, segment_ids, kv_segment_ids):
-  """One bool mask [B | 1, H | 1, L | 1, M] or None."""
-  length, keys = query.shape[1], key.shape[1]
-  seen = mask
-  if causal:
-    order = jnp.tril(jnp.ones((length, keys), bool), keys - length)
-    seen = order[None, None] if seen is None else seen & order
-  if segment_ids is not None:
-    if kv_segment_ids is None:
-      kv_segment_ids = segment_ids
-    same = segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :]
-    seen = same if seen is None else seen & same
-  return seen
-
-
-def _logits(query, key):
-  """float32[B, H, L, M] products of float[B, L, H, Dh], float[B, M, G, Dh]."""
-  batch, length, heads, dim = query.shape
-  groups = key.shape[2]
-  float32 = jnp.float32
-  if groups == heads:
-    return jnp.einsum(
-      "blhd,bmhd->bhlm", query, key, preferred_element_type=float32
-    )
-  query = query.reshape(batch, length, groups, heads // groups, dim)
-  out = jnp.einsum(
-    "blgrd,bmgd->bgrlm", query, key, preferred_element_type=float32
-  )
-  return out.reshape(batch, heads, length, key.shape[1])
-
-
-def _mix(weights, value):
-  """float[B, L, H, Dh] of weights [B, H, L, M] and values [B, M, G, Dh]."""
-  batch, heads, length, keys = weights.shape
-  groups, dim = value.shape[2:]
-  if groups == heads:
-    return jnp.einsum("bhlm,bmhd->blhd", weights, value)
-  weights = weights.reshape(batch, groups, heads // groups, length, keys)
-  out = jnp.einsum("bgrlm,bmgd->blgrd", weights, value)
-  return out.reshape(batch, length, heads, dim)
-
-
-def masked_softmax(logits: jax.Array, seen: jax.Array | None) -> jax.Array:
-  """Softmax of float32[..., M] over the keys seen; zeros where none is."""
-  if seen is None:
-    return jax.nn.softmax(logits, axis=-1)
-  lowest = jnp.finfo(logits.dtype).min
-  weights = jax.nn.softmax(jnp.where(seen, logits, lowest), axis=-1)
-  return jnp.where(seen.any(-1, keepdims=True), weights, 0.0)
-
-
-def policy_softmax(
-  logits: jax.Array, policy: jax.Array, eps: float
-) -> jax.Array:
-  """LaVIT's softmax with a policy, differentiable in the policy.
-
-  e = exp(a - max over all keys) * policy, then (e + eps / M) / (sum e + eps).
-  With eps > 0 every key keeps a little weight, masked ones too (the official
-  code's). With eps = 0 it is the softmax over the keys of policy > 0, and the
-  mean over all keys where there is none, the limit of the form above.
-
-  Args:
-    logits: float32[B, H, L, M].
-    policy: float, broadcastable to it, in 0 ... 1.
-    eps: a constant >= 0.
-
-  Returns:
-    float32[B, H, L, M] whose last axis sums to one.
-  """
-  keys = logits.shape[-1]
-  highest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-  weights = jnp.exp(logits - highest) * policy
-  total = weights.sum(-1, keepdims=True)
-  if eps:
-    return (weights + eps / keys) / (total + eps)
-  some = total > 0
-  return jnp.where(some, weights / jnp.where(some, total, 1.0), 1.0 / keys)
 
 
 def l2_normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:

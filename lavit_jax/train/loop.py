@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lavit_jax import checkpoints, errors, images, progress, sharding
-from lavit_jax.train import objectives, optimizer, writers
+from lavit_jax.train import distributed, objectives, optimizer, writers
 from lavit_jax.train import state as state_lib
 
 
@@ -99,12 +99,14 @@ def train(
   Raises:
     errors.ConfigError: fields that do not fit, or a workdir of another run.
     errors.LavitError: the loss is not finite (the message names the step).
+    errors.Preempted: a SIGTERM came; the step it came in was saved.
   """
   workdir = pathlib.Path(workdir)
   _check_workdir(config, workdir)
   run = _Run(config, workdir, quiet)
   try:
-    return run.train(stop_at)
+    with run.stop_signal:
+      return run.train(stop_at)
   finally:
     run.close()
 
@@ -145,6 +147,7 @@ class _Run:
 
   def __init__(self, config, workdir, quiet):
     self.config, self.workdir, self.quiet = config, workdir, quiet
+    self.stop_signal = distributed.StopSignal()
     self.phases = phases_of(config)
     self.objective = objectives.build(config)
     self.mesh = sharding.make_mesh(config.mesh.to_dict())
@@ -287,7 +290,18 @@ class _Run:
           self._check_finite(step, metrics)
           with bar.paused():
             self._after_step(phase, step + 1, stop, state, window, bar)
+        if self.stop_signal.after(step + 1):
+          self._save_and_leave(step + 1, state)
     return state
+
+  def _save_and_leave(self, step, state):
+    """Saves and raises Preempted."""
+    self._save(step, state, None)
+    self.checkpoints.wait()
+    raise errors.Preempted(
+      f"Stage {self.config.stage!r} was asked to stop (SIGTERM); step {step} is"
+      " saved. Give the same command again: it goes on from there."
+    )
 
   def _is_due(self, step, stop):
     """Is anything logged, evaluated or saved after this step?"""

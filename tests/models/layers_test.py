@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.models import layers
+from lavit_jax.models import attention_forms, layers
 
 
 def qkv(heads=4, groups=4, length=5, keys=5, dim=6):
@@ -107,7 +107,7 @@ def test_policy_eps_is_the_official_formula():
   policy = jnp.array([[1.0, 0.0, 1.0]])
   weights = np.exp([-2.0, 0.0, -1.0]) * [1, 0, 1]  # max over all, masked too
   expected = (weights + 0.1 / 3) / (weights.sum() + 0.1)
-  out = layers.policy_softmax(logits, policy, 0.1)
+  out = attention_forms.policy_softmax(logits, policy, 0.1)
   np.testing.assert_allclose(out[0], expected, rtol=1e-6)
 
 
@@ -182,7 +182,9 @@ def test_unknown_remat_policy_is_named():
 
 
 @pytest.mark.parametrize("groups", [4, 2])
-@pytest.mark.parametrize("kind", ["none", "keys", "causal", "segments"])
+@pytest.mark.parametrize(
+  "kind", ["none", "keys", "blind", "causal", "segments"]
+)
 def test_attention_in_blocks_is_attention(monkeypatch, kind, groups):
   keys = jax.random.split(jax.random.key(4), 3)
   query = jax.random.normal(keys[0], (2, 11, 4, 8))
@@ -191,6 +193,7 @@ def test_attention_in_blocks_is_attention(monkeypatch, kind, groups):
   options = {
     "none": {},
     "keys": {"mask": (jnp.arange(11) < 7)[None, None, None]},
+    "blind": {"mask": jnp.arange(11)[None, None, :, None] % 3 > 0},
     "causal": {"causal": True},
     "segments": {"segment_ids": jnp.array([[0] * 5 + [1] * 6, [2] * 11])},
   }[kind]
@@ -201,7 +204,8 @@ def test_attention_in_blocks_is_attention(monkeypatch, kind, groups):
 
   run = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
   (_, whole), gradients = run(query, key, value)
-  monkeypatch.setattr(layers, "_LARGE_LOGITS", 4 * 11 * 3)  # 3 queries each
+  # Three queries at a time.
+  monkeypatch.setattr(attention_forms, "_LARGE_LOGITS", 4 * 11 * 3)
   (_, blocks), again = run(query, key, value)
   np.testing.assert_allclose(blocks, whole, atol=1e-6)
   for a, b in zip(again, gradients, strict=True):

@@ -82,6 +82,36 @@ def test_sigkill_at_any_step_loses_nothing(stage, micro_runs, tmp_path):
   assert len(_crcs(straight / stage)) >= 40
 
 
+def test_sigterm_saves_the_step_it_comes_in_and_nothing_is_lost(
+  micro_runs, tmp_path, monkeypatch
+):
+  """The notice comes between two checkpoints, as preemptions do."""
+  straight, stopped = micro.branch(micro_runs, tmp_path, 2)
+  overrides = {"phases__train__steps": 7, "checkpoint__every": 100}
+  cfg = micro.config("pretrain", straight, **overrides)
+  loop.train(cfg, straight / "run", quiet=True)
+  cfg = micro.config("pretrain", stopped, **overrides)
+  hashed, before = [], signal.getsignal(signal.SIGTERM)
+  real = loop._Run._hash
+
+  def notice(self, step, batch):
+    hashed.append(step)
+    if step == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+    real(self, step, batch)
+
+  monkeypatch.setattr(loop._Run, "_hash", notice)
+  with pytest.raises(errors.Preempted, match="step 3 is saved") as caught:
+    loop.train(cfg, stopped / "run", quiet=True)
+  assert caught.value.exit_status == 75
+  assert hashed == [0, 1, 2]
+  assert signal.getsignal(signal.SIGTERM) is before
+  loop.train(cfg, stopped / "run", quiet=True)
+  assert hashed == list(range(7))
+  _assert_same_part(straight, stopped, "llm")
+  assert _crcs(straight / "run") == _crcs(stopped / "run")
+
+
 @contextlib.contextmanager
 def _child(stage, root, overrides):
   """The same training in a process of its own, on one device; then none."""

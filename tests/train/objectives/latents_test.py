@@ -166,12 +166,24 @@ def test_an_evaluation_shows_real_and_drawn_pictures(straight):
   assert height >= 48
 
 
+def _whole(kind, source, root, **updates):
+  """(objective, phase) of a whole U-Net, from nothing."""
+  root = _branch(source, root, kind)
+  cfg = _config(kind, root, "", vae_from=str(source), **updates)
+  return objectives.build(cfg), loop.phases_of(cfg)[0]
+
+
 @pytest.fixture(scope="module")
 def highres(source, tmp_path_factory):
-  """(objective, phase) of the whole SDXL kind, from nothing."""
-  root = _branch(source, tmp_path_factory.mktemp("highres"), "highres")
-  cfg = _config("highres", root, "", vae_from=str(source))
-  return objectives.build(cfg), loop.phases_of(cfg)[0]
+  """The SDXL kind."""
+  return _whole("highres", source, tmp_path_factory.mktemp("highres"))
+
+
+@pytest.fixture
+def lowres(source, tmp_path):
+  """The other, every second picture told nothing but `uncond`."""
+  dropout = {"phases__train__condition_dropout": 0.5}
+  return _whole("lowres", source, tmp_path, **dropout)
 
 
 def _one_step(objective, phase, first, sizes, count):
@@ -196,8 +208,9 @@ def _one_step(objective, phase, first, sizes, count):
     return jax.device_get((metrics, state.params, state.extra)), split
 
 
-def test_eight_devices_update_as_one_does(highres):
-  objective, phase = highres
+@pytest.mark.parametrize("kind", ["lowres", "highres"])
+def test_eight_devices_update_as_one_does(kind, request):
+  objective, phase = request.getfixturevalue(kind)
   init = state_lib.init_fn(objective, 0)
   first = jax.device_get(jax.jit(lambda: state_lib.unbox(init()))())
   one, _ = _one_step(objective, phase, first, {}, 1)
@@ -208,6 +221,8 @@ def test_eight_devices_update_as_one_does(highres):
     lambda a, b: np.abs(a - b).max(), one[1]["unet"], first.params["unet"]
   )
   assert max(jax.tree.leaves(moved)) > 1e-3
+  if kind == "lowres":
+    assert np.abs(one[1]["uncond"] - first.params["uncond"]).max() > 0
 
   def close(path, a, b):
     scale = max(np.abs(a).max(), 1e-3)
