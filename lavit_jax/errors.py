@@ -27,3 +27,9 @@ class Preempted(LavitError):
   """The run was asked to stop and has saved: give the same command again."""
 
   exit_status = 75  # EX_TEMPFAIL, by which launchers know to start it again
+
+
+class Unreachable(LavitError):
+  """Another machine did not answer: it may be there on the next try."""
+
+  exit_status = 69  # EX_UNAVAILABLE

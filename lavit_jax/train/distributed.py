@@ -32,7 +32,7 @@ def initialize(environment: Mapping[str, str] | None = None) -> None:
 
   Raises:
     errors.ConfigError: the environment tells only a part of it.
-    errors.UsageError: the others could not be reached.
+    errors.Unreachable: the others could not be reached.
   """
   environment = os.environ if environment is None else environment
   given = {n: environment[n] for n in _BY_HAND if environment.get(n)}
@@ -48,7 +48,7 @@ def initialize(environment: Mapping[str, str] | None = None) -> None:
       **told, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
     )
   except (RuntimeError, ValueError) as e:
-    raise errors.UsageError(
+    raise errors.Unreachable(
       "This process could not join the others of its run"
       f" ({' '.join(str(e).split())[:300]}). Check that all of them were"
       f" started, and that {given.get(_BY_HAND[0]) or 'the coordinator'} can be"
@@ -77,6 +77,8 @@ def _by_hand(given) -> dict[str, str | int]:
     "coordinator_address": given[_BY_HAND[0]],
     "num_processes": count,
     "process_id": number,
+    # A SLURM step of which this is not all would bind a single GPU.
+    "cluster_detection_method": "deactivate",
   }
 
 
