@@ -24,7 +24,7 @@ REQUIRED = [
 ]
 
 EXTRAS = {
-  "tpu": ["gcsfs>=2026.10", "jax[tpu]>=0.10.2"],  # gcsfs: workdirs in gs://
+  "tpu": ["jax[tpu]>=0.10.2"],
   "cuda": ["jax[cuda12]>=0.10.2"],
   "torch": ["huggingface_hub>=2.4", "safetensors>=0.8", "torch>=2.13"],
   "eval": ["scipy>=1.17", "simplemma>=2.0"],

@@ -25,7 +25,7 @@ Train on GPUs (pip install -e '.[cuda]'). Crashes are tried again; give the
 same command again to resume.
 
   --config FILE       configs/tiny/pretrain.py, for example
-  --workdir DIR       a disk that all machines share, or gs://bucket/dir
+  --workdir DIR       a disk that all machines share
   --gpus K            the first K GPUs of each machine; default: all of them
                       (SLURM: must be given)
   --env NAME=VALUE    in the environment of the run; may be repeated
@@ -51,10 +51,10 @@ command resumes; else a crash.
 examples:
   launch/gpu.sh --config configs/tiny/pretrain.py --workdir runs/pretrain
   launch/gpu.sh --slurm --nodes 4 --gpus 8 --sbatch-flag=--time=24:00:00 \
-    --sbatch-flag=--partition=a100 --config configs/lavit_7b/pretrain.py \
-    --workdir /shared/pretrain
+    --sbatch-flag=--partition=a100 --config configs/lavit_7b/pixels_sdxl.py \
+    --workdir /shared/sdxl
   launch/gpu.sh --processes 2 --process-id 0 --coordinator node0:9876 \
-    --config configs/lavit_7b/pretrain.py --workdir /shared/pretrain
+    --config configs/lavit_7b/pixels_sdxl.py --workdir /shared/sdxl
 HELP
 }
 

@@ -48,8 +48,9 @@ which TPU:
   --ssh-flag F        of `gcloud ... ssh` and `scp`: --internal-ip, say
 
 which run:
-  --config FILE       in this checkout, committed: configs/lavit_7b/pretrain.py
-  --workdir DIR       gs://bucket/dir; all hosts must see the same one
+  --config FILE       in this checkout, committed: configs/lavit_7b/...
+  --workdir DIR       /mnt/shared/run, say: a disk that all hosts see, and
+                      that outlives the TPU (Filestore, NFS, a mounted bucket)
   --env NAME=VALUE    in the run's environment; may be repeated
   -- --config.x=y ... overrides of the config
 
@@ -66,16 +67,17 @@ done, the same command resumes; 130 Ctrl-C (the run goes on); else a failure.
 examples:
   # one host (8 chips), on demand
   launch/tpu_pod.sh --name lora --zone us-west4-a --type v5litepod-8 \
-    --config configs/lavit_7b/finetune.py --workdir gs://my-bucket/lora
+    --config configs/lavit_7b/pixels_sd15.py --workdir /mnt/shared/lora \
+    -- --config.model.lora.rank=16 --config.model.lora.alpha=16
 
   # a pod, spot, from the queue, deleted when done; look at it first
   launch/tpu_pod.sh --name pre --zone us-west4-a --type v5litepod-256 \
-    --queued --spot --config configs/lavit_7b/pretrain.py \
-    --workdir gs://my-bucket/pre --delete-at-end --dry-run
+    --queued --spot --config configs/lavit_7b/pixels_sdxl.py \
+    --workdir /mnt/shared/pre --delete-at-end --dry-run
 
   # two pods as one
   launch/tpu_pod.sh --name big --zone us-east5-a --type v6e-256 --slices 2 \
-    --config configs/lavit_7b/pretrain.py --workdir gs://my-bucket/big \
+    --config configs/lavit_7b/pixels_sdxl.py --workdir /mnt/shared/big \
     -- --config.mesh.data=2
 
   launch/tpu_pod.sh status --name pre --zone us-west4-a
@@ -214,11 +216,10 @@ check_run() {
   fi
   number --ready-timeout "$READY_TIMEOUT" 1
   case $WORKDIR in
-  gs://?*) ;;
-  /*) say "note: --workdir $WORKDIR must be one shared disk on all hosts, and" \
-    "outlive the TPU; a gs:// path does" ;;
-  *) mistake "--workdir takes gs://bucket/dir, not '$WORKDIR': all hosts must" \
-    "see it, and it must outlive the TPU" ;;
+  /?*) ;;
+  *) mistake "--workdir takes a folder such as /mnt/shared/run, not" \
+    "'$WORKDIR': a disk that all hosts see and that outlives the TPU" \
+    "(Filestore, NFS, a mounted bucket)" ;;
   esac
   check_code
 }

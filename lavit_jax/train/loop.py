@@ -101,6 +101,12 @@ def train(
     errors.LavitError: the loss is not finite (the message names the step).
     errors.Preempted: a SIGTERM came; the step it came in was saved.
   """
+  if "://" in str(workdir):
+    raise errors.ConfigError(
+      f"--workdir {workdir}: a run writes to disks only, in this version. Give"
+      " a directory that all hosts of the run can see (Filestore, NFS, a"
+      " mounted bucket)."
+    )
   workdir = pathlib.Path(workdir)
   _check_workdir(config, workdir)
   run = _Run(config, workdir, quiet)

@@ -32,7 +32,7 @@ def test_a_first_run_creates_copies_installs_starts_and_follows(world):
   train = ["train", "--config", "configs/run.py", "--workdir"]
   for host in ("pod.0", "pod.1"):
     [(arguments, environment)] = world.attempts(host)
-    assert arguments == [*train, "gs://bucket/run"]
+    assert arguments == [*train, "/mnt/shared/run"]
     assert environment["LAVIT_DISTRIBUTED"] == "1"
     assert environment["PWD"].endswith("lavit/code")
 
@@ -390,7 +390,7 @@ def test_a_dry_run_prints_what_a_run_calls_and_calls_nothing(world, more):
 
 
 def test_odd_values_reach_the_run_as_they_are(world):
-  args = ["--config", worlds.CONFIG, "--workdir", "gs://b/a b; touch pwned"]
+  args = ["--config", worlds.CONFIG, "--workdir", "/mnt/a b; touch pwned"]
   env = ["--env", "A=x y", "--env", "B=$(touch pwned)'\""]
   status, _, err = world.run(
     "tpu_pod.sh", *worlds.TPU, *args, *env, "--", *worlds.ODD
@@ -409,7 +409,10 @@ MISTAKES = {
   "--type takes an accelerator type": ["--type", "v7x-8"],
   "no runtime is known": ["--type", "v5x-8"],
   "'configs/new.py' is not in the last commit": ["--config", "configs/new.py"],
-  "--workdir takes gs://bucket/dir, not 'runs/a'": ["--workdir", "runs/a"],
+  "--workdir takes a folder such as /mnt/shared/run, not 'runs/a'": [
+    "--workdir",
+    "runs/a",
+  ],
   "--max-restarts takes a whole number": ["--max-restarts", "08"],
   "--slices takes a whole number of at least 1": ["--slices=0"],
   "--ready-timeout takes": ["--ready-timeout", "a[$(touch pwned)]"],

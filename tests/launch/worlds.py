@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 STUBS = pathlib.Path(__file__).parent
 CONFIG = "configs/it's a; touch pwned/$(touch pwned).py"
 TPU = ("--name", "pod", "--zone", "us-west4-a", "--type", "v5litepod-16")
-RUN = (*TPU, "--config", "configs/run.py", "--workdir", "gs://bucket/run")
+RUN = (*TPU, "--config", "configs/run.py", "--workdir", "/mnt/shared/run")
 ODD = ["--config.a=b c", "--config.d='\"; touch pwned", "--config.e=$(pwd)\nf"]
 AT_ONCE = {"LAVIT_LAUNCH_SECOND_MS": "0"}  # for tests of long back-offs
 

@@ -202,6 +202,14 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
     run.close()
 
 
+def test_a_bucket_is_not_taken_for_a_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  cfg = micro.config("encoder", "unused")
+  with pytest.raises(errors.ConfigError, match="gs://bucket/run"):
+    loop.train(cfg, "gs://bucket/run", quiet=True)
+  assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_phase_and_stage_are_named():
   cfg = micro.config("encoder", "unused")
   cfg.schedule = ("train", "polish")
