@@ -40,8 +40,7 @@ class Painting:
   tile: int | None = None
 
   def __post_init__(self):
-    if self.solver not in solvers.NAMES:
-      solvers.named(self.solver)  # raises, and says which there are
+    solvers.named(self.solver)  # raises where there is none
     if self.steps is not None and self.steps < 1:
       raise errors.UsageError(f"steps={self.steps}: expected 1 or more.")
     if self.ratio is not None and self.size is not None:

@@ -119,12 +119,7 @@ def changed(rule: _Rule, options: Mapping[str, Any]) -> _Rule:
   Raises:
     errors.UsageError: an option that the rule does not have.
   """
-  known = [field.name for field in dataclasses.fields(rule)]
-  if unknown := sorted(set(options) - set(known)):
-    raise errors.UsageError(
-      f"Unknown option {', '.join(unknown)}: expected one of"
-      f" {', '.join(known)}."
-    )
+  (options,) = split(options, type(rule))
   given = {name: v for name, v in options.items() if v is not None}
   return dataclasses.replace(rule, **given)
 

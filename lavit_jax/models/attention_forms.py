@@ -67,7 +67,7 @@ def _by_row(policy_eps, query, key, value, seen, policy):
 def _by_block(query, key, value, seen, policy):
   """`_whole` without a policy, one head and some queries at a time.
 
-  Up to 8 times as fast; going over blocks of keys as well is no faster.
+  At 4096 places 2 to 3 times as fast; blocks of keys as well gain nothing.
   """
   del policy
   (batch, length, heads, dim), keys = query.shape, key.shape[1]

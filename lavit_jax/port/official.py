@@ -25,6 +25,7 @@ from collections.abc import Collection
 from typing import Any
 
 from lavit_jax import errors, vocabulary
+from lavit_jax.infer import latent
 from lavit_jax.models import llama
 from lavit_jax.port import (
   llama_folder,
@@ -237,22 +238,18 @@ class _Reader:
     meta = self._vit and {"vit": dataclasses.asdict(self._vit)}
     return self._part("encoder", arrays, meta)
 
-  def _decoder(self, name, table, infer, module):
+  def _decoder(self, name, table, infer):
     meta = self._sizes(name, lambda shapes: infer(shapes, self._heads))
-    tree = meta and sizes.abstract_decoder(module(meta))
+    tree = meta and sizes.abstract_decoder(latent.semantic(name, meta))
     return self._part(name, self._arrays(name, table, tree), meta)
 
   def lowres(self):
     """Part `lowres`."""
-    return self._decoder(
-      "lowres", names.LOWRES, sizes.lowres_meta, sizes.lowres_module
-    )
+    return self._decoder("lowres", names.LOWRES, sizes.lowres_meta)
 
   def highres(self):
     """Part `highres`."""
-    return self._decoder(
-      "highres", names.HIGHRES, sizes.highres_meta, sizes.highres_module
-    )
+    return self._decoder("highres", names.HIGHRES, sizes.highres_meta)
 
   def _tokenizer_config(self):
     decoder = None

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax.infer import official
+from lavit_jax.infer import latent, official
 from lavit_jax.models import (
   decoder,
   layers,
@@ -21,7 +21,7 @@ from lavit_jax.models import (
   selector,
   vision,
 )
-from lavit_jax.port import recorded_search, sizes
+from lavit_jax.port import recorded_search
 
 
 def floats(**values):
@@ -153,8 +153,8 @@ def _tokenize(a, parts):
 
 def _decoder(a, parts):
   low, high = parts.part("lowres"), parts.part("highres")
-  lowres = sizes.lowres_module(low.meta)
-  highres = sizes.highres_module(high.meta)
+  lowres = latent.semantic("lowres", low.meta)
+  highres = latent.semantic("highres", high.meta)
   config = lowres.config
   made = {}
   for case in [n.removeprefix("in_quantized") for n in a if n[:6] == "in_qua"]:

@@ -200,19 +200,6 @@ def _codes(config):
   return jnp.zeros((*shape, config.code_dim)), jnp.ones(shape, bool)
 
 
-def lowres_module(meta: Mapping[str, Any]) -> decoder.LowresDecoder:
-  """The module that the meta of a part `lowres` describes."""
-  config = decoder.DecoderConfig(**meta["decoder"])
-  return decoder.LowresDecoder(config, meta["condition_dim"])
-
-
-def highres_module(meta: Mapping[str, Any]) -> decoder.HighresDecoder:
-  """The module that the meta of a part `highres` describes."""
-  config = decoder.DecoderConfig(**meta["decoder"])
-  dims = tuple(meta["condition_dims"])
-  return decoder.HighresDecoder(config, dims, meta["pooled_dim"])
-
-
 def abstract_decoder(module) -> dict[str, Any]:
   """Abstract params of a `LowresDecoder` or `HighresDecoder`."""
   return _abstract(module, *_codes(module.config))["params"]

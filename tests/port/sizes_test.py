@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lavit_jax import errors
+from lavit_jax.infer import latent
 from lavit_jax.models import decoder, llama, tokenizer
 from lavit_jax.port import names, plan, sizes, tensors
 from tests.port import names_test
@@ -72,8 +73,8 @@ def trees(config):
       "merger": found["params"]["merger"],
       "projection": found["params"]["llm_proj"],
     },
-    "lowres": sizes.abstract_decoder(sizes.lowres_module(low)),
-    "highres": sizes.abstract_decoder(sizes.highres_module(high)),
+    "lowres": sizes.abstract_decoder(latent.semantic("lowres", low)),
+    "highres": sizes.abstract_decoder(latent.semantic("highres", high)),
     "llm": sizes.abstract_llama(llama.LLAMA2_7B),
   }
 
