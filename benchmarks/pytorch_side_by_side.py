@@ -133,7 +133,7 @@ def check(todo, workers, sizes):
   return seconds, agree
 
 
-def measure(todo, workers, firsts, repeats) -> list[dict]:
+def measure(todo, workers, firsts, repeats, say=print) -> list[dict]:
   """Runs the sides in turn; a row for each case and batch."""
   rows = []
   for case, batch in todo:
@@ -157,7 +157,7 @@ def measure(todo, workers, firsts, repeats) -> list[dict]:
       f" {row[name]['max_s']:.4f})"
       for name in workers
     )
-    print(f"{case.name}, batch {batch}: {text}", flush=True)
+    say(f"{case.name}, batch {batch}: {text}", flush=True)
   return rows
 
 

@@ -1,10 +1,9 @@
-"""Orbax on disk: checkpoints of a run, and model directories for use.
+"""Orbax on disk: model directories for use.
 
-A *run checkpoint* is the whole truth of a training run: parameters, optimizer,
-stage state, rng, step, data-iterator state and config. A *model directory* is
-what inference loads: one folder a part (`encoder`, `tokenizer`, `pixels`,
-`lowres`, `highres`, `llm`), each with its parameters and a `part.json` that
-describes it. `lowres` and `highres` are the official release's two decoders.
+A *model directory* is what inference loads: one folder a part (`encoder`,
+`tokenizer`, `pixels`, `lowres`, `highres`, `llm`), each with its parameters
+and a `part.json` that describes it. `lowres` and `highres` are the official
+release's two decoders. A run's own checkpoints: `train/run_checkpoints.py`.
 """
 
 import contextlib
@@ -21,9 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from orbax.checkpoint import checkpoint_managers
 
-from lavit_jax import errors
+from lavit_jax import errors, hosts
 
 PARTS = (
   "encoder",
@@ -55,82 +53,6 @@ def _writing(directory):
     ) from e
 
 
-class RunCheckpoints:
-  """Keeps the last `keep` checkpoints of a run and the best one.
-
-  `best` is a metric name of the held-out evaluation; `best_mode` is "min" or
-  "max". Saving is asynchronous; `close` waits for it.
-  """
-
-  def __init__(
-    self, directory, *, keep: int = 2, best: str = "loss", best_mode="min"
-  ):
-    sign = -1.0 if best_mode == "min" else 1.0
-
-    def score(metrics):
-      return sign * float((metrics or {}).get(best, sign * -jnp.inf))
-
-    policy = checkpoint_managers.AnyPreservationPolicy(
-      [
-        checkpoint_managers.LatestN(keep),
-        checkpoint_managers.BestN(get_metric_fn=score, n=1),
-      ]
-    )
-    self._manager = ocp.CheckpointManager(
-      pathlib.Path(directory).absolute(),
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policy, cleanup_tmp_directories=True
-      ),
-      item_names=("state", "meta"),
-    )
-
-  def latest_step(self) -> int | None:
-    """The newest complete checkpoint's step, None for a new run."""
-    return self._manager.latest_step()
-
-  def save(self, step: int, state, meta: Mapping[str, Any], metrics=None):
-    """Starts to write `state` (arrays) and `meta` (JSON) at `step`.
-
-    Raises:
-      errors.CheckpointError: this write, or the one before, failed. Complete
-        checkpoints are untouched.
-    """
-    if step == self._manager.latest_step():
-      return
-    args = ocp.args.Composite(
-      state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
-    )
-    with _writing(self._manager.directory):
-      self._manager.save(step, args=args, metrics=metrics, force=True)
-
-  def meta(self, step: int) -> dict[str, Any]:
-    """The JSON part of a checkpoint: config, data state, versions."""
-    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    return self._manager.restore(step, args=args)["meta"]
-
-  def restore(self, step: int, abstract_state):
-    """State at `step`, laid out as `abstract_state` (shapes + shardings)."""
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-    try:
-      return self._manager.restore(step, args=args)["state"]
-    except (ValueError, KeyError, TypeError) as e:
-      raise errors.CheckpointError(
-        f"Checkpoint {self._manager.directory}/{step} does not fit the model"
-        f" of this config: {str(e).splitlines()[0][:300]} Train in another"
-        " --workdir, or use the config that wrote it."
-      ) from e
-
-  def wait(self):
-    """Returns once everything saved so far is on disk."""
-    with _writing(self._manager.directory):
-      self._manager.wait_until_finished()
-
-  def close(self):
-    """Waits for pending saves and closes."""
-    self.wait()
-    self._manager.close()
-
-
 @dataclasses.dataclass(frozen=True)
 class Part:
   """One part of a model directory: its parameters and its description."""
@@ -143,6 +65,8 @@ def save_part(
   directory, name: str, params, meta: Mapping[str, Any], dtype=None
 ) -> pathlib.Path:
   """Writes one part of a model directory, whole or not at all.
+
+  Of a run of several processes all call it, and each writes its share.
 
   Args:
     directory: the model directory; made if missing.
@@ -161,20 +85,25 @@ def save_part(
     raise errors.UsageError(f"A model has parts {PARTS}; {name!r} is none.")
   final = pathlib.Path(directory).absolute() / name
   partial = final.with_name(f".{name}.partial")
-  shutil.rmtree(partial, ignore_errors=True)
   if dtype is not None:
     params = jax.tree.map(lambda x: _cast(x, dtype), params)
   text = json.dumps({"format": FORMAT, "part": name, **meta}, indent=1)
   with _writing(final.parent):
-    partial.mkdir(parents=True)
+    if hosts.first():
+      shutil.rmtree(partial, ignore_errors=True)
+      partial.mkdir(parents=True)
+    hosts.barrier(f"lavit_part_{name}_begun")
     if any(isinstance(x, np.memmap) for x in jax.tree.leaves(params)):
       _save_mapped(partial / _WEIGHTS, params)
     else:
       with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / _WEIGHTS, params)
-    (partial / _PART_FILE).write_text(text + "\n")
-  shutil.rmtree(final, ignore_errors=True)
-  partial.rename(final)
+        checkpointer.save(partial / _WEIGHTS, hosts.storable(params))
+    if hosts.first():
+      (partial / _PART_FILE).write_text(text + "\n")
+  if hosts.first():
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+  hosts.barrier(f"lavit_part_{name}_done")
   return final
 
 
@@ -238,14 +167,17 @@ def load_part(
   *,
   dtype=jnp.float32,
   branches: Mapping[str, Any] | None = None,
+  layout: Any = None,
 ) -> Part:
-  """Reads one part of a model directory onto the default device.
+  """Reads one part of a model directory onto the default device, or a mesh.
 
   Args:
     directory: a model directory.
     name: of PARTS.
     dtype: to which floats are cast as they are read.
     branches: other dtypes for top branches of the params, by their names.
+    layout: tree of shardings of (some of) its arrays: each is read straight
+      to where it belongs, by every process its own share.
 
   Raises:
     errors.CheckpointError: the directory or the part is missing or damaged.
@@ -254,13 +186,14 @@ def load_part(
   meta = read_meta(directory, name)
   with _reading(folder / _WEIGHTS), ocp.StandardCheckpointer() as checkpointer:
     host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = dict(jax.tree_util.tree_leaves_with_path(layout))
     # Cast as they are read: a cast of arrays on one device would fail
     # within the mesh of a training run.
     target = jax.tree_util.tree_map_with_path(
       lambda path, m: jax.ShapeDtypeStruct(
         m.shape,
         cast_dtype(m.dtype, (branches or {}).get(_top(path), dtype)),
-        sharding=host,
+        sharding=places.get(path, host),
       ),
       _stored_tree(checkpointer, folder / _WEIGHTS),
     )

@@ -14,7 +14,17 @@ import traceback
 from collections.abc import Sequence
 
 from lavit_jax import errors
-from lavit_jax.commands import common, draw, info, latents, port, read, train
+from lavit_jax.commands import (
+  common,
+  draw,
+  info,
+  latents,
+  port,
+  read,
+  report,
+  train,
+)
+from lavit_jax.commands import compile as compile_command
 
 _DESCRIPTION = """\
 LaVIT: a language model that reads and draws pictures as tokens of its own.
@@ -50,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       return train.train(argv[1:])
     if argv[:1] == ["latents"]:
       return latents.latents(argv[1:])
+    if argv[:1] == ["compile"]:
+      return compile_command.run(argv[1:])
     args = _parser().parse_args(argv)
     status = args.run(args)
     sys.stdout.flush()
@@ -61,10 +73,19 @@ def main(argv: Sequence[str] | None = None) -> int:
   except Exception as error:
     message = _explain(error)
     if message is None or os.environ.get("LAVIT_DEBUG"):
+      _leave(1, traceback.format_exc())
       raise
+    status = getattr(error, "exit_status", 2)
+    _leave(status, f"lavit: {message}")
     _say(f"lavit: {message}")
-    return getattr(error, "exit_status", 2)
   return status or 0
+
+
+def _leave(status: int, text: str) -> None:
+  """Says why and ends at once where a run of several processes has failed."""
+  distributed = sys.modules.get("lavit_jax.train.distributed")
+  if distributed is not None:
+    distributed.leave(status, text)
 
 
 def _say(text: str) -> None:
@@ -127,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
   subparsers = parser.add_subparsers(
     title="commands", metavar="COMMAND", required=True
   )
-  for commands in (train, latents, read, draw, port, info):
+  made = (train, latents, compile_command, report, read, draw, port, info)
+  for commands in made:
     commands.add(subparsers)
   return parser

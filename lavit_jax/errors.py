@@ -33,3 +33,7 @@ class Unreachable(LavitError):
   """Another machine did not answer: it may be there on the next try."""
 
   exit_status = 69  # EX_UNAVAILABLE
+
+
+class PeerLost(Unreachable):
+  """Another process of this run has died, and with it the run."""

@@ -16,6 +16,7 @@ from lavit_jax.evaluate import suite
 from lavit_jax.infer import pipeline, tokenize_data
 from lavit_jax.report import build as report_build
 from lavit_jax.train import loop
+from lavit_jax.train import phases as phases_lib
 
 STAGES = ("encoder", "tokenizer", "codes", "pixels", "pretrain")
 # Minutes of the committed steps on two idle cores; --minutes scales the steps.
@@ -154,7 +155,7 @@ def _print_budget(configs, share):
   for stage, minutes in MINUTES.items():
     text = ""
     if stage in configs:
-      phases = loop.phases_of(configs[stage])
+      phases = phases_lib.phases_of(configs[stage])
       steps = ", ".join(f"{p.name} {p.stop - p.start}" for p in phases)
       text = f"{steps} steps (batch {configs[stage].batch_size})"
     print(f"  {stage:10s} {share * minutes:4.1f} min  {text}")

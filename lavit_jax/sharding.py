@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 
 from lavit_jax import errors
 
@@ -43,6 +44,7 @@ RULES = (
   ("act_vocab", "tensor"),
 )
 _NAMES = frozenset(name for name, _ in RULES)
+_LARGE = 1 << 26  # bytes; a parameter of more must not be whole on each device
 
 
 def make_mesh(
@@ -50,14 +52,17 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
   """Builds the mesh `("data", "fsdp", "context", "tensor")`.
 
+  Devices of several TPU slices are laid out so that only `data` crosses them:
+  what is slow between slices, DCN, then carries gradients alone.
+
   Args:
     sizes: size of each mesh axis; a missing axis is 1 and at most one is -1,
       "the rest". `{"data": -1, "tensor": 2}` on 8 devices is 4 x 1 x 1 x 2.
     devices: the devices to use, all of them by default.
 
   Raises:
-    errors.ConfigError: an unknown axis, or sizes whose product is not the
-      number of devices.
+    errors.ConfigError: an unknown axis, sizes whose product is not the
+      number of devices, or `data` that the slices do not divide.
   """
   devices = list(jax.devices() if devices is None else devices)
   if unknown := sorted(set(sizes) - set(MESH_AXES)):
@@ -77,7 +82,22 @@ def make_mesh(
       " to -1 for the rest."
     )
   auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-  return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices)
+  slices = len({getattr(d, "slice_index", 0) for d in devices})
+  if slices == 1:
+    return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices)
+  if shape[0] % slices:
+    raise errors.ConfigError(
+      f"config.mesh.data={shape[0]} does not divide among {slices} slices: it"
+      " is the one axis that crosses them. Make it a multiple of their number,"
+      " or smaller axes and data=-1."
+    )
+  grid = mesh_utils.create_hybrid_device_mesh(
+    (shape[0] // slices, *shape[1:]),
+    (slices, *(1 for _ in shape[1:])),
+    devices,
+    allow_split_physical_axes=True,
+  )
+  return jax.sharding.Mesh(grid, MESH_AXES, axis_types=auto)
 
 
 @contextlib.contextmanager
@@ -100,24 +120,47 @@ def param_shardings(variables, mesh: jax.sharding.Mesh):
     The same tree, unboxed, of `jax.sharding.NamedSharding`.
 
   Raises:
-    errors.ConfigError: a logical axis without a rule, or a dimension that the
-      mesh axes assigned to it do not divide.
+    errors.ConfigError: a logical axis without a rule, a dimension that the
+      mesh axes assigned to it do not divide, or more than 64 MB that stay
+      whole on every device although the mesh has axes for parameters.
   """
-  boxed = jax.tree_util.tree_leaves_with_path(
-    variables, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
-  )
-  specs = nn.get_partition_spec(variables)
-  spec_leaves = jax.tree.leaves(
-    specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec)
-  )
-  for (path, leaf), spec in zip(boxed, spec_leaves, strict=True):
-    if isinstance(leaf, nn.LogicallyPartitioned):
-      _check(jax.tree_util.keystr(path), leaf.value.shape, spec, mesh)
-  return nn.logical_to_mesh_sharding(specs, mesh, RULES)
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+
+  def layout(path, leaf):
+    name, names, value = jax.tree_util.keystr(path), (), leaf
+    if is_box(leaf):
+      names, value = leaf.names, leaf.value
+    if len(names) != len(value.shape):  # sums of an optimizer over an axis
+      names = (None,) * len(value.shape)
+    _check(name, value.shape, names, mesh)
+    _check_large(name, value, names, mesh)
+    spec = nn.logical_to_mesh_axes(names, RULES)
+    return jax.sharding.NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(layout, variables, is_leaf=is_box)
 
 
-def _check(path, shape, spec, mesh):
-  names = tuple(spec)
+def _check_large(path, value, names, mesh):
+  """Raises ConfigError for a large array that no axis splits."""
+  size = math.prod(value.shape) * jax.numpy.dtype(value.dtype).itemsize
+  wanted = mesh.shape["fsdp"] * mesh.shape["tensor"]
+  axes = nn.logical_to_mesh_axes(names, RULES)
+  if size > _LARGE and wanted > 1 and _ways(axes, mesh) == 1:
+    raise errors.ConfigError(
+      f"Parameter {path} of shape {tuple(value.shape)}, {size / 1e6:.0f} MB,"
+      f" would be whole on every device, for its logical axes {names} are"
+      " not split by this mesh. Give it axes that sharding.RULES maps to fsdp"
+      " or tensor, or set config.mesh.fsdp above 1."
+    )
+
+
+def _ways(axes, mesh) -> int:
+  """In how many parts the mesh axes of a spec cut an array."""
+  flat = [a for x in axes if x for a in ((x,) if isinstance(x, str) else x)]
+  return math.prod(mesh.shape[a] for a in flat)
+
+
+def _check(path, shape, names, mesh):
   if unknown := [n for n in names if n is not None and n not in _NAMES]:
     raise errors.ConfigError(
       f"Parameter {path} has logical axes {unknown} that sharding.RULES does"
@@ -127,7 +170,7 @@ def _check(path, shape, spec, mesh):
   axes = nn.logical_to_mesh_axes(names, RULES)
   for size, axis in zip(shape, axes, strict=False):
     split = (axis,) if isinstance(axis, str) else tuple(axis or ())
-    ways = math.prod(mesh.shape[a] for a in split)
+    ways = _ways([split], mesh)
     if size % ways:
       raise errors.ConfigError(
         f"Parameter {path} of shape {tuple(shape)} cannot be split {ways} ways"

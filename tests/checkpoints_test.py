@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lavit_jax import checkpoints, errors, sharding
+from lavit_jax.train import run_checkpoints
 
 # Random numbers: what compresses well would fit below the limit.
 _STATE = {
@@ -27,7 +28,7 @@ def _full_disk(limit=1 << 18):
 
 
 def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path):
-  run = checkpoints.RunCheckpoints(tmp_path)
+  run = run_checkpoints.RunCheckpoints(tmp_path)
   run.save(1, _STATE, {"data": 1})
   run.wait()
   with _full_disk():
@@ -36,7 +37,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path):
       run.wait()
   run.close()
 
-  again = checkpoints.RunCheckpoints(tmp_path)
+  again = run_checkpoints.RunCheckpoints(tmp_path)
   assert again.latest_step() == 1
   assert again.meta(1) == {"data": 1}
   np.testing.assert_array_equal(again.restore(1, _STATE)["w"], _STATE["w"])

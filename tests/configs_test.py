@@ -1,6 +1,5 @@
 """Every config file loads; those at full size fit together, by shapes alone."""
 
-import dataclasses
 import importlib
 import json
 import pathlib
@@ -13,8 +12,8 @@ import pytest
 from lavit_jax import checkpoints, errors, sharding
 from lavit_jax.data import sources
 from lavit_jax.infer import latents
-from lavit_jax.models import decoder, tokenizer, unet, vae, vision
-from lavit_jax.train import latent_parts, loop, lora, objectives
+from lavit_jax.train import lora, objectives
+from lavit_jax.train import lora, objectives, phases, stored
 from lavit_jax.train import state as state_lib
 
 _ROOT = pathlib.Path(__file__).parents[1] / "configs"
@@ -36,7 +35,7 @@ def test_every_config_loads_and_says_how_it_is_launched(name):
   cfg = module.get_config()
   assert f"lavit train --config configs/{name} --workdir" in module.__doc__
   assert cfg.stage in objectives.STAGES
-  phases = loop.phases_of(cfg)
+  phases = phases_lib.phases_of(cfg)
   assert phases[-1].stop == sum(phase["steps"] for phase in phases)
   for phase in phases:
     assert set(dict(phase["train"]).values()) <= set(cfg.optimizer.groups)
@@ -57,79 +56,6 @@ class _Squares:
   image_size, num_images, name = 224, 4096, "squares"
 
 
-def _abstract(module, *args, dtype=jnp.float32):
-  made = jax.eval_shape(module.init, jax.random.key(0), *args)
-  made = state_lib.unbox(made)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), made)
-
-
-def _words(directory, dtype):
-  """Encoder and tokenizer of LaVIT as shapes."""
-  del directory
-  config = tokenizer.with_dtype(tokenizer.LAVIT_7B, "float32")
-  vit = dataclasses.replace(config.vit, dtype=dtype)
-  config = dataclasses.replace(config, vit=vit, merger_form="reference")
-  model = tokenizer.DynamicVisualTokenizer(config)
-  grid = config.num_patches
-  made = _abstract(model, jnp.zeros((1, grid, 1408)), jnp.ones((1, grid)))
-  picture = jnp.zeros((1, 224, 224, 3))
-  encoder = _abstract(vision.EvaVit(vit), picture, dtype=jnp.dtype(dtype))
-  frozen = {"encoder": encoder["params"], "tokenizer": made}
-  return latent_parts.Words(model, frozen)
-
-
-def _conditioner(directory, kind, sizes, dtype):
-  """The semantic decoder of one kind, its projections as imported."""
-  del directory
-  config = dataclasses.replace(decoder.LAVIT_7B, dtype=dtype)
-  if kind == "lowres":
-    model = decoder.LowresDecoder(config, *sizes["dims"])
-  else:
-    model = decoder.HighresDecoder(
-      config, tuple(sizes["dims"]), sizes["pooled"]
-    )
-  made = _abstract(model, jnp.zeros((1, 256, 32)), jnp.ones((1, 256), bool))
-  semantic = made["params"].pop("decoder")
-  return latent_parts.Conditioner(model, semantic, made["params"], {})
-
-
-def _vae(directory, kind):
-  """The autoencoder of one kind."""
-  del directory
-  model = vae.AutoencoderKL(vae.SD15_VAE if kind == "lowres" else vae.SDXL_VAE)
-  return model, _abstract(model, jnp.zeros((1, 8, 8, 3)))["params"]
-
-
-def _frozen_unet(directory, part, top, dtype="float32"):
-  """What a LoRA changes."""
-  del directory
-  assert top == "unet"
-  config = unet.SD15_UNET if part == "lowres_pixels" else unet.SDXL_UNET
-  net = unet.UNet(config)
-  made = jax.eval_shape(
-    lambda key: latent_parts.init_unet(net, key), jax.random.key(0)
-  )
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)),
-    state_lib.unbox(made),
-  )
-
-
-@pytest.fixture
-def full_size(monkeypatch):
-  """Parts of full size as shapes, so that an objective can be made."""
-  monkeypatch.setattr(sources, "build", lambda *_: _Squares())
-  for name, made in {
-    "load_words": _words,
-    "load_conditioner": _conditioner,
-    "load_vae": _vae,
-    "read_tree": _frozen_unet,
-    "check_start": lambda *_: None,
-    "cast": lambda tree, dtype: tree,
-  }.items():
-    monkeypatch.setattr(latent_parts, name, made)
-
-
 _COUNTS = {"pixels_sd15": 859_520_964, "pixels_sdxl": 2_567_463_684}
 _VAE_COUNT = 83_653_863
 
@@ -147,17 +73,16 @@ def _batch(size):
 
 @pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.parametrize("name", sorted(_COUNTS))
-def test_full_size_pixel_decoders_fit_together(name, rank, full_size, capsys):
+def test_full_size_pixel_decoders_fit_together(name, rank, capsys):
   cfg = _module(f"lavit_7b/{name}.py").get_config()
-  cfg.start_from = "given"
   cfg.model.lora = dict(rank=rank, alpha=float(rank))
-  objective = objectives.build(cfg)
+  objective = objectives.build(cfg, stored.Outline(cfg))
   init = state_lib.init_fn(objective, 0)
   boxed = jax.eval_shape(init)
   mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
   state_lib.shardings(boxed, mesh)
   state = state_lib.unbox(boxed)
-  (phase,) = loop.phases_of(cfg)
+  (phase,) = phases_lib.phases_of(cfg)
   objective.labels(phase, state.params)
   net = objective.frozen["unet"] if rank else state.params["unet"]
   count = checkpoints.count_params(net)

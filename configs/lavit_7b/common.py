@@ -1,7 +1,11 @@
 """What the runs at full size share: data, optimizer, logging."""
 
+import dataclasses
+
 import ml_collections
 from ml_collections import config_dict
+
+from lavit_jax.models import tokenizer
 
 
 def get_config(stage: str) -> ml_collections.ConfigDict:
@@ -35,6 +39,13 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     weight_decay=0.01,
     clip_norm=1.0,
     groups=dict(base=1.0),
+  )
+  # What `lavit compile` goes by where model_dir and data are not there: the
+  # official model's parts.
+  cfg.assumed = dict(
+    tokenizer=dataclasses.asdict(tokenizer.LAVIT_7B),
+    text_size=32_000,
+    capacity=192,  # the most words of a picture in the data
   )
   cfg.log = dict(every=50)
   cfg.eval = dict(every=1000, batches=8)

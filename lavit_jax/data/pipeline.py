@@ -57,7 +57,7 @@ class Iterator:
     return batch
 
 
-def iterate(batches, *, start_batch=0, num_threads=2, process=None):
+def iterate(batches, *, start_batch=0, num_threads=2, process=None, skip=0):
   """Iterates over this process's share of every batch.
 
   Args:
@@ -66,6 +66,8 @@ def iterate(batches, *, start_batch=0, num_threads=2, process=None):
     num_threads: threads that decode ahead; 0 decodes when asked.
     process: (index, count); by default what JAX says. Process p of n gets rows
       p * B / n up to (p + 1) * B / n of each batch of B.
+    skip: row of the first batch's first row, of endless rows only: where a run
+      left out some, or had batches of another size before.
 
   Returns:
     Iterator of dicts of arrays [B / n, ...]. A finite dataset ends; its last
@@ -85,7 +87,7 @@ def iterate(batches, *, start_batch=0, num_threads=2, process=None):
 
   def row(local):
     k, j = divmod(local, share)
-    number = k * size + index * share + j
+    number = skip + k * size + index * share + j
     if number < len(rows):
       return rows[number]
     return {name: np.zeros_like(value) for name, value in rows[0].items()}

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 def dot_general(x, kernel, dimension_numbers, **unused):
@@ -16,9 +17,17 @@ def dot_general(x, kernel, dimension_numbers, **unused):
   return linear(x, kernel)
 
 
-@jax.custom_vjp
 def linear(x, kernel):
   """Maps float[..., D] by float[D, F] to float[..., F].
+
+  The result is named "product", so that a remat policy can keep it.
+  """
+  return checkpoint_name(_linear(x, kernel), "product")
+
+
+@jax.custom_vjp
+def _linear(x, kernel):
+  """`linear` with its gradients.
 
   JAX's own gradient by the kernel is a product g^T x, for which XLA on a CPU
   first copies the whole of g, transposed: half the time of the backward pass.
@@ -29,7 +38,7 @@ def linear(x, kernel):
 
 
 def _forward(x, kernel):
-  return linear(x, kernel), (x, kernel)
+  return _linear(x, kernel), (x, kernel)
 
 
 def _backward(saved, grad):
@@ -39,7 +48,7 @@ def _backward(saved, grad):
   return by_x, _contract(x, grad, rows, rows)
 
 
-linear.defvjp(_forward, _backward)
+_linear.defvjp(_forward, _backward)
 
 
 def scaled(x, kernel, scale):

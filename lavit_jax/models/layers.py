@@ -7,13 +7,35 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lavit_jax.models import activations, attention_forms, dots
+from lavit_jax.models import (
+  activations,
+  attention_forms,
+  attention_gpu,
+  attention_mesh,
+  attention_tpu,
+  dots,
+)
 
-# What backward recomputes of a layer, by name (`remat` in every config).
+_POLICIES = jax.checkpoint_policies
+# What backward recomputes of a layer, by name (`remat` in every config). The
+# products of `dots.linear` are named "product", what attention gives
+# "attention_out".
 REMAT = {
   "none": None,  # keep everything
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  # Keep what matrix products and attention give, recompute what is between.
+  "dots": _POLICIES.save_from_both_policies(
+    _POLICIES.dots_with_no_batch_dims_saveable,
+    _POLICIES.save_only_these_names("product", "attention_out"),
+  ),
+  # The same, the products in the host's memory meanwhile.
+  "offload": _POLICIES.save_and_offload_only_these_names(
+    names_which_can_be_saved=["attention_out"],
+    names_which_can_be_offloaded=["product"],
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
+  "attention": _POLICIES.save_only_these_names("attention_out"),
+  "full": _POLICIES.nothing_saveable,  # keep only what goes into a layer
 }
 
 _IMPLEMENTATIONS = (None, "xla", "cudnn")
@@ -39,6 +61,22 @@ def attention(
   allow it. A query that sees no key gives zeros. With a `policy` the softmax
   is LaVIT's (`attention_forms.policy_softmax`) and only `causal` may be added.
 
+  Causal self-attention of whole rows, packed or not, has a form of its own by
+  the platform of the current mesh; if that does not fit, it has that of all
+  else (masks, policies, caches, cross-attention):
+
+    platform  causal rows                        where it fits    all else
+    tpu       `attention_tpu`, splash kernel     L % 128 == 0,    einsums
+                                                 Dh 64 ... 256
+    gpu       `attention_gpu`, Triton kernel     L % 128 == 0,    einsums
+                                                 Dh 16 ... 128
+    cpu       einsums                            always           einsums, by
+                                                                  row or block
+                                                                  if large
+
+  Where the mesh splits L over `context`, each device gathers the keys and
+  values: in the kernel on TPU, in `attention_mesh.einsums` elsewhere.
+
   Args:
     query: float[B, L, H, Dh].
     key: float[B, M, G, Dh]; G divides H, each key head serves H / G heads.
@@ -50,8 +88,8 @@ def attention(
     segment_ids: int[B, L]; a query sees keys of its own segment.
     kv_segment_ids: int[B, M], by default `segment_ids`.
     scale: of the logits, Dh**-0.5 by default.
-    implementation: None for the einsums here, which run anywhere; "xla" or
-      "cudnn" for `jax.nn.dot_product_attention` (no policy).
+    implementation: None to choose as the table says; "xla" or "cudnn" for
+      `jax.nn.dot_product_attention` (no policy).
 
   Returns:
     float[B, L, H, Dh] of the query's dtype.
@@ -77,6 +115,11 @@ def attention(
       " multiply the mask into the policy instead."
     )
   scale = query.shape[-1] ** -0.5 if scale is None else scale
+  plain = causal and mask is None and policy is None and not implementation
+  if plain and kv_segment_ids is None:
+    form = _of_packed_rows(query, key)
+    if form is not None:
+      return form(query * scale, key, value, segment_ids)
   seen = attention_forms.combine(
     query, key, mask, causal, segment_ids, kv_segment_ids
   )
@@ -93,6 +136,18 @@ def attention(
   return attention_forms.attend(
     query * scale, key, value, seen, policy, policy_eps
   )
+
+
+def _of_packed_rows(query, key):
+  """The form of causal self-attention that the current mesh asks for."""
+  platform = attention_mesh.platform()
+  if platform == "tpu" and attention_tpu.fits(query, key):
+    return attention_tpu.attend
+  if platform == "gpu" and attention_gpu.fits(query, key):
+    return attention_gpu.attend
+  if attention_mesh.ways()[1] > 1 and attention_mesh.fits(query, key):
+    return functools.partial(attention_mesh.attend, attention_mesh.einsums)
+  return None
 
 
 def l2_normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:
@@ -144,7 +199,7 @@ def stack(
   """
   return nn.scan(
     remat(block, remat_name),
-    variable_axes={"params": 0},
+    variable_axes={"params": 0, "lora": 0},
     split_rngs={"params": True},
     in_axes=nn.broadcast,
     length=depth,

@@ -202,7 +202,11 @@ jax.tree_util.register_dataclass(
 
 
 class Linear(nn.Module):
-  """x kernel, no bias. A kernel int8[D, F] has `scale` float32[F] beside it."""
+  """x kernel, no bias. A kernel int8[D, F] has `scale` float32[F] beside it.
+
+  What a collection "lora" has under its name, `a` float[D, R] and `b`
+  float[R, F], changes it by x a b.
+  """
 
   features: int
   axes: tuple[str, str]
@@ -217,8 +221,14 @@ class Linear(nn.Module):
     scale = self.get_variable("params", "scale")
     x = x.astype(self.dtype)
     if scale is None:
-      return dots.linear(x, kernel.astype(self.dtype))
-    return dots.scaled(x, kernel, scale)
+      y = dots.linear(x, kernel.astype(self.dtype))
+    else:
+      y = dots.scaled(x, kernel, scale)
+    a, b = (self.get_variable("lora", name) for name in ("a", "b"))
+    if a is None:
+      return y
+    low = dots.linear(x, a.astype(self.dtype))
+    return y + dots.linear(low, b.astype(self.dtype))
 
 
 class Attention(nn.Module):

@@ -66,9 +66,13 @@ def bar_chart(
   title: str = "",
   unit: str = "",
   width: int = 340,
+  left: int = 110,
 ) -> str:
-  """One SVG of horizontal bars, a name at the left and a value at the end."""
-  row, left, right = 22, 110, 70
+  """One SVG of horizontal bars, a name at the left and a value at the end.
+
+  `left` is how wide the names are.
+  """
+  row, right = 22, 70
   height = _TOP + row * max(len(values), 1) + 6
   largest = max([*values.values(), 1e-12])
   parts = []

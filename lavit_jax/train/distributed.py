@@ -8,10 +8,15 @@ is enough; by hand, each process is told
 Without any of these a run is one process.
 """
 
+import atexit
+import contextlib
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 from jax.experimental import multihost_utils
@@ -19,6 +24,7 @@ from jax.experimental import multihost_utils
 from lavit_jax import errors
 
 HEARTBEAT_SECONDS = 30  # after which a silent process counts as dead
+_SHUTDOWN_SECONDS = 60  # that one which is done waits for the others
 _BY_HAND = ("LAVIT_COORDINATOR", "LAVIT_NUM_PROCESSES", "LAVIT_PROCESS_ID")
 
 
@@ -45,7 +51,9 @@ def initialize(environment: Mapping[str, str] | None = None) -> None:
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
     jax.distributed.initialize(
-      **told, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+      **told,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+      shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
   except (RuntimeError, ValueError) as e:
     raise errors.Unreachable(
@@ -54,6 +62,7 @@ def initialize(environment: Mapping[str, str] | None = None) -> None:
       f" started, and that {given.get(_BY_HAND[0]) or 'the coordinator'} can be"
       " reached from here."
     ) from e
+  _LastWords.start()
 
 
 def _by_hand(given) -> dict[str, str | int]:
@@ -80,6 +89,110 @@ def _by_hand(given) -> dict[str, str | int]:
     # A SLURM step of which this is not all would bind a single GPU.
     "cluster_detection_method": "deactivate",
   }
+
+
+class _LastWords:
+  """Says why this process is gone, where it cannot say so itself.
+
+  When a process of a run dies, JAX ends the others from C++, where no Python
+  runs any more. A shell outlives them by a moment: unless it is told that all
+  is well, it prints the reason when its input ends.
+  """
+
+  _shell: subprocess.Popen | None = None
+  failed = False  # the run; others must not be waited for
+
+  @classmethod
+  def start(cls) -> None:
+    """Begins to watch; call it where the processes have been joined."""
+    if cls._shell is not None or jax.process_count() == 1:
+      return
+    me, count = jax.process_index(), jax.process_count()
+    text = (
+      f"lavit: process {me} of {count} of this run was ended from outside, or"
+      " by JAX because another process has died or cannot be reached: the one"
+      " whose log ends in another way. Give the same command again on all"
+      " hosts: training goes on from the newest checkpoint."
+    )
+    script = 'read -r word; [ "$word" = done ] || printf "%s\\n" "$0" >&2'
+    cls._shell = subprocess.Popen(
+      ["/bin/sh", "-c", script, text],
+      stdin=subprocess.PIPE,
+      start_new_session=True,  # out of reach of a signal to the whole group
+    )
+    atexit.register(cls._end)
+
+  @classmethod
+  def _end(cls) -> None:
+    if not cls.failed:
+      jax.distributed.shutdown()  # it may end this process, with those words
+    cls.keep_silent()
+
+  @classmethod
+  def keep_silent(cls) -> None:
+    """Tells that this process ends in its own way."""
+    if cls._shell is not None and cls._shell.stdin is not None:
+      with contextlib.suppress(OSError):  # it was killed
+        cls._shell.stdin.write(b"done\n")
+        cls._shell.stdin.close()
+      cls._shell = None
+
+
+_LOST = re.compile(
+  "gloo|closed by peer|connection re(set|fused)|coordination service|heartbeat"
+  "|barrier.*(fail|time)|task.*(dead|unhealthy|error)",
+  re.IGNORECASE | re.DOTALL,
+)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+  """Whether an error says that another process of the run is gone."""
+  if isinstance(error, errors.PeerLost):
+    return True
+  ours = isinstance(error, errors.LavitError) and not isinstance(
+    error, errors.CheckpointError
+  )
+  known = isinstance(error, (RuntimeError, ValueError, OSError))
+  several = jax.distributed.is_initialized() and jax.process_count() > 1
+  return several and known and not ours and bool(_LOST.search(str(error)))
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+  """Inside, an error of this process ends the run: see `leave`.
+
+  Raises:
+    errors.PeerLost: in place of what JAX says where another process died.
+  """
+  try:
+    yield
+  except errors.Preempted:
+    raise  # all of them end alike
+  except Exception as error:
+    _LastWords.failed = jax.distributed.is_initialized()
+    if not is_lost_peer(error) or isinstance(error, errors.PeerLost):
+      raise
+    raise errors.PeerLost(
+      f"Process {jax.process_index()} of {jax.process_count()} stops, for"
+      " another process of this run has died or cannot be reached"
+      f" ({' '.join(str(error).split())[:200]}). Its own log says why. Give the"
+      " same command again on all hosts: training goes on from the newest"
+      " checkpoint."
+    ) from error
+
+
+def leave(status: int, text: str) -> None:
+  """Prints a text and ends at once if a run of several processes has failed.
+
+  An exit in good order would wait for the others, which wait for this one;
+  once it is gone they find out. Otherwise nothing is done.
+  """
+  if not _LastWords.failed:
+    return
+  _LastWords.keep_silent()
+  sys.stdout.flush()
+  print(text, file=sys.stderr, flush=True)
+  os._exit(status)
 
 
 class StopSignal:

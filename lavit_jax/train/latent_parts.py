@@ -47,15 +47,25 @@ def load_words(directory, dtype: str) -> Words:
   """
   stored = checkpoints.load_part(directory, "tokenizer")
   config = tokenizer.config_from_dict(stored.meta["tokenizer"])
+  model = words_model(config, dtype)
+  encoder = checkpoints.load_part(directory, "encoder", dtype=dtype)
+  variables = used_words(stored.params)
+  return Words(model, {"encoder": encoder.params, "tokenizer": variables})
+
+
+def words_model(config: tokenizer.TokenizerConfig, dtype: str):
+  """The tokenizer in float32, its encoder in a dtype."""
   config = tokenizer.with_dtype(config, "float32")
   vit = dataclasses.replace(config.vit, dtype=dtype)
   config = dataclasses.replace(config, vit=vit)
-  model = tokenizer.DynamicVisualTokenizer(config)
+  return tokenizer.DynamicVisualTokenizer(config)
+
+
+def used_words(variables):
+  """Of a tokenizer's variables, those that make words."""
   needed = ("selector", "merger", "quantizer")
-  params = {name: stored.params["params"][name] for name in needed}
-  encoder = checkpoints.load_part(directory, "encoder", dtype=dtype)
-  variables = {"params": params, "codebook": stored.params["codebook"]}
-  return Words(model, {"encoder": encoder.params, "tokenizer": variables})
+  params = {name: variables["params"][name] for name in needed}
+  return {"params": params, "codebook": variables["codebook"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +119,12 @@ def load_conditioner(directory, kind: str, sizes, dtype: str) -> Conditioner:
       " or train a tokenizer."
     )
   config = decoder.DecoderConfig(**config | {"dtype": dtype})
-  model = _conditioner(kind, config, sizes)
+  model = make_conditioner(kind, config, sizes)
   return Conditioner(model, semantic, projection, meta)
 
 
-def _conditioner(kind, config, sizes):
+def make_conditioner(kind, config, sizes):
+  """The semantic decoder of one kind with projections of these sizes."""
   dims = tuple(sizes["dims"])
   if kind == "lowres":
     return decoder.LowresDecoder(config, *dims)

@@ -2,83 +2,40 @@
 
 Order of one step: take the batch, hash it, put it on the mesh, update, log,
 evaluate, save. The data position moves only with the step that used it, so a
-checkpoint at step s resumes with batch s.
+checkpoint at step s resumes with the batch after its last.
+
+With several processes each runs this loop, in step with the others: it reads
+its share of each batch, and the first one writes logs and pictures.
 """
 
-import dataclasses
 import io
 import json
-import pathlib
-import zlib
-from collections.abc import Mapping
-from typing import Any
+import logging
+import math
 
-import clu.metrics
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import checkpoints, errors, images, progress, sharding
-from lavit_jax.train import distributed, objectives, optimizer, writers
+from lavit_jax import checkpoints, errors, hosts, images, progress, sharding
+from lavit_jax.train import (
+  batch_log,
+  chips,
+  distributed,
+  meter,
+  nonfinite,
+  objectives,
+  optimizer,
+  position,
+  program,
+  run_checkpoints,
+  tracing,
+  writers,
+)
+from lavit_jax.train import phases as phases_lib
 from lavit_jax.train import state as state_lib
+from lavit_jax.train import workdir as workdir_lib
 
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-  """One entry of config.schedule: its settings and the steps it spans."""
-
-  name: str
-  start: int
-  stop: int
-  settings: Mapping[str, Any]
-
-  def __getitem__(self, key):
-    return self.settings[key]
-
-  def get(self, key, default=None):
-    """The setting `key`, or the default."""
-    return self.settings.get(key, default)
-
-
-def phases_of(config) -> list[Phase]:
-  """Phases in the order of config.schedule, with their step ranges.
-
-  With config.steps > 0 the phases are shortened or lengthened in proportion,
-  so that they add up to it; each keeps at least one step.
-
-  Raises:
-    errors.ConfigError: a phase that is not there, or no steps at all.
-  """
-  settings = config.phases.to_dict()
-  if missing := [name for name in config.schedule if name not in settings]:
-    raise errors.ConfigError(
-      f"config.schedule names phases {missing}, but config.phases has only"
-      f" {sorted(settings)}. Add them, or take them out of the schedule."
-    )
-  names = [name for name in config.schedule if settings[name]["steps"] > 0]
-  if not names:
-    raise errors.ConfigError("No phase of config.schedule has steps > 0.")
-  ends = np.cumsum([int(settings[name]["steps"]) for name in names])
-  if config.steps:
-    if config.steps < len(names):
-      raise errors.ConfigError(
-        f"config.steps={config.steps} is less than one step for each of the"
-        f" phases {names}. Raise it, or take phases out of config.schedule."
-      )
-    ends = np.round(ends * config.steps / ends[-1]).astype(int)
-    floor = np.arange(1, len(names) + 1)
-    ends = np.clip(ends, floor, config.steps - len(names) + floor)
-    ends = np.maximum.accumulate(ends - floor) + floor
-  starts = [0, *ends[:-1]]
-  return [
-    Phase(
-      name,
-      int(start),
-      int(stop),
-      settings[name] | {"steps": int(stop - start)},
-    )
-    for name, start, stop in zip(names, starts, ends, strict=True)
-  ]
+_LOG = logging.getLogger(__name__)
 
 
 def train(
@@ -98,8 +55,10 @@ def train(
 
   Raises:
     errors.ConfigError: fields that do not fit, or a workdir of another run.
-    errors.LavitError: the loss is not finite (the message names the step).
+    errors.LavitError: the loss is not finite (the message names the step),
+      and config.nonfinite has no way out.
     errors.Preempted: a SIGTERM came; the step it came in was saved.
+    errors.PeerLost: another process of the run has died.
   """
   if "://" in str(workdir):
     raise errors.ConfigError(
@@ -107,45 +66,18 @@ def train(
       " a directory that all hosts of the run can see (Filestore, NFS, a"
       " mounted bucket)."
     )
-  workdir = pathlib.Path(workdir)
-  _check_workdir(config, workdir)
-  run = _Run(config, workdir, quiet)
-  try:
-    with run.stop_signal:
-      return run.train(stop_at)
-  finally:
-    run.close()
-
-
-def _check_workdir(config, workdir):
-  """A workdir belongs to one config; only lengths and logging may change."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  path = workdir / "config.json"
-  ours = json.loads(config.to_json_best_effort())
-  if path.exists():
-    theirs = json.loads(path.read_text())
-    if changed := _differences(_identity(theirs), _identity(ours)):
-      raise errors.ConfigError(
-        f"{workdir} holds a run with another config; it differs in"
-        f" {', '.join(changed[:6])}. Use another --workdir, or the config"
-        f" stored in {path}."
-      )
-  path.write_text(json.dumps(ours, indent=1, sort_keys=True) + "\n")
-
-
-def _identity(config: dict) -> dict:
-  loose = ("log", "checkpoint", "eval", "mesh")
-  return {k: v for k, v in config.items() if k not in loose}
-
-
-def _differences(a, b, prefix="") -> list[str]:
-  if isinstance(a, dict) and isinstance(b, dict):
-    return [
-      line
-      for key in sorted(set(a) | set(b))
-      for line in _differences(a.get(key), b.get(key), f"{prefix}{key}.")
-    ]
-  return [] if a == b else [f"{prefix[:-1]} ({a!r} there, {b!r} here)"]
+  with distributed.failing_together():
+    workdir = workdir_lib.check(config, workdir)
+    run = _Run(config, workdir, quiet or not hosts.first())
+    try:
+      with run.stop_signal:
+        return run.train(stop_at)
+    except Exception as error:
+      if distributed.is_lost_peer(error):
+        run.forget()
+      raise
+    finally:
+      run.close()
 
 
 class _Run:
@@ -154,42 +86,55 @@ class _Run:
   def __init__(self, config, workdir, quiet):
     self.config, self.workdir, self.quiet = config, workdir, quiet
     self.stop_signal = distributed.StopSignal()
-    self.phases = phases_of(config)
+    self.phases = phases_lib.phases_of(config)
     self.objective = objectives.build(config)
     self.mesh = sharding.make_mesh(config.mesh.to_dict())
-    self.checkpoints = checkpoints.RunCheckpoints(
+    self.checkpoints = run_checkpoints.RunCheckpoints(
       workdir / "checkpoints",
       keep=config.checkpoint.keep,
       best=self.objective.best_metric,
       best_mode=self.objective.best_mode,
     )
+    self.watch = nonfinite.Watch(nonfinite.policy_of(config), config.stage)
+    self.position = position.Position(config.batch_size)
     self.writer = None
     self.hashes = None
+    self.meter = None
+    self.tracer = tracing.Tracer(config, workdir)
     self.evaluated: dict[str, float] = {}
 
   def close(self):
-    if self.writer:
-      self.writer.close()
-    if self.hashes:
-      self.hashes.close()
-    self.checkpoints.close()  # last: it may report a write that failed
+    self.tracer.close()
+    self._close_logs()
+    if self.checkpoints:
+      self.checkpoints.close()  # last: it may report a write that failed
+
+  def forget(self):
+    """Leaves pending saves as they are: they cannot become complete."""
+    self.checkpoints = None
+
+  def _close_logs(self):
+    for log in (self.meter, self.writer, self.hashes):
+      if log:
+        log.close()
 
   def train(self, stop_at):
     last = self.phases[-1].stop
     with sharding.use(self.mesh):
       state = self._first_state()
-      self.frozen = jax.device_put(
-        self.objective.frozen, sharding.replicated(self.mesh)
+      self.frozen = hosts.put(
+        self.objective.frozen,
+        sharding.param_shardings(self.objective.frozen_shapes(), self.mesh),
       )
       step = int(state.step)
       self._open_logs(step)
       end = last if stop_at is None else min(stop_at, last)
-      for phase in self.phases:
-        if phase.stop <= step and not step < phase.stop:
-          continue
-        if step >= end:
-          break
-        state = self._train_phase(phase, state, end)
+      while step < end:
+        phase = next(p for p in self.phases if step < p.stop)
+        try:
+          state = self._train_phase(phase, state, end)
+        except nonfinite.RollBack as bad:
+          state = self._roll_back(bad.step)
         step = int(state.step)
       if step == last:
         if not self.evaluated:
@@ -198,39 +143,53 @@ class _Run:
     return self.evaluated
 
   def _first_state(self):
+    """That of the newest checkpoint which can be read; a fresh one if none."""
     init = state_lib.init_fn(self.objective, self.config.seed)
     boxed = jax.eval_shape(init)
-    self.layout = state_lib.shardings(boxed, self.mesh)
-    step = self.checkpoints.latest_step()
-    if step is None:
+    abstract = program.abstract(boxed, self.mesh)
+    self.layout = program.layout_of(abstract)
+
+    def abstract_at(step):
+      phase = next((p for p in self.phases if step <= p.stop), self.phases[-1])
+      labels = self.objective.labels(phase, abstract.params)
+      tx = optimizer.make(self.config.optimizer, phase, labels)
+      opt = program.optimizer_state(tx, boxed.params, labels, self.mesh)
+      return abstract.replace(opt_state=opt)
+
+    found = self.checkpoints.restore_newest(abstract_at)
+    if found is None:
       fresh = jax.jit(
         lambda: state_lib.unbox(init()), out_shardings=self.layout
       )
       return fresh()
-    phase = next(p for p in self.phases if step <= p.stop)
-    abstract = state_lib.unbox(boxed)
-    abstract = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      abstract,
-      self.layout,
+    self.position = position.resume(
+      found.meta,
+      found.step,
+      self.config.batch_size,
+      self.objective.free_rows,
     )
-    labels = self.objective.labels(phase, abstract.params)
-    _, opt = self._optimizer(phase, boxed.params, labels)
-    return self.checkpoints.restore(step, abstract.replace(opt_state=opt))
+    return found.state
 
-  def _optimizer(self, phase, boxed_params, labels):
-    """The phase's optimizer and its abstract, sharded state."""
-    tx = optimizer.make(self.config.optimizer, phase, labels)
-    boxed = jax.eval_shape(
-      lambda p: tx.init(optimizer.select(p, labels)), boxed_params
-    )
-    layout = sharding.param_shardings(boxed, self.mesh)
-    abstract = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      state_lib.unbox(boxed),
-      layout,
-    )
-    return tx, abstract
+  def _roll_back(self, bad):
+    """The newest checkpoint's state; the batches up to step `bad` are over."""
+    self.checkpoints.wait()
+    skipped = self.position.example(bad + 1)
+    state = self._first_state()
+    step = int(state.step)
+    self.watch.rolled_back(bad, step or None)
+    size = self.config.batch_size
+    self.position = position.Position(size, skipped - step * size)
+    self._close_logs()
+    self._open_logs(step)
+    if hosts.first():
+      _LOG.warning(
+        "stage %r was not finite at step %d: back to step %d, and on with the"
+        " batch after it",
+        self.config.stage,
+        bad,
+        step,
+      )
+    return state
 
   def _begin_phase(self, phase, state):
     """Fresh moments, and what the objective does between phases."""
@@ -239,35 +198,36 @@ class _Run:
     params, extra = self.objective.begin_phase(
       phase, state, self.frozen, self._device_batch
     )
-    params = jax.device_put(params, self.layout.params)
-    extra = jax.device_put(extra, self.layout.extra)
+    params = hosts.put(params, self.layout.params)
+    extra = hosts.put(extra, self.layout.extra)
     boxed = jax.eval_shape(
       state_lib.init_fn(self.objective, self.config.seed)
     ).params
     labels = self.objective.labels(phase, params)
-    tx, abstract = self._optimizer(phase, boxed, labels)
+    tx = optimizer.make(self.config.optimizer, phase, labels)
+    opt = program.optimizer_state(tx, boxed, labels, self.mesh)
     init = jax.jit(
       lambda p: tx.init(optimizer.select(p, labels)),
-      out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
+      out_shardings=program.layout_of(opt),
     )
     return state.replace(params=params, extra=extra, opt_state=init(params))
 
   def _device_batch(self, index: int):
     """Global batch `index`, on the mesh (for what happens between steps)."""
-    batch = next(self.objective.batches(index))
+    batch = next(self.objective.batches(index, self.position.skip))
     return sharding.put_batch(batch, self.mesh)
 
   def _train_phase(self, phase, state, end):
     state = self._begin_phase(phase, state)
     labels = self.objective.labels(phase, state.params)
     tx = optimizer.make(self.config.optimizer, phase, labels)
-    step_fn = jax.jit(
-      state_lib.make_step(self.objective, phase, labels, tx),
-      donate_argnums=0,
+    step_fn = program.step(
+      self.objective, phase, labels, tx, self.mesh, program.layout_of(state)
     )
     first = int(state.step)
     stop = min(phase.stop, end)
-    batches = self.objective.batches(first)
+    self.meter.begin_phase(self.objective, phase)
+    batches = self.objective.batches(first, self.position.skip)
     before = None  # the last step's metrics, read one step late
     window: list[dict[str, jax.Array]] = []
     with progress.Progress(
@@ -277,27 +237,37 @@ class _Run:
       stream=io.StringIO() if self.quiet else None,
     ) as bar:
       for step in range(first, stop):
+        self.meter.enter("data_wait")
         with bar.waiting():
           batch = next(batches)
+        self.meter.enter("compile" if step == first else "step")
+        self.tracer.before(step)
         self._hash(step, batch)
         on_mesh = sharding.put_batch(batch, self.mesh)
         state, metrics = step_fn(state, self.frozen, on_mesh)
+        self.meter.enter("step")
+        self.tracer.after(step, metrics)
         window.append(metrics)
         if before is not None:
-          self._check_finite(step - 1, before)
+          self.watch.check(step - 1, before)
         before = metrics
+        tokens = self.objective.count_tokens(batch)
+        self.meter.count(batch, tokens)
         bar.update(
           step + 1 - phase.start,
           examples=self.objective.batch_examples,
-          tokens=self.objective.count_tokens(batch),
+          tokens=tokens,
           metrics={"loss": float(window[max(len(window) - 2, 0)]["loss"])},
         )
         if self._is_due(step + 1, stop):
-          self._check_finite(step, metrics)
+          self.watch.check(step, metrics)
           with bar.paused():
             self._after_step(phase, step + 1, stop, state, window, bar)
         if self.stop_signal.after(step + 1):
+          self.watch.check(step, metrics)
           self._save_and_leave(step + 1, state)
+        self.checkpoints.seal()
+    self.meter.enter("start")
     return state
 
   def _save_and_leave(self, step, state):
@@ -318,11 +288,14 @@ class _Run:
   def _after_step(self, phase, step, stop, state, window, bar):
     config = self.config
     if window and (step % config.log.every == 0 or step == stop):
-      self.writer.write_scalars(step, _means(window) | bar.rates())
+      self.writer.write_scalars(
+        step, _means(window) | bar.rates() | self.meter.rates()
+      )
       self.writer.flush()
       window.clear()
     metrics = None
     if step % config.eval.every == 0 or step == self.phases[-1].stop:
+      self.meter.enter("evaluation")
       metrics = self.evaluated = self._evaluate(step, state)
       shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
       bar.print(f"{config.stage} step {step}, held out: {shown}")
@@ -330,7 +303,9 @@ class _Run:
       self._save(step, state, metrics)
 
   def _evaluate(self, step, state):
-    metrics = self.objective.evaluate(state.params, self.frozen, state.extra)
+    metrics = self.objective.evaluate(
+      state.params, self.frozen, state.extra, self.mesh
+    )
     metrics = {name: float(value) for name, value in metrics.items()}
     self.writer.write_scalars(
       step, {f"held_out/{name}": value for name, value in metrics.items()}
@@ -343,42 +318,46 @@ class _Run:
   def _show(self, step, pictures):
     """Pictures uint8[B, h, w, 3] as events, and in a row as a file."""
     self.writer.write_images(step, {"held_out/pictures": pictures})
-    if jax.process_index() == 0:
+    if hosts.first():
       path = self.workdir / "pictures" / f"{step:06d}.png"
       path.parent.mkdir(exist_ok=True)
-      images.to_pil(np.concatenate(list(pictures), axis=1)).save(path)
+      file = io.BytesIO()
+      row = np.concatenate(list(pictures), axis=1)
+      images.to_pil(row).save(file, format="PNG")
+      path.write_bytes(file.getvalue())
 
   def _save(self, step, state, metrics):
     meta = {
       "config": json.loads(self.config.to_json_best_effort()),
-      "data": {"next_batch": step},
+      "data": self.position.meta(step),
       "stage": self.config.stage,
     }
+    self.meter.enter("checkpoint")
+    self.hashes.flush()
     self.checkpoints.save(step, state, meta, metrics)
-
-  def _check_finite(self, step, metrics):
-    if not np.isfinite(float(metrics["loss"])):
-      saved = self.checkpoints.latest_step()
-      raise errors.LavitError(
-        f"The loss of stage {self.config.stage!r} is {metrics['loss']} at step"
-        f" {step}. Nothing after the checkpoint of step {saved} was kept."
-        " Lower the learning rate of this phase (config.phases), or look at"
-        f" the batch: {self.workdir / 'batches.jsonl'} names its hash."
-      )
+    self.meter.saved(step)
 
   def _hash(self, step, batch):
-    """One line a step: crc32 over every array, so that runs can be compared."""
-    value = 0
-    for name in sorted(batch):
-      array = np.ascontiguousarray(batch[name])
-      value = zlib.crc32(array.view(np.uint8).reshape(-1), value)
-    self.hashes.write_scalars(step, {"crc32": value})
+    """One line a step, so that runs can be compared."""
+    self.hashes.add(step, batch, self.position.example(step))
 
   def _open_logs(self, step):
-    self.writer = writers.create(self.workdir, resume_step=step)
+    self.writer = (
+      writers.create(self.workdir, resume_step=step)
+      if hosts.first()
+      else writers.MultiWriter([])
+    )
+    self.meter = meter.Meter(
+      self.workdir,
+      resume_step=step,
+      chip=chips.of_device(self.mesh.devices.flat[0]),
+      num_devices=self.mesh.size,
+      num_processes=jax.process_count(),
+      write=hosts.first(),
+    )
     # Batch s leads from step s to step s + 1.
-    self.hashes = writers.JsonLinesWriter(
-      self.workdir / "batches.jsonl", resume_step=step - 1
+    self.hashes = batch_log.BatchLog(
+      self.workdir / "batches.jsonl", self.mesh, resume_step=step - 1
     )
 
   def _export(self, state):
@@ -395,12 +374,16 @@ class _Run:
 
 
 def _means(window) -> dict[str, float]:
-  """Means of the metrics of several steps."""
-  return {
-    name: float(
-      clu.metrics.Average.from_model_output(
-        jnp.stack([metrics[name] for metrics in window])
-      ).compute()
-    )
-    for name in window[0]
-  }
+  """Means of the metrics of several steps, of those that are finite.
+
+  `skipped`, where it is, is a sum: so many steps were left out.
+  """
+  rows = jax.device_get(window)
+  found = {}
+  for name in rows[0]:
+    values = [float(row[name]) for row in rows]
+    finite = [value for value in values if math.isfinite(value)]
+    found[name] = sum(finite) / len(finite) if finite else math.nan
+  if "skipped" in found:
+    found["skipped"] *= len(rows)
+  return found

@@ -8,7 +8,8 @@ are trained, and scale = alpha / rank. The network itself knows nothing of it:
 
 A tree has the nesting of the network's parameters; in place of the kernel
 float[in, out] of each matrix it changes it has `a` float[in, rank] and `b`
-float[rank, out].
+float[rank, out]. LLaMA, whose layers are one scan, takes the tree, its kernels
+stacked, as the collection "lora": see `collection`.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from lavit_jax import errors
 from lavit_jax.models import dots
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")  # the projections of a U-Net
+LLAMA = ("query", "key", "value", "out", "gate", "up", "down")
 
 
 def init(rng, boxed, rank: int, targets=ATTENTION):
@@ -54,11 +56,13 @@ def init(rng, boxed, rank: int, targets=ATTENTION):
     )
   out = {}
   for number, (path, box) in enumerate(sorted(kernels.items())):
-    (rows, columns), axes = box.value.shape, box.names
-    a = jax.random.normal(jax.random.fold_in(rng, number), (rows, rank))
-    out[*path, "a"] = nn.LogicallyPartitioned(a * rows**-0.5, (axes[0], None))
-    b = jnp.zeros((rank, columns))
-    out[*path, "b"] = nn.LogicallyPartitioned(b, (None, axes[1]))
+    *stack, rows, columns = box.value.shape
+    *layers, into, out_of = box.names
+    key = jax.random.fold_in(rng, number)
+    a = jax.random.normal(key, (*stack, rows, rank)) * rows**-0.5
+    out[*path, "a"] = nn.LogicallyPartitioned(a, (*layers, into, None))
+    b = jnp.zeros((*stack, rank, columns))
+    out[*path, "b"] = nn.LogicallyPartitioned(b, (*layers, None, out_of))
   return traverse_util.unflatten_dict(out)
 
 
@@ -90,6 +94,13 @@ def applied(tree, scale: float):
     yield
 
 
+def collection(tree, scale: float):
+  """The tree as `llama.Llama` adds it up: `b` times the scale."""
+  flat = traverse_util.flatten_dict(tree)
+  flat = {k: v * scale if k[-1] == "b" else v for k, v in flat.items()}
+  return traverse_util.unflatten_dict(flat)
+
+
 def merge(params, tree, scale: float):
   """The parameters of one network that does what both did.
 
@@ -107,7 +118,8 @@ def merge(params, tree, scale: float):
   flat = traverse_util.flatten_dict(params)
   for path, pair in _pairs(tree).items():
     kernel = flat.get((*path, "kernel"))
-    if kernel is None or kernel.shape != (len(pair["a"]), pair["b"].shape[1]):
+    shape = (*pair["a"].shape[:-1], pair["b"].shape[-1])
+    if kernel is None or kernel.shape != shape:
       raise errors.UsageError(
         f"There is no kernel {'/'.join(path)} of the shape that this LoRA"
         " changes: it belongs to another network."

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from lavit_jax.models import layers
-
-_NO_CLASS = -1e9  # the logit of a padding row: exp underflows to 0
+from lavit_jax.train import cross_entropy
 
 
 def next_token(hidden, head, targets, weights, *, vocab_size: int = 0):
@@ -14,25 +13,35 @@ def next_token(hidden, head, targets, weights, *, vocab_size: int = 0):
   Arguments and results are those of `next_token_blocked`.
   """
   weights = weights.astype(jnp.float32)
-  nll = _nll(hidden, head, targets, vocab_size or head.shape[0])
+  logits = jnp.einsum(
+    "bld,vd->blv",
+    hidden,
+    head.astype(hidden.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  used = jnp.arange(head.shape[0]) < (vocab_size or head.shape[0])
+  scores = jax.nn.log_softmax(jnp.where(used, logits, cross_entropy.NO_CLASS))
+  nll = -jnp.take_along_axis(scores, targets[..., None], -1)[..., 0]
   nll = jnp.where(weights != 0, nll, 0.0)
   return (nll * weights).sum(), nll
 
 
 def next_token_blocked(
-  hidden, head, targets, weights, *, block: int = 128, vocab_size: int = 0
+  hidden, head, targets, weights, *, block: int = 512, vocab_size: int = 0
 ):
   """Cross-entropy of `hidden @ head.T` that never holds all the logits.
 
   The sequence is cut into blocks; the logits of a block live only while its
   own loss, or its gradient, is computed. At full size the whole would be
-  L * V = 2048 * 48512 float32, 0.4 GB a row, and several copies of it.
+  L * V = 2048 * 48512 float32, 0.4 GB a row, and several copies of it. Over a
+  mesh the vocabulary is split over `tensor`, and each device gathers its rows
+  of the head once, not once a block.
 
   Args:
     hidden: float[B, L, D], after the last norm.
     head: float[V, D], one row an id.
     targets: int[B, L]; any id where the weight is 0.
-    weights: float[B, L]; 0 at positions that teach nothing.
+    weights: float[B, L]; 0 at positions that teach nothing. No gradient.
     block: positions of each row in a block; the last one is padded.
     vocab_size: rows of `head` in use, 0 for all; the rest are no class.
 
@@ -40,46 +49,12 @@ def next_token_blocked(
     (sum of weighted nll float32[], nll float32[B, L], 0 where the weight is
     0). For the mean divide by the sum of weights, at least 1.
   """
-  batch, length = targets.shape
-  block = min(block, length)
-  count = -(-length // block)
-  vocab_size = vocab_size or head.shape[0]
-
-  def split(x):  # [B, L, ...] -> [count, B, block, ...]
-    pad = [(0, 0), (0, count * block - length)] + [(0, 0)] * (x.ndim - 2)
-    x = jnp.pad(x, pad)
-    return x.reshape(batch, count, block, *x.shape[2:]).swapaxes(0, 1)
-
-  def step(total, xs):
-    hidden, targets, weights = xs
-    nll = _nll(hidden, head, targets, vocab_size)
-    nll = jnp.where(weights != 0, nll, 0.0)
-    return total + (nll * weights).sum(), nll
-
-  xs = (split(hidden), split(targets), split(weights.astype(jnp.float32)))
-  step = jax.checkpoint(step, prevent_cse=False)
-  total, nll = jax.lax.scan(step, jnp.zeros((), jnp.float32), xs)
-  return total, nll.swapaxes(0, 1).reshape(batch, -1)[:, :length]
-
-
-def _nll(hidden, head, targets, vocab_size):
-  """Nll float32[B, L] of float[B, L, D] against a head float[V, D]."""
-  shape = targets.shape
-  hidden = hidden.reshape(-1, hidden.shape[-1])  # [B * L, D]: see models/dots
-  targets = targets.reshape(-1)
-  logits = jnp.einsum(
-    "nd,vd->nv",
-    hidden,
-    head.astype(hidden.dtype),
-    preferred_element_type=jnp.float32,
-  )
-  ids = jnp.arange(head.shape[0])
-  if vocab_size < head.shape[0]:
-    logits = jnp.where(ids < vocab_size, logits, _NO_CLASS)
-  # A masked sum, not a gather: it fuses, and it shards over the vocabulary.
-  chosen = jnp.where(ids == targets[..., None], logits, 0.0).sum(-1)
-  nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-  return nll.reshape(shape)
+  block = min(block, targets.shape[1])
+  used = vocab_size or head.shape[0]
+  nll = cross_entropy.nll(block, used, hidden, head, targets)
+  weights = weights.astype(jnp.float32)
+  nll = jnp.where(weights != 0, nll, 0.0)
+  return (nll * weights).sum(), nll
 
 
 def cosine(a, b):

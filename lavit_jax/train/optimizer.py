@@ -9,6 +9,7 @@ import optax
 from lavit_jax import errors
 
 FROZEN = "frozen"
+MOMENTS = ("float32", "bfloat16", "factored")
 
 
 def schedule(phase) -> optax.Schedule:
@@ -39,7 +40,8 @@ def make(config: Mapping[str, Any], phase, labels):
 
   Args:
     config: fields b1, b2, weight_decay, clip_norm and `groups`, a mapping
-      group name -> factor on the phase's learning rate.
+      group name -> factor on the phase's learning rate; `moments`, one of
+      `MOMENTS`, if it is there.
     phase: the phase's fields; see `schedule`.
     labels: tree of group names like the params; `FROZEN` is not trained.
 
@@ -56,14 +58,15 @@ def make(config: Mapping[str, Any], phase, labels):
   base = schedule(phase)
 
   def adamw(factor):
-    return optax.adamw(
-      lambda step: base(step) * factor,
-      b1=config["b1"],
-      b2=config["b2"],
-      weight_decay=config["weight_decay"],
-      mask=lambda tree: jax.tree_util.tree_map_with_path(
-        lambda path, _: _decays(path), tree
+    return optax.chain(
+      _moments(config),
+      optax.add_decayed_weights(
+        config["weight_decay"],
+        mask=lambda tree: jax.tree_util.tree_map_with_path(
+          lambda path, _: _decays(path), tree
+        ),
       ),
+      optax.scale_by_learning_rate(lambda step: base(step) * factor),
     )
 
   by_group = {group: adamw(factor) for group, factor in groups.items()}
@@ -71,6 +74,30 @@ def make(config: Mapping[str, Any], phase, labels):
   return optax.chain(
     optax.clip_by_global_norm(config["clip_norm"]),
     optax.multi_transform(by_group, kept),
+  )
+
+
+def _moments(config) -> optax.GradientTransformation:
+  """Adam's, their memory as config.moments says (absent: "float32").
+
+  "bfloat16" halves the first moment; the second stays float32, for in bfloat16
+  its changes of 1 - b2 would round to nothing. "factored" has the first in
+  bfloat16 and of the second only sums over rows and columns (Adafactor,
+  Shazeer and Stern, arXiv 1804.04235): 2 bytes a parameter in place of 8.
+  """
+  kind, b1, b2 = config.get("moments", "float32"), config["b1"], config["b2"]
+  if kind == "float32":
+    return optax.scale_by_adam(b1=b1, b2=b2)
+  if kind == "bfloat16":
+    return optax.scale_by_adam(b1=b1, b2=b2, mu_dtype="bfloat16")
+  if kind == "factored":
+    return optax.chain(
+      optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30),
+      optax.clip_by_block_rms(1.0),
+      optax.ema(b1, debias=True, accumulator_dtype="bfloat16"),
+    )
+  raise errors.ConfigError(
+    f"optimizer.moments={kind!r}: expected one of {MOMENTS}."
   )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lavit_jax import sharding
-from lavit_jax.train import optimizer
+from lavit_jax.train import accumulation, nonfinite, optimizer
 
 
 @flax.struct.dataclass
@@ -64,29 +64,37 @@ def make_step(objective, phase, labels, tx):
   """The pure update of one phase: (state, frozen, batch) -> state, metrics.
 
   Only parameters whose label is not `optimizer.FROZEN` are differentiated, so
-  that XLA never builds a backward graph for the others.
+  that XLA never builds a backward graph for the others. Under the policy "skip"
+  (see `nonfinite`) a step that is not finite changes nothing but the count of
+  steps; `skipped` is 1 then.
   """
+  skips = nonfinite.policy_of(objective.config).policy == "skip"
+  parts = int(objective.config.get("accumulate", 1))
+  differentiate = accumulation.value_and_grad(objective, phase, parts)
 
   def step(state: TrainState, frozen, batch):
     rng = step_rng(state)
     trainable = optimizer.select(state.params, labels)
 
-    def loss_fn(trainable):
-      params = optimizer.merge(trainable, state.params)
-      return objective.loss(phase, params, frozen, state.extra, batch, rng)
-
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, (extra, metrics)), grads = grad_fn(trainable)
+    merge = lambda trainable: optimizer.merge(trainable, state.params)
+    (loss, (extra, metrics)), grads = differentiate(
+      merge, trainable, frozen, state.extra, batch, rng
+    )
     updates, opt_state = tx.update(grads, state.opt_state, trainable)
     trainable = optax.apply_updates(trainable, updates)
     metrics = metrics | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    state = state.replace(
+    new = state.replace(
       step=state.step + 1,
       params=optimizer.merge(trainable, state.params),
       opt_state=opt_state,
       extra=extra,
     )
-    return state, metrics
+    if skips:
+      good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+      metrics["skipped"] = 1.0 - good
+      kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+      new = kept.replace(step=new.step)
+    return new, metrics
 
   return step
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from lavit_jax.train import event_files
 
+GOODPUT = "goodput.jsonl"  # beside metrics.jsonl; see `meter`
+
 
 class MetricWriter(Protocol):
   """What every writer here can do; scalars are anything `float` takes."""

@@ -37,6 +37,7 @@ def test_by_hand_each_process_is_told_who_it_is(joined):
   distributed.initialize(_told())
   (call,) = joined
   assert call.pop("heartbeat_timeout_seconds") <= 60
+  assert call.pop("shutdown_timeout_seconds") <= 60
   assert call == {
     "coordinator_address": "host:1",
     "num_processes": 4,
@@ -47,7 +48,10 @@ def test_by_hand_each_process_is_told_who_it_is(joined):
 
 def test_a_cluster_is_asked_where_jax_knows_it(joined):
   distributed.initialize({"LAVIT_DISTRIBUTED": "1"})
-  assert list(joined[0]) == ["heartbeat_timeout_seconds"]
+  assert set(joined[0]) == {
+    "heartbeat_timeout_seconds",
+    "shutdown_timeout_seconds",
+  }
 
 
 def test_nobody_joins_twice(joined, monkeypatch):

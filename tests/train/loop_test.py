@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from lavit_jax import checkpoints, errors, vocabulary
-from lavit_jax.train import loop, objectives, writers
+from lavit_jax.train import loop, objectives, run_checkpoints, writers
+from lavit_jax.train import phases as phases_lib
 from tests import micro
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -197,7 +198,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(
   assert "learning rate" in str(caught.value)
   saved = sorted((root / "run" / "checkpoints").glob("[0-9]*"))
   for folder in saved:
-    run = checkpoints.RunCheckpoints(root / "run" / "checkpoints")
+    run = run_checkpoints.RunCheckpoints(root / "run" / "checkpoints")
     assert run.meta(int(folder.name))["data"]["next_batch"] == int(folder.name)
     run.close()
 
@@ -214,7 +215,7 @@ def test_an_unknown_phase_and_stage_are_named():
   cfg = micro.config("encoder", "unused")
   cfg.schedule = ("train", "polish")
   with pytest.raises(errors.ConfigError, match="polish"):
-    loop.phases_of(cfg)
+    phases_lib.phases_of(cfg)
   cfg.stage = "dance"
   with pytest.raises(errors.ConfigError, match="dance"):
     objectives.build(cfg)

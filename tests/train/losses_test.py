@@ -1,8 +1,13 @@
+"""Next-token losses: the blocked form is the plain one, on any mesh."""
+
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lavit_jax import sharding
 from lavit_jax.train import losses
 
 B, L, D, V = 2, 11, 8, 128
@@ -128,3 +133,34 @@ def test_cosine_is_one_for_parallel_and_safe_at_zero():
   np.testing.assert_allclose(losses.cosine(a, b), [1.0, 0.0, 0.0], atol=1e-6)
   grad = jax.grad(lambda a: losses.cosine(a, b).sum())(a)
   assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"context": 2, "fsdp": 4},
+    {"tensor": 8},
+  ],
+)
+def test_the_vocabulary_may_be_split_over_a_mesh(sizes):
+  rows, length = 8, 8
+  keys = jax.random.split(jax.random.key(1), 3)
+  hidden = jax.random.normal(keys[0], (rows, length, D))
+  head = jax.random.normal(keys[1], (V, D))
+  targets = jax.random.randint(keys[2], (rows, length), 0, 100)
+  weights = jnp.ones((rows, length)).at[3, 2:].set(0.0)
+  data = hidden, head, targets, weights
+  plain = _value_and_grad(losses.next_token, *data, vocab_size=100)
+  loss = functools.partial(losses.next_token_blocked, block=3, vocab_size=100)
+  mesh = sharding.make_mesh(sizes)
+  with sharding.use(mesh):
+    run = jax.jit(functools.partial(_value_and_grad, loss))
+    split = run(*data)
+    compiled = run.lower(*data).compile().as_text()
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6),
+    split,
+    plain,
+  )
+  assert "all-reduce" in compiled or "reduce-scatter" in compiled

@@ -4,81 +4,159 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lavit_jax.configs.tiny import autoencoder
 
 from lavit_jax import errors, sharding
-from lavit_jax.train import loop, objectives, optimizer
+from lavit_jax.train import objectives, optimizer
+from lavit_jax.train import phases as phases_lib
 from lavit_jax.train import state as state_lib
 from tests import micro
+from tests.train import latent_micro
 
-_MESH = {"data": 2, "fsdp": 2, "tensor": 2}
-
-
-def _one_step(objective, phase, batch, sizes, count):
-  """Loss, metrics, extra state and gradients of one step on `count` devices."""
-  mesh = sharding.make_mesh(sizes, jax.devices()[:count])
-  with sharding.use(mesh):
-    init = state_lib.init_fn(objective, 0)
-    layout = state_lib.shardings(jax.eval_shape(init), mesh)
-    state = jax.jit(lambda: state_lib.unbox(init()), out_shardings=layout)()
-    frozen = jax.device_put(objective.frozen, sharding.replicated(mesh))
-    labels = objective.labels(phase, state.params)
-
-    def step(state, frozen, batch):
-      def loss_fn(trainable):
-        params = optimizer.merge(trainable, state.params)
-        rng = state_lib.step_rng(state)
-        return objective.loss(phase, params, frozen, state.extra, batch, rng)
-
-      trainable = optimizer.select(state.params, labels)
-      return jax.value_and_grad(loss_fn, has_aux=True)(trainable)
-
-    on_mesh = sharding.put_batch(batch, mesh)
-    out = jax.jit(step)(state, frozen, on_mesh)
-    leaves = jax.tree.leaves(state.params)
-    replicated = [leaf.sharding.is_fully_replicated for leaf in leaves]
-    return jax.device_get(out), replicated
-
-
-@pytest.mark.parametrize(
-  ("stage", "name"),
-  [
-    ("encoder", "train"),
-    ("tokenizer", "joint"),
-    ("tokenizer", "codes"),
-    ("pixels", "train"),
-    ("pretrain", "train"),
-  ],
+_MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
+_LONG = {"fsdp": 4, "context": 2}
+_PRETRAIN = (
+  {"data": 8},
+  {"fsdp": 8},
+  {"fsdp": 4, "tensor": 2},
+  {"data": 4, "context": 2},
+  {"fsdp": 2, "context": 4},
+  {"data": 2, "context": 2, "tensor": 2},
+  _MIXED,
 )
-def test_sharded_equals_one_device(stage, name, micro_runs):
-  cfg = micro.config(stage, micro_runs)
-  objective = objectives.build(cfg)
-  phase = next(p for p in loop.phases_of(cfg) if p.name == name)
-  batch = next(objective.batches(0))
-  one, _ = _one_step(objective, phase, batch, {}, 1)
-  eight, replicated = _one_step(objective, phase, batch, _MESH, 8)
-  assert not all(replicated), "no parameter was sharded"
+_OTHERS = (
+  ("encoder", "train"),
+  ("tokenizer", "joint"),
+  ("tokenizer", "codes"),
+  ("pixels", "train"),
+  ("autoencoder", "train"),
+)
 
-  def close(path, a, b):
-    scale = max(np.abs(a).max(), 1e-3)
-    name = jax.tree_util.keystr(path)
-    np.testing.assert_allclose(b, a, atol=2e-4 * scale, err_msg=name)
 
-  jax.tree_util.tree_map_with_path(close, one, eight)
+def stage_config(stage, root):
+  """The micro config of a stage; of the autoencoder, which has no other."""
+  if stage != "autoencoder":
+    return micro.config(stage, root)
+  cfg = autoencoder.get_config()
+  cfg.batch_size = 8
+  cfg.data.train_size = cfg.data.held_out_size = 8
+  cfg.data.threads = 0
+  cfg.model.vae.update(channels=(8, 16), groups=4, layers_per_block=1)
+  return cfg
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+  with latent_micro.quick():
+    yield
+
+
+def _draw(abstract):
+  """Random parameters, none zero, without a program that has to compile."""
+  rng = np.random.default_rng(0)
+
+  def one(path, leaf):
+    fan = max(int(np.prod(leaf.shape[:-1])), 1)
+    drawn = rng.normal(0, fan**-0.5, leaf.shape)
+    if jax.tree_util.keystr(path[-1:], simple=True) == "scale":
+      drawn = 1 + drawn / 10
+    return drawn.astype(leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(one, abstract)
+
+
+class _Case:
+  """A phase of a stage: its first batch and step on one device."""
+
+  def __init__(self, stage, name, root, start=0):
+    cfg = stage_config(stage, root)
+    self.objective = objectives.build(cfg)
+    self.phase = next(p for p in phases_lib.phases_of(cfg) if p.name == name)
+    self.batch = next(self.objective.batches(start))
+    init = state_lib.init_fn(self.objective, 0)
+    self.boxed = jax.eval_shape(init)
+    extra = jax.jit(lambda: state_lib.unbox(init()).extra)()
+    self.first = state_lib.TrainState(
+      step=np.int32(3),
+      params=_draw(state_lib.unbox(self.boxed.params)),
+      opt_state=None,
+      extra=jax.device_get(extra),
+      rng=np.array([0, 7], np.uint32),
+    )
+    self.labels = self.objective.labels(self.phase, self.first.params)
+    self.one, _ = self.step({}, 1)
+
+  def step(self, sizes, count=8):
+    """((loss, (extra, metrics)), gradients), and the parameters' layout."""
+    mesh = sharding.make_mesh(sizes, jax.devices()[:count])
+    with sharding.use(mesh):
+      layout = state_lib.shardings(self.boxed, mesh)
+      state = jax.device_put(self.first, layout)
+      whole = sharding.replicated(mesh)
+      frozen = jax.device_put(self.objective.frozen, whole)
+      batch = sharding.put_batch(self.batch, mesh)
+      out = jax.jit(self._differentiate)(state, frozen, batch)
+      return jax.device_get(out), jax.tree.leaves(layout.params)
+
+  def _differentiate(self, state, frozen, batch):
+    rng = state_lib.step_rng(state)
+
+    def loss(trainable):
+      params = optimizer.merge(trainable, state.params)
+      return self.objective.loss(
+        self.phase, params, frozen, state.extra, batch, rng
+      )
+
+    trainable = optimizer.select(state.params, self.labels)
+    return jax.value_and_grad(loss, has_aux=True)(trainable)
+
+  def assert_same_on(self, sizes):
+    """Eight devices give what one gives; parameters are split if asked."""
+    eight, layout = self.step(sizes)
+    split = not all(x.is_fully_replicated for x in layout)
+    assert split == bool({"fsdp", "tensor"} & set(sizes))
+    jax.tree_util.tree_map_with_path(_assert_close, self.one, eight)
+    return eight
+
+
+def _assert_close(path, a, b):
+  scale = max(np.abs(a).max(), 1e-3)
+  name = jax.tree_util.keystr(path)
+  np.testing.assert_allclose(b, a, atol=2e-4 * scale, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def pretrain(micro_runs):
+  """Packed rows with pictures that are read."""
+  case = _Case("pretrain", "train", micro_runs)
+  assert (case.batch["slot"] >= 0).any()
+  assert case.batch["segments"].max() > 1
+  (loss, _), grads = case.one
+  assert loss > 0
+  assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(grads["merger"]))
+  return case
+
+
+@pytest.mark.parametrize("sizes", _PRETRAIN, ids=str)
+def test_pretrain_on_any_mesh_equals_one_device(sizes, pretrain):
+  pretrain.assert_same_on(sizes)
+
+
+@pytest.mark.parametrize(("stage", "name"), _OTHERS)
+def test_every_stage_on_two_meshes_equals_one_device(stage, name, micro_runs):
+  case = _Case(stage, name, micro_runs)
+  for sizes in (_MIXED, _LONG):
+    case.assert_same_on(sizes)
 
 
 def test_the_codebook_update_counts_every_device(micro_runs):
   """The codes phase on 8 devices moves the codebook as on one."""
-  cfg = micro.config("tokenizer", micro_runs)
-  objective = objectives.build(cfg)
-  phase = next(p for p in loop.phases_of(cfg) if p.name == "codes")
-  batch = next(objective.batches(3))
-  one, _ = _one_step(objective, phase, batch, {}, 1)
-  eight, _ = _one_step(objective, phase, batch, _MESH, 8)
-  left, right = one[0][1][0]["codebook"], eight[0][1][0]["codebook"]
+  case = _Case("tokenizer", "codes", micro_runs, start=3)
+  eight = case.assert_same_on(_MIXED)
+  left, right = case.one[0][1][0]["codebook"], eight[0][1][0]["codebook"]
   np.testing.assert_allclose(left["counts"], right["counts"], atol=1e-5)
   np.testing.assert_allclose(left["codes"], right["codes"], atol=1e-4)
-  tokens = float(left["counts"].sum())
-  assert tokens > 0
+  assert left["counts"].sum() > 0
 
 
 def test_mesh_errors_say_what_to_change():

@@ -14,8 +14,12 @@ STAGES = {
 }
 
 
-def build(config):
+def build(config, where=None):
   """The objective of config.stage.
+
+  Args:
+    config: see `configs/`.
+    where: a `stored.Outline` for an objective of shapes alone.
 
   Raises:
     errors.ConfigError: no such stage.
@@ -27,4 +31,4 @@ def build(config):
     )
   module, name = STAGES[config.stage]
   module = importlib.import_module(f"{__name__}.{module}")
-  return getattr(module, name)(config)
+  return getattr(module, name)(config, where)

@@ -29,8 +29,8 @@ class AutoencoderObjective(base.Objective):
   best_metric = "picture_mse"
   best_mode = "min"
 
-  def __init__(self, config):
-    super().__init__(config)
+  def __init__(self, config, where=None):
+    super().__init__(config, where)
     self.part = f"{config.model.kind}_pixels"
     self.vae = vae.AutoencoderKL(vae.VaeConfig(**config.model.vae.to_dict()))
     if config.data.image_size % self.vae.config.scale:
@@ -47,6 +47,10 @@ class AutoencoderObjective(base.Objective):
     side = self.vae.config.scale
     params = self.vae.init(rng, jnp.zeros((1, side, side, 3)))["params"]
     return params, {"mean": jnp.zeros(()), "square": jnp.ones(())}
+
+  def batch_shapes(self):
+    """Pictures alone."""
+    return self.image_shapes()
 
   def loss(self, phase, params, frozen, state, batch, rng):
     """Weighted mean over valid pictures."""

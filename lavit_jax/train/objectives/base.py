@@ -5,30 +5,34 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import errors, vocabulary
+from lavit_jax import errors, hosts, sharding, vocabulary
 from lavit_jax.data import pipeline, sources
-from lavit_jax.train import optimizer
+from lavit_jax.train import optimizer, stored
 
 
 class Objective:
   """A stage: what is learned, from which batches, and how it is judged.
 
   Subclasses set `part`, `best_metric`, `best_mode`, `frozen` and implement
-  `init`, `loss`, `held_out_metrics` and `export`. `frozen` is a tree of
-  arrays that the step takes as an argument and never differentiates.
+  `init`, `loss`, `frozen_shapes`, `batch_shapes`, `held_out_metrics` and
+  `export`. `frozen` is a tree of arrays that the step takes as an argument and
+  never differentiates. Made of a `stored.Outline`, an objective has shapes in
+  place of arrays and no data: enough to compile its step.
   """
 
   part: str
   best_metric: str = "loss"
   best_mode: str = "min"
   pictures: np.ndarray | None = None  # uint8[B, h, w, 3], of `evaluate`
+  free_rows = True  # rows do not depend on the size of the batch they are in
 
-  def __init__(self, config):
+  def __init__(self, config, where=None):
     self.config = config
-    self.source = sources.build(config.data.to_dict(), "train")
-    self.held_out = sources.build(config.data.to_dict(), "held_out")
+    self.stored = where or stored.Stored()
+    self.source, self.held_out = self.stored.sources(config)
     self.last_phase = config.phases[config.schedule[-1]].to_dict()
 
   def labels(self, phase, params):
@@ -56,6 +60,34 @@ class Objective:
       )
     return labels
 
+  def frozen_shapes(self):
+    """`frozen` as shapes with logical axes, boxed; nothing by default."""
+    return {}
+
+  def batch_shapes(self):
+    """Abstract arrays of a global batch; of the largest, if they differ."""
+    raise NotImplementedError
+
+  def image_shapes(self, text_length=None):
+    """`batch_shapes` of the batches that `use_images` makes."""
+    count, side = self.config.batch_size, self.config.data.image_size
+    shapes = {
+      "image": ((count, side, side, 3), np.uint8),
+      "valid": ((count,), np.float32),
+      "index": ((count,), np.int64),
+    }
+    if text_length is not None:
+      shapes["text"] = ((count, text_length), np.int32)
+      shapes["text_mask"] = ((count, text_length), bool)
+    return abstract(shapes)
+
+  def weight(self, batch):
+    """How much a batch counts beside others, float32[]: valid pictures.
+
+    Losses are means over what this counts. See `train/accumulation.py`.
+    """
+    return batch["valid"].sum()
+
   def begin_phase(self, phase, state, frozen, batch_at):
     """Changes (params, extra) between phases; nothing by default."""
     del phase, frozen, batch_at
@@ -68,16 +100,20 @@ class Objective:
   def text_tokenizer(self) -> vocabulary.TextTokenizer:
     """The model directory's SentencePiece model, trained if there is none."""
     path = pathlib.Path(self.config.model_dir) / "tokenizer.model"
-    if not path.exists():
+    if hosts.first() and not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
       sentences = sources.sentences(self.source, limit=20_000)
       vocabulary.TextTokenizer.train(
         sentences, path, self.config.data.text_vocab
       )
+    hosts.barrier("lavit_text_tokenizer")
     return vocabulary.TextTokenizer.load(path)
 
   def use_images(self, text=None, text_length=None):
     """Batches of pictures (and captions) from the sources of config.data."""
+    self.batch_examples = self.config.batch_size
+    if self.stored.outline:
+      return
     make = lambda source: pipeline.image_batches(
       source,
       self.config.batch_size,
@@ -87,14 +123,17 @@ class Objective:
     )
     self._train_data = make(self.source)
     self._held_out_data = make(self.held_out)
-    self.batch_examples = self.config.batch_size
 
-  def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
-    """The share of this process of every global batch from `start` on."""
+  def batches(self, start: int, skip=0) -> Iterator[dict[str, np.ndarray]]:
+    """The share of this process of every global batch from `start` on.
+
+    Batch k begins at row `skip` + k times the batch size.
+    """
     return pipeline.iterate(
       self._train_data,
       start_batch=start,
       num_threads=self.config.data.get("threads", 2),
+      skip=skip,
     )
 
   def count_tokens(self, batch) -> int:
@@ -110,22 +149,32 @@ class Objective:
     for _ in range(count):
       yield next(data)
 
-  @functools.cached_property
-  def _compiled_held_out(self):
-    return jax.jit(self.held_out_metrics)
+  @functools.lru_cache(maxsize=1)  # noqa: B019, one objective a run
+  def _compiled_held_out(self, mesh):
+    def metrics(params, frozen, state, batch):
+      made = self.held_out_metrics(params, frozen, state, batch)
+      return made | {"valid": batch.get("valid", jnp.ones(1))}
 
-  def evaluate(self, params, frozen, state) -> dict[str, float]:
+    if mesh is None:
+      return jax.jit(metrics)
+    # Whole on every process, which reads them.
+    return jax.jit(metrics, out_shardings=sharding.replicated(mesh))
+
+  def evaluate(self, params, frozen, state, mesh=None) -> dict[str, float]:
     """Means of `held_out_metrics` over the held-out batches.
 
     A batch counts as many times as it has valid pictures. What the metrics of
-    the fullest hold as `pictures` is kept in `self.pictures`.
+    the fullest hold as `pictures` is kept in `self.pictures`. With a mesh every
+    process brings its share of each batch, and all get the same means.
     """
     rows, counts = [], []
     for batch in self.held_out_batches():
+      if mesh is not None:
+        batch = sharding.put_batch(batch, mesh)
       row = jax.device_get(
-        self._compiled_held_out(params, frozen, state, batch)
+        self._compiled_held_out(mesh)(params, frozen, state, batch)
       )
-      made, valid = row.pop("pictures", None), batch.get("valid", np.ones(1))
+      made, valid = row.pop("pictures", None), row.pop("valid")
       if made is not None and valid.sum() > max(counts, default=0):
         self.pictures = made[valid[: len(made)] > 0]
       rows.append(row)
@@ -137,6 +186,14 @@ class Objective:
       )
       for name in rows[0]
     }
+
+
+def abstract(shapes) -> dict[str, jax.ShapeDtypeStruct]:
+  """Abstract arrays as JAX gets them of {name: (shape, numpy dtype)}."""
+  return {
+    name: jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
+    for name, (shape, dtype) in shapes.items()
+  }
 
 
 def check_same(folder, ours, theirs, what: str) -> None:

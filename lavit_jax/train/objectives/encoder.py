@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lavit_jax import images
+from lavit_jax import errors, images
 from lavit_jax.models import contrastive, llama, vision
 from lavit_jax.train.objectives import base
 
@@ -25,8 +25,8 @@ class EncoderObjective(base.Objective):
   best_metric = "loss"
   best_mode = "min"
 
-  def __init__(self, config):
-    super().__init__(config)
+  def __init__(self, config, where=None):
+    super().__init__(config, where)
     tokenizer = self.text_tokenizer()
     words = {"vocab_size": tokenizer.size}
     self.model_config = contrastive.ContrastiveConfig(
@@ -51,6 +51,18 @@ class EncoderObjective(base.Objective):
       jnp.zeros((1, vit.num_patches), bool),
     )
     return variables["params"], {}
+
+  def batch_shapes(self):
+    """Pictures with captions."""
+    return self.image_shapes(self.config.data.text_length)
+
+  def weight(self, batch):
+    """ConfigError: contrast within parts of a batch is another loss."""
+    raise errors.ConfigError(
+      f"config.accumulate={self.config.accumulate}: the encoder's contrast is"
+      " among all pictures of a batch, so it cannot be run in parts. Set it to"
+      " 1, and a smaller config.batch_size or remat."
+    )
 
   def loss(self, phase, params, frozen, state, batch, rng):
     """Contrast + captions + pixels of every patch, hidden too + whitening."""

@@ -23,12 +23,13 @@ import json
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lavit_jax import checkpoints, errors
 from lavit_jax.data import bucket_rows, examples, latent_cache
 from lavit_jax.infer import latents, schedules
 from lavit_jax.models import unet, vae
-from lavit_jax.train import conditions, denoising, latent_parts, lora
+from lavit_jax.train import conditions, denoising, latent_parts, lora, shapes
 from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base
 
@@ -42,25 +43,26 @@ class LatentsObjective(base.Objective):
 
   best_metric = "loss"
   best_mode = "min"
+  free_rows = False  # all pictures of a batch are of one bucket
 
-  def __init__(self, config):
-    super().__init__(config)
+  def __init__(self, config, where=None):
+    super().__init__(config, where)
     model = config.model
     self.kind, self.part = model.kind, f"{model.kind}_pixels"
     self.unet = unet.UNet(unet.UNetConfig(**model.unet.to_dict()))
     self.schedule = schedules.Schedule(**model.schedule.to_dict())
     self.lora_scale = model.lora.alpha / max(model.lora.rank, 1)
     self._check()
-    words = latent_parts.load_words(config.model_dir, model.frozen_dtype)
+    words = self.stored.words(config.model_dir, model.frozen_dtype)
     self.tokenizer = words.model
-    self._told = latent_parts.load_conditioner(
+    self._told = self.stored.conditioner(
       config.model_dir, self.kind, model.condition, model.frozen_dtype
     )
-    self.vae, params = latent_parts.load_vae(
+    self.vae, params = self.stored.autoencoder(
       config.vae_from or config.start_from or config.model_dir, self.kind
     )
     self._vae_params = params
-    semantic = latent_parts.cast(self._told.semantic, model.frozen_dtype)
+    semantic = self.stored.cast(self._told.semantic, model.frozen_dtype)
     self.frozen = words.frozen | {"semantic": semantic, "vae": params}
     if model.lora.rank:
       self.frozen["unet"] = self._frozen_unet()
@@ -82,7 +84,7 @@ class LatentsObjective(base.Objective):
           f"phases.{name}.sample_latents=True draws anew each time, but"
           " data.latents_dir holds the same always. Change one of them."
         )
-    latent_parts.check_start(config.start_from, self.part, self.unet.config)
+    self.stored.check_start(config.start_from, self.part, self.unet.config)
     if latent_parts.same_directory(config.start_from, config.model_dir):
       raise errors.ConfigError(
         f"start_from and model_dir are both {config.model_dir}: the result"
@@ -100,7 +102,7 @@ class LatentsObjective(base.Objective):
   def _start(self, top, dtype="float32"):
     """A branch of the part that the run starts from, or None."""
     folder = self.config.start_from
-    return latent_parts.read_tree(folder, self.part, top, dtype)
+    return self.stored.branch(folder, self.part, top, dtype)
 
   def _frozen_unet(self):
     """The whole U-Net that a LoRA changes, checked to fit the config."""
@@ -121,9 +123,11 @@ class LatentsObjective(base.Objective):
         f" data.image_size={found}."
       )
     latent_parts.check_buckets(data.buckets, self.vae.config)
+    self.batch_examples = self.config.batch_size
+    if self.stored.outline:
+      return
     self._train_data = self._batches(self.source, self.config.seed)
     self._held_out_data = self._batches(self.held_out, None)
-    self.batch_examples = self.config.batch_size
 
   def _batches(self, source, seed):
     """Batches of a source: the endless ones with a seed, else once each."""
@@ -172,6 +176,38 @@ class LatentsObjective(base.Objective):
     made = dict(model.init(rng, vectors, jnp.ones(shape, bool))["params"])
     del made["decoder"]
     return made
+
+  def frozen_shapes(self):
+    """Encoder, tokenizer, semantic decoder, autoencoder; under LoRA U-Net."""
+    config, dtype = self.tokenizer.config, self.config.model.frozen_dtype
+    told = shapes.conditioner(self._told.model, dtype)
+    made = {
+      "encoder": shapes.encoder(config.vit, dtype),
+      "tokenizer": latent_parts.used_words(shapes.words(config)),
+      "semantic": told["decoder"],
+      "vae": shapes.autoencoder(self.vae),
+    }
+    if self.config.model.lora.rank:
+      made["unet"] = shapes.denoiser(self.unet, dtype)
+    return made
+
+  def batch_shapes(self):
+    """Pictures of the largest bucket."""
+    data, count = self.config.data, self.config.batch_size
+    height, width = max(data.buckets, key=lambda pair: pair[0] * pair[1])
+    side, vae = data.image_size, self.vae.config
+    made = {
+      "image": ((count, side, side, 3), np.uint8),
+      "valid": ((count,), np.float32),
+      "index": ((count,), np.int64),
+      "sizes": ((count, 6), np.float32),
+      "target": ((count, height, width, 3), np.uint8),
+    }
+    if data.latents_dir:
+      del made["target"]
+      size = (height // vae.scale, width // vae.scale, vae.latent_channels)
+      made["latents"] = ((count, *size), np.float16)
+    return base.abstract(made)
 
   def begin_phase(self, phase, state, frozen, batch_at):
     """The weights of config.start_from, and of the part `kind` if it is."""

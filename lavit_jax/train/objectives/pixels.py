@@ -11,10 +11,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lavit_jax import checkpoints, errors
+from lavit_jax import errors
 from lavit_jax.infer import schedules
 from lavit_jax.models import pixels, tokenizer
-from lavit_jax.train import conditions, denoising
+from lavit_jax.train import conditions, denoising, shapes
 from lavit_jax.train.objectives import base
 
 
@@ -29,10 +29,10 @@ class PixelsObjective(base.Objective):
   best_metric = "loss"
   best_mode = "min"
 
-  def __init__(self, config):
-    super().__init__(config)
-    encoder = checkpoints.load_part(config.model_dir, "encoder")
-    stage1 = checkpoints.load_part(config.model_dir, "tokenizer")
+  def __init__(self, config, where=None):
+    super().__init__(config, where)
+    encoder = self.stored.part(config.model_dir, "encoder")
+    stage1 = self.stored.part(config.model_dir, "tokenizer")
     self.tokenizer_config = tokenizer.config_from_dict(stage1.meta["tokenizer"])
     self.tokenizer = tokenizer.DynamicVisualTokenizer(self.tokenizer_config)
     variables = {k: stage1.params[k] for k in ("params", "codebook")}
@@ -73,6 +73,16 @@ class PixelsObjective(base.Objective):
     )
     params = variables["params"]
     return params, denoising.start_ema(params)
+
+  def frozen_shapes(self):
+    """Encoder and tokenizer."""
+    config = self.tokenizer_config
+    words = shapes.words(config)
+    return {"encoder": shapes.encoder(config.vit), "tokenizer": words}
+
+  def batch_shapes(self):
+    """Pictures alone."""
+    return self.image_shapes()
 
   def features(self, frozen, image):
     """x_rec float[B, N, D] of uint8[B, H, W, 3]; no gradient."""

@@ -5,6 +5,9 @@ enters as the merger's continuous tokens, a picture that is written as code
 ids; both are targets over the one vocabulary. The stage-1 tokenizer that made
 the ids stays frozen; the merger and projection of the continuous branch start
 from it and train with the LLM.
+
+With `model.lora.rank` the LLM is frozen, in `model.frozen_dtype`, and low-rank
+changes of its matrices train in its place: fine-tuning on a single host.
 """
 
 import dataclasses
@@ -13,11 +16,13 @@ import pathlib
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lavit_jax import checkpoints, errors, images, vocabulary
 from lavit_jax.data import cache, pipeline
 from lavit_jax.models import llama, tokenizer, unified
-from lavit_jax.train import losses
+from lavit_jax.train import lora, losses, shapes
+from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base
 
 
@@ -28,33 +33,85 @@ class PretrainObjective(base.Objective):
   best_metric = "loss"
   best_mode = "min"
 
-  def __init__(self, config):
-    super().__init__(config)
-    encoder = checkpoints.load_part(config.model_dir, "encoder")
-    stage1 = checkpoints.load_part(config.model_dir, "tokenizer")
+  def __init__(self, config, where=None):
+    super().__init__(config, where)
+    dtype = config.model.get("frozen_dtype", "float32")
+    encoder = self.stored.part(config.model_dir, "encoder", dtype=dtype)
+    stage1 = self.stored.part(config.model_dir, "tokenizer")
     self.tokenizer_config = tokenizer.config_from_dict(stage1.meta["tokenizer"])
-    self.text = self.text_tokenizer()
+    self.text = None if self.stored.outline else self.text_tokenizer()
     self.vocabulary = vocabulary.Vocabulary(
-      text_size=self.text.size,
+      text_size=self.text.size if self.text else config.assumed.text_size,
       num_codes=self.tokenizer_config.quantizer.num_codes,
     )
     self.llama_config = llama.LlamaConfig(
       **config.model.llm.to_dict() | {"vocab_size": self.vocabulary.size}
     )
-    data = config.data
-    self._caches = (
-      cache.CodeCache.load(data.cache_dir),
-      cache.CodeCache.load(data.held_out_cache_dir),
-    )
-    # No picture of this data has more words: nothing is ever cut.
-    self.capacity = int(max(c.counts.max() for c in self._caches))
+    self.capacity = self._use_caches()
     self.model = unified.UnifiedModel(
       self.llama_config, self.tokenizer_config, self.capacity
     )
     # Only what the continuous branch starts from; ids come from the cache.
     self.frozen = {"encoder": encoder.params}
     self._merger = stage1.params["params"]["merger"]
-    self._use_rows()
+    self.lora = dict(config.model.get("lora", {"rank": 0, "alpha": 0.0}))
+    self.lora_scale = self.lora["alpha"] / max(self.lora["rank"], 1)
+    if self.lora["rank"]:
+      self.frozen["llm"] = self._frozen_llm()
+    self.batch_examples = config.batch_size
+    if not self.stored.outline:
+      self._use_rows()
+
+  def _use_caches(self) -> int:
+    """The most words of a picture: none is ever cut."""
+    config = self.config
+    if self.stored.outline:
+      return config.assumed.capacity
+    folders = (config.data.cache_dir, config.data.held_out_cache_dir)
+    self._caches = tuple(cache.CodeCache.load(folder) for folder in folders)
+    return int(max(c.counts.max() for c in self._caches))
+
+  def _frozen_llm(self):
+    """The LLM of config.start_from that a LoRA changes."""
+    folder, dtype = self.config.start_from, self.config.model.frozen_dtype
+    wanted = shapes.llm(self.llama_config, dtype)
+    if self.stored.outline:
+      return state_lib.unbox(wanted)
+    if not folder or self.lora["alpha"] <= 0:
+      raise errors.ConfigError(
+        f"model.lora={self.lora} changes a trained LLM: it needs an alpha above"
+        " 0, and start_from, that LLM's model directory. Set model.lora.rank=0"
+        " to train the whole."
+      )
+    self._check_same_words(folder)
+    found = self.stored.branch(folder, self.part, "llm", dtype)
+    base.check_same(folder, state_lib.unbox(wanted), found, "llm")
+    return found
+
+  def frozen_shapes(self):
+    """The encoder; under LoRA the LLM too."""
+    dtype = self.config.model.get("frozen_dtype", "float32")
+    made = {"encoder": shapes.encoder(self.tokenizer_config.vit, dtype)}
+    if self.lora["rank"]:
+      made["llm"] = shapes.llm(self.llama_config, dtype)
+    return made
+
+  def batch_shapes(self):
+    """Packed rows; see `pipeline.packed_mixture`."""
+    data, count = self.config.data, self.config.batch_size
+    row, slots = (count, data.length), (count, data.slots)
+    side = data.image_size
+    ids = ("tokens", "targets", "segments", "positions", "slot", "order")
+    return base.abstract(
+      {name: (row, np.int32) for name in ids}
+      | {
+        "weights": (row, np.float32),
+        "pixels": ((*slots, side, side, 3), np.uint8),
+        "keep": ((*slots, self.tokenizer_config.num_patches), bool),
+        "row": ((count,), np.int64),
+        "doc_hash": ((count,), np.int64),
+      }
+    )
 
   def _use_rows(self):
     data = self.config.data
@@ -72,10 +129,9 @@ class PretrainObjective(base.Objective):
     )
     self._train_data = make(self.source, self._caches[0])
     self._held_out_data = make(self.held_out, self._caches[1])
-    self.batch_examples = self.config.batch_size
 
   def init(self, rng):
-    """Boxed parameters `llm`, `merger`, `projection`."""
+    """Boxed parameters `llm` or, in its place, `lora`; merger, projection."""
     config = self.tokenizer_config
     grid = config.num_patches
     variables = self.model.init(
@@ -88,7 +144,12 @@ class PretrainObjective(base.Objective):
       positions=jnp.zeros((1, 8), jnp.int32),
       segments=jnp.ones((1, 8), jnp.int32),
     )
-    return variables["params"], {}
+    params = dict(variables["params"])
+    if self.lora["rank"]:
+      llm = params.pop("llm")
+      rank, targets = self.lora["rank"], lora.LLAMA
+      params["lora"] = lora.init(rng, llm, rank, targets)
+    return params, {}
 
   def begin_phase(self, phase, state, frozen, batch_at):
     """Starts from the LLM of config.start_from, or stage 1's merger alone."""
@@ -99,11 +160,19 @@ class PretrainObjective(base.Objective):
     if folder:
       self._check_same_words(folder)
       # A plain LLaMA brings no merger: stage 1's stays.
-      start |= checkpoints.load_part(folder, self.part).params
+      start |= self._start(folder, state.params)
     for name, theirs in start.items():
       ours = state.params.get(name, {})
       base.check_same(folder or self.config.model_dir, ours, theirs, name)
     return state.params | start, state.extra
+
+  def _start(self, folder, params):
+    """The part of a model directory that training goes on from, laid out."""
+    names = [name for name in ("llm", "merger", "projection") if name in params]
+    layout = jax.tree.map(
+      lambda x: x.sharding, {name: params[name] for name in names}
+    )
+    return checkpoints.load_part(folder, self.part, layout=layout).params
 
   def _check_same_words(self, folder):
     """Raises CheckpointError unless its text ids mean what ours mean."""
@@ -122,8 +191,9 @@ class PretrainObjective(base.Objective):
     tokens = batch["tokens"]
     if phase["word_dropout"]:
       tokens = drop_words(self.vocabulary, tokens, phase["word_dropout"], rng)
+    variables, head = self._variables(params, frozen)
     hidden = self.model.apply(
-      {"params": params},
+      variables,
       tokens,
       features=features,
       keep=batch["keep"],
@@ -135,7 +205,7 @@ class PretrainObjective(base.Objective):
     weights = batch["weights"]
     total, nll = losses.next_token_blocked(
       hidden,
-      params["llm"]["head"],
+      head,
       batch["targets"],
       weights,
       vocab_size=self.vocabulary.size,
@@ -151,6 +221,19 @@ class PretrainObjective(base.Objective):
       "fill": (batch["segments"] > 0).mean(),
     }
     return loss, (state, metrics)
+
+  def _variables(self, params, frozen):
+    """What the model is applied to, and the head float[V, D]."""
+    if not self.lora["rank"]:
+      return {"params": params}, params["llm"]["head"]
+    low = lora.collection(params["lora"], self.lora_scale)
+    params = {name: params[name] for name in ("merger", "projection")}
+    whole = {"params": params | {"llm": frozen["llm"]}, "lora": {"llm": low}}
+    return whole, frozen["llm"]["head"]
+
+  def weight(self, batch):
+    """Positions that teach, weighted."""
+    return batch["weights"].sum()
 
   def _features(self, encoder, pixels):
     """float[B, S, N, D] of uint8[B, S, H, W, 3]; no gradient."""
@@ -177,7 +260,12 @@ class PretrainObjective(base.Objective):
       "vocabulary": dataclasses.asdict(self.vocabulary),
       "capacity": self.capacity,
     }
-    return nn.meta.unbox(params), meta
+    params = nn.meta.unbox(params)
+    if self.lora["rank"]:
+      whole = self.stored.branch(self.config.start_from, self.part, "llm")
+      low = params.pop("lora")
+      params["llm"] = lora.merge(whole, low, self.lora_scale)
+    return params, meta
 
 
 def drop_words(vocab, tokens, share: float, rng):

@@ -17,9 +17,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lavit_jax import checkpoints, errors, images
+from lavit_jax import errors, images
 from lavit_jax.models import quantizer, selector, tokenizer
-from lavit_jax.train import losses
+from lavit_jax.train import losses, shapes
 from lavit_jax.train.objectives import base
 
 MASKS = ("random", "gumbel", "sampled", "expected")
@@ -32,9 +32,10 @@ class TokenizerObjective(base.Objective):
   best_metric = "recon_gain"
   best_mode = "max"
 
-  def __init__(self, config):
-    super().__init__(config)
-    encoder = checkpoints.load_part(config.model_dir, "encoder")
+  def __init__(self, config, where=None):
+    super().__init__(config, where)
+    dtype = config.model.get("frozen_dtype", "float32")
+    encoder = self.stored.part(config.model_dir, "encoder", dtype=dtype)
     self.model_config = tokenizer.config_from_dict(
       config.model.tokenizer.to_dict() | {"vit": encoder.meta["vit"]}
     )
@@ -57,6 +58,15 @@ class TokenizerObjective(base.Objective):
       "codebook": codebook,
       "feature_mean": jnp.zeros((grid, width)),
     }
+
+  def frozen_shapes(self):
+    """The encoder."""
+    dtype = self.config.model.get("frozen_dtype", "float32")
+    return {"encoder": shapes.encoder(self.model_config.vit, dtype)}
+
+  def batch_shapes(self):
+    """Pictures alone."""
+    return self.image_shapes()
 
   def begin_phase(self, phase, state, frozen, batch_at):
     """Mean features before the first phase; k-means before codes come on."""

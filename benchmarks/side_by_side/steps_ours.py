@@ -1,0 +1,223 @@
+"""Our side of the training steps: the step that `lavit train` compiles."""
+
+import contextlib
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import traverse_util
+
+from lavit_jax import sharding
+from lavit_jax.commands import train as train_command
+from lavit_jax.models import (
+  decoder,
+  llama,
+  merger,
+  quantizer,
+  selector,
+  tokenizer,
+  vision,
+)
+from lavit_jax.train import losses, optimizer, program, stored
+from lavit_jax.train import state as state_lib
+from lavit_jax.train.objectives import tokenizer as tokenizer_stage
+from side_by_side import steps
+
+
+def _phase(**settings):
+  """Settings whose learning rate stays as it is."""
+  plan = {"steps": 1000, "lr": steps.LR, "warmup": 0, "end_factor": 1.0}
+  return plan | settings
+
+
+def make(folder, sizes) -> int:
+  """Writes the parameters that both sides start from; how many there are."""
+  objective = build(sizes, 1)[0]
+  params, extra = jax.jit(
+    lambda: state_lib.unbox(objective.init(jax.random.key(0)))
+  )()
+  tree = {"params": params, "extra": extra}
+  count = sum(x.size for x in jax.tree.leaves(params))
+  if isinstance(sizes, steps.Tokenizer):
+    net = vision.EvaVit(objective.model_config.vit)
+    pixels = jnp.zeros((1, sizes.image_size, sizes.image_size, 3))
+    init = lambda key: state_lib.unbox(net.init(key, pixels))["params"]
+    tree["frozen"] = {"encoder": jax.jit(init)(jax.random.key(1))}
+  flat = traverse_util.flatten_dict(tree, sep="/")
+  np.savez(steps.weights_path(folder), **jax.device_get(flat))
+  return count
+
+
+class Llm:
+  """Next words of rows without pictures, as stage `pretrain` learns them."""
+
+  def __init__(self, sizes: steps.Llama, config):
+    self.config = config
+    fields = dataclasses.asdict(sizes)
+    del fields["length"]
+    self._llama = llama.LlamaConfig(**fields, num_kv_heads=sizes.num_heads)
+    self._model = llama.Llama(self._llama)
+
+  def init(self, rng):
+    """Boxed parameters; no other state."""
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return self._model.init(rng, ids)["params"], {}
+
+  def labels(self, phase, params):
+    """Everything trains."""
+    return jax.tree.map(lambda _: "base", params)
+
+  def weight(self, batch):
+    """Tokens of a batch."""
+    return jnp.full((), batch["tokens"].size)
+
+  def loss(self, phase, params, frozen, state, batch, rng):
+    """The mean nll of all words; the loss is never all logits at once."""
+    del phase, frozen, rng
+    hidden = self._model.apply(
+      {"params": params},
+      batch["tokens"],
+      segment_ids=batch.get("segments"),
+      return_hidden=True,
+    )
+    weights = batch.get("weights", jnp.ones(batch["tokens"].shape))
+    total, _ = losses.next_token_blocked(
+      hidden,
+      params["head"],
+      batch["targets"],
+      weights,
+      vocab_size=self._llama.vocab_size,
+    )
+    return total / jnp.maximum(weights.sum(), 1.0), (state, {})
+
+
+def build(sizes, batch: int):
+  """(objective, phase) of what is trained."""
+  config = ml_collections.ConfigDict({"seed": 0, "batch_size": batch})
+  config.optimizer = steps.OPTIMIZER | {"groups": {"base": 1.0}}
+  if isinstance(sizes, steps.Llama):
+    return Llm(sizes, config), _phase()
+  phase = _phase(
+    mask="expected",
+    quantize=True,
+    train={"merger": "base", "quantizer": "base", "decoder": "base"},
+    detail_weight=sizes.detail_weight,
+    commitment=sizes.commitment,
+    revive_below=0.0,  # chance has no part
+  )
+  parts = _tokenizer(sizes)
+  config.stage, config.model_dir = "tokenizer", ""
+  config.model = {"tokenizer": {k: v for k, v in parts.items() if k != "vit"}}
+  config.data = {"image_size": sizes.image_size, "capacity": sizes.capacity}
+  config.assumed = {"tokenizer": parts}
+  config.phases, config.schedule = {"codes": phase}, ("codes",)
+  where = stored.Outline(config)
+  return tokenizer_stage.TokenizerObjective(config, where), phase
+
+
+def _tokenizer(sizes: steps.Tokenizer):
+  """The config of all parts as dictionaries."""
+  shared = {
+    "width": sizes.width,
+    "num_heads": sizes.num_heads,
+    "mlp_dim": sizes.mlp_dim,
+  }
+  config = tokenizer.TokenizerConfig(
+    vit=vision.ViTConfig(
+      image_size=sizes.image_size,
+      patch_size=sizes.patch_size,
+      depth=sizes.vit_depth,
+      **shared,
+    ),
+    selector=selector.SelectorConfig(width=sizes.width),
+    merger=merger.MergerConfig(depth=sizes.merger_depth, **shared),
+    quantizer=quantizer.QuantizerConfig(
+      width=sizes.width,
+      num_codes=sizes.num_codes,
+      code_dim=sizes.code_dim,
+      decay=sizes.decay,
+    ),
+    decoder=decoder.DecoderConfig(
+      depth=sizes.decoder_depth,
+      num_patches=sizes.num_patches,
+      code_dim=sizes.code_dim,
+      out_dim=sizes.width,
+      **shared,
+    ),
+  )
+  return dataclasses.asdict(config)
+
+
+def start(objective, phase, tree):
+  """(compiled step, its first state, frozen, the mesh) on all devices.
+
+  Args:
+    objective: of `build`.
+    phase: likewise.
+    tree: of `steps.read`.
+  """
+  mesh = sharding.make_mesh({"data": -1})
+  boxed = jax.eval_shape(state_lib.init_fn(objective, 0))
+  params = tree["params"]
+  labels = objective.labels(phase, params)
+  tx = optimizer.make(objective.config.optimizer, phase, labels)
+  state = state_lib.unbox(boxed).replace(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=tx.init(optimizer.select(params, labels)),
+    extra=tree.get("extra", {}),
+    rng=jax.random.key_data(jax.random.key(0)),
+  )
+  whole = sharding.replicated(mesh)
+  state, frozen = jax.device_put((state, tree.get("frozen", {})), whole)
+  layout = program.layout_of(state)
+  step = program.step(objective, phase, labels, tx, mesh, layout)
+  return step, state, frozen, mesh
+
+
+class Side:
+  """The work of each case, as calls that begin and end in numpy."""
+
+  def __init__(self, folder, sizes, threads: int):
+    """`threads` are given by the cores that the process may use."""
+    del threads
+    self._folder, self._sizes = folder, sizes
+
+  def versions(self) -> dict[str, str]:
+    """Of what computes."""
+    return {"jax": jax.__version__}
+
+  def work(self, case, batch: int):
+    """A function of no arguments: one step; it gives the loss."""
+    del case
+    train_command.use_cpu_cores(batch)
+    objective, phase = build(self._sizes, batch)
+    tree = steps.read(self._folder)
+    step, self._state, frozen, mesh = start(objective, phase, tree)
+    host = self._sizes.batch(batch)
+    if isinstance(self._sizes, steps.Tokenizer):
+      host["valid"] = np.ones((batch,), np.float32)
+
+    def run():
+      with sharding.use(mesh):
+        on_mesh = sharding.put_batch(host, mesh)
+        self._state, metrics = step(self._state, frozen, on_mesh)
+      return {"loss": float(metrics["loss"])}
+
+    self._run = run
+    return run
+
+  def judged(self, case, batch: int):
+    """A function that makes further steps and gives their losses."""
+    del case, batch
+    return lambda: [self._run()["loss"] for _ in range(steps.STEPS)]
+
+  @contextlib.contextmanager
+  def profile(self, directory):
+    """Writes a trace."""
+    with jax.profiler.trace(str(directory)):
+      yield
+    (pathlib.Path(directory) / "summary.txt").write_text("see xprof\n")

@@ -1,0 +1,65 @@
+r"""Unified pretraining: Llama-2-7B learns to read and write pictures.
+
+launch/tpu_pod.sh --name pretrain --zone us-west4-a --type v5litepod-256 \
+  --config configs/lavit_7b/pretrain.py --workdir /mnt/shared/pretrain -- \
+  --config.model_dir=/mnt/shared/lavit_7b \
+  --config.start_from=/mnt/shared/llama2 \
+  --config.data.path=/mnt/shared/documents.jsonl \
+  --config.data.cache_dir=/mnt/shared/codes/train \
+  --config.data.held_out_cache_dir=/mnt/shared/codes/held_out
+
+On one machine: lavit train --config configs/lavit_7b/pretrain.py --workdir DIR
+
+Paper, section 3.2: one loss over words and pictures; learning rates 1e-5 for
+the LLM and 1e-4 for the visual part, text : image-text = 2 : 1 in documents
+(its authors' answers to users). Length of rows, batch and steps are ours.
+`model_dir` has encoder, tokenizer and tokenizer.model; `start_from` has the
+LLM, made of a LLaMA folder by `lavit port import`; caches are `lavit tokenize`.
+
+Rows of 2048 tokens read at most 4 pictures; for captions alone, without text,
+12 are better (--config.data.slots=12). Products of every layer are kept for
+the backward pass (remat "dots"): 2.7 MB a token. With less memory than 16 GB a
+chip, or fewer chips, take remat "full", `accumulate`, or factored moments.
+"""
+
+import dataclasses
+
+from lavit_jax.configs.lavit_7b import common
+
+from lavit_jax.models import llama
+
+
+def get_config():
+  """Rows of 2048 tokens, one a chip on 256 chips."""
+  cfg = common.get_config("pretrain")
+  cfg.batch_size = 256
+  cfg.accumulate = 1  # parts in which a batch is run, one after the other
+  cfg.mesh.fsdp = 128
+  llm = dataclasses.asdict(llama.LLAMA2_7B) | {"remat": "dots"}
+  del llm["vocab_size"]  # that of model_dir's tokenizer
+  cfg.model = dict(
+    frozen_dtype="bfloat16",  # of the encoder
+    llm=llm,
+    lora=dict(rank=0, alpha=0.0),  # see finetune.py
+  )
+  cfg.data.cache_dir = "data/codes/train"
+  cfg.data.held_out_cache_dir = "data/codes/held_out"
+  cfg.data.length = 2048
+  cfg.data.slots = 4  # pictures read a row
+  cfg.data.window = 8192  # documents packed together
+  cfg.data.mixture = dict(image_text=1.0, text_image=1.0, text=4.0)
+  cfg.optimizer.b2 = 0.95
+  cfg.optimizer.weight_decay = 0.1
+  cfg.optimizer.moments = "float32"  # or "bfloat16", "factored"
+  cfg.optimizer.groups = dict(llm=1.0, visual=10.0)
+  cfg.schedule = ("train",)
+  cfg.phases = dict(
+    train=dict(
+      steps=100_000,
+      lr=1e-5,
+      warmup=2000,
+      word_dropout=0.0,  # share of written visual words hidden from the LLM
+      train={"llm": "llm", "merger": "visual", "projection": "visual"},
+    )
+  )
+  return cfg

@@ -1,0 +1,215 @@
+"""The command that compiles a run for TPUs that are not there: compile."""
+
+import argparse
+import copy
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from lavit_jax import errors
+from lavit_jax.commands import train
+
+_HELP = """\
+usage: lavit compile --config FILE --topology CHIP:SHAPE [options]
+                     [--config.FIELD=VALUE ...]
+
+Compile the exact training step of a config for a TPU topology, on any x86
+Linux machine, no TPU needed (pip install 'lavit_jax[tpu]'). Says what a chip's
+memory holds, what is sent, how many FLOPs are model and how many are executed,
+and what the chip's own figures make of it at best (a roofline, not a
+measurement). Exit status 0: it fits; 3: it does not.
+
+  --config FILE          as of lavit train; its model_dir and data need not be
+                         there (then config.assumed says their sizes)
+  --topology CHIP:SHAPE  v5e:16x16, v5p:4x4x8, v6e:16x16, v5e:2x4, ...
+  --slices N             that many of them, joined by the network
+  --phase NAME           whose step; the last phase by default
+  --program NAME         prefill or decode (stage pretrain), unet (latents), in
+                         place of the training step
+  --sweep                try batches of half to four times the config's, and
+                         every remat policy; the best that fits comes last
+  --batches B,B,...      with --sweep: these batch sizes
+  --remats R,R,...       with --sweep: these policies of dots, full, ...
+  --hlo FILE             write the optimized program there
+  --json                 print one JSON document
+  --config.FIELD=VALUE   override any field of the config (after --config)
+
+examples:
+  lavit compile --config lavit_7b/pretrain.py --topology v5e:16x16
+  lavit compile --config lavit_7b/finetune.py --topology v6e:2x4 \\
+    --config.batch_size=64
+  lavit compile --config lavit_7b/pretrain.py --topology v5p:4x4x8 --sweep
+"""
+DOES_NOT_FIT = 3
+_REMATS = ("dots", "attention", "full")
+
+
+def add(subparsers) -> None:
+  """Names the command in `lavit --help`; its own words are above."""
+  subparsers.add_parser(
+    "compile", help="compile a run for a TPU topology: does it fit?"
+  )
+
+
+def run(argv: Sequence[str]) -> int:
+  """Compiles, prints what came of it; exit status."""
+  if not argv or {"-h", "--help"} & set(argv):
+    print(_HELP, end="", file=sys.stdout if argv else sys.stderr)
+    return 0 if argv else 2
+  args, config = _read(argv)
+  os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU that is there is left alone
+  from lavit_jax.train import compile as ahead
+
+  def one(config):
+    report, text = ahead.compile_for(
+      config,
+      args.topology,
+      slices=args.slices,
+      what=args.program,
+      phase=args.phase,
+    )
+    if args.hlo and text:
+      pathlib.Path(args.hlo).write_text(text)
+    return report
+
+  if args.sweep:
+    return _sweep(args, config, one)
+  report = one(config)
+  document = dataclasses.asdict(report)
+  print(json.dumps(document, indent=2) if args.json else _table(report))
+  return 0 if report.fits else DOES_NOT_FIT
+
+
+def _read(argv):
+  """The options of the command, and the config."""
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  parser.add_argument("--topology")
+  parser.add_argument("--slices", type=int, default=1)
+  parser.add_argument("--phase")
+  names = ("step", "prefill", "decode", "unet")
+  parser.add_argument("--program", choices=names, default="step")
+  parser.add_argument("--sweep", action="store_true")
+  parser.add_argument("--batches")
+  parser.add_argument("--remats")
+  parser.add_argument("--hlo")
+  parser.add_argument("--json", action="store_true")
+  args, rest = parser.parse_known_args(argv)
+  if not args.topology:
+    raise errors.UsageError(
+      "--topology CHIP:SHAPE is missing, such as v5e:16x16. See lavit compile"
+      " --help."
+    )
+  if args.slices < 1:
+    raise errors.UsageError(f"--slices {args.slices}: expected 1 or more.")
+  config, _ = train.read_config([*rest, "--workdir", "none"])
+  return args, config
+
+
+def _sweep(args, config, one) -> int:
+  """Compiles every choice, says of each what came of it; the best at last."""
+  size = config.batch_size
+  batches = _numbers(args.batches) or (size // 2, size, 2 * size, 4 * size)
+  remats = tuple(args.remats.split(",")) if args.remats else _REMATS
+  found = []
+  for batch, remat in itertools.product(batches, remats):
+    tried = copy.deepcopy(config)
+    tried.batch_size = batch
+    _set_remat(tried.model, remat)
+    report = one(tried)
+    found.append((report, batch, remat))
+    print(_line(report, batch, remat), file=sys.stderr, flush=True)
+  good = [entry for entry in found if entry[0].fits]
+  best = max(good, key=lambda x: x[0].roofline["mfu_no_overlap"], default=None)
+  if args.json:
+    rows = [
+      {"batch_size": batch, "remat": remat} | dataclasses.asdict(report)
+      for report, batch, remat in found
+    ]
+    print(json.dumps(rows, indent=2))
+  elif best is None:
+    print("none fits")
+  else:
+    report, batch, remat = best
+    print(_table(report))
+    print(f"best: --config.batch_size={batch}, remat {remat}")
+  return 0 if best else DOES_NOT_FIT
+
+
+def _numbers(text):
+  if not text:
+    return ()
+  try:
+    return tuple(int(number) for number in text.split(","))
+  except ValueError as e:
+    raise errors.UsageError(f"--batches {text}: expected B,B,...") from e
+
+
+def _set_remat(model, remat):
+  """Sets every network's policy but those that the encoder freezes."""
+  for name, part in model.items():
+    if hasattr(part, "items"):
+      _set_remat(part, remat)
+    elif name == "remat":
+      model[name] = remat
+
+
+def _line(report, batch, remat) -> str:
+  start = f"batch {batch:>6}  remat {remat:<10}"
+  if not report.fits:
+    return f"{start} does not fit: {report.why_not}"
+  line = report.roofline
+  return (
+    f"{start} {report.memory['share']:>4.0%} of HBM  step"
+    f" {line['step_s']:.3f} to {line['step_s_no_overlap']:.3f} s  MFU"
+    f" {line['mfu_no_overlap']:.0%} to {line['mfu']:.0%}"
+  )
+
+
+def _table(report) -> str:
+  """The report for people."""
+  gb = lambda x: f"{x / 1e9:.2f} GB"
+  mesh = " x ".join(f"{axis} {n}" for axis, n in report.mesh.items() if n > 1)
+  lines = [
+    f"{report.program} on {report.topology}"
+    + (f" x {report.slices} slices" if report.slices > 1 else "")
+    + f", {report.chips} chips ({mesh or 'one chip'})",
+    f"batch {report.batch_size}, {report.tokens_per_chip:,.0f} tokens (or"
+    " pictures) a chip"
+    + ("; sizes from config.assumed" if report.assumed else ""),
+  ]
+  if not report.memory:
+    return "\n".join([*lines, f"DOES NOT FIT: {report.why_not}"])
+  m, line = report.memory, report.roofline
+  whole = sum(report.model_flops.values())
+  shares = ", ".join(
+    f"{name} {value / whole:.0%}" for name, value in report.model_flops.items()
+  )
+  lines += [
+    f"HBM a chip: {gb(m['total'])} of {gb(m['of'])} ({m['share']:.0%}):"
+    f" arguments {gb(m['arguments'])}, temporaries {gb(m['temporaries'])},"
+    f" outputs {gb(m['outputs'])}, code {gb(m['code'])}"
+    + (f"; on the host {gb(m['host'])}" if m["host"] else ""),
+    f"model FLOPs a step: {whole:.4g} ({shares})",
+    f"executed FLOPs: {report.executed_over_model:.2f} x model",
+    f"kernels: {', '.join(report.kernels) or 'none'}",
+    "sent and received a step, a chip:",
+  ]
+  for one in report.collectives[:8]:
+    lines.append(
+      f"  {one['kind']:<18} {one['dtype']:<5} groups of {one['group_size']:<5}"
+      f" {one['times']:>6} times  {gb(one['bytes'])}"
+    )
+  lines += [
+    f"at best: compute {line['compute_s']:.3f} s, HBM {line['hbm_s']:.3f} s,"
+    f" ICI {line['ici_s']:.3f} s",
+    f"  a step {line['step_s']:.3f} s if all overlap (MFU {line['mfu']:.0%}),"
+    f" {line['step_s_no_overlap']:.3f} s if nothing does (MFU"
+    f" {line['mfu_no_overlap']:.0%})",
+    f"compiled in {report.compile_s:.0f} s",
+    "fits" if report.fits else f"DOES NOT FIT: {report.why_not}",
+  ]
+  return "\n".join(lines)

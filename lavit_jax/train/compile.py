@@ -1,0 +1,224 @@
+"""Ahead of time: the exact step of a config, compiled for chips not there.
+
+What comes back is what XLA says (memory, collectives) and what is computed
+from it and from the chip's table: executed and model FLOPs, the roofline.
+"""
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+
+from lavit_jax import checkpoints, errors, sharding
+from lavit_jax.train import (
+  chips,
+  flops,
+  hlo,
+  objectives,
+  phases,
+  program,
+  roofline,
+  serving,
+  stored,
+  topology,
+)
+
+FULLEST = 0.95  # of a chip's HBM: the rest is for the runtime
+_NEEDS = {  # parts that each stage reads from model_dir
+  "tokenizer": ("encoder",),
+  "pixels": ("encoder", "tokenizer"),
+  "latents": ("encoder", "tokenizer"),
+  "pretrain": ("encoder", "tokenizer"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """One program on one topology; sizes are of one chip, in bytes."""
+
+  program: str
+  topology: str
+  slices: int
+  chips: int
+  mesh: dict[str, int]
+  assumed: bool  # shapes from config.assumed, not from model_dir
+  batch_size: int
+  tokens_per_chip: float
+  fits: bool
+  why_not: str = ""
+  memory: dict[str, float] = dataclasses.field(default_factory=dict)
+  model_flops: dict[str, float] = dataclasses.field(default_factory=dict)
+  executed_flops: float = 0.0  # of one chip
+  executed_over_model: float = 0.0
+  collectives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  kernels: list[str] = dataclasses.field(default_factory=list)
+  roofline: dict[str, float] = dataclasses.field(default_factory=dict)
+  lower_s: float = 0.0
+  compile_s: float = 0.0
+
+
+def objective_of(config):
+  """The objective of a config, by shapes where its parts are not there."""
+  there = checkpoints.parts_in(config.model_dir)
+  if all(name in there for name in _NEEDS.get(config.stage, ())):
+    return objectives.build(config)
+  return objectives.build(config, stored.Outline(config))
+
+
+def compile_for(
+  config,
+  topology_name: str,
+  *,
+  slices: int = 1,
+  what: str = "step",
+  phase: str | None = None,
+) -> tuple[Report, str]:
+  """Compiles one program of a config for a TPU topology.
+
+  Args:
+    config: see `configs/`.
+    topology_name: "v5e:16x16".
+    slices: how many of them.
+    what: "step", or one of `serving.PROGRAMS`.
+    phase: whose step; by default the last.
+
+  Returns:
+    The report, and the optimized HLO ("" if it does not fit).
+
+  Raises:
+    errors.LavitError: the config, the mesh or the topology is wrong.
+  """
+  devices = topology.devices(topology_name, slices)
+  chip = topology.chip_of(devices[0])
+  mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
+  objective = objective_of(config)
+  start = time.monotonic()
+  if what == "step":
+    chosen = _phase(config, phase)
+    lowered, _ = program.lower(objective, config, chosen, mesh)
+    model = flops.of_step(objective, chosen)
+  else:
+    lowered, model = serving.lower(what, objective, mesh)
+  lowered_s = time.monotonic() - start
+  common = {
+    "program": what
+    if what != "step"
+    else f"step of {config.stage}/{chosen.name}",
+    "topology": topology_name,
+    "slices": slices,
+    "chips": len(devices),
+    "mesh": dict(mesh.shape),
+    "assumed": objective.stored.outline,
+    "batch_size": config.batch_size,
+    "tokens_per_chip": _tokens(objective) / len(devices),
+    "model_flops": model,
+    "lower_s": lowered_s,
+  }
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as e:
+    if "hbm" not in str(e).lower():
+      raise
+    return Report(fits=False, why_not=_short(e), **common), ""
+  common["compile_s"] = time.monotonic() - start - lowered_s
+  text = compiled.as_text()
+  return _report(common, compiled, text, chip, mesh), text
+
+
+def _report(common, compiled, text, chip: chips.Chip, mesh) -> Report:
+  """What a compiled program says of itself."""
+  memory = _memory(compiled, chip)
+  executed = hlo.flops(text)
+  model = sum(common["model_flops"].values()) / common["chips"]
+  sent = roofline.collectives_of(text)
+  line = roofline.estimate(
+    executed,
+    hlo.hbm_bytes(text),
+    sent,
+    chip,
+    model_flops=model,
+    links=topology.links(mesh, chip),
+  )
+  return Report(
+    fits=memory["share"] <= FULLEST,
+    why_not=""
+    if memory["share"] <= FULLEST
+    else f"{memory['share']:.0%} of a chip's HBM, more than {FULLEST:.0%}",
+    memory=memory,
+    executed_flops=executed,
+    executed_over_model=executed / model,
+    collectives=_summed(sent),
+    kernels=hlo.kernels(text),
+    roofline=dataclasses.asdict(line),
+    **common,
+  )
+
+
+def _memory(compiled, chip: chips.Chip) -> dict[str, float]:
+  """HBM of one chip by XLA's account."""
+  m = compiled.memory_analysis()
+  fresh = m.output_size_in_bytes - m.alias_size_in_bytes
+  parts = {
+    "arguments": m.argument_size_in_bytes,
+    "outputs": fresh,  # those that do not take an argument's place
+    "temporaries": m.temp_size_in_bytes,
+    "code": m.generated_code_size_in_bytes,
+  }
+  total = sum(parts.values())
+  return parts | {
+    "host": m.host_temp_size_in_bytes,
+    "total": total,
+    "of": chip.hbm_bytes,
+    "share": total / chip.hbm_bytes,
+  }
+
+
+def _summed(sent) -> list[dict[str, Any]]:
+  """Collectives of one kind, dtype and group together, the largest first."""
+  made: dict[tuple, dict[str, Any]] = {}
+  for one in sent:
+    key = one.kind, one.dtype, one.group_size
+    entry = made.setdefault(
+      key,
+      {
+        "kind": one.kind,
+        "dtype": one.dtype,
+        "group_size": one.group_size,
+        "times": 0,
+        "bytes": 0.0,
+      },
+    )
+    entry["times"] += one.times
+    entry["bytes"] += one.bytes * one.times
+  return sorted(made.values(), key=lambda entry: -entry["bytes"])
+
+
+def _phase(config, name):
+  """The phase of a name, or the last."""
+  found = phases.phases_of(config)
+  if name is None:
+    return found[-1]
+  for phase in found:
+    if phase.name == name:
+      return phase
+  raise errors.UsageError(
+    f"--phase {name}: the config's phases are"
+    f" {', '.join(phase.name for phase in found)}."
+  )
+
+
+def _tokens(objective) -> float:
+  """Tokens of a global step; pictures where a stage has no tokens."""
+  batch = objective.batch_shapes()
+  if "tokens" in batch:
+    return batch["tokens"].size
+  return float(objective.config.batch_size)
+
+
+def _short(error) -> str:
+  """What XLA says of memory, in a line."""
+  text = " ".join(str(error).split())
+  match = re.search(r"Used [\d.]+[KMGT] of [\d.]+[KMGT] hbm[^.]*", text)
+  return f"XLA: {match[0] if match else text[:300]}"

@@ -1,0 +1,236 @@
+"""What a compiled program does: products counted in its optimized HLO.
+
+XLA's own cost analysis counts the body of a loop once. Here it counts as often
+as it runs, and Pallas' attention kernels, which XLA cannot look into, count
+the blocks that their causal mask leaves.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+
+from lavit_jax.train import roofline
+
+_SHAPE = re.compile(r"^\(?([a-z]+[0-9]*)\[([0-9,]*)\]")
+_OPERANDS = re.compile(r"\(([^()]*)\)")
+_NAME = re.compile(r"%([\w.\-]+)")
+_WINDOW = re.compile(r"window=\{([^}]*)\}")
+_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_CONTRACT = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_LAYOUT = re.compile(r"operand_layout_constraints=\{(.*?)\}, \w+=")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
+
+# Products of two arrays of [queries, keys, width] in each attention kernel:
+# logits and the sum of values; backward logits again and what follows.
+_KERNELS = {
+  "splash_mha_fwd": 2,
+  "splash_mha_dq": 3,
+  "splash_mha_dkv": 5,  # fused: gradients by query, key and value
+}
+
+
+def flops(hlo_text: str) -> float:
+  """FLOPs of the matrix products and convolutions that one chip executes.
+
+  Args:
+    hlo_text: of `compiled.as_text()`.
+  """
+  computations, entry = roofline.computations(hlo_text)
+  shapes = {name: _shapes(lines) for name, lines in computations.items()}
+  known: dict[str, float] = {}
+
+  def inside(name: str) -> float:
+    if name not in known:
+      known[name] = 0.0
+      total = 0.0
+      for line in computations.get(name, ()):
+        total += _products(line, shapes[name])
+        for called, times in roofline.calls(line, computations):
+          total += times * inside(called)
+      known[name] = total
+    return known[name]
+
+  return inside(entry)
+
+
+def _shapes(lines) -> dict[str, tuple[int, ...]]:
+  """Dimensions of every value of a computation (the first of a tuple's)."""
+  made = {}
+  for line in lines:
+    if match := roofline.INSTRUCTION.match(line):
+      shape = _SHAPE.match(match[2])
+      made[match[1]] = _dims(shape[2]) if shape else ()
+  return made
+
+
+def _dims(text: str) -> tuple[int, ...]:
+  return tuple(int(size) for size in text.split(",") if size)
+
+
+def _products(line: str, shapes) -> float:
+  """FLOPs of one instruction itself, without what it calls."""
+  match = roofline.INSTRUCTION.match(line)
+  operation = roofline.OPERATION.search(match[2]) if match else None
+  if not operation:
+    return 0.0
+  kind, rest = operation[1], match[2][operation.end() - 1 :]
+  if kind == "custom-call":
+    return _kernel(match[1], line)
+  if kind not in ("convolution", "dot"):
+    return 0.0
+  names = _NAME.findall(_OPERANDS.match(rest)[1])
+  left, right = (shapes.get(name, ()) for name in names[:2])
+  out = shapes[match[1]]
+  if kind == "dot":
+    contracted = _dims(_CONTRACT.search(line)[1])
+    return 2.0 * math.prod(out) * math.prod(left[i] for i in contracted)
+  return _convolution(line, left, right, out)
+
+
+def _convolution(line, left, right, out) -> float:
+  """2 x output batch x features in x features out x pairs of each axis.
+
+  TPUs write products of many matrices as convolutions whose windows fall
+  between the rows: only what meets an element counts.
+  """
+  of_left, of_right, of_out = _LABELS.search(line).groups()
+  window = (
+    dict(field.split("=") for field in _WINDOW.search(line)[1].split() if field)
+    if _WINDOW.search(line)
+    else {}
+  )
+  total = 2.0 * out[of_out.index("b")] * out[of_out.index("f")]
+  total *= right[of_right.index("i")]
+  for axis in sorted(c for c in of_out if c.isdigit()):
+    size = lambda labels, dims, axis=axis: dims[labels.index(axis)]
+    total *= _pairs(
+      size(of_left, left),
+      size(of_out, out),
+      size(of_right, right),
+      *_of_axis(window, int(axis)),
+    )
+  return total
+
+
+def _of_axis(window, axis) -> tuple[int, int, int, int]:
+  """(stride, padding before, left dilation, right dilation) of one axis."""
+
+  def field(name, default):
+    values = window[name].split("x") if name in window else []
+    return values[axis] if axis < len(values) else default
+
+  before = int(field("pad", "0_0").split("_")[0])
+  return (
+    int(field("stride", "1")),
+    before,
+    int(field("lhs_dilate", "1")),
+    int(field("rhs_dilate", "1")),
+  )
+
+
+def _pairs(inputs, outputs, size, stride, before, dilate, spread) -> int:
+  """How many (output, window element) pairs meet an input."""
+  count, last = 0, (inputs - 1) * dilate
+  for place in range(outputs):
+    for k in range(size):
+      t = place * stride + k * spread - before
+      count += 0 <= t <= last and t % dilate == 0
+  return count
+
+
+def _kernel(name: str, line: str) -> float:
+  """FLOPs of an attention kernel of ours; 0 of any other call."""
+  found = next((k for k in _KERNELS if name.startswith(k)), None)
+  if found is None:
+    return 0.0
+  arrays = [_dims(dims) for _, dims in _ARRAY.findall(_LAYOUT.search(line)[1])]
+  blocks = next(dims for dims in arrays if len(dims) == 3)
+  heads, queries, width = next(
+    dims for dims in arrays if len(dims) == 3 and dims[-1] >= 64
+  )
+  keys = max(dims[-1] for dims in arrays if len(dims) == 2)
+  # Below the diagonal, and the blocks that it cuts.
+  share = (blocks[-1] + 1) / (2 * blocks[-1])
+  return 2.0 * _KERNELS[found] * heads * queries * keys * width * share
+
+
+def kernels(hlo_text: str) -> list[str]:
+  """Names of the Pallas kernels of a program, each as often as it stands."""
+  return list(_lines_of_kernels(hlo_text))
+
+
+def _lines_of_kernels(text: str) -> Iterator[str]:
+  for line in text.splitlines():
+    if 'custom_call_target="tpu_custom_call"' in line:
+      yield roofline.INSTRUCTION.match(line)[1]
+
+
+_NOT_MOVED = {
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "while",
+  "conditional",
+  "call",
+  "after-all",
+  "copy-start",
+  "iota",
+}
+_RESULT = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
+
+
+def hbm_bytes(hlo_text: str) -> float:
+  """An estimate of what one chip moves between its HBM and its units, bytes.
+
+  Every array that is made in HBM is written once and read once. What stays in
+  the vector memory (XLA marks it S(1)) and what is written into a part of a
+  larger array in place does not count.
+  """
+  computations, entry = roofline.computations(hlo_text)
+  known: dict[str, float] = {}
+
+  def inside(name: str) -> float:
+    if name not in known:
+      known[name] = 0.0
+      total = 0.0
+      for line in computations.get(name, ()):
+        total += _made(line)
+        match = roofline.INSTRUCTION.match(line)
+        operation = roofline.OPERATION.search(match[2]) if match else None
+        if operation and operation[1] in ("while", "conditional", "call"):
+          for called, times in roofline.calls(line, computations):
+            total += times * inside(called)
+      known[name] = total
+    return known[name]
+
+  return 2.0 * inside(entry)
+
+
+def _made(line: str) -> float:
+  """Bytes in HBM of what one instruction makes."""
+  match = roofline.INSTRUCTION.match(line)
+  operation = roofline.OPERATION.search(match[2]) if match else None
+  if not operation or operation[1] in _NOT_MOVED:
+    return 0.0
+  if operation[1].endswith("-done") or "dynamic-update-slice" in match[1]:
+    return 0.0
+  if "dynamic_update_slice" in line or "dynamic_update_index" in line:
+    return 0.0
+  total = 0.0
+  for dtype, dims, layout in _RESULT.findall(match[2][: operation.start()]):
+    if "S(" not in layout:
+      total += math.prod(_dims(dims)) * roofline.size_of(dtype)
+  return total
+
+
+def arrays(hlo_text: str) -> set[tuple[str, tuple[int, ...]]]:
+  """Every (dtype, shape) that some instruction of a program makes."""
+  return {
+    (dtype, _dims(dims))
+    for line in hlo_text.splitlines()
+    if (match := roofline.INSTRUCTION.match(line))
+    and (operation := roofline.OPERATION.search(match[2]))
+    for dtype, dims in _ARRAY.findall(match[2][: operation.start()])
+  }

@@ -1,0 +1,103 @@
+"""The compiled step of a phase: what `lavit train` runs on any mesh.
+
+`lavit compile` lowers the same function for chips that are not there.
+"""
+
+import jax
+
+from lavit_jax import sharding
+from lavit_jax.train import optimizer
+from lavit_jax.train import state as state_lib
+
+# What XLA is told when it compiles a step. On TPU: gather weights and scatter
+# gradients while the matrix units work, in pieces fused into the products. The
+# last two let the reduction of gradients between slices overlap too.
+TPU_OPTIONS = {
+  "xla_tpu_enable_async_collective_fusion": "true",
+  "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+  "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+  "xla_tpu_overlap_compute_collective_tc": "true",
+  "xla_enable_async_all_gather": "true",
+  "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
+  "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+}
+GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
+
+
+def options(mesh: jax.sharding.Mesh) -> dict:
+  """Compiler options for the devices of a mesh; none on a CPU."""
+  platform = mesh.devices.flat[0].platform
+  return {"tpu": TPU_OPTIONS, "gpu": GPU_OPTIONS}.get(platform, {})
+
+
+def step(objective, phase, labels, tx, mesh, layout):
+  """The jitted step (state, frozen, batch) -> (state, metrics).
+
+  The state is donated, and comes back laid out as it went in.
+
+  Args:
+    objective: a stage.
+    phase: of the run.
+    labels: groups of the parameters, see `Objective.labels`.
+    tx: the phase's optimizer.
+    mesh: whose devices run it.
+    layout: shardings of the state.
+  """
+  return jax.jit(
+    state_lib.make_step(objective, phase, labels, tx),
+    donate_argnums=0,
+    out_shardings=(layout, None),
+    compiler_options=options(mesh),
+  )
+
+
+def layout_of(state):
+  """The shardings of a tree of arrays, abstract ones too."""
+  return jax.tree.map(lambda x: x.sharding, state)
+
+
+def abstract(boxed, mesh):
+  """Boxed shapes as unboxed ones, each with its sharding."""
+  layout = sharding.param_shardings(boxed, mesh)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    state_lib.unbox(boxed),
+    layout,
+  )
+
+
+def optimizer_state(tx, boxed_params, labels, mesh):
+  """The abstract, sharded state of an optimizer."""
+  boxed = jax.eval_shape(
+    lambda p: tx.init(optimizer.select(p, labels)), boxed_params
+  )
+  return abstract(boxed, mesh)
+
+
+def lower(objective, config, phase, mesh):
+  """Lowers the step of a phase for a mesh, by shapes alone.
+
+  Args:
+    objective: a stage, of a `stored.Outline` too.
+    config: of the run.
+    phase: one of `phases.phases_of`.
+    mesh: of devices that may be a topology which is not there.
+
+  Returns:
+    `jax.stages.Lowered`, and the abstract (state, frozen, batch).
+  """
+  with sharding.use(mesh):
+    boxed = jax.eval_shape(state_lib.init_fn(objective, config.seed))
+    state = abstract(boxed, mesh)
+    labels = objective.labels(phase, state.params)
+    tx = optimizer.make(config.optimizer, phase, labels)
+    opt = optimizer_state(tx, boxed.params, labels, mesh)
+    state = state.replace(opt_state=opt)
+    frozen = abstract(objective.frozen_shapes(), mesh)
+    rows = sharding.batch_sharding(mesh)
+    batch = {
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+      for name, x in objective.batch_shapes().items()
+    }
+    made = step(objective, phase, labels, tx, mesh, layout_of(state))
+    return made.lower(state, frozen, batch), (state, frozen, batch)

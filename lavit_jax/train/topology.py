@@ -1,0 +1,100 @@
+"""TPU topologies that are not there, for compiling ahead of time."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from lavit_jax import errors
+from lavit_jax.train import chips
+
+# What libtpu asks of a TPU's metadata server, which no other machine has; and
+# its lock, which is of the hardware that nobody touches here.
+_ENVIRONMENT = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_MIN_LOG_LEVEL": "3",
+  "TPU_STDERR_LOG_LEVEL": "3",
+}
+_RINGS = {2: 16, 3: 4}  # a torus axis of so many chips closes to a ring
+
+
+def devices(name: str, slices: int = 1) -> Sequence[jax.Device]:
+  """Devices of a topology: programs can be compiled for them, not run.
+
+  Args:
+    name: chip and shape, "v5e:16x16", "v5p:4x4x8".
+    slices: how many of them, joined by the data-centre network.
+
+  Raises:
+    errors.UsageError: libtpu is not installed, or knows no such topology.
+  """
+  try:
+    import libtpu  # noqa: F401
+  except ImportError as e:
+    raise errors.UsageError(
+      "Compiling for TPUs needs libtpu, on x86 Linux: pip install"
+      " 'lavit_jax[tpu]'"
+    ) from e
+  from jax.experimental import topologies
+
+  for key, value in _ENVIRONMENT.items():
+    os.environ.setdefault(key, value)
+  options = {"num_slices": slices} if slices > 1 else {}
+  try:
+    found = topologies.get_topology_desc(
+      platform="tpu", topology_name=name, **options
+    )
+  except Exception as e:  # libtpu raises errors of several kinds
+    raise errors.UsageError(
+      f"--topology {name}: libtpu knows no such topology"
+      f" ({str(e).splitlines()[0][:200]}). Give chip and shape, such as"
+      " v5e:4x4, v5p:4x4x8 or v6e:16x16."
+    ) from e
+  return found.devices
+
+
+def chip_of(device: jax.Device) -> chips.Chip:
+  """The chip of a topology's device.
+
+  Raises:
+    errors.UsageError: `chips.CHIPS` has no figures of it.
+  """
+  chip = chips.of_device(device)
+  if chip is None:
+    raise errors.UsageError(
+      f"There are no figures of {device.device_kind!r} in train/chips.py; it"
+      f" has {sorted(chips.CHIPS)}. Add them, or choose one of these."
+    )
+  return chip
+
+
+def links(mesh: jax.sharding.Mesh, chip: chips.Chip) -> Mapping[int, float]:
+  """By the size of a group, the links over which each of its chips sends.
+
+  A group is what some axes of the mesh span. A torus axis along which it has
+  several chips gives two links if it is a whole ring, one if it is a part.
+  Where two choices of axes make groups of one size, the slower counts.
+  """
+  coords = np.array(
+    [
+      (*device.coords, getattr(device, "slice_index", 0) or 0)
+      for device in mesh.devices.flat
+    ]
+  ).reshape(*mesh.devices.shape, -1)
+  made: dict[int, float] = {}
+  count = mesh.devices.ndim
+  for chosen in range(1, 2**count):
+    axes = [i for i in range(count) if chosen >> i & 1]
+    index = tuple(slice(None) if i in axes else 0 for i in range(count))
+    group = coords[index].reshape(-1, coords.shape[-1])
+    spans = [len(set(group[:, i])) for i in range(coords.shape[-1] - 1)]
+    ring = _RINGS.get(chip.torus_axes, math.inf)
+    total = sum(2 if n >= ring else 1 for n in spans if n > 1)
+    size = len(group)
+    made[size] = min(made.get(size, math.inf), max(total, 1))
+  return made

@@ -1,0 +1,66 @@
+"""A workdir belongs to one run: which config it has, where its files lie."""
+
+import json
+
+from etils import epath
+
+from lavit_jax import errors, hosts
+
+# What may change when a run goes on: lengths of logs, where and how fast it
+# runs, and the size of its batches (see `position`).
+_LOOSE = (
+  "log",
+  "checkpoint",
+  "eval",
+  "mesh",
+  "nonfinite",
+  "batch_size",
+  "accumulate",
+)
+
+
+def check(config, workdir) -> epath.Path:
+  """The workdir as a path, made if it is missing, its config stored in it.
+
+  With several processes all of them call this.
+
+  Args:
+    config: of the run.
+    workdir: a path that all processes see; `gs://` and the like too.
+
+  Raises:
+    errors.ConfigError: it holds a run with another config.
+  """
+  workdir = epath.Path(workdir)
+  path = workdir / "config.json"
+  ours = json.loads(config.to_json_best_effort())
+  if path.exists():
+    theirs = json.loads(path.read_text())
+    if changed := _differences(_identity(theirs), _identity(ours)):
+      raise errors.ConfigError(
+        f"{workdir} holds a run with another config; it differs in"
+        f" {', '.join(changed[:6])}. Use another --workdir, or the config"
+        f" stored in {path}."
+      )
+  hosts.barrier("lavit_workdir")  # nobody reads what is being written
+  if hosts.first():
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = workdir / "config.json.partial"
+    partial.write_text(json.dumps(ours, indent=1, sort_keys=True) + "\n")
+    partial.replace(path)  # a kill leaves the old one or the new one
+  hosts.barrier("lavit_workdir_made")
+  return workdir
+
+
+def _identity(config: dict) -> dict:
+  return {k: v for k, v in config.items() if k not in _LOOSE}
+
+
+def _differences(a, b, prefix="") -> list[str]:
+  if isinstance(a, dict) and isinstance(b, dict):
+    return [
+      line
+      for key in sorted(set(a) | set(b))
+      for line in _differences(a.get(key), b.get(key), f"{prefix}{key}.")
+    ]
+  return [] if a == b else [f"{prefix[:-1]} ({a!r} there, {b!r} here)"]

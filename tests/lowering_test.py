@@ -1,0 +1,167 @@
+"""Every step lowers for GPU and TPU on a machine that has neither."""
+
+import contextlib
+import dataclasses
+import functools
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lavit_jax import sharding
+from lavit_jax.infer import decode, diffusion, schedules
+from lavit_jax.models import llama, tokenizer, unet
+from lavit_jax.train import objectives, optimizer, phases, stored
+from lavit_jax.train import state as state_lib
+from lavit_jax.train.objectives import base
+from tests import micro
+from tests.train import latent_micro, sharding_test
+
+_TRITON = "__gpu$xla.gpu.triton"
+_KERNEL = {"cuda": _TRITON, "tpu": "tpu_custom_call"}
+_NOWHERE = "a folder that is not there"
+_PLATFORMS = pytest.mark.parametrize("platform", ["cuda", "tpu"])
+
+
+@contextlib.contextmanager
+def _chip(platform):
+  """A mesh of one device that is not here."""
+  family = {"cuda": "gpu"}.get(platform, platform)
+  mesh = jax.sharding.AbstractMesh(
+    (1,) * len(sharding.MESH_AXES),
+    sharding.MESH_AXES,
+    axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.MESH_AXES),
+    abstract_device=jax.sharding.AbstractDevice(family, None, family),
+  )
+  rules = nn.logical_axis_rules(sharding.RULES)
+  with jax.sharding.use_abstract_mesh(mesh), rules:
+    yield
+
+
+def _lower(function, platform, *args):
+  """The StableHLO of a function of (abstract) arrays."""
+  abstract = jax.eval_shape(lambda x: x, args)
+  unchecked = jax.export.DisabledSafetyCheck.custom_call(_TRITON)
+  with _chip(platform):
+    exported = jax.export.export(
+      jax.jit(function), platforms=[platform], disabled_checks=[unchecked]
+    )(*abstract)
+  assert exported.platforms == (platform,)
+  return exported.mlir_module()
+
+
+def _tokenizer():
+  """The micro tokenizer, with its encoder, as a dict."""
+  parts = micro.config("tokenizer", _NOWHERE).model.tokenizer.to_dict()
+  return parts | {"vit": micro.config("encoder", _NOWHERE).model.vit.to_dict()}
+
+
+@pytest.fixture(autouse=True)
+def _no_text(monkeypatch):
+  """Only the number of pieces of text matters to a shape."""
+  pieces = lambda self: types.SimpleNamespace(size=300)
+  monkeypatch.setattr(base.Objective, "text_tokenizer", pieces)
+
+
+def _lower_step(cfg, name, platform):
+  """The StableHLO of the train step of a phase."""
+  cfg.assumed = {"tokenizer": _tokenizer(), "text_size": 300, "capacity": 16}
+  if cfg.stage == "latents":  # its outlines have the official sizes
+    cfg.assumed.tokenizer = dataclasses.asdict(tokenizer.LAVIT_7B)
+    cfg.data.image_size = 224
+  objective = objectives.build(cfg, stored.Outline(cfg))
+  phase = next(p for p in phases.phases_of(cfg) if p.name == name)
+  state = state_lib.unbox(jax.eval_shape(state_lib.init_fn(objective, 0)))
+  labels = objective.labels(phase, state.params)
+  tx = optimizer.make(cfg.optimizer, phase, labels)
+  trainable = optimizer.select(state.params, labels)
+  state = state.replace(opt_state=jax.eval_shape(tx.init, trainable))
+  step = state_lib.make_step(objective, phase, labels, tx)
+  frozen = state_lib.unbox(objective.frozen_shapes())
+  return _lower(step, platform, state, frozen, objective.batch_shapes())
+
+
+@_PLATFORMS
+@pytest.mark.parametrize(
+  ("stage", "name"),
+  [
+    ("encoder", "train"),
+    ("tokenizer", "random"),
+    ("tokenizer", "joint"),
+    ("tokenizer", "codes"),
+    ("pixels", "train"),
+    ("autoencoder", "train"),
+  ],
+)
+def test_train_steps_lower(stage, name, platform):
+  cfg = sharding_test.stage_config(stage, _NOWHERE)
+  assert "stablehlo" in _lower_step(cfg, name, platform)
+
+
+@_PLATFORMS
+def test_pretrain_lowers_with_the_kernel(platform):
+  """Forward and backward kernels; rows of 128 tokens, heads of 64."""
+  wide = {"model__llm__width": 128, "model__llm__remat": "none"}
+  cfg = micro.config("pretrain", _NOWHERE, **wide)
+  text = _lower_step(cfg, "train", platform)
+  assert text.count(f"@{_KERNEL[platform]}") >= 2
+  cfg = micro.config("pretrain", _NOWHERE)  # heads of 8: einsums
+  text = _lower_step(cfg, "train", platform)
+  assert f"@{_KERNEL[platform]}" not in text
+
+
+@_PLATFORMS
+@pytest.mark.parametrize("kind", ["lowres", "highres"])
+def test_latents_lower(kind, platform):
+  cfg = latent_micro.config(kind, _NOWHERE, start_from="")
+  assert "stablehlo" in _lower_step(cfg, "train", platform)
+
+
+@_PLATFORMS
+def test_prefill_and_decode_lower(platform):
+  config = llama.LlamaConfig(
+    vocab_size=300, width=128, depth=2, num_heads=2, num_kv_heads=1, mlp_dim=64
+  )
+  model = llama.Llama(config)
+  tokens = jnp.zeros((2, 128), jnp.int32)
+  params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))
+  params = state_lib.unbox(params)["params"]
+  prompt = {"tokens": tokens, "mask": jnp.ones((2, 128), bool)}
+  prefill = functools.partial(decode.prefill, model, max_new_tokens=8)
+  assert "stablehlo" in _lower(prefill, platform, params, prompt)
+  cache = llama.init_cache(config, 2, 136)
+  advance = functools.partial(decode.advance, model)
+  ids = jnp.zeros((2,), jnp.int32)
+  assert "stablehlo" in _lower(advance, platform, params, ids, cache)
+
+
+@_PLATFORMS
+@pytest.mark.parametrize("kind", ["lowres", "highres"])
+def test_sampling_steps_of_the_unet_lower(kind, platform):
+  net = unet.UNet(latent_micro.unet_config(kind))
+  sizes = latent_micro.SIZES[kind]
+  init = lambda: latent_micro.latent_parts.init_unet(net, jax.random.key(0))
+  params = state_lib.unbox(jax.eval_shape(init))
+  tokens = np.zeros((2, 5, sum(sizes["dims"])), np.float32)
+  given = {}
+  if pooled := sizes["pooled"]:
+    given = {"pooled": jnp.zeros((2, pooled)), "sizes": jnp.zeros((2, 6))}
+
+  def draw(params, tokens, seeds):
+    def denoise(z, t, tokens):
+      return net.apply({"params": params}, z, t, tokens, **given)
+
+    return diffusion.sample(
+      denoise,
+      schedules.STABLE_DIFFUSION,
+      tokens,
+      seeds=seeds,
+      shape=(16, 16, 4),
+      steps=3,
+    )
+
+  seeds = np.zeros((2,), np.uint32)
+  assert "stablehlo" in _lower(draw, platform, params, tokens, seeds)

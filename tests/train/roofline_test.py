@@ -1,0 +1,159 @@
+"""Collectives read from real programs, and the roofline they lead to."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lavit_jax import sharding
+from lavit_jax.train import chips, roofline
+
+_LAYERS, _WIDTH, _ROWS = 6, 64, 32
+
+
+@pytest.fixture(scope="module")
+def program():
+  """Optimized HLO of a scan over layers whose weights are split 4 ways."""
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 4}, jax.devices()[:8])
+  spec = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))
+
+  def loss(weights, x):
+    layer = lambda x, w: (jnp.tanh(x @ w), None)
+    return jax.lax.scan(layer, x, weights)[0].sum()
+
+  weights = jax.ShapeDtypeStruct(
+    (_LAYERS, _WIDTH, _WIDTH), jnp.float32, sharding=spec(None, "fsdp", None)
+  )
+  x = jax.ShapeDtypeStruct(
+    (_ROWS, _WIDTH), jnp.float32, sharding=spec(("data", "fsdp"))
+  )
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(loss).lower(weights, x).compile()
+  return compiled.as_text()
+
+
+def test_an_all_gather_in_a_scan_counts_once_a_layer(program):
+  found = roofline.collectives_of(program)
+  gathers = [one for one in found if one.kind == "all-gather"]
+  assert gathers == [
+    roofline.Collective(
+      "all-gather", "f32", 4 * _WIDTH * _WIDTH, 4, times=_LAYERS
+    )
+  ]
+  (total,) = [one for one in found if one.kind == "all-reduce"]
+  assert (total.bytes, total.group_size, total.times) == (4, 8, 1)
+
+
+def test_without_a_known_trip_count_the_condition_tells(program):
+  assert "known_trip_count" in program
+  hidden = program.replace("known_trip_count", "unknown")
+  assert roofline.collectives_of(hidden) == roofline.collectives_of(program)
+
+
+# Lines as libtpu writes them for v5e, shortened.
+_TPU = """\
+HloModule jit_f, num_partitions=8
+
+%start (p: bf16[128,1024]) -> (bf16[128,1024], u32[]) {
+  %ag.1 = bf16[128,1024]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=5, \
+replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %c.1 = (bf16[128,1024]{1,0}, u32[]{:S(2)}) custom-call(%ag.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%done (p: bf16[128,1024]) -> bf16[128,1024] {
+  %ag.2 = bf16[128,1024]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=5, \
+replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %c.2 = bf16[128,1024]{1,0} custom-call(%ag.2), \
+custom_call_target="AsyncCollectiveDone"
+}
+
+%all-reduce-scatter.clone (input: bf16[1024,1024]) -> bf16[256,1024] {
+  %ar = bf16[1024,1024]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=6, \
+replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %ds = bf16[256,1024]{1,0} dynamic-slice(%ar, %z), \
+dynamic_slice_sizes={256,1024}
+}
+
+%body (t: (s32[], bf16[32,1024])) -> (s32[], bf16[32,1024]) {
+  %s = (bf16[128,1024]{1,0}, u32[]{:S(2)}) fusion(%x), kind=kCustom, \
+calls=%start
+  %d = bf16[128,1024]{1,0} fusion(%s), kind=kCustom, calls=%done
+  %rs = bf16[256,1024]{1,0} fusion(%y), kind=kCustom, \
+calls=%all-reduce-scatter.clone
+  %a = f32[1,256]{1,0:T(8,128)S(1)} all-reduce(%b), channel_id=7, \
+replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, to_apply=%add
+  ROOT %t = (s32[], bf16[32,1024]) tuple(%i, %q)
+}
+
+%cond (t: (s32[], bf16[32,1024])) -> pred[] {
+  %n = s32[]{:T(128)} constant(7)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+ENTRY %main.1 (p: bf16[32,1024]) -> bf16[32,1024] {
+  %p0 = (f32[8]{0}, f32[32]{0}, f32[64]{0}, f32[256]{0}) \
+all-gather-start(%x, %y), channel_id=1, replica_groups={{0,1,2,3}}
+  %p1 = (f32[64]{0}, f32[256]{0}) all-gather-done(%p0)
+  %q0 = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x), \
+channel_id=2, source_target_pairs={{0,1},{1,0}}
+  %q1 = f32[8]{0} collective-permute-done(%q0)
+  %m = f32[4,2]{1,0} all-to-all(%x), channel_id=3, replica_groups=\
+mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a','b':(1)2}
+  %w = (s32[], bf16[32,1024]) while(%t0), condition=%cond, body=%body
+  ROOT %r = bf16[32,1024] get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_what_runs_beside_computation_counts_once():
+  assert roofline.collectives_of(_TPU) == [
+    roofline.Collective("all-gather", "f32", 4 * (64 + 256), 4),
+    roofline.Collective("collective-permute", "f32", 32, 2),
+    roofline.Collective("all-to-all", "f32", 32, 4),
+    roofline.Collective("all-gather", "bf16", 2 * 128 * 1024, 4, 7),
+    roofline.Collective("reduce-scatter", "bf16", 2 * 1024 * 1024, 4, 7),
+    roofline.Collective("all-reduce", "f32", 4 * 256, 2, 7),
+  ]
+
+
+def test_a_step_bound_by_compute_by_memory_or_by_the_network():
+  v5e = chips.CHIPS["v5e"]
+  one = roofline.estimate(197e12, 819e7, [], v5e, model_flops=150e12)
+  assert (one.compute_s, one.hbm_s, one.step_s) == (1.0, 0.01, 1.0)
+  assert one.mfu == pytest.approx(150 / 197)
+  one = roofline.estimate(197e12, 819e9 * 2, [], v5e, model_flops=197e12)
+  assert (one.step_s, one.mfu) == (2.0, 0.5)
+  # Three quarters of 120 GB over two links of 45 GB/s: one second.
+  gather = roofline.Collective("all-gather", "bf16", 60e9, 4, times=2)
+  one = roofline.estimate(197e12 / 2, 0, [gather], v5e, model_flops=197e12 / 2)
+  assert one.ici_s == pytest.approx(1.0)
+  assert one.step_s == pytest.approx(1.0)
+  assert one.step_s_no_overlap == pytest.approx(1.5)
+  assert one.mfu_no_overlap == pytest.approx(1 / 3)
+  both = roofline.estimate(1, 0, [gather], v5e, model_flops=1, links={4: 4})
+  assert both.ici_s == pytest.approx(0.5)  # both axes of the torus
+
+
+def test_an_all_reduce_sends_twice_what_a_reduce_scatter_sends():
+  v5p = chips.CHIPS["v5p"]
+  time = lambda kind, group=8: roofline.seconds(
+    roofline.Collective(kind, "f32", 1e9, group), v5p
+  )
+  assert time("all-reduce") == pytest.approx(2 * time("reduce-scatter"))
+  assert time("reduce-scatter") == time("all-gather")
+  assert time("all-gather", 1) == 0.0
+  with pytest.raises(ValueError, match="broadcast"):
+    time("broadcast")
+
+
+def test_chips_are_known_by_what_jax_calls_them():
+  device = lambda kind: types.SimpleNamespace(device_kind=kind)
+  assert chips.of_device(device("TPU v5 lite")).name == "v5e"
+  assert chips.of_device(device("TPU v5")).name == "v5p"
+  assert chips.of_device(device("TPU v6 lite")).name == "v6e"
+  assert chips.of_device(device("NVIDIA H100 80GB HBM3")).flops == 989e12
+  assert chips.of_device(jax.devices("cpu")[0]) is None
+  kinds = [kind for chip in chips.CHIPS.values() for kind in chip.kinds]
+  assert len(kinds) == len(set(kinds))
