@@ -3,7 +3,7 @@
   python benchmarks/pretrain_step.py [--out times.json]
   python benchmarks/pretrain_step.py --profile DIR
 
-A LLaMA of 134 M parameters at random, the same on both sides, and the same
+A LLaMA of 101 M parameters at random, the same on both sides, and the same
 rows: 2 of 256 tokens. Forward, backward, gradients clipped to norm 1, AdamW;
 float32, as many threads (2), a process for each side. First the losses of four
 steps in a row must agree to 1e-4; then the sides run in turn, A B A B, and
@@ -12,7 +12,7 @@ medians are printed.
 Ours is the step that `lavit train` compiles, on as many CPU devices as it
 takes; PyTorch's is transformers' `LlamaForCausalLM` with SDPA, and fused AdamW.
 
-Needs the extra `test`, 6 GB of memory and no one else on the machine.
+Needs the extra `test`, 4 GB of memory and no one else on the machine.
 """
 
 import sys

@@ -49,8 +49,8 @@ which TPU:
 
 which run:
   --config FILE       in this checkout, committed: configs/lavit_7b/...
-  --workdir DIR       /mnt/shared/run, say: a disk that all hosts see, and
-                      that outlives the TPU (Filestore, NFS, a mounted bucket)
+  --workdir DIR       gs://BUCKET/FOLDER, or /mnt/shared/run, say: what all
+                      hosts see, and outlives the TPU (Filestore, NFS)
   --env NAME=VALUE    in the run's environment; may be repeated
   -- --config.x=y ... overrides of the config
 
@@ -216,10 +216,10 @@ check_run() {
   fi
   number --ready-timeout "$READY_TIMEOUT" 1
   case $WORKDIR in
-  /?*) ;;
-  *) mistake "--workdir takes a folder such as /mnt/shared/run, not" \
-    "'$WORKDIR': a disk that all hosts see and that outlives the TPU" \
-    "(Filestore, NFS, a mounted bucket)" ;;
+  /?* | gs://?*/?*) ;;
+  *) mistake "--workdir takes gs://BUCKET/FOLDER, or a folder such as" \
+    "/mnt/shared/run, not '$WORKDIR': a place that all hosts see and that" \
+    "outlives the TPU (a bucket, Filestore, NFS)" ;;
   esac
   check_code
 }

@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   """
   argv = list(sys.argv[1:] if argv is None else argv)
   status = None
+  _quiet_libtpu()
   try:
     if argv[:1] == ["train"]:
       return train.train(argv[1:])
@@ -79,6 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     _leave(status, f"lavit: {message}")
     _say(f"lavit: {message}")
   return status or 0
+
+
+def _quiet_libtpu() -> None:
+  """Where there is no TPU, keeps an installed libtpu from complaining of it.
+
+  It asks the metadata server of a TPU's host for these.
+  """
+  there = [*pathlib.Path("/dev").glob("accel*")]
+  there += [*pathlib.Path("/dev").glob("vfio/[0-9]*")]
+  if not there:
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
 
 
 def _leave(status: int, text: str) -> None:

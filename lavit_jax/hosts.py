@@ -7,8 +7,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lavit_jax import sharding
-
 
 def first() -> bool:
   """Whether this process is the one that writes logs and small files."""
@@ -59,25 +57,6 @@ def _put(x, target):
   return jax.make_array_from_callback(
     whole.shape, target, lambda index: whole[index]
   )
-
-
-def local(tree):
-  """The same tree for one process: arrays of several become numpy.
-
-  Collective: every process calls it, and holds all of the tree after it.
-  """
-
-  def fetch(x):
-    if not isinstance(x, jax.Array) or x.is_fully_addressable:
-      return x
-    if x.is_fully_replicated:
-      return np.asarray(x)
-    whole = jax.jit(
-      lambda y: y, out_shardings=sharding.replicated(x.sharding.mesh)
-    )
-    return np.asarray(whole(x))
-
-  return jax.tree.map(fetch, tree)
 
 
 def storable(tree):

@@ -16,16 +16,24 @@ pytest.importorskip("safetensors", reason="reads what was exported")
 FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.slow
-def test_both_sides_agree_in_every_case_and_are_timed(tmp_path):
-  command = [sys.executable, FOLDER / "pytorch_side_by_side.py", "--small"]
-  command += ["--batch", "2", "--repeats", "1", "--out", tmp_path / "out.json"]
+def ran(script, *arguments):
+  """What a script prints, as a toy."""
+  command = [sys.executable, FOLDER / script, "--small", *arguments]
   # One device, as a user has it; conftest.py asks for eight.
   environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
   done = subprocess.run(
     list(map(str, command)), capture_output=True, text=True, env=environment
   )
   assert done.returncode == 0, done.stdout + done.stderr
+  return done
+
+
+@pytest.mark.slow
+def test_both_sides_agree_in_every_case_and_are_timed(tmp_path):
+  out = tmp_path / "out.json"
+  done = ran(
+    *("pytorch_side_by_side.py", "--batch", 2, "--repeats", 1, "--out", out)
+  )
   cases = {
     "caption": "ids of the best beam equal (2 rows)",
     "vqa": "ids of the best beam equal (2 rows)",
@@ -116,3 +124,32 @@ def test_rows_of_another_length_are_a_disagreement(sides):
   good, text = written(sides, shorter)
   assert not good
   assert "ours wrote ids of shape (2, 5), not (2, 6)" in text
+
+
+@pytest.mark.parametrize(
+  ("script", "case"),
+  [
+    ("pretrain_step.py", "pretrain step"),
+    ("tokenizer_step.py", "tokenizer step"),
+  ],
+)
+def test_training_steps_have_the_losses_of_pytorch(script, case):
+  report = json.loads(ran(script, "--repeats", 1, "--json").stdout)
+  losses = report["losses"]
+  assert losses["ours"] == pytest.approx(losses["torch"], abs=1e-4)
+  assert len(losses["ours"]) == 4
+  assert losses["ours"][-1] < losses["ours"][0]
+  (row,) = report["rows"]
+  assert row["case"] == case
+  assert row["torch"]["median_s"] > 0
+  assert row["ours"]["median_s"] > 0
+
+
+def test_packed_rows_hold_more_and_mean_the_same():
+  report = json.loads(ran("packing.py", "--repeats", 2, "--json").stdout)
+  assert report["loss_apart"] < 1e-4
+  ways = report["ways"]
+  assert ways["packed"]["fill"] > 0.9
+  assert 0.3 < ways["padded"]["fill"] < ways["longest"]["fill"] < 0.9
+  assert ways["padded"]["rows"] == [4, 256]
+  assert ways["padded"]["ratio"] == 1.0

@@ -12,8 +12,8 @@ import pytest
 from lavit_jax import checkpoints, errors, sharding
 from lavit_jax.data import sources
 from lavit_jax.infer import latents
-from lavit_jax.train import lora, objectives
-from lavit_jax.train import lora, objectives, phases, stored
+from lavit_jax.train import lora, objectives, stored
+from lavit_jax.train import phases as phases_lib
 from lavit_jax.train import state as state_lib
 
 _ROOT = pathlib.Path(__file__).parents[1] / "configs"

@@ -42,7 +42,7 @@ def _chip(platform):
 
 
 def _lower(function, platform, *args):
-  """The StableHLO of a function of (abstract) arrays."""
+  """A function of (abstract) arrays, exported."""
   abstract = jax.eval_shape(lambda x: x, args)
   unchecked = jax.export.DisabledSafetyCheck.custom_call(_TRITON)
   with _chip(platform):
@@ -50,7 +50,8 @@ def _lower(function, platform, *args):
       jax.jit(function), platforms=[platform], disabled_checks=[unchecked]
     )(*abstract)
   assert exported.platforms == (platform,)
-  return exported.mlir_module()
+  assert exported.nr_devices == 1
+  return exported
 
 
 def _tokenizer():
@@ -67,7 +68,7 @@ def _no_text(monkeypatch):
 
 
 def _lower_step(cfg, name, platform):
-  """The StableHLO of the train step of a phase."""
+  """The train step of a phase, exported."""
   cfg.assumed = {"tokenizer": _tokenizer(), "text_size": 300, "capacity": 16}
   if cfg.stage == "latents":  # its outlines have the official sizes
     cfg.assumed.tokenizer = dataclasses.asdict(tokenizer.LAVIT_7B)
@@ -89,7 +90,6 @@ def _lower_step(cfg, name, platform):
   ("stage", "name"),
   [
     ("encoder", "train"),
-    ("tokenizer", "random"),
     ("tokenizer", "joint"),
     ("tokenizer", "codes"),
     ("pixels", "train"),
@@ -98,7 +98,7 @@ def _lower_step(cfg, name, platform):
 )
 def test_train_steps_lower(stage, name, platform):
   cfg = sharding_test.stage_config(stage, _NOWHERE)
-  assert "stablehlo" in _lower_step(cfg, name, platform)
+  _lower_step(cfg, name, platform)
 
 
 @_PLATFORMS
@@ -106,18 +106,19 @@ def test_pretrain_lowers_with_the_kernel(platform):
   """Forward and backward kernels; rows of 128 tokens, heads of 64."""
   wide = {"model__llm__width": 128, "model__llm__remat": "none"}
   cfg = micro.config("pretrain", _NOWHERE, **wide)
-  text = _lower_step(cfg, "train", platform)
+  text = _lower_step(cfg, "train", platform).mlir_module()
   assert text.count(f"@{_KERNEL[platform]}") >= 2
   cfg = micro.config("pretrain", _NOWHERE)  # heads of 8: einsums
-  text = _lower_step(cfg, "train", platform)
+  text = _lower_step(cfg, "train", platform).mlir_module()
   assert f"@{_KERNEL[platform]}" not in text
 
 
-@_PLATFORMS
-@pytest.mark.parametrize("kind", ["lowres", "highres"])
+@pytest.mark.parametrize(
+  ("kind", "platform"), [("lowres", "cuda"), ("highres", "tpu")]
+)
 def test_latents_lower(kind, platform):
   cfg = latent_micro.config(kind, _NOWHERE, start_from="")
-  assert "stablehlo" in _lower_step(cfg, "train", platform)
+  _lower_step(cfg, "train", platform)
 
 
 @_PLATFORMS
@@ -131,11 +132,11 @@ def test_prefill_and_decode_lower(platform):
   params = state_lib.unbox(params)["params"]
   prompt = {"tokens": tokens, "mask": jnp.ones((2, 128), bool)}
   prefill = functools.partial(decode.prefill, model, max_new_tokens=8)
-  assert "stablehlo" in _lower(prefill, platform, params, prompt)
+  _lower(prefill, platform, params, prompt)
   cache = llama.init_cache(config, 2, 136)
   advance = functools.partial(decode.advance, model)
   ids = jnp.zeros((2,), jnp.int32)
-  assert "stablehlo" in _lower(advance, platform, params, ids, cache)
+  _lower(advance, platform, params, ids, cache)
 
 
 @_PLATFORMS
@@ -164,4 +165,4 @@ def test_sampling_steps_of_the_unet_lower(kind, platform):
     )
 
   seeds = np.zeros((2,), np.uint32)
-  assert "stablehlo" in _lower(draw, platform, params, tokens, seeds)
+  _lower(draw, platform, params, tokens, seeds)

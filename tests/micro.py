@@ -49,6 +49,7 @@ def config(stage, root, **updates):
     pixels.unet.in_channels = pixels.unet.out_channels + 8
   if stage == "pretrain":
     cfg.model.llm.update(small | {"num_kv_heads": 2, "mlp_dim": 32})
+    cfg.model.lora, cfg.model.frozen_dtype = dict(rank=0, alpha=0.0), "float32"
     cfg.data.cache_dir = str(root / "codes" / "train")
     cfg.data.held_out_cache_dir = str(root / "codes" / "held_out")
     cfg.data.length, cfg.data.slots, cfg.data.window = 128, 6, 64

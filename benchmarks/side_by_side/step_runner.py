@@ -1,11 +1,14 @@
 """Compares and times one kind of training step; see the two scripts of it."""
 
 import argparse
+import functools
 import json
 import pathlib
+import sys
 import tempfile
 
 import pytorch_side_by_side as common
+
 from side_by_side import report, worker
 
 MODULES = {"torch": "steps_torch", "ours": "steps_ours"}
@@ -56,7 +59,7 @@ def _arguments(doc, batch, argv):
 
 def run(args, folder, sizes, apart: float) -> dict | None:
   """The report, or None where the losses differ."""
-  say = (lambda *_: None) if args.json else print
+  say = functools.partial(print, file=sys.stderr if args.json else sys.stdout)
   case = sizes.case()
   parameters = worker.apart("steps_ours.make", folder, sizes)
   say(f"{parameters / 1e6:.1f} M parameters train", flush=True)
@@ -75,7 +78,7 @@ def run(args, folder, sizes, apart: float) -> dict | None:
   )
   say(f"losses {losses['ours']} here: at most {differ:.0e} apart", flush=True)
   if not differ <= apart:
-    say(f"PyTorch: {losses['torch']}")
+    say(f"PyTorch: {losses['torch']}", flush=True)
     return None
   found = report.origin(args.threads) | {
     "parameters": parameters,

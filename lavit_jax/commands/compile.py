@@ -62,6 +62,10 @@ def run(argv: Sequence[str]) -> int:
     return 0 if argv else 2
   args, config = _read(argv)
   os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU that is there is left alone
+  import jax
+
+  # What is cached of a program for other chips cannot be read back.
+  jax.config.update("jax_enable_compilation_cache", False)
   from lavit_jax.train import compile as ahead
 
   def one(config):

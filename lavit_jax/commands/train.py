@@ -26,7 +26,13 @@ examples:
   lavit train --config tiny/tokenizer.py --workdir runs/t --config.steps=100
 
 Interrupt it anywhere and run it again: it resumes with the same batches.
-SIGTERM saves the step it comes in and ends with exit status 75.
+SIGTERM saves the step it comes in and ends with exit status 75. When another
+process of a run of several dies, all end, with status 69 or that of SIGABRT.
+
+DIR may be gs://BUCKET/FOLDER; pip install gcsfs google-cloud-storage.
+Compiled programs are kept in ~/.cache/lavit_jax/compiled, with several
+processes in DIR/compiled, or where JAX_COMPILATION_CACHE_DIR says;
+JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
 """
 
 
@@ -104,11 +110,31 @@ def train(argv: Sequence[str]) -> int:
   config, workdir = read_config(argv)
   from lavit_jax.train import distributed, loop
 
+  keep_compiled(workdir)
   distributed.initialize()
   if config.mesh.data == -1:
     use_cpu_cores(config.batch_size)
   loop.train(config, workdir)
   return 0
+
+
+def keep_compiled(workdir: str) -> None:
+  """Keeps compiled programs between runs, unless JAX was told where or not.
+
+  With several processes in the workdir: the first writes, and all read. They
+  are still there when preempted machines have been replaced by others.
+  """
+  import jax
+
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  folder = str(pathlib.Path(caches) / "lavit_jax" / "compiled")
+  if os.environ.get("LAVIT_DISTRIBUTED") == "1" or (
+    "LAVIT_COORDINATOR" in os.environ
+  ):
+    folder = f"{workdir.rstrip('/')}/compiled"
+  jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def use_cpu_cores(batch_size: int) -> None:

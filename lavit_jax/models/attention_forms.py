@@ -106,6 +106,38 @@ def _by_block(query, key, value, seen, policy):
   return out.transpose(0, 2, 1, 3)
 
 
+def library(implementation, query, key, value, seen, scale, is_causal):
+  """`jax.nn.dot_product_attention`, zeros where a query sees no key.
+
+  Args:
+    implementation: "xla" or "cudnn".
+    query: float[B, L, H, Dh].
+    key: float[B, M, G, Dh].
+    value: float[B, M, G, Dh].
+    seen: bool[B | 1, H | 1, L | 1, M] or None.
+    scale: of the logits.
+    is_causal: besides `seen`; cuDNN then skips what is masked.
+
+  Returns:
+    float[B, L, H, Dh] of the query's dtype.
+  """
+  out = jax.nn.dot_product_attention(
+    query,
+    key,
+    value,
+    mask=seen,
+    scale=scale,
+    is_causal=is_causal,
+    implementation=implementation,
+  )
+  if seen is not None:  # [B, H | 1, L] -> [B, L, H | 1, 1]
+    any_key = jnp.broadcast_to(
+      seen.any(-1), (seen.shape[0], seen.shape[1], query.shape[1])
+    )
+    out = jnp.where(any_key.swapaxes(1, 2)[..., None], out, 0)
+  return out.astype(query.dtype)
+
+
 def combine(query, key, mask, causal, segment_ids, kv_segment_ids):
   """One bool mask [B | 1, H | 1, L | 1, M] or None."""
   length, keys = query.shape[1], key.shape[1]

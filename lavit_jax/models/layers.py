@@ -89,7 +89,8 @@ def attention(
     kv_segment_ids: int[B, M], by default `segment_ids`.
     scale: of the logits, Dh**-0.5 by default.
     implementation: None to choose as the table says; "xla" or "cudnn" for
-      `jax.nn.dot_product_attention` (no policy).
+      `jax.nn.dot_product_attention` (no policy). cuDNN's is for rows that are
+      not packed; it needs a GPU to be lowered, and bfloat16.
 
   Returns:
     float[B, L, H, Dh] of the query's dtype.
@@ -124,15 +125,11 @@ def attention(
     query, key, mask, causal, segment_ids, kv_segment_ids
   )
   if implementation is not None:
-    out = jax.nn.dot_product_attention(
-      query, key, value, mask=seen, scale=scale, implementation=implementation
+    plain = causal and mask is None and segment_ids is None
+    plain = plain and query.shape[1] == key.shape[1]
+    return attention_forms.library(
+      implementation, query, key, value, None if plain else seen, scale, plain
     )
-    if seen is not None:  # [B, H | 1, L] -> [B, L, H | 1, 1]
-      any_key = jnp.broadcast_to(
-        seen.any(-1), (seen.shape[0], seen.shape[1], query.shape[1])
-      )
-      out = jnp.where(any_key.swapaxes(1, 2)[..., None], out, 0)
-    return out.astype(query.dtype)
   return attention_forms.attend(
     query * scale, key, value, seen, policy, policy_eps
   )

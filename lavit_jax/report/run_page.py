@@ -24,15 +24,15 @@ _SPEED = {
   "steps_per_second": "steps a second",
   "mfu": "MFU",
   "goodput": "goodput",
-  "time/compile_s": "compilation/seconds between log lines",
-  "time/evaluation_s": "evaluation/seconds between log lines",
-  "time/checkpoint_s": "checkpoints/seconds between log lines",
+  "time/compile_s": "seconds of compilation",
+  "time/evaluation_s": "seconds of evaluation",
+  "time/checkpoint_s": "seconds of checkpoints",
 }
 _MEMORY = {
-  "memory/device_gb": "in use/GB of the fullest device",
-  "memory/device_peak_gb": "most so far/GB of the fullest device",
-  "memory/device_limit_gb": "there/GB of the fullest device",
-  "memory/host_gb": "GB of the host's process",
+  "memory/device_gb": "in use/device GB",
+  "memory/device_peak_gb": "most so far/device GB",
+  "memory/device_limit_gb": "there/device GB",
+  "memory/host_gb": "host GB",
 }
 _HIDDEN = {"data_wait_share"}
 _CARDS = {

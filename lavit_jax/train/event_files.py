@@ -8,7 +8,6 @@ messages that training writes are encoded, by hand.
 import io
 import itertools
 import os
-import pathlib
 import socket
 import struct
 import time
@@ -16,7 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image
+
+from lavit_jax import files
 
 _SERIAL = itertools.count()  # two writers in one second get two names
 
@@ -31,13 +33,14 @@ class TensorBoardWriter:
   def __init__(
     self, directory: str | os.PathLike, *, resume_step: int | None = None
   ):
-    directory = pathlib.Path(directory)
+    directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     stamp = f"{int(time.time()):010d}.{socket.gethostname()}"
-    first = not any(directory.glob("events.out.tfevents.*"))
+    mark = "events.out.tfevents."
+    first = not any(p.name.startswith(mark) for p in directory.iterdir())
     # TensorBoard reads files in the order of their names: numbers are padded.
     name = f"events.out.tfevents.{stamp}.{os.getpid()}.{next(_SERIAL):06d}"
-    self._file = (directory / name).open("xb")
+    self._file = files.open_log(directory / name)
     self._event(0, _bytes(3, b"brain.Event:2"))
     if first or resume_step is not None:
       start = _int(1, 1)  # SessionLog.status = START; the second one purges

@@ -45,7 +45,8 @@ def train(
 
   Args:
     config: an `ml_collections.ConfigDict`; see `configs/tiny`.
-    workdir: checkpoints, logs and events go here.
+    workdir: checkpoints, logs and events go here; a path that all processes
+      of the run see, gs://BUCKET/FOLDER too.
     stop_at: stop after this step as if interrupted (the state is saved).
     quiet: no progress bar.
 
@@ -60,12 +61,6 @@ def train(
     errors.Preempted: a SIGTERM came; the step it came in was saved.
     errors.PeerLost: another process of the run has died.
   """
-  if "://" in str(workdir):
-    raise errors.ConfigError(
-      f"--workdir {workdir}: a run writes to disks only, in this version. Give"
-      " a directory that all hosts of the run can see (Filestore, NFS, a"
-      " mounted bucket)."
-    )
   with distributed.failing_together():
     workdir = workdir_lib.check(config, workdir)
     run = _Run(config, workdir, quiet or not hosts.first())
@@ -288,9 +283,10 @@ class _Run:
   def _after_step(self, phase, step, stop, state, window, bar):
     config = self.config
     if window and (step % config.log.every == 0 or step == stop):
-      self.writer.write_scalars(
-        step, _means(window) | bar.rates() | self.meter.rates()
-      )
+      rate = optimizer.schedule(phase)(step - 1 - phase.start)
+      found = _means(window) | {"learning_rate": float(rate)}
+      found |= bar.rates() | self.meter.rates()
+      self.writer.write_scalars(step, found)
       self.writer.flush()
       window.clear()
     metrics = None

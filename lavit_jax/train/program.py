@@ -9,25 +9,31 @@ from lavit_jax import sharding
 from lavit_jax.train import optimizer
 from lavit_jax.train import state as state_lib
 
-# What XLA is told when it compiles a step. On TPU: gather weights and scatter
-# gradients while the matrix units work, in pieces fused into the products. The
-# last two let the reduction of gradients between slices overlap too.
-TPU_OPTIONS = {
+# What XLA is told when it compiles a step, by the kind of device. Everywhere
+# the reduction of gradients between slices may overlap with the backward pass.
+# On v5e weights are gathered in pieces fused into the products that use them,
+# which libtpu refuses on other chips.
+_TPU = {
+  "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
+  "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+}
+_FUSED = {
   "xla_tpu_enable_async_collective_fusion": "true",
   "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
   "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
   "xla_tpu_overlap_compute_collective_tc": "true",
   "xla_enable_async_all_gather": "true",
-  "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
-  "xla_tpu_data_parallel_opt_different_sized_ops": "true",
 }
-GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
+_GPU = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
 
 def options(mesh: jax.sharding.Mesh) -> dict:
   """Compiler options for the devices of a mesh; none on a CPU."""
-  platform = mesh.devices.flat[0].platform
-  return {"tpu": TPU_OPTIONS, "gpu": GPU_OPTIONS}.get(platform, {})
+  device = mesh.devices.flat[0]
+  if device.platform == "tpu":
+    lite = device.device_kind in ("TPU v5 lite", "TPU v5e")
+    return _TPU | (_FUSED if lite else {})
+  return _GPU if device.platform == "gpu" else {}
 
 
 def step(objective, phase, labels, tx, mesh, layout):

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from lavit_jax import errors, hosts
+from lavit_jax import errors, files, hosts
 
 _LOG = logging.getLogger(__name__)
 _SEAL = "files.json"
@@ -118,9 +118,8 @@ class RunCheckpoints:
     folder = self.directory / str(step)
     if hosts.first() and folder.exists():
       sizes = _sizes(folder)
-      partial = folder / f"{_SEAL}.partial"
-      partial.write_text(json.dumps(sizes, indent=0, sort_keys=True))
-      partial.rename(folder / _SEAL)
+      text = json.dumps(sizes, indent=0, sort_keys=True)
+      files.write_whole(folder / _SEAL, text.encode())
 
   def meta(self, step: int) -> dict[str, Any]:
     """The JSON part of a checkpoint: config, data position, stage."""
@@ -251,7 +250,7 @@ class RunCheckpoints:
 
 def _absolute(directory) -> epath.Path:
   path = epath.Path(directory)
-  return path if "://" in str(directory) else path.absolute()
+  return path if files.is_remote(path) else path.absolute()
 
 
 def _first_line(error) -> str:

@@ -4,7 +4,7 @@ import json
 
 from etils import epath
 
-from lavit_jax import errors, hosts
+from lavit_jax import errors, files, hosts
 
 # What may change when a run goes on: lengths of logs, where and how fast it
 # runs, and the size of its batches (see `position`).
@@ -31,7 +31,7 @@ def check(config, workdir) -> epath.Path:
   Raises:
     errors.ConfigError: it holds a run with another config.
   """
-  workdir = epath.Path(workdir)
+  workdir = files.path_of(workdir)
   path = workdir / "config.json"
   ours = json.loads(config.to_json_best_effort())
   if path.exists():
@@ -45,9 +45,8 @@ def check(config, workdir) -> epath.Path:
   hosts.barrier("lavit_workdir")  # nobody reads what is being written
   if hosts.first():
     workdir.mkdir(parents=True, exist_ok=True)
-    partial = workdir / "config.json.partial"
-    partial.write_text(json.dumps(ours, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)  # a kill leaves the old one or the new one
+    text = json.dumps(ours, indent=1, sort_keys=True) + "\n"
+    files.write_whole(path, text.encode())
   hosts.barrier("lavit_workdir_made")
   return workdir
 

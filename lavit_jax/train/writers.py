@@ -7,13 +7,14 @@ TensorFlow. Only one process of a run may write; the caller sees to that.
 import json
 import math
 import os
-import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from etils import epath
 
+from lavit_jax import files
 from lavit_jax.train import event_files
 
 GOODPUT = "goodput.jsonl"  # beside metrics.jsonl; see `meter`
@@ -49,7 +50,7 @@ def create(
   `resume_step` is the step of the checkpoint that training goes on from: what
   an earlier, killed run wrote after it is dropped. None keeps everything.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = epath.Path(workdir)
   return MultiWriter(
     [
       event_files.TensorBoardWriter(workdir, resume_step=resume_step),
@@ -106,11 +107,11 @@ class JsonLinesWriter:
   def __init__(
     self, path: str | os.PathLike, *, resume_step: int | None = None
   ):
-    self._path = pathlib.Path(path)
+    self._path = epath.Path(path)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     if self._path.exists():
       self._drop_after(math.inf if resume_step is None else resume_step)
-    self._file = self._path.open("a", encoding="utf-8")
+    self._file = files.open_log(self._path)
 
   def _drop_after(self, step: float) -> None:
     kept = [
@@ -119,12 +120,10 @@ class JsonLinesWriter:
       if (row := _parse_line(line)) is not None
       and ("step" not in row or row["step"] <= step)
     ]
-    partial = self._path.with_name(self._path.name + ".partial")
-    partial.write_bytes(b"".join(kept))
-    partial.replace(self._path)  # atomic: no moment without the history
+    files.write_whole(self._path, b"".join(kept))
 
   def _write(self, row: Mapping[str, Any]) -> None:
-    self._file.write(json.dumps(row, allow_nan=False) + "\n")
+    self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
     self._file.flush()  # a kill loses no whole line
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -151,14 +150,11 @@ class JsonLinesWriter:
 
   def flush(self) -> None:
     """Hands the file to the disk, past the system's own buffer."""
-    self._file.flush()
-    os.fsync(self._file.fileno())
+    self._file.sync()
 
   def close(self) -> None:
     """See `MetricWriter`; a second call does nothing."""
-    if not self._file.closed:
-      self.flush()
-      self._file.close()
+    self._file.close()
 
 
 def _finite(value: Any) -> Any:
@@ -188,7 +184,7 @@ def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
   Raises:
     FileNotFoundError: `path` does not exist.
   """
-  rows = map(_parse_line, pathlib.Path(path).read_bytes().splitlines(True))
+  rows = map(_parse_line, epath.Path(path).read_bytes().splitlines(True))
   return [row for row in rows if row is not None]
 
 

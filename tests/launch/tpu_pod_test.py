@@ -402,6 +402,14 @@ def test_odd_values_reach_the_run_as_they_are(world):
   assert environment["B"] == "$(touch pwned)'\""
 
 
+def test_a_run_may_be_kept_in_a_bucket(world):
+  args = ["--config", worlds.CONFIG, "--workdir", "gs://bucket/run 1"]
+  status, _, err = world.run("tpu_pod.sh", *worlds.TPU, *args)
+  assert status == 0, err
+  [(arguments, _)] = world.attempts("pod.1")
+  assert arguments == ["train", *args]
+
+
 MISTAKES = {
   "--name takes": ["--name", "x; touch pwned"],
   "--zone takes": ["--zone", "'us-west4-a'"],
@@ -409,10 +417,8 @@ MISTAKES = {
   "--type takes an accelerator type": ["--type", "v7x-8"],
   "no runtime is known": ["--type", "v5x-8"],
   "'configs/new.py' is not in the last commit": ["--config", "configs/new.py"],
-  "--workdir takes a folder such as /mnt/shared/run, not 'runs/a'": [
-    "--workdir",
-    "runs/a",
-  ],
+  "or a folder such as /mnt/shared/run, not 'runs/a'": ["--workdir", "runs/a"],
+  "--workdir takes gs://BUCKET/FOLDER": ["--workdir", "gs://bucket"],
   "--max-restarts takes a whole number": ["--max-restarts", "08"],
   "--slices takes a whole number of at least 1": ["--slices=0"],
   "--ready-timeout takes": ["--ready-timeout", "a[$(touch pwned)]"],

@@ -102,7 +102,7 @@ def test_the_page_says_how_the_run_went(workdir, tmp_path):
     "0.610",
     "125.000",
     "seconds a step",
-    "GB of the host's process",
+    "host GB",
     "loss",
     "learning_rate",
     "model.llm.width",

@@ -83,3 +83,54 @@ def test_a_coordinator_out_of_reach_is_named(joined, monkeypatch):
   with pytest.raises(errors.Unreachable, match="host:1 can be reached") as e:
     distributed.initialize(_told())
   assert e.value.exit_status not in (0, 2, 75)  # launchers try again
+
+
+@pytest.fixture
+def several(monkeypatch):
+  """As one of two processes; undone, so that this one goes on living."""
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(distributed._LastWords, "failed", False)
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"),
+    RuntimeError("UNAVAILABLE: Failed to send RPC to coordination service."),
+    errors.CheckpointError("could not be written: Barrier timed out: save"),
+  ],
+)
+def test_the_death_of_another_process_is_said_to_be_that(several, error):
+  named = pytest.raises(errors.PeerLost, match="another process")
+  with named as caught, distributed.failing_together():
+    raise error
+  assert caught.value.__cause__ is error
+  assert caught.value.exit_status not in (0, 2, 75)
+
+
+@pytest.mark.parametrize(
+  "error",
+  [ValueError("wrong shape"), errors.DataError("a task has an error: read")],
+)
+def test_other_errors_stay_as_they_are_and_end_the_run(several, error):
+  with pytest.raises(type(error)) as caught, distributed.failing_together():
+    raise error
+  assert caught.value is error
+  assert distributed._LastWords.failed
+
+
+def test_a_notice_is_no_failure(several):
+  with pytest.raises(errors.Preempted), distributed.failing_together():
+    raise errors.Preempted("saved")
+  assert not distributed._LastWords.failed
+  distributed.leave(75, "nothing happens")
+
+
+def test_one_process_has_no_peers():
+  error = ValueError("Gloo: connection closed by peer")
+  named = pytest.raises(ValueError, match="Gloo")
+  with named as caught, distributed.failing_together():
+    raise error
+  assert caught.value is error
+  assert not distributed._LastWords.failed

@@ -187,24 +187,29 @@ def test_selector_and_quantizer():
   _agree(found, net.lookup(config, 128).forward)
 
 
-@pytest.mark.parametrize("kind", ["semantic", "lowres", "highres"])
-def test_semantic_decoders(kind):
-  keys, cost = 24, net.decode(_DECODER, 2, 24)
-  model = {
-    "semantic": decoder.SemanticDecoder(_DECODER),
-    "lowres": decoder.LowresDecoder(_DECODER, 128),
-    "highres": decoder.HighresDecoder(_DECODER, (64, 96), 160),
-  }[kind]
-  valid = jnp.ones((2, keys), bool)
-  params = _params(model, jnp.zeros((2, keys, 32)), valid)
-  if kind != "semantic":
-    cost += net.condition(model, 2)
+def test_semantic_decoders():
+  keys, valid = 24, jnp.ones((2, 24), bool)
+  vectors = _float(2, keys, 32)
 
-  def run(params, vectors):
-    out = model.apply({"params": params}, vectors, valid)
-    return jnp.concatenate([x.ravel() for x in jax.tree.leaves(out)])
+  def runs(model):
+    params = _params(model, jnp.zeros(vectors.shape), valid)
 
-  _both_ways(run, params, cost, _float(2, keys, 32))
+    def run(params, vectors):
+      out = model.apply({"params": params}, vectors, valid)
+      return jnp.concatenate([x.ravel() for x in jax.tree.leaves(out)])
+
+    return run, params
+
+  cost = net.decode(_DECODER, 2, keys)
+  run, params = runs(decoder.SemanticDecoder(_DECODER))
+  _both_ways(run, params, cost, vectors)
+  for model in (
+    decoder.LowresDecoder(_DECODER, 128),
+    decoder.HighresDecoder(_DECODER, (64, 96), 160),
+  ):
+    run, params = runs(model)
+    whole = cost + net.condition(model, 2)
+    _agree(_counted(run, params, vectors), whole.forward)
 
 
 def test_the_unet_with_odd_sides():

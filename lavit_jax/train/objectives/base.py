@@ -1,6 +1,5 @@
 """What every stage shares: its data, its held-out loop, its default hooks."""
 
-import functools
 import pathlib
 from collections.abc import Iterator
 
@@ -149,16 +148,20 @@ class Objective:
     for _ in range(count):
       yield next(data)
 
-  @functools.lru_cache(maxsize=1)  # noqa: B019, one objective a run
   def _compiled_held_out(self, mesh):
-    def metrics(params, frozen, state, batch):
-      made = self.held_out_metrics(params, frozen, state, batch)
-      return made | {"valid": batch.get("valid", jnp.ones(1))}
+    """The jitted `held_out_metrics`, made once; and `valid` of the batch."""
+    made = vars(self).setdefault("_held_out_steps", {})
+    if mesh in made:
+      return made[mesh]
 
-    if mesh is None:
-      return jax.jit(metrics)
+    def metrics(params, frozen, state, batch):
+      found = self.held_out_metrics(params, frozen, state, batch)
+      return found | {"valid": batch.get("valid", jnp.ones(1))}
+
     # Whole on every process, which reads them.
-    return jax.jit(metrics, out_shardings=sharding.replicated(mesh))
+    out = None if mesh is None else sharding.replicated(mesh)
+    made[mesh] = jax.jit(metrics, out_shardings=out)
+    return made[mesh]
 
   def evaluate(self, params, frozen, state, mesh=None) -> dict[str, float]:
     """Means of `held_out_metrics` over the held-out batches.

@@ -1,11 +1,15 @@
 """The pretrain stage."""
 
+import shutil
+
 import flax.linen as nn
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
+import pytest
 
-from lavit_jax import vocabulary
-from lavit_jax.train import objectives
+from lavit_jax import checkpoints, errors, vocabulary
+from lavit_jax.train import loop, objectives
 from lavit_jax.train.objectives import pretrain
 from tests import micro
 
@@ -52,3 +56,72 @@ def test_word_dropout_changes_the_training_loss_but_not_the_held_out_one(
     losses[share] = float(loss), float(held_out["loss"])
   assert losses[0.0][0] == losses[0.0][1] == losses[0.9][1]
   assert abs(losses[0.9][0] - losses[0.0][0]) > 1e-4
+
+
+def _lora(root, **updates):
+  """Fine-tuning of what the micro run has made, in another directory."""
+  cfg = micro.config(
+    "pretrain",
+    root,
+    model__lora=dict(rank=2, alpha=4.0),
+    model__frozen_dtype="float32",
+    start_from=str(root / "model"),
+    **updates,
+  )
+  cfg.optimizer.groups = dict(lora=1.0, visual=1.0)
+  cfg.phases.train.train = dict(lora="lora", merger="visual")
+  return cfg
+
+
+def test_a_lora_starts_as_the_llm_it_changes_and_exports_one_llm(
+  micro_runs, tmp_path
+):
+  (branch,) = micro.branch(micro_runs, tmp_path, 1)
+  cfg = _lora(branch)
+  cfg.model_dir = str(branch / "tuned")
+  shutil.copytree(branch / "model", cfg.model_dir)
+  objective = objectives.build(cfg)
+  start = checkpoints.load_part(branch / "model", "llm").params
+  phase = objective.last_phase
+  batch = next(objective.batches(0))
+  params = nn.meta.unbox(objective.init(jax.random.key(0))[0])
+  params |= {name: start[name] for name in ("merger", "projection")}
+  loss, _ = objective.loss(phase, params, objective.frozen, {}, batch, None)
+  plain = objectives.build(micro.config("pretrain", branch))
+  whole = {name: start[name] for name in ("llm", "merger", "projection")}
+  expected, _ = plain.loss(phase, whole, plain.frozen, {}, batch, None)
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+  with micro.one_device():
+    loop.train(cfg, tmp_path / "run", quiet=True)
+  tuned = checkpoints.load_part(cfg.model_dir, "llm").params
+  assert jax.tree.structure(tuned) == jax.tree.structure(start)
+  kernel = lambda tree: tree["llm"]["layers"]["attention"]["query"]["kernel"]
+  assert np.abs(kernel(tuned) - kernel(start)).max() > 0
+  np.testing.assert_array_equal(tuned["llm"]["head"], start["llm"]["head"])
+  # The exported LLM says what LLM and changes said together.
+  state_params = _last_params(tmp_path / "run")
+  both, _ = objective.loss(
+    phase, state_params, objective.frozen, {}, batch, None
+  )
+  merged, _ = plain.loss(phase, tuned, plain.frozen, {}, batch, None)
+  np.testing.assert_allclose(merged, both, rtol=1e-5)
+
+
+def _last_params(workdir):
+  """Parameters of the newest checkpoint of a run."""
+  steps = sorted(
+    int(path.name)
+    for path in (workdir / "checkpoints").iterdir()
+    if path.name.isdigit()
+  )
+  path = workdir / "checkpoints" / str(steps[-1]) / "state"
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    return checkpointer.restore(path.absolute())["params"]
+
+
+def test_a_lora_without_an_llm_to_change_is_an_error(micro_runs):
+  cfg = _lora(micro_runs)
+  cfg.start_from = ""
+  with pytest.raises(errors.ConfigError, match="start_from"):
+    objectives.build(cfg)

@@ -1,0 +1,90 @@
+"""README's table of the full-size runs, compiled for the pods they are for.
+
+  python benchmarks/compile_table.py [--only pretrain] [--json FILE]
+
+Every row is one `lavit compile` in a process of its own; none needs a TPU.
+Takes 2 to 4 minutes a row on two cores.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+from lavit_jax import progress
+
+ROWS = (
+  ("pretrain", "v5e:16x16", ()),
+  ("pretrain", "v5p:4x4x8", ()),
+  ("pretrain", "v6e:16x16", ("--config.batch_size=512",)),
+  ("tokenizer", "v5e:16x16", ()),
+  ("pixels_sdxl", "v6e:16x16", ()),
+  ("finetune", "v5e:2x4", ()),
+  ("finetune", "v6e:2x4", ()),
+)
+
+
+def main():
+  """Compiles the rows, prints them as a table."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--only", help="rows whose config has this in its name")
+  parser.add_argument("--json", metavar="FILE", help="write all figures there")
+  args = parser.parse_args()
+  rows = [row for row in ROWS if not args.only or args.only in row[0]]
+  found = []
+  with progress.Progress(len(rows), label="rows") as bar:
+    for number, row in enumerate(rows):
+      found.append(compiled(*row))
+      bar.update(number + 1)
+      if args.json:
+        pathlib.Path(args.json).write_text(json.dumps(found, indent=1))
+  print(table(rows, found))
+
+
+def compiled(name: str, topology: str, overrides) -> dict:
+  """The report of one row."""
+  command = [sys.executable, "-m", "lavit_jax", "compile"]
+  command += ["--config", f"lavit_7b/{name}.py", "--topology", topology]
+  made = subprocess.run(
+    [*command, "--json", *overrides],
+    stdout=subprocess.PIPE,
+    text=True,
+    check=False,
+  )
+  if not made.stdout:
+    sys.exit(f"{name} on {topology}: lavit compile failed; see above.")
+  return json.loads(made.stdout)
+
+
+def table(rows, found) -> str:
+  """Markdown."""
+  lines = [
+    "| config | topology | tokens a chip | HBM a chip | sent a chip"
+    " | executed / model | at best, s a step | MFU at best | compile |",
+    "|---|---|---|---|---|---|---|---|---|",
+  ]
+  for (name, topology, overrides), made in zip(rows, found, strict=True):
+    extra = "".join(f" `{one}`" for one in overrides)
+    start = (
+      f"| `{name}.py`{extra} | {topology} | {made['tokens_per_chip']:,.0f}"
+    )
+    if not made["memory"]:
+      lines.append(f"{start} | does not fit |||||||")
+      continue
+    memory, line = made["memory"], made["roofline"]
+    sent = sum(one["bytes"] for one in made["collectives"])
+    lines.append(
+      f"{start} | {memory['total'] / 1e9:.1f} GB, {memory['share']:.0%} |"
+      f" {sent / 1e9:.0f} GB | {made['executed_over_model']:.2f} |"
+      f" {line['step_s']:.2f} - {line['step_s_no_overlap']:.2f} |"
+      f" {line['mfu']:.0%} - {line['mfu_no_overlap']:.0%} |"
+      f" {made['compile_s']:.0f} s |"
+    )
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  main()

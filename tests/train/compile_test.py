@@ -1,0 +1,180 @@
+"""Ahead of time for real TPU topologies: needs libtpu, not a TPU."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lavit_jax import cli, errors, sharding
+from lavit_jax.models import llama
+from lavit_jax.train import compile as ahead
+from lavit_jax.train import hlo, program, roofline, shapes, topology
+from tests import micro
+
+pytestmark = pytest.mark.libtpu
+pytest.importorskip("libtpu")
+
+
+def _config(root):
+  """Pretraining with heads that the splash kernel takes, on eight chips."""
+  cfg = micro.config("pretrain", root)
+  cfg.model.llm.update(
+    width=128, num_heads=2, num_kv_heads=2, depth=3, mlp_dim=256, remat="dots"
+  )
+  cfg.model.llm.dtype = "bfloat16"
+  cfg.data.length = 1024  # two blocks of logits
+  cfg.mesh = dict(data=-1, fsdp=2, context=1, tensor=2)
+  return cfg
+
+
+@pytest.fixture(scope="module")
+def compiled(micro_runs):
+  """(report, HLO, config) of the step for v5e:2x4."""
+  cfg = _config(micro_runs)
+  return *ahead.compile_for(cfg, "v5e:2x4"), cfg
+
+
+def test_the_step_fits_and_is_told_in_full(compiled):
+  report, _, cfg = compiled
+  assert report.fits
+  assert not report.assumed
+  assert report.mesh == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+  assert report.chips == 8
+  assert report.tokens_per_chip == cfg.batch_size * cfg.data.length / 8
+  memory = report.memory
+  parts = ("arguments", "outputs", "temporaries", "code")
+  assert memory["total"] == sum(memory[name] for name in parts)
+  assert 0 < memory["share"] < 0.1
+  assert {"encoder", "merger", "llm", "head"} <= set(report.model_flops)
+  assert 0 < report.roofline["mfu_no_overlap"] <= report.roofline["mfu"] <= 1
+  json.dumps(dataclasses.asdict(report))
+
+
+def test_the_step_has_the_splash_kernel_forward_once_and_backward_once(
+  compiled,
+):
+  report, *_ = compiled
+  names = sorted(name.rpartition(".")[0] for name in report.kernels)
+  assert len(names) == 2, "remat must keep what the forward kernel gave"
+  assert names[0].startswith("splash_mha_dkv")
+  assert names[1].startswith("splash_mha_fwd")
+
+
+def test_the_step_never_holds_all_the_logits_in_float32(compiled):
+  _, text, cfg = compiled
+  rows = cfg.batch_size // 4  # over data and fsdp
+  vocab = ahead.objective_of(cfg).llama_config.padded_vocab // 2  # over tensor
+  whole = rows * cfg.data.length * vocab
+  found = [
+    np.prod(dims)
+    for dtype, dims in hlo.arrays(text)
+    if dtype == "f32" and vocab in dims
+  ]
+  assert found, "the logits of a block"
+  assert max(found) < whole
+
+
+def test_the_encoder_runs_once_and_is_not_differentiated(compiled):
+  _, text, _ = compiled
+  names = set(re.findall(r'op_name="([^"]*)"', text))
+  encoder = {name for name in names if "EvaVit" in name}
+  assert encoder
+  assert not any("transpose(jvp(EvaVit" in name for name in encoder)
+  assert not any("rematted" in name for name in encoder)
+
+
+def test_executed_products_are_counted_as_often_as_they_run():
+  """A scan of matrix products on a chip: 2 m n k times its length."""
+  devices = topology.devices("v5e:2x4")[:1]
+  mesh = sharding.make_mesh({}, devices)
+  place = sharding.replicated(mesh)
+  x, w = (
+    jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+    for shape in ((256, 512), (6, 512, 512))
+  )
+
+  def run(x, w):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+  text = jax.jit(run).lower(x, w).compile().as_text()
+  assert hlo.flops(text) == 6 * 2 * 256 * 512 * 512
+  assert hlo.hbm_bytes(text) > 0
+
+
+def test_batched_products_are_counted_as_products():
+  """TPUs write them as convolutions with windows between the rows."""
+  devices = topology.devices("v5e:2x4")[:1]
+  place = sharding.replicated(sharding.make_mesh({}, devices))
+  a, b = (
+    jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+    for shape in ((2, 4, 256, 128), (2, 4, 256, 128))
+  )
+  run = lambda a, b: jnp.einsum("bhld,bhmd->bhlm", a, b)
+  text = jax.jit(run).lower(a, b).compile().as_text()
+  assert hlo.flops(text) == 2 * 2 * 4 * 256 * 256 * 128
+
+
+def test_links_count_whole_rings_twice():
+  devices = topology.devices("v5e:16x16")
+  chip = topology.chip_of(devices[0])
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 128}, devices)
+  assert topology.links(mesh, chip) == {1: 1, 2: 1, 128: 3, 256: 4}
+  mesh = sharding.make_mesh({"data": 16, "fsdp": 16}, devices)
+  assert topology.links(mesh, chip)[256] == 4
+  small = topology.devices("v5e:2x4")
+  mesh = sharding.make_mesh({"fsdp": 8}, small)
+  assert topology.links(mesh, chip) == {1: 1, 8: 2}
+
+
+def test_slices_are_crossed_by_data_alone():
+  devices = topology.devices("v5e:2x2", slices=2)
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 4}, devices)
+  slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+  for number in (0, 1):
+    assert set(slices[number].flat) == {slices[number].flat[0]}
+  assert slices[0].flat[0] != slices[1].flat[0]
+  with pytest.raises(errors.ConfigError, match="2 slices"):
+    sharding.make_mesh({"data": 1, "fsdp": 8}, devices)
+
+
+def test_a_wrong_topology_is_told(capsys):
+  with pytest.raises(errors.UsageError, match="v5e:4x4, v5p:4x4x8"):
+    topology.devices("v9:1x1")
+  assert cli.main(["compile", "--config", "tiny/pretrain.py"]) == 2
+  assert "--topology" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_says_so_and_exits_with_3(
+  micro_runs, monkeypatch, capsys
+):
+  cfg = _config(micro_runs)
+  report, text = ahead.compile_for(cfg, "v5e:2x4", what="decode")
+  assert report.fits
+  assert text
+  monkeypatch.setattr(ahead, "FULLEST", 1e-6)
+  again, _ = ahead.compile_for(cfg, "v5e:2x4", what="decode")
+  assert not again.fits
+  assert "more than" in again.why_not
+
+
+def test_a_mesh_without_fsdp_of_a_large_model_is_an_error():
+  config = dataclasses.replace(llama.LLAMA2_7B, width=4096, depth=1)
+  devices = topology.devices("v5e:2x4")
+  mesh = sharding.make_mesh({"context": 8}, devices)
+  made = program.abstract(shapes.llm(config), mesh)
+  assert made["embedding"].sharding.is_fully_replicated  # as configured
+  mesh = sharding.make_mesh({"tensor": 8}, devices)
+  with pytest.raises(errors.ConfigError, match="whole on every device"):
+    program.abstract({"table": made["embedding"]}, mesh)
+
+
+def test_collectives_of_a_step_are_found(compiled):
+  report, text, _ = compiled
+  kinds = {one["kind"] for one in report.collectives}
+  assert "all-gather" in kinds
+  assert kinds <= set(roofline.KINDS)
+  assert "ENTRY" in text

@@ -1,0 +1,115 @@
+"""Runs whose workdir is in Google Cloud Storage: one of this process."""
+
+import types
+
+import numpy as np
+import pytest
+from etils import epath
+
+from lavit_jax import errors, files
+from lavit_jax.train import loop, run_checkpoints, workdir, writers
+from tests import micro
+from tests.train import fake_gcs, latent_micro
+
+
+@pytest.fixture
+def store(monkeypatch):
+  with fake_gcs.serving(monkeypatch) as fs:
+    yield fs
+
+
+def _checkpoints(folder):
+  return run_checkpoints.RunCheckpoints(folder, keep=2)
+
+
+def test_checkpoints_are_saved_checked_and_restored(store):
+  folder = "gs://bucket/run/checkpoints"
+  run = _checkpoints(folder)
+  for step in (1, 2, 3):
+    state = {"w": np.full(8, step, "float32")}
+    run.save(step, state, {"data": step}, {"loss": 1.0 / step})
+  run.close()
+  names = {p.name for p in epath.Path(folder).iterdir()}
+  assert names == {"2", "3"}
+  damaged = epath.Path(folder) / "3" / "meta" / "metadata"
+  damaged.write_bytes(b"")
+  run = _checkpoints(folder)
+  found = run.restore_newest(lambda step: {"w": np.zeros(8, "float32")})
+  assert (found.step, found.meta) == (2, {"data": 2})
+  np.testing.assert_array_equal(found.state["w"], np.full(8, 2.0))
+  run.save(3, {"w": np.full(8, 33.0, "float32")}, {"data": 33})
+  run.close()
+  assert _checkpoints(folder).meta(3) == {"data": 33}
+
+
+def test_lines_are_written_anew_and_nothing_is_appended(store):
+  path = epath.Path("gs://bucket/run/metrics.jsonl")
+  for start in (0, 3):
+    writer = writers.JsonLinesWriter(path, resume_step=start or None)
+    for step in range(start, start + 5):
+      writer.write_scalars(step, {"loss": step})
+    writer.close()
+  rows = writers.read_json_lines(path)
+  assert [row["step"] for row in rows] == [0, 1, 2, 3, 3, 4, 5, 6, 7]
+
+
+def test_a_run_in_the_store_is_the_run_on_a_disk(store, micro_runs, tmp_path):
+  here, there = micro.branch(micro_runs, tmp_path, 2)
+  work = "gs://bucket/runs/one"
+  with latent_micro.quick(), micro.one_device():
+    cfg = micro.config("pretrain", here)
+    loop.train(cfg, here / "run", quiet=True)
+    for stop in (1, None):
+      cfg = micro.config("pretrain", there)
+      loop.train(cfg, work, stop_at=stop, quiet=True)
+  crcs = [
+    {row["step"]: row["crc32"] for row in writers.read_json_lines(path)}
+    for path in (here / "run/batches.jsonl", f"{work}/batches.jsonl")
+  ]
+  assert crcs[0] == crcs[1]
+  assert len(crcs[0]) == 2
+  assert store.exists(f"{work}/config.json")
+  assert len(store.glob(f"{work}/events.out.tfevents*")) == 2
+  losses = [
+    [
+      row["held_out/loss"]
+      for row in writers.read_json_lines(path)
+      if len(row) and "held_out/loss" in row
+    ]
+    for path in (here / "run/metrics.jsonl", f"{work}/metrics.jsonl")
+  ]
+  assert losses[0] == losses[1][-1:]
+
+
+def test_other_stores_and_missing_packages_are_named(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  cfg = micro.config("encoder", "unused")
+  with pytest.raises(errors.ConfigError, match=r"s3://bucket/run.*gs://BUCKET"):
+    workdir.check(cfg, "s3://bucket/run")
+
+  def missing(self):
+    raise ImportError("gcsfs")
+
+  monkeypatch.setattr(type(epath.Path("gs://bucket")), "exists", missing)
+  with pytest.raises(errors.ConfigError, match="pip install gcsfs"):
+    workdir.check(cfg, "gs://bucket/run")
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_log_is_stored_now_and_then(store, monkeypatch):
+  """Each upload is of the whole, and a store takes one version a second."""
+  now, naps = [0.0], []
+  clock = types.SimpleNamespace(monotonic=lambda: now[0], sleep=naps.append)
+  monkeypatch.setattr(files, "time", clock)
+  path = epath.Path("gs://bucket/log")
+  log = files.open_log(path)
+  for second, stored in ((1, None), (5, None), (11, b"xxx"), (12, b"xxx")):
+    now[0] = float(second)
+    log.write(b"x")
+    log.flush()
+    assert (path.read_bytes() if path.exists() else None) == stored
+  assert set(naps) == {0.0}
+  now[0] = 11.25  # a quarter of a second after the upload
+  log.close()
+  assert path.read_bytes() == b"xxxx"
+  assert naps[-1] == 0.75

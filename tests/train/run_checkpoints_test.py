@@ -1,0 +1,130 @@
+"""Damage to the newest checkpoint costs the steps since the one before."""
+
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from lavit_jax import errors
+from lavit_jax.train import run_checkpoints
+
+_ABSTRACT = {"w": jax.ShapeDtypeStruct((64, 64), np.float32)}
+
+
+def _state(step):
+  rng = np.random.default_rng(step)
+  return {"w": rng.normal(size=(64, 64)).astype("float32")}
+
+
+def _place(abstract):
+  host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), abstract
+  )
+
+
+def _saved(folder, steps=(1, 2, 3)):
+  run = run_checkpoints.RunCheckpoints(folder, keep=3)
+  for step in steps:
+    run.save(step, _state(step), {"data": step}, {"loss": 1.0 / step})
+  run.close()
+  return folder
+
+
+def _newest(folder, **kwargs):
+  run = run_checkpoints.RunCheckpoints(folder, keep=3)
+  try:
+    return run.restore_newest(lambda step: _place(_ABSTRACT), **kwargs)
+  finally:
+    run.close()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  return _saved(tmp_path_factory.mktemp("whole") / "checkpoints")
+
+
+def _files(folder):
+  return sorted(
+    str(path.relative_to(folder))
+    for path in folder.rglob("*")
+    if path.is_file()
+  )
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_any_damaged_file_is_noticed(whole, tmp_path, caplog, damage, sealed):
+  """Each file in turn; without the list of sizes those that are needed."""
+  names = [n for n in _files(whole / "3") if n != "files.json"]
+  unnoticed = []
+  for number, name in enumerate(names):
+    folder = tmp_path / str(number) / "checkpoints"
+    shutil.copytree(whole, folder)
+    victim = folder / "3" / name
+    size = victim.stat().st_size
+    if not size:
+      continue
+    if not sealed:
+      (folder / "3" / "files.json").unlink()
+    if damage == "gone":
+      victim.unlink()
+    else:
+      victim.write_bytes(victim.read_bytes()[: damage == "cut" and size // 2])
+    with caplog.at_level(logging.WARNING):
+      found = _newest(folder)
+    assert found.meta == {"data": found.step}
+    want = _state(found.step)["w"]
+    np.testing.assert_array_equal(found.state["w"], want)
+    if found.step == 3:
+      unnoticed.append(name)
+      continue
+    assert f"{folder / '3'} is damaged" in caplog.text
+    # It is out of the way, and not deleted.
+    assert not (folder / "3").exists()
+    (kept,) = (folder.parent / "damaged").iterdir()
+    assert kept.name.startswith("checkpoints-3-")
+  assert len(unnoticed) <= (0 if sealed else len(names) - 4)
+
+
+def test_a_step_that_was_damaged_is_saved_again(whole, tmp_path):
+  folder = tmp_path / "checkpoints"
+  shutil.copytree(whole, folder)
+  (folder / "3" / "meta" / "metadata").write_text("")
+  run = run_checkpoints.RunCheckpoints(folder, keep=3)
+  assert run.restore_newest(lambda step: _place(_ABSTRACT)).step == 2
+  run.save(3, _state(33), {"data": 33})
+  run.close()
+  found = _newest(folder)
+  assert found.step == 3
+  np.testing.assert_array_equal(found.state["w"], _state(33)["w"])
+
+
+def test_where_all_are_damaged_all_are_named_and_none_is_touched(
+  whole, tmp_path
+):
+  folder = tmp_path / "checkpoints"
+  shutil.copytree(whole, folder)
+  for step in (1, 2, 3):
+    (folder / str(step) / "meta" / "metadata").write_text("")
+  before = _files(folder)
+  with pytest.raises(errors.CheckpointError, match=r"3: .*2: .*1: ") as caught:
+    _newest(folder)
+  assert "Nothing was deleted" in str(caught.value)
+  assert _files(folder) == before
+  assert not (tmp_path / "damaged").exists()
+
+
+def test_another_model_is_no_damage(whole):
+  run = run_checkpoints.RunCheckpoints(whole, keep=3)
+  other = {"w": jax.ShapeDtypeStruct((64, 32), np.float32)}
+  with pytest.raises(errors.CheckpointError, match="does not fit the model"):
+    run.restore_newest(lambda step: _place(other))
+  run.close()
+  assert (whole / "3").exists()
+
+
+def test_a_new_run_has_no_checkpoint(tmp_path):
+  assert _newest(tmp_path / "checkpoints") is None
