@@ -35,6 +35,8 @@ EXTRAS = {
     "huggingface_hub>=2.4",
     "hypothesis>=6.170",
     "ipykernel>=7.4",
+    # Compiles for TPU topologies; a wheel for x86 Linux alone.
+    "libtpu>=0.0.52; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "nbclient>=0.11",
     "nbformat>=5.11",
     "pytest>=9.2",

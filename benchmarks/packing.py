@@ -8,7 +8,7 @@ a caption of 6 to 40 pieces, 12 in the median. A LLaMA of 17 M parameters
 takes a whole step (forward, backward, AdamW, float32) on as many positions,
 padding included, in three ways:
 
-  packed   several documents a row, as `lavit train` does: rows of 512 by
+  packed   several documents a row, as `lavit train` does: rows of 256 by
            first-fit decreasing, attention inside documents
   padded   a document a row, rows as long as the longest document there can be
   longest  a document a row, rows as long as the longest of their batch, in
@@ -58,12 +58,12 @@ FULL = Sizes(
     width=384, depth=6, num_heads=6, mlp_dim=1024, vocab_size=8192
   ),
   positions=4096,
-  packed_length=512,
+  packed_length=256,
 )
 SMALL = Sizes(
   model=steps.Llama(width=32, depth=1, num_heads=2, mlp_dim=64, vocab_size=64),
   positions=1024,
-  packed_length=512,
+  packed_length=256,
 )
 
 

@@ -8,8 +8,8 @@ layers each of merger and decoder, 4096 codes; the phase "codes": the frozen
 selector's kept patches are merged, quantized and decoded, codes move by
 exponential means. Forward, backward, clipping, AdamW; float32, as many threads
 (2), a process for each side, the same parameters and pictures. First the
-losses of four steps in a row must agree to 2e-3 (one vector that lies between
-two codes takes the other one at float noise); then the sides run in turn.
+losses of four steps in a row must agree to 1e-4; then the sides run in turn,
+A B A B, and medians are printed.
 
 PyTorch's side, `side_by_side/torch_training.py`, gathers kept patches as ours
 does, and has SDPA everywhere.
@@ -36,5 +36,5 @@ SMALL = steps.Tokenizer(
 
 if __name__ == "__main__":
   sys.exit(
-    step_runner.main(__doc__, steps.Tokenizer(), SMALL, batch=8, apart=2e-3)
+    step_runner.main(__doc__, steps.Tokenizer(), SMALL, batch=8, apart=1e-4)
   )

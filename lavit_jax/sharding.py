@@ -84,7 +84,10 @@ def make_mesh(
   auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
   slices = len({getattr(d, "slice_index", 0) for d in devices})
   if slices == 1:
-    return jax.make_mesh(shape, MESH_AXES, axis_types=auto, devices=devices)
+    grid = mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+    return jax.sharding.Mesh(grid, MESH_AXES, axis_types=auto)
   if shape[0] % slices:
     raise errors.ConfigError(
       f"config.mesh.data={shape[0]} does not divide among {slices} slices: it"
@@ -105,6 +108,17 @@ def use(mesh: jax.sharding.Mesh):
   """Makes the mesh and the rules current for Linen's logical constraints."""
   with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
     yield mesh
+
+
+def ways(name: str) -> int:
+  """Parts into which the current mesh cuts a logical axis; 1 without a mesh.
+
+  And 1 within `jax.shard_map`, where arrays are what one device holds.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not set(MESH_AXES) <= set(mesh.axis_names) or mesh.manual_axes:
+    return 1
+  return _ways(nn.logical_to_mesh_axes((name,), RULES), mesh)
 
 
 def param_shardings(variables, mesh: jax.sharding.Mesh):
@@ -190,17 +204,44 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def put_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh):
-  """Global arrays [B, ...] from this process's share of each batch array."""
-  target = batch_sharding(mesh)
+def rows_of_process(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
+  """Rows of a global batch that the devices of this process hold, ascending.
+
+  Processes whose devices are parts of the same rows, by `tensor` or `context`,
+  get the same ones.
+
+  Raises:
+    errors.ConfigError: the batch does not divide over data and fsdp.
+  """
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  size = len(next(iter(batch.values()))) * jax.process_count()
-  if size % ways:
+  if batch_size < 1 or batch_size % ways:
     raise errors.ConfigError(
-      f"A global batch of {size} does not divide over data x fsdp = {ways}"
-      " devices. Change config.batch_size or config.mesh."
+      f"A global batch of {batch_size} does not divide over data x fsdp ="
+      f" {ways} devices. Change config.batch_size or config.mesh."
     )
+  held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  number = np.arange(batch_size)
+  return np.unique(np.concatenate([number[index] for index in held.values()]))
+
+
+def put_batch(
+  batch: Mapping[str, np.ndarray],
+  mesh: jax.sharding.Mesh,
+  batch_size: int | None = None,
+):
+  """Global arrays [B, ...] from what this process holds of each.
+
+  Args:
+    batch: arrays of the rows that `rows_of_process` names.
+    mesh: where they go.
+    batch_size: B; by default as many rows as these, one process having all.
+  """
+  size = batch_size or len(next(iter(batch.values())))
+  rows_of_process(mesh, size)
+  target = batch_sharding(mesh)
   return {
-    name: jax.make_array_from_process_local_data(target, np.asarray(value))
+    name: jax.make_array_from_process_local_data(
+      target, np.asarray(value), (size, *np.shape(value)[1:])
+    )
     for name, value in batch.items()
   }

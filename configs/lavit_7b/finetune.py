@@ -28,7 +28,6 @@ def get_config():
   """Rows of 1024 tokens, two a device."""
   cfg = common.get_config("pretrain")
   cfg.batch_size = 16
-  cfg.accumulate = 1  # parts in which a batch is run, one after the other
   cfg.mesh.fsdp = 8
   cfg.mesh.data = -1
   llm = dataclasses.asdict(llama.LLAMA2_7B) | {"remat": "full"}

@@ -33,7 +33,6 @@ def get_config():
   """Rows of 2048 tokens, one a chip on 256 chips."""
   cfg = common.get_config("pretrain")
   cfg.batch_size = 256
-  cfg.accumulate = 1  # parts in which a batch is run, one after the other
   cfg.mesh.fsdp = 128
   llm = dataclasses.asdict(llama.LLAMA2_7B) | {"remat": "dots"}
   del llm["vocab_size"]  # that of model_dir's tokenizer

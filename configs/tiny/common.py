@@ -36,7 +36,9 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     clip_norm=1.0,
     groups=dict(base=1.0),
   )
-  cfg.log = dict(every=50)
+  cfg.accumulate = 1  # parts in which a batch is run, one after the other
+  cfg.nonfinite = dict(policy="stop", limit=0)  # see train/nonfinite.py
+  cfg.log = dict(every=50, profile=())  # profile: first and last step to trace
   cfg.eval = dict(every=500, batches=8)
   cfg.checkpoint = dict(every=500, keep=2)
   return cfg

@@ -39,7 +39,7 @@ class Batches:
 
   def __getitem__(self, k):
     """Global batch k."""
-    return next(iterate(self, start_batch=k, num_threads=0, process=(0, 1)))
+    return next(iterate(self, start_batch=k, num_threads=0))
 
 
 class Iterator:
@@ -57,40 +57,37 @@ class Iterator:
     return batch
 
 
-def iterate(batches, *, start_batch=0, num_threads=2, process=None, skip=0):
-  """Iterates over this process's share of every batch.
+def iterate(batches, *, start_batch=0, num_threads=2, rows=None, skip=0):
+  """Iterates over some rows, this process's share, of every batch.
 
   Args:
     batches: a Batches.
     start_batch: the batch to begin with, `next_batch` of an earlier iterator.
     num_threads: threads that decode ahead; 0 decodes when asked.
-    process: (index, count); by default what JAX says. Process p of n gets rows
-      p * B / n up to (p + 1) * B / n of each batch of B.
+    rows: numbers, 0 ... B - 1, of the rows wanted of each batch of B; all by
+      default. `sharding.rows_of_process` tells those of a process.
     skip: row of the first batch's first row, of endless rows only: where a run
       left out some, or had batches of another size before.
 
   Returns:
-    Iterator of dicts of arrays [B / n, ...]. A finite dataset ends; its last
-    batch is filled up with zeros (weights and valid are zero there).
+    Iterator of dicts of arrays [len(rows), ...]. A finite dataset ends; its
+    last batch is filled up with zeros (weights and valid are zero there).
 
   Raises:
-    errors.ConfigError: the batch does not divide among the processes.
+    errors.ConfigError: batches of no rows.
   """
-  index, count = process or _jax_process()
-  size, rows = batches.batch_size, batches.rows
-  if size < 1 or size % count:
-    raise errors.ConfigError(
-      f"batch_size={size} does not divide among {count} processes; make it a"
-      f" multiple of {count}."
-    )
-  share = size // count
+  size, data = batches.batch_size, batches.rows
+  if size < 1:
+    raise errors.ConfigError(f"batch_size={size}: expected 1 or more.")
+  wanted = np.arange(size) if rows is None else np.asarray(rows)
+  share = len(wanted)
 
   def row(local):
     k, j = divmod(local, share)
-    number = skip + k * size + index * share + j
-    if number < len(rows):
-      return rows[number]
-    return {name: np.zeros_like(value) for name, value in rows[0].items()}
+    number = skip + k * size + int(wanted[j])
+    if number < len(data):
+      return data[number]
+    return {name: np.zeros_like(value) for name, value in data[0].items()}
 
   stop = len(batches) * share
   local = grain.MapDataset.range(min(start_batch * share, stop), stop)
@@ -99,12 +96,6 @@ def iterate(batches, *, start_batch=0, num_threads=2, process=None, skip=0):
   )
   dataset = local.map(row).batch(share).to_iter_dataset(options)
   return Iterator(dataset, start_batch)
-
-
-def _jax_process():
-  import jax
-
-  return jax.process_index(), jax.process_count()
 
 
 def image_batches(

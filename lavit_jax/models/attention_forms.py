@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lavit_jax import sharding
+
 _LARGE_LOGITS = 1 << 23  # bytes
 
 
@@ -30,6 +32,8 @@ def attend(query, key, value, seen, policy, policy_eps: float):
   batch, length, heads, _ = query.shape
   size = 4 * length * heads * key.shape[1]  # bytes of a row's logits
   whole = functools.partial(_whole, policy_eps)
+  if sharding.ways("act_batch") > 1:
+    return whole(*rest)  # a loop over rows would gather them all everywhere
   if size >= _LARGE_LOGITS and policy is None:
     small = _by_block
   elif batch > 1 and size * batch >= _LARGE_LOGITS:

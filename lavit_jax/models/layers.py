@@ -142,7 +142,8 @@ def _of_packed_rows(query, key):
     return attention_tpu.attend
   if platform == "gpu" and attention_gpu.fits(query, key):
     return attention_gpu.attend
-  if attention_mesh.ways()[1] > 1 and attention_mesh.fits(query, key):
+  split = max(attention_mesh.ways()) > 1
+  if split and attention_mesh.fits(query, key):
     return functools.partial(attention_mesh.attend, attention_mesh.einsums)
   return None
 

@@ -14,12 +14,12 @@ from lavit_jax import hosts, sharding
 from lavit_jax.train import writers
 
 
-def digests(batch: Mapping[str, np.ndarray], first: int = 0) -> np.ndarray:
+def digests(batch: Mapping[str, np.ndarray], rows=None) -> np.ndarray:
   """uint32[B]: of each row, crc32 of its arrays times 2 i + 1 for row i.
 
   Args:
     batch: arrays [B, ...], of equal B.
-    first: i of the first of these rows in the global batch.
+    rows: int[B], i of each in the global batch; 0 ... B - 1 by default.
   """
   count = len(next(iter(batch.values())))
   found = np.zeros(count, np.uint32)
@@ -30,8 +30,9 @@ def digests(batch: Mapping[str, np.ndarray], first: int = 0) -> np.ndarray:
       row = np.ascontiguousarray(batch[name][j])
       value = zlib.crc32(row.view(np.uint8).reshape(-1), value)
     found[j] = value
-  place = 2 * (first + np.arange(count, dtype=np.uint32)) + 1
-  return found * place  # uint32: what is beyond 32 bits is dropped
+  rows = np.arange(count) if rows is None else np.asarray(rows)
+  # In uint32: what is beyond 32 bits is dropped.
+  return found * (2 * rows.astype(np.uint32) + 1)
 
 
 class BatchLog:
@@ -42,9 +43,12 @@ class BatchLog:
   same calls; the first writes.
   """
 
-  def __init__(self, path, mesh, *, resume_step: int | None = None):
+  def __init__(
+    self, path, mesh, batch_size: int, *, resume_step: int | None = None
+  ):
     """Drops what a killed run wrote after `resume_step`."""
-    self._mesh = mesh
+    self._mesh, self._batch_size = mesh, batch_size
+    self._rows = sharding.rows_of_process(mesh, batch_size)
     self._pending = None
     self._writer = None
     if hosts.first():
@@ -58,16 +62,16 @@ class BatchLog:
 
     Args:
       step: that the batch leads from.
-      batch: host arrays [B / n, ...].
+      batch: host arrays of the rows of this process.
       example: number of the first row of the global batch in the data.
     """
-    share = len(next(iter(batch.values())))
-    found = digests(batch, jax.process_index() * share)
+    found = digests(batch, self._rows)
     self._write_pending()
     if jax.process_count() == 1:
       total = found.sum(dtype=np.uint32)
     else:
-      total = self._sum(sharding.put_batch({"x": found}, self._mesh)["x"])
+      put = sharding.put_batch({"x": found}, self._mesh, self._batch_size)
+      total = self._sum(put["x"])
     self._pending = (step, total, example)
     if jax.process_count() == 1:
       self._write_pending()

@@ -49,6 +49,8 @@ def _current(shape, head) -> _Mesh:
     for pair in names
     for axis in nn.logical_to_mesh_axes(pair, sharding.RULES)
   ]
+  # An axis of one device would leave a gather and two copies of the head.
+  axes = [tuple(a for a in split if mesh.shape[a] > 1) for split in axes]
   for size, split in zip((*shape, *head), axes, strict=True):
     ways = 1
     for name in split:

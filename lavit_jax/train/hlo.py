@@ -143,15 +143,15 @@ def _kernel(name: str, line: str) -> float:
   found = next((k for k in _KERNELS if name.startswith(k)), None)
   if found is None:
     return 0.0
-  arrays = [_dims(dims) for _, dims in _ARRAY.findall(_LAYOUT.search(line)[1])]
-  blocks = next(dims for dims in arrays if len(dims) == 3)
-  heads, queries, width = next(
-    dims for dims in arrays if len(dims) == 3 and dims[-1] >= 64
-  )
-  keys = max(dims[-1] for dims in arrays if len(dims) == 2)
+  arrays = [
+    (dtype, _dims(dims))
+    for dtype, dims in _ARRAY.findall(_LAYOUT.search(line)[1])
+  ]
+  query, key = [dims for dtype, dims in arrays if "f" in dtype][:2]
+  blocks = next(dims for dtype, dims in arrays if dtype == "s8")[-1]
   # Below the diagonal, and the blocks that it cuts.
-  share = (blocks[-1] + 1) / (2 * blocks[-1])
-  return 2.0 * _KERNELS[found] * heads * queries * keys * width * share
+  share = (blocks + 1) / (2 * blocks)
+  return 2.0 * _KERNELS[found] * math.prod(query) * key[-2] * share
 
 
 def kernels(hlo_text: str) -> list[str]:
@@ -175,7 +175,6 @@ _NOT_MOVED = {
   "conditional",
   "call",
   "after-all",
-  "copy-start",
   "iota",
 }
 _RESULT = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
@@ -214,9 +213,11 @@ def _made(line: str) -> float:
   operation = roofline.OPERATION.search(match[2]) if match else None
   if not operation or operation[1] in _NOT_MOVED:
     return 0.0
-  if operation[1].endswith("-done") or "dynamic-update-slice" in match[1]:
+  # What is copied ahead is counted where it was made.
+  if operation[1].endswith(("-start", "-done")) or "AllocateBuffer" in line:
     return 0.0
-  if "dynamic_update_slice" in line or "dynamic_update_index" in line:
+  in_place = ("dynamic-update-slice", "dynamic_update_slice")
+  if any(name in line for name in (*in_place, "dynamic_update_index")):
     return 0.0
   total = 0.0
   for dtype, dims, layout in _RESULT.findall(match[2][: operation.start()]):

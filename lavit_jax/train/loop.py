@@ -84,6 +84,7 @@ class _Run:
     self.phases = phases_lib.phases_of(config)
     self.objective = objectives.build(config)
     self.mesh = sharding.make_mesh(config.mesh.to_dict())
+    self.rows = sharding.rows_of_process(self.mesh, config.batch_size)
     self.checkpoints = run_checkpoints.RunCheckpoints(
       workdir / "checkpoints",
       keep=config.checkpoint.keep,
@@ -209,8 +210,12 @@ class _Run:
 
   def _device_batch(self, index: int):
     """Global batch `index`, on the mesh (for what happens between steps)."""
-    batch = next(self.objective.batches(index, self.position.skip))
-    return sharding.put_batch(batch, self.mesh)
+    batches = self.objective.batches(index, self.position.skip, self.rows)
+    return self._put(next(batches))
+
+  def _put(self, batch):
+    """A global batch, of what this process has read of it."""
+    return sharding.put_batch(batch, self.mesh, self.config.batch_size)
 
   def _train_phase(self, phase, state, end):
     state = self._begin_phase(phase, state)
@@ -222,7 +227,7 @@ class _Run:
     first = int(state.step)
     stop = min(phase.stop, end)
     self.meter.begin_phase(self.objective, phase)
-    batches = self.objective.batches(first, self.position.skip)
+    batches = self.objective.batches(first, self.position.skip, self.rows)
     before = None  # the last step's metrics, read one step late
     window: list[dict[str, jax.Array]] = []
     with progress.Progress(
@@ -238,7 +243,7 @@ class _Run:
         self.meter.enter("compile" if step == first else "step")
         self.tracer.before(step)
         self._hash(step, batch)
-        on_mesh = sharding.put_batch(batch, self.mesh)
+        on_mesh = self._put(batch)
         state, metrics = step_fn(state, self.frozen, on_mesh)
         self.meter.enter("step")
         self.tracer.after(step, metrics)
@@ -353,7 +358,10 @@ class _Run:
     )
     # Batch s leads from step s to step s + 1.
     self.hashes = batch_log.BatchLog(
-      self.workdir / "batches.jsonl", self.mesh, resume_step=step - 1
+      self.workdir / "batches.jsonl",
+      self.mesh,
+      self.config.batch_size,
+      resume_step=step - 1,
     )
 
   def _export(self, state):

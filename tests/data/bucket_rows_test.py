@@ -57,10 +57,8 @@ def test_hosts_together_see_what_one_host_sees(source):
   whole = _batches(source)
   for k in range(5):
     parts = [
-      next(
-        pipeline.iterate(whole, start_batch=k, num_threads=0, process=(p, 2))
-      )
-      for p in range(2)
+      next(pipeline.iterate(whole, start_batch=k, num_threads=0, rows=share))
+      for share in ([0, 1], [2, 3])
     ]
     for name, value in whole[k].items():
       joined = np.concatenate([part[name] for part in parts])

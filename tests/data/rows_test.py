@@ -144,12 +144,10 @@ def _assert_same(a, b):
 
 @pytest.mark.parametrize("threads", [0, 3])
 def test_a_restart_from_batch_k_goes_on_with_the_same_batches(threads):
-  through = pipeline.iterate(_mixed(), num_threads=threads, process=(0, 1))
+  through = pipeline.iterate(_mixed(), num_threads=threads)
   batches = [next(through) for _ in range(9)]
   assert through.next_batch == 9
-  again = pipeline.iterate(
-    _mixed(), start_batch=5, num_threads=threads, process=(0, 1)
-  )
+  again = pipeline.iterate(_mixed(), start_batch=5, num_threads=threads)
   for k in range(5, 9):
     _assert_same(next(again), batches[k])
   assert again.next_batch == 9
@@ -159,8 +157,8 @@ def test_a_restart_from_batch_k_goes_on_with_the_same_batches(threads):
 def test_processes_share_the_same_global_rows(count):
   whole, batches = _mixed(), _mixed()
   parts = [
-    pipeline.iterate(batches, num_threads=0, process=(p, count))
-    for p in range(count)
+    pipeline.iterate(batches, num_threads=0, rows=share)
+    for share in np.split(np.arange(batches.batch_size), count)
   ]
   for k in range(3):
     shares = [next(part) for part in parts]
@@ -170,9 +168,17 @@ def test_processes_share_the_same_global_rows(count):
     _assert_same(joined, whole[k])
 
 
-def test_batches_must_divide_among_processes():
-  with pytest.raises(errors.ConfigError, match=r"batch_size=4.*3 processes"):
-    pipeline.iterate(_mixed(), process=(0, 3))
+def test_rows_may_be_shared_and_lie_apart():
+  """Devices of a process need not hold neighbours."""
+  part = pipeline.iterate(_mixed(), num_threads=0, rows=[0, 3])
+  whole = _mixed()[0]
+  _assert_same(next(part), {name: x[[0, 3]] for name, x in whole.items()})
+
+
+def test_batches_have_rows():
+  batches = dataclasses.replace(_mixed(), batch_size=0)
+  with pytest.raises(errors.ConfigError, match="batch_size=0"):
+    pipeline.iterate(batches)
 
 
 def test_rows_count_up_and_their_hash_tells_them_apart():
@@ -246,7 +252,7 @@ def test_too_many_bad_pictures_stop_the_run_from_a_thread_too():
   source.bad = range(20)
   batches = _packed(source, cache, limit_share=0.1)
   with pytest.raises(errors.DataError, match="pictures are unusable"):
-    for _ in pipeline.iterate(batches, num_threads=2, process=(0, 1)):
+    for _ in pipeline.iterate(batches, num_threads=2):
       pass
 
 

@@ -156,7 +156,7 @@ def test_a_run_says_where_its_time_went(micro_runs, tmp_path, monkeypatch):
     assert 0 < row["goodput"] < 1
     assert row["tokens_per_second_per_chip"] == row["tokens_per_second"]
     assert row["memory/host_gb"] > 0
-    assert 0 < row["learning_rate"] <= cfg.phases.train.lr
+    assert 0 < row["learning_rate"] < 1.001 * cfg.phases.train.lr
   assert rows[0]["time/compile_s"] > 0
   kept = _rows(workdir)[-1]
   assert (kept["step"], kept["starts"]) == (6, 2)

@@ -78,6 +78,20 @@ def test_one_two_and_four_processes_with_kills_between_are_one_run(
   )
 
 
+def test_processes_whose_devices_share_rows_read_the_same_ones(
+  micro_runs, tmp_path
+):
+  """A mesh whose `tensor` axis spans processes: each has all the rows."""
+  alone, shared = micro.branch(micro_runs, tmp_path, 2)
+  split = {"data": 1, "fsdp": 1, "context": 1, "tensor": -1}
+  settings = {"phases__train__steps": 2, "mesh": split}
+  processes.run(1, _config(alone, **settings), alone / "run")
+  processes.run(2, _config(shared, **settings), shared / "run")
+  assert _rows(shared / "run") == _rows(alone / "run")
+  ours, theirs = _losses(shared / "run"), _losses(alone / "run")
+  assert ours == pytest.approx(theirs, abs=1e-5)
+
+
 def test_two_processes_begin_the_phases_of_a_tokenizer_as_one(
   micro_runs, tmp_path
 ):

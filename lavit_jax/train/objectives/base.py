@@ -123,8 +123,10 @@ class Objective:
     self._train_data = make(self.source)
     self._held_out_data = make(self.held_out)
 
-  def batches(self, start: int, skip=0) -> Iterator[dict[str, np.ndarray]]:
-    """The share of this process of every global batch from `start` on.
+  def batches(
+    self, start: int, skip: int = 0, rows=None
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """Some rows (all by default) of every global batch from `start` on.
 
     Batch k begins at row `skip` + k times the batch size.
     """
@@ -132,6 +134,7 @@ class Objective:
       self._train_data,
       start_batch=start,
       num_threads=self.config.data.get("threads", 2),
+      rows=rows,
       skip=skip,
     )
 
@@ -141,9 +144,11 @@ class Objective:
       return 0
     return int((batch["segments"] > 0).sum())
 
-  def held_out_batches(self) -> Iterator[dict[str, np.ndarray]]:
+  def held_out_batches(self, rows=None) -> Iterator[dict[str, np.ndarray]]:
     """The first config.eval.batches held-out batches, always the same."""
-    data = pipeline.iterate(self._held_out_data, start_batch=0, num_threads=0)
+    data = pipeline.iterate(
+      self._held_out_data, start_batch=0, num_threads=0, rows=rows
+    )
     count = min(self.config.eval.batches, len(self._held_out_data))
     for _ in range(count):
       yield next(data)
@@ -170,10 +175,13 @@ class Objective:
     the fullest hold as `pictures` is kept in `self.pictures`. With a mesh every
     process brings its share of each batch, and all get the same means.
     """
-    rows, counts = [], []
-    for batch in self.held_out_batches():
+    rows, counts, mine = [], [], None
+    size = self.config.batch_size
+    if mesh is not None:
+      mine = sharding.rows_of_process(mesh, size)
+    for batch in self.held_out_batches(mine):
       if mesh is not None:
-        batch = sharding.put_batch(batch, mesh)
+        batch = sharding.put_batch(batch, mesh, size)
       row = jax.device_get(
         self._compiled_held_out(mesh)(params, frozen, state, batch)
       )

@@ -92,7 +92,8 @@ class LatentsObjective(base.Objective):
         " model_dir with encoder, tokenizer and semantic decoder."
       )
     low = config.model.lora
-    if low.rank and (low.alpha <= 0 or not config.start_from):
+    lacking = not (config.start_from or self.stored.outline)
+    if low.rank and (low.alpha <= 0 or lacking):
       raise errors.ConfigError(
         f"model.lora={low.to_dict()} changes a trained U-Net: it needs an"
         " alpha above 0, and start_from, that U-Net's model directory. Set"

@@ -168,10 +168,11 @@ class PretrainObjective(base.Objective):
 
   def _start(self, folder, params):
     """The part of a model directory that training goes on from, laid out."""
-    names = [name for name in ("llm", "merger", "projection") if name in params]
-    layout = jax.tree.map(
-      lambda x: x.sharding, {name: params[name] for name in names}
-    )
+    if self.lora["rank"]:  # the LLM itself is frozen
+      names = ("merger", "projection")
+      found = {n: self.stored.branch(folder, self.part, n) for n in names}
+      return {name: tree for name, tree in found.items() if tree is not None}
+    layout = jax.tree.map(lambda x: x.sharding, params)
     return checkpoints.load_part(folder, self.part, layout=layout).params
 
   def _check_same_words(self, folder):
