@@ -10,6 +10,7 @@ REQUIRED = [
   "absl-py>=2.5",
   "array_record>=0.8.6",
   "clu>=0.0.12",
+  "etils[epath]>=1.15",  # workdirs on gs://
   "flax>=0.12.8",
   "grain>=0.2.18",
   "importlib_resources>=6.0",  # tensorflow-datasets needs it and forgets it
@@ -26,12 +27,14 @@ REQUIRED = [
 EXTRAS = {
   "tpu": ["jax[tpu]>=0.10.2"],
   "cuda": ["jax[cuda12]>=0.10.2"],
+  "gcs": ["gcsfs>=2026.10", "google-cloud-storage>=3.17"],
   "torch": ["huggingface_hub>=2.4", "safetensors>=0.8", "torch>=2.13"],
   "eval": ["scipy>=1.17", "simplemma>=2.0"],
   "app": ["gradio>=6.0"],
   "test": [
     "diffusers>=0.42",  # judges U-Nets, VAE and samplers
     "filelock>=3.20",
+    "fsspec>=2026.9",  # a stand-in for gs://
     "huggingface_hub>=2.4",
     "hypothesis>=6.170",
     "ipykernel>=7.4",

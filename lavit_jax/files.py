@@ -40,7 +40,7 @@ def path_of(path) -> epath.Path:
   except ImportError as e:
     raise errors.ConfigError(
       f"{path} is in Google Cloud Storage, which needs more packages:"
-      " pip install gcsfs google-cloud-storage"
+      " pip install 'lavit_jax[gcs]'"
     ) from e
   return found
 

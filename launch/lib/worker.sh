@@ -57,7 +57,7 @@ setup() {
       python3 -m uv venv --quiet --seed --python 3.12 "$home/venv"
     fi
   fi
-  "$home/venv/bin/python" -m pip install --quiet -e "$home/code[tpu]"
+  "$home/venv/bin/python" -m pip install --quiet -e "$home/code[tpu,gcs]"
   printf '%s\n' "$revision" >"$home/code/.lavit-revision"
   echo "LAVIT_READY $(hostname)"
 }

@@ -29,7 +29,7 @@ Interrupt it anywhere and run it again: it resumes with the same batches.
 SIGTERM saves the step it comes in and ends with exit status 75. When another
 process of a run of several dies, all end, with status 69 or that of SIGABRT.
 
-DIR may be gs://BUCKET/FOLDER; pip install gcsfs google-cloud-storage.
+DIR may be gs://BUCKET/FOLDER; pip install 'lavit_jax[gcs]' for it.
 Compiled programs are kept in ~/.cache/lavit_jax/compiled, with several
 processes in DIR/compiled, or where JAX_COMPILATION_CACHE_DIR says;
 JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
