@@ -1,6 +1,7 @@
 """README's table of the full-size runs, compiled for the pods they are for.
 
   python benchmarks/compile_table.py [--only pretrain] [--json FILE]
+  python benchmarks/compile_table.py --depths 8,32     compile time by depth
 
 Every row is one `lavit compile` in a process of its own; none needs a TPU.
 Takes 2 to 4 minutes a row on two cores.
@@ -32,7 +33,13 @@ def main():
   )
   parser.add_argument("--only", help="rows whose config has this in its name")
   parser.add_argument("--json", metavar="FILE", help="write all figures there")
+  parser.add_argument(
+    "--depths", help="compile pretrain.py with so many layers, print seconds"
+  )
   args = parser.parse_args()
+  if args.depths:
+    by_depth([int(depth) for depth in args.depths.split(",")])
+    return
   rows = [row for row in ROWS if not args.only or args.only in row[0]]
   found = []
   with progress.Progress(len(rows), label="rows") as bar:
@@ -42,6 +49,18 @@ def main():
       if args.json:
         pathlib.Path(args.json).write_text(json.dumps(found, indent=1))
   print(table(rows, found))
+
+
+def by_depth(depths) -> None:
+  """Compile times of the language model's step by its number of layers."""
+  seconds = []
+  for depth in depths:
+    override = f"--config.model.llm.depth={depth}"
+    made = compiled("pretrain", "v5e:16x16", (override,))
+    seconds.append(made["compile_s"])
+    print(
+      f"{depth} layers: {seconds[-1]:.0f} s, {seconds[-1] / seconds[0]:.2f} x"
+    )
 
 
 def compiled(name: str, topology: str, overrides) -> dict:

@@ -353,7 +353,7 @@ class _Run:
       resume_step=step,
       chip=chips.of_device(self.mesh.devices.flat[0]),
       num_devices=self.mesh.size,
-      num_processes=jax.process_count(),
+      num_shares=self.config.batch_size // len(self.rows),
       write=hosts.first(),
     )
     # Batch s leads from step s to step s + 1.

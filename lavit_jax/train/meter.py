@@ -46,7 +46,7 @@ class Meter:
     resume_step: int = 0,
     chip: chips.Chip | None = None,
     num_devices: int = 1,
-    num_processes: int = 1,
+    num_shares: int = 1,
     write: bool = True,
     clock: Callable[[], float] = time.time,
   ):
@@ -57,12 +57,12 @@ class Meter:
       resume_step: step of the checkpoint that it goes on from.
       chip: without one there is no MFU.
       num_devices: of the whole run.
-      num_processes: of the run, each with an equal share of every batch.
+      num_shares: into which processes cut a batch, each reading one.
       write: whether this process writes `goodput.jsonl`.
       clock: seconds since 1970.
     """
     self._clock, self._chip = clock, chip
-    self._devices, self._processes = num_devices, num_processes
+    self._devices, self._shares = num_devices, num_shares
     self._activity, self._since = "start", clock()
     self._spent = dict.fromkeys(ACTIVITIES, 0.0)
     self._reported = dict(self._spent)
@@ -90,7 +90,7 @@ class Meter:
   def count(self, batch: Mapping[str, np.ndarray], tokens: int) -> None:
     """Counts a step by its host batch, the share of this process."""
     self._steps += 1
-    self._tokens += tokens * self._processes
+    self._tokens += tokens * self._shares
     if self._useful is not None:
       self._flops += self._useful(batch)
 

@@ -14,6 +14,7 @@ from lavit_jax.models import llama
 from lavit_jax.train import compile as ahead
 from lavit_jax.train import hlo, program, roofline, shapes, topology
 from tests import micro
+from tests.train import processes
 
 pytestmark = pytest.mark.libtpu
 pytest.importorskip("libtpu")
@@ -178,3 +179,22 @@ def test_collectives_of_a_step_are_found(compiled):
   assert "all-gather" in kinds
   assert kinds <= set(roofline.KINDS)
   assert "ENTRY" in text
+
+
+def test_a_sweep_ends_with_the_best_that_fits(micro_runs, tmp_path, capsys):
+  config = processes.write_config(
+    tmp_path / "config.py",
+    "pretrain",
+    micro_runs,
+    mesh={"data": -1, "fsdp": 2, "context": 1, "tensor": 1},
+  )
+  words = ["compile", "--config", str(config), "--topology", "v5e:2x4"]
+  words += ["--program", "decode", "--sweep", "--remats", "full"]
+  try:
+    assert cli.main([*words, "--batches", "8,16"]) == 0
+  finally:
+    jax.config.update("jax_enable_compilation_cache", True)
+  out, err = capsys.readouterr()
+  assert err.count("of HBM") == 2
+  assert "fits\nbest: --config.batch_size=" in out
+  assert "decode on v5e:2x4, 8 chips (data 4 x fsdp 2)" in out

@@ -43,7 +43,7 @@ def _rows(workdir):
 
 
 def test_every_second_belongs_to_one_activity(clock, tmp_path):
-  measured = meter.Meter(tmp_path, clock=clock, num_devices=4, num_processes=2)
+  measured = meter.Meter(tmp_path, clock=clock, num_devices=4, num_shares=2)
   clock.spend(measured, "start", 10)
   clock.spend(measured, "compile", 5)
   for _ in range(4):
