@@ -9,11 +9,18 @@ Takes 2 to 4 minutes a row on two cores.
 
 import argparse
 import json
+import math
 import pathlib
+import re
 import subprocess
 import sys
+import tempfile
 
 from lavit_jax import progress
+from lavit_jax.models import llama
+from lavit_jax.train import hlo
+
+_VOCAB = llama.LLAMA2_7B.padded_vocab
 
 ROWS = (
   ("pretrain", "v5e:16x16", ()),
@@ -67,15 +74,50 @@ def compiled(name: str, topology: str, overrides) -> dict:
   """The report of one row."""
   command = [sys.executable, "-m", "lavit_jax", "compile"]
   command += ["--config", f"lavit_7b/{name}.py", "--topology", topology]
-  made = subprocess.run(
-    [*command, "--json", *overrides],
-    stdout=subprocess.PIPE,
-    text=True,
-    check=False,
+  with tempfile.TemporaryDirectory() as folder:
+    text = pathlib.Path(folder) / "hlo.txt"
+    made = subprocess.run(
+      [*command, "--json", "--hlo", str(text), *overrides],
+      stdout=subprocess.PIPE,
+      text=True,
+      check=False,
+    )
+    if not made.stdout:
+      sys.exit(f"{name} on {topology}: lavit compile failed; see above.")
+    report = json.loads(made.stdout)
+    if name == "pretrain" and text.exists():
+      check(report, text.read_text())
+  return report
+
+
+def check(report, text: str) -> None:
+  """Says on stderr what the program of `pretrain` must not be, but is."""
+  kernels = " ".join(report["kernels"])
+  data, fsdp = report["mesh"]["data"], report["mesh"]["fsdp"]
+  tokens = report["tokens_per_chip"] * report["chips"] / (data * fsdp)
+  vocab = _VOCAB // report["mesh"]["tensor"]
+  logits = max(
+    (
+      math.prod(dims) / dims[-1]
+      for dtype, dims in hlo.arrays(text)
+      if dtype == "f32" and dims and dims[-1] == vocab
+    ),
+    default=0,
   )
-  if not made.stdout:
-    sys.exit(f"{name} on {topology}: lavit compile failed; see above.")
-  return json.loads(made.stdout)
+  names = set(re.findall(r'op_name="([^"]*)"', text))
+  encoder = [name for name in names if "EvaVit" in name]
+  wrong = {
+    "no splash kernel": not all(k in kernels for k in ("mha_fwd", "mha_dkv")),
+    "all logits in float32": logits >= tokens,
+    "the encoder is differentiated": any("transpose" in n for n in encoder),
+    "the encoder runs twice": any("rematted" in name for name in encoder),
+    "no encoder": not encoder,
+    "compiled for over 400 s": report["compile_s"] > 400,
+    "does not fit": not report["fits"],
+    "executes over 1.35 x": report["executed_over_model"] > 1.35,
+  }
+  if failed := [name for name, failed in wrong.items() if failed]:
+    print(f"{report['topology']}: {', '.join(failed)}", file=sys.stderr)
 
 
 def table(rows, found) -> str:
