@@ -136,6 +136,10 @@ def table(rows, found) -> str:
       lines.append(f"{start} | does not fit |||||||")
       continue
     memory, line = made["memory"], made["roofline"]
+    if made["unread"]:
+      share = f"{memory['total'] / 1e9:.1f} GB, {memory['share']:.0%}"
+      lines.append(f"{start} | {share} | program not read |||||")
+      continue
     sent = sum(one["bytes"] for one in made["collectives"])
     lines.append(
       f"{start} | {memory['total'] / 1e9:.1f} GB, {memory['share']:.0%} |"

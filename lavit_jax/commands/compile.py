@@ -126,7 +126,7 @@ def _sweep(args, config, one) -> int:
     report = one(tried)
     found.append((report, batch, remat))
     print(_line(report, batch, remat), file=sys.stderr, flush=True)
-  good = [entry for entry in found if entry[0].fits]
+  good = [entry for entry in found if entry[0].fits and not entry[0].unread]
   best = max(good, key=lambda x: x[0].roofline["mfu_no_overlap"], default=None)
   if args.json:
     rows = [
@@ -166,6 +166,8 @@ def _line(report, batch, remat) -> str:
   if not report.fits:
     return f"{start} does not fit: {report.why_not}"
   line = report.roofline
+  if report.unread:
+    return f"{start} {report.memory['share']:>4.0%} of HBM, program not read"
   return (
     f"{start} {report.memory['share']:>4.0%} of HBM  step"
     f" {line['step_s']:.3f} to {line['step_s_no_overlap']:.3f} s  MFU"
@@ -198,6 +200,16 @@ def _table(report) -> str:
     f" outputs {gb(m['outputs'])}, code {gb(m['code'])}"
     + (f"; on the host {gb(m['host'])}" if m["host"] else ""),
     f"model FLOPs a step: {whole:.4g} ({shares})",
+  ]
+  if report.unread:
+    return "\n".join(
+      [
+        *lines,
+        f"XLA's program cannot be read back: {report.unread}",
+        _end(report),
+      ]
+    )
+  lines += [
     f"executed FLOPs: {report.executed_over_model:.2f} x model",
     f"kernels: {', '.join(report.kernels) or 'none'}",
     "sent and received a step, a chip:",
@@ -214,6 +226,10 @@ def _table(report) -> str:
     f" {line['step_s_no_overlap']:.3f} s if nothing does (MFU"
     f" {line['mfu_no_overlap']:.0%})",
     f"compiled in {report.compile_s:.0f} s",
-    "fits" if report.fits else f"DOES NOT FIT: {report.why_not}",
+    _end(report),
   ]
   return "\n".join(lines)
+
+
+def _end(report) -> str:
+  return "fits" if report.fits else f"DOES NOT FIT: {report.why_not}"
