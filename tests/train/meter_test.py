@@ -17,6 +17,7 @@ from lavit_jax.train import (
   writers,
 )
 from tests import micro
+from tests.train import processes
 
 
 class _Clock:
@@ -139,11 +140,8 @@ def test_a_run_says_where_its_time_went(micro_runs, tmp_path, monkeypatch):
   chip = dataclasses.replace(chips.CHIPS["v5e"], flops=1e12)
   monkeypatch.setattr(chips, "of_device", lambda _: chip)
   cfg = micro.config("pretrain", root, phases__train__steps=6)
-  cfg.log.profile = (2, 3)
   workdir = root / "pretrain"
   loop.train(cfg, workdir, stop_at=4, quiet=True)
-  traces = [p for p in (workdir / tracing.FOLDER).rglob("*") if p.is_file()]
-  assert any(path.name.endswith(".xplane.pb") for path in traces)
   loop.train(cfg, workdir, quiet=True)
   rows = [
     row
@@ -161,6 +159,17 @@ def test_a_run_says_where_its_time_went(micro_runs, tmp_path, monkeypatch):
   kept = _rows(workdir)[-1]
   assert (kept["step"], kept["starts"]) == (6, 2)
   assert kept["kept_s"] > 0
+
+
+def test_chosen_steps_are_traced(micro_runs, tmp_path):
+  """In a process of its own: the profiler would ask a libtpu loaded here."""
+  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  steps = {"phases__train__steps": 4, "log__profile": (2, 3)}
+  config = processes.write_config(root / "config.py", "pretrain", root, **steps)
+  processes.run(1, config, root / "run")
+  folder = root / "run" / tracing.FOLDER
+  traces = [path for path in folder.rglob("*") if path.is_file()]
+  assert any(path.name.endswith(".xplane.pb") for path in traces)
 
 
 def test_a_trace_is_asked_for_by_two_steps_in_order(tmp_path):
