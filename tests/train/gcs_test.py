@@ -91,7 +91,7 @@ def test_other_stores_and_missing_packages_are_named(tmp_path, monkeypatch):
     raise ImportError("gcsfs")
 
   monkeypatch.setattr(type(epath.Path("gs://bucket")), "exists", missing)
-  with pytest.raises(errors.ConfigError, match="pip install gcsfs"):
+  with pytest.raises(errors.ConfigError, match=r"lavit_jax\[gcs\]"):
     workdir.check(cfg, "gs://bucket/run")
   assert not list(tmp_path.iterdir())
 
