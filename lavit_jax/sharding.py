@@ -204,6 +204,16 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
+def check_batch(mesh: jax.sharding.Mesh, batch_size: int) -> None:
+  """Raises ConfigError unless a batch divides over data and fsdp."""
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size < 1 or batch_size % ways:
+    raise errors.ConfigError(
+      f"A global batch of {batch_size} does not divide over data x fsdp ="
+      f" {ways} devices. Change config.batch_size or config.mesh."
+    )
+
+
 def rows_of_process(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
   """Rows of a global batch that the devices of this process hold, ascending.
 
@@ -213,12 +223,7 @@ def rows_of_process(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
   Raises:
     errors.ConfigError: the batch does not divide over data and fsdp.
   """
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if batch_size < 1 or batch_size % ways:
-    raise errors.ConfigError(
-      f"A global batch of {batch_size} does not divide over data x fsdp ="
-      f" {ways} devices. Change config.batch_size or config.mesh."
-    )
+  check_batch(mesh, batch_size)
   held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
   number = np.arange(batch_size)
   return np.unique(np.concatenate([number[index] for index in held.values()]))

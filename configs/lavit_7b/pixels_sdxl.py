@@ -37,7 +37,7 @@ from lavit_jax.models import unet
 def get_config():
   """eps-prediction in six ratios with SDXL's numbers of size and place."""
   cfg = common.get_config("latents")
-  cfg.batch_size = 128
+  cfg.batch_size = 256
   cfg.mesh.fsdp = 16
   cfg.vae_from = ""  # a model directory with another autoencoder
   cfg.model = dict(

@@ -92,6 +92,7 @@ def lower(objective, config, phase, mesh):
   Returns:
     `jax.stages.Lowered`, and the abstract (state, frozen, batch).
   """
+  sharding.check_batch(mesh, config.batch_size)
   with sharding.use(mesh):
     boxed = jax.eval_shape(state_lib.init_fn(objective, config.seed))
     state = abstract(boxed, mesh)

@@ -198,3 +198,10 @@ def test_a_sweep_ends_with_the_best_that_fits(micro_runs, tmp_path, capsys):
   assert err.count("of HBM") == 2
   assert "fits\nbest: --config.batch_size=" in out
   assert "decode on v5e:2x4, 8 chips (data 4 x fsdp 2)" in out
+
+
+def test_a_batch_that_does_not_divide_over_the_chips_is_an_error(micro_runs):
+  cfg = _config(micro_runs)
+  cfg.batch_size = 6
+  with pytest.raises(errors.ConfigError, match=r"data x fsdp = 4"):
+    ahead.compile_for(cfg, "v5e:2x4")
