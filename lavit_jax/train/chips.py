@@ -11,6 +11,9 @@ GPUs: NVIDIA's data sheets "A100 Tensor Core GPU" (SXM, 80 and 40 GB), "H100
 Tensor Core GPU" and "H200 Tensor Core GPU" (SXM), dense bf16. NVLink is a
 switched network: one axis, of which each way has half of the "NVLink
 bandwidth" (600 and 900 GB/s). DCN is a DGX's: 8 cards of 200 or 400 Gbit/s.
+
+Not held against their sources again: what ICI gives in use, all of v4, DCN of
+v4 and v6e, and the GPUs.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ the blocks that their causal mask leaves.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 
 from lavit_jax.train import roofline
 
@@ -18,7 +18,6 @@ _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _CONTRACT = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LAYOUT = re.compile(r"operand_layout_constraints=\{(.*?)\}, \w+=")
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
 
 # Products of two arrays of [queries, keys, width] in each attention kernel:
 # logits and the sum of values; backward logits again and what follows.
@@ -35,22 +34,41 @@ def flops(hlo_text: str) -> float:
   Args:
     hlo_text: of `compiled.as_text()`.
   """
+  return _total(hlo_text, _products)
+
+
+def _total(hlo_text: str, of_line: Callable, entered=None) -> float:
+  """Sum over all instructions, each as often as it runs.
+
+  Args:
+    hlo_text: of a program.
+    of_line: (line, shapes of its computation's values) to a number.
+    entered: operations whose computations count too; all by default.
+  """
   computations, entry = roofline.computations(hlo_text)
-  shapes = {name: _shapes(lines) for name, lines in computations.items()}
   known: dict[str, float] = {}
 
   def inside(name: str) -> float:
     if name not in known:
-      known[name] = 0.0
-      total = 0.0
-      for line in computations.get(name, ()):
-        total += _products(line, shapes[name])
-        for called, times in roofline.calls(line, computations):
-          total += times * inside(called)
+      known[name] = 0.0  # of a computation that calls itself
+      lines = computations.get(name, ())
+      shapes, total = _shapes(lines), 0.0
+      for line in lines:
+        total += of_line(line, shapes)
+        if entered is None or _operation(line) in entered:
+          for called, times in roofline.calls(line, computations):
+            total += times * inside(called)
       known[name] = total
     return known[name]
 
   return inside(entry)
+
+
+def _operation(line: str) -> str:
+  """The operation of an instruction, "" of another line."""
+  match = roofline.INSTRUCTION.match(line)
+  found = roofline.OPERATION.search(match[2]) if match else None
+  return found[1] if found else ""
 
 
 def _shapes(lines) -> dict[str, tuple[int, ...]]:
@@ -94,11 +112,8 @@ def _convolution(line, left, right, out) -> float:
   between the rows: only what meets an element counts.
   """
   of_left, of_right, of_out = _LABELS.search(line).groups()
-  window = (
-    dict(field.split("=") for field in _WINDOW.search(line)[1].split() if field)
-    if _WINDOW.search(line)
-    else {}
-  )
+  found = _WINDOW.search(line)
+  window = dict(x.split("=") for x in found[1].split()) if found else {}
   total = 2.0 * out[of_out.index("b")] * out[of_out.index("f")]
   total *= right[of_right.index("i")]
   for axis in sorted(c for c in of_out if c.isdigit()):
@@ -145,7 +160,7 @@ def _kernel(name: str, line: str) -> float:
     return 0.0
   arrays = [
     (dtype, _dims(dims))
-    for dtype, dims in _ARRAY.findall(_LAYOUT.search(line)[1])
+    for dtype, dims in roofline.ARRAY.findall(_LAYOUT.search(line)[1])
   ]
   query, key = [dims for dtype, dims in arrays if "f" in dtype][:2]
   blocks = next(dims for dtype, dims in arrays if dtype == "s8")[-1]
@@ -156,13 +171,11 @@ def _kernel(name: str, line: str) -> float:
 
 def kernels(hlo_text: str) -> list[str]:
   """Names of the Pallas kernels of a program, each as often as it stands."""
-  return list(_lines_of_kernels(hlo_text))
-
-
-def _lines_of_kernels(text: str) -> Iterator[str]:
-  for line in text.splitlines():
-    if 'custom_call_target="tpu_custom_call"' in line:
-      yield roofline.INSTRUCTION.match(line)[1]
+  return [
+    roofline.INSTRUCTION.match(line)[1]
+    for line in hlo_text.splitlines()
+    if 'custom_call_target="tpu_custom_call"' in line
+  ]
 
 
 _NOT_MOVED = {
@@ -187,24 +200,8 @@ def hbm_bytes(hlo_text: str) -> float:
   the vector memory (XLA marks it S(1)) and what is written into a part of a
   larger array in place does not count.
   """
-  computations, entry = roofline.computations(hlo_text)
-  known: dict[str, float] = {}
-
-  def inside(name: str) -> float:
-    if name not in known:
-      known[name] = 0.0
-      total = 0.0
-      for line in computations.get(name, ()):
-        total += _made(line)
-        match = roofline.INSTRUCTION.match(line)
-        operation = roofline.OPERATION.search(match[2]) if match else None
-        if operation and operation[1] in ("while", "conditional", "call"):
-          for called, times in roofline.calls(line, computations):
-            total += times * inside(called)
-      known[name] = total
-    return known[name]
-
-  return 2.0 * inside(entry)
+  loops = ("while", "conditional", "call")  # what is fused stays inside
+  return 2.0 * _total(hlo_text, lambda line, _: _made(line), loops)
 
 
 def _made(line: str) -> float:
@@ -233,5 +230,5 @@ def arrays(hlo_text: str) -> set[tuple[str, tuple[int, ...]]]:
     for line in hlo_text.splitlines()
     if (match := roofline.INSTRUCTION.match(line))
     and (operation := roofline.OPERATION.search(match[2]))
-    for dtype, dims in _ARRAY.findall(match[2][: operation.start()])
+    for dtype, dims in roofline.ARRAY.findall(match[2][: operation.start()])
   }

@@ -141,7 +141,7 @@ def seconds(
   return share * one.bytes / speed
 
 
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
+ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 OPERATION = re.compile(r"(?:^|[\s)}\]])([a-z][a-z\-]*)\(")
@@ -258,7 +258,7 @@ def _collective(kind, result, line, is_start) -> Collective:
   """What one line of HLO sends."""
   arrays = [
     (dtype, math.prod(int(d) for d in dims.split(",") if d) * size_of(dtype))
-    for dtype, dims in _ARRAY.findall(result)
+    for dtype, dims in ARRAY.findall(result)
     if dims or not is_start  # scalars of a start are its context
   ]
   if is_start and kind in ("all-gather", "collective-permute"):

@@ -16,10 +16,11 @@ class Objective:
   """A stage: what is learned, from which batches, and how it is judged.
 
   Subclasses set `part`, `best_metric`, `best_mode`, `frozen` and implement
-  `init`, `loss`, `frozen_shapes`, `batch_shapes`, `held_out_metrics` and
-  `export`. `frozen` is a tree of arrays that the step takes as an argument and
-  never differentiates. Made of a `stored.Outline`, an objective has shapes in
-  place of arrays and no data: enough to compile its step.
+  `init`, `loss`, `batch_shapes` (abstract arrays of a global batch; of the
+  largest, if they differ), `held_out_metrics` and `export`. `frozen` is a tree
+  of arrays that the step takes as an argument and never differentiates. Made
+  of a `stored.Outline`, an objective has shapes in place of arrays and no
+  data: enough to compile its step.
   """
 
   part: str
@@ -62,10 +63,6 @@ class Objective:
   def frozen_shapes(self):
     """`frozen` as shapes with logical axes, boxed; nothing by default."""
     return {}
-
-  def batch_shapes(self):
-    """Abstract arrays of a global batch; of the largest, if they differ."""
-    raise NotImplementedError
 
   def image_shapes(self, text_length=None):
     """`batch_shapes` of the batches that `use_images` makes."""
