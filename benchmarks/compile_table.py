@@ -18,7 +18,7 @@ import tempfile
 
 from lavit_jax import progress
 from lavit_jax.models import llama
-from lavit_jax.train import hlo
+from lavit_jax.train import executed, hlo
 
 _VOCAB = llama.LLAMA2_7B.padded_vocab
 
@@ -99,7 +99,7 @@ def check(report, text: str) -> None:
   logits = max(
     (
       math.prod(dims) / dims[-1]
-      for dtype, dims in hlo.arrays(text)
+      for dtype, dims in executed.arrays(hlo.read(text))
       if dtype == "f32" and dims and dims[-1] == vocab
     ),
     default=0,

@@ -13,7 +13,7 @@ import pytest
 
 from lavit_jax import sharding
 from lavit_jax.infer import decode, diffusion, schedules
-from lavit_jax.models import llama, tokenizer, unet
+from lavit_jax.models import layers, llama, tokenizer, unet
 from lavit_jax.train import objectives, optimizer, phases, stored
 from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base
@@ -102,15 +102,18 @@ def test_train_steps_lower(stage, name, platform):
 
 
 @_PLATFORMS
-def test_pretrain_lowers_with_the_kernel(platform):
+def test_pretrain_lowers_with_the_kernel(platform, caplog):
   """Forward and backward kernels; rows of 128 tokens, heads of 64."""
+  layers._say_no_kernel.cache_clear()
   wide = {"model__llm__width": 128, "model__llm__remat": "none"}
   cfg = micro.config("pretrain", _NOWHERE, **wide)
   text = _lower_step(cfg, "train", platform).mlir_module()
   assert text.count(f"@{_KERNEL[platform]}") >= 2
   cfg = micro.config("pretrain", _NOWHERE)  # heads of 8: einsums
+  assert "takes no kernel" not in caplog.text
   text = _lower_step(cfg, "train", platform).mlir_module()
   assert f"@{_KERNEL[platform]}" not in text
+  assert "takes no kernel" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def start(objective, phase, tree):
     phase: likewise.
     tree: of `steps.read`.
   """
-  mesh = sharding.make_mesh({"data": -1})
+  mesh = sharding.make_mesh({"fsdp": -1})
   boxed = jax.eval_shape(state_lib.init_fn(objective, 0))
   params = tree["params"]
   labels = objective.labels(phase, params)
@@ -171,9 +171,13 @@ def start(objective, phase, tree):
     extra=tree.get("extra", {}),
     rng=jax.random.key_data(jax.random.key(0)),
   )
-  whole = sharding.replicated(mesh)
-  state, frozen = jax.device_put((state, tree.get("frozen", {})), whole)
-  layout = program.layout_of(state)
+  layout = program.layout_of(program.abstract(boxed, mesh)).replace(
+    opt_state=program.layout_of(
+      program.optimizer_state(tx, boxed.params, labels, mesh)
+    )
+  )
+  state = jax.device_put(state, layout)
+  frozen = jax.device_put(tree.get("frozen", {}), sharding.replicated(mesh))
   step = program.step(objective, phase, labels, tx, mesh, layout)
   return step, state, frozen, mesh
 

@@ -45,7 +45,7 @@ def get_config():
     frozen_dtype="bfloat16",  # of all but tokenizer and autoencoder
     uncond_tokens=0,  # zeros stand for no condition
     condition=dict(dims=(768, 1280), pooled=1280),
-    unet=dataclasses.asdict(unet.SDXL_UNET),
+    unet=dataclasses.asdict(unet.SDXL_UNET) | {"remat": "dots"},
     lora=dict(rank=0, alpha=0.0),
     schedule=dataclasses.asdict(schedules.STABLE_DIFFUSION),
   )

@@ -65,7 +65,9 @@ class Latent:
     self.kind, self._dtype = kind, dtype
     self._semantic = semantic(kind, told.meta, dtype)
     config = unet.UNetConfig(**pixels.meta["unet"] | {"dtype": dtype})
-    self._unet = unet.UNet(dataclasses.replace(config, remat="none"))
+    # Compiles faster where compiling takes long; runs slower on a CPU.
+    scan = jax.default_backend() != "cpu"
+    self._unet = unet.UNet(dataclasses.replace(config, remat="none", scan=scan))
     self._vae = vae.AutoencoderKL(
       vae.VaeConfig(**pixels.meta["vae"] | {"dtype": dtype})
     )
@@ -73,6 +75,8 @@ class Latent:
     self.side = self._vae.config.sample_size
     self.factor = self._vae.config.scale
     self.params = {"told": told.params, **pixels.params}
+    if scan:
+      self.params["unet"] = unet.stacked(self.params["unet"])
     self._listener = painting.Listener()
 
   def told(self, vectors, valid):

@@ -1,6 +1,7 @@
 """Layers every network here is made of, and the one entry for attention."""
 
 import functools
+import logging
 from typing import Any
 
 import flax.linen as nn
@@ -39,6 +40,9 @@ REMAT = {
 }
 
 _IMPLEMENTATIONS = (None, "xla", "cudnn")
+_LONG = 128  # places of a row from which a kernel would matter
+
+_LOG = logging.getLogger(__name__)
 
 
 def attention(
@@ -142,10 +146,27 @@ def _of_packed_rows(query, key):
     return attention_tpu.attend
   if platform == "gpu" and attention_gpu.fits(query, key):
     return attention_gpu.attend
+  if platform != "cpu" and query.shape[1] == key.shape[1] >= _LONG:
+    _say_no_kernel(platform, query.shape, key.shape, attention_mesh.ways())
   split = max(attention_mesh.ways()) > 1
   if split and attention_mesh.fits(query, key):
     return functools.partial(attention_mesh.attend, attention_mesh.einsums)
   return None
+
+
+@functools.cache  # once for each shape
+def _say_no_kernel(platform, query, key, ways):
+  """Logs that long rows go without a kernel: slow, and large in memory."""
+  _LOG.warning(
+    "Causal attention of %s over keys %s takes no kernel on this %s, but"
+    " einsums that hold all logits: see the table of layers.attention. The"
+    " mesh splits rows, places and heads %d, %d and %d ways, which must divide"
+    " them.",
+    query,
+    key,
+    platform,
+    *ways,
+  )
 
 
 def l2_normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:

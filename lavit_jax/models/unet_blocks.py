@@ -13,18 +13,23 @@ _BOTH_SIDES = ((1, 1), (1, 1))
 _CONV_AXES = ("conv", None, "conv_in", "conv_out")
 
 
-class Conv(nn.Conv):
-  """A convolution whose maps are split over the batch alone.
+def by_rows(x: jax.Array) -> jax.Array:
+  """x[B, ...] split over the batch alone.
 
-  Left to itself, XLA also splits channels and places; the gradients of whole
-  U-Nets came out wrong that way (jax 0.10.2, CPU, 2 x 2 x 2 mesh).
+  Left to itself, XLA also splits channels and places, where weights are split
+  over them: SDXL then sent activations in place of weights and multiplied
+  more; the gradients of whole U-Nets even came out wrong (jax 0.10.2, CPU,
+  2 x 2 x 2 mesh).
   """
+  return nn.with_logical_constraint(x, ("act_batch", *(None,) * (x.ndim - 1)))
+
+
+class Conv(nn.Conv):
+  """A convolution whose maps are split over the batch alone."""
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps float[B, h, w, C] to float[B, h, w, features]."""
-    axes = ("act_batch", None, None, None)
-    x = nn.with_logical_constraint(x, axes)
-    return nn.with_logical_constraint(super().__call__(x), axes)
+    return by_rows(super().__call__(by_rows(x)))
 
 
 def conv(
@@ -133,7 +138,7 @@ class ResnetBlock(nn.Module):
       shift = layers.dense(
         self.channels, axes, name="time_emb_proj", dtype=self.dtype
       )
-      h = h + shift(activations.silu(time))[:, None, None]
+      h = h + by_rows(shift(activations.silu(time)))[:, None, None]
     h = activations.silu(group_norm(self.groups, self.epsilon, "norm2")(h))
     h = conv(self.channels, "conv2", dtype=self.dtype)(h)
     if x.shape[-1] != self.channels:
@@ -141,7 +146,7 @@ class ResnetBlock(nn.Module):
       x = layers.dense(
         self.channels, axes, name="conv_shortcut", dtype=self.dtype
       )(x)
-    return x + h
+    return by_rows(x + h)
 
 
 class Attention(nn.Module):
@@ -169,7 +174,7 @@ class Attention(nn.Module):
       y = layers.dense(
         width, axes, name=name, use_bias=False, dtype=self.dtype
       )(y)
-      return y.reshape(*y.shape[:2], *split)  # [B, L, H, Dh]
+      return by_rows(y.reshape(*y.shape[:2], *split))  # [B, L, H, Dh]
 
     query, key = project(x, "to_q"), project(context, "to_k")
     value = project(context, "to_v")
@@ -177,11 +182,11 @@ class Attention(nn.Module):
       if self.mask_bias is not None:
         mask = mask | ~mask.any(-1, keepdims=True)
       mask = mask[:, None, None]  # [B, 1, 1, N]
-    out = layers.attention(query, key, value, mask=mask)
+    out = by_rows(layers.attention(query, key, value, mask=mask))
     out = out.reshape(*x.shape[:2], width)
-    return layers.dense(
-      width, ("heads", "embed"), name="to_out_0", dtype=self.dtype
-    )(out)
+    axes = ("heads", "embed")
+    out = layers.dense(width, axes, name="to_out_0", dtype=self.dtype)(out)
+    return by_rows(out)
 
 
 class FeedForward(nn.Module):
@@ -197,11 +202,10 @@ class FeedForward(nn.Module):
     hidden = self.mult * width
     axes = ("embed", "mlp")
     h = layers.dense(2 * hidden, axes, name="net_0_proj", dtype=self.dtype)(x)
-    h, gate = jnp.split(h, 2, axis=-1)  # [B, L, F] each
-    h = h * activations.gelu(gate)
-    return layers.dense(
-      width, ("mlp", "embed"), name="net_2", dtype=self.dtype
-    )(h)
+    h, gate = jnp.split(by_rows(h), 2, axis=-1)  # [B, L, F] each
+    h = by_rows(h * activations.gelu(gate))
+    axes = ("mlp", "embed")
+    return by_rows(layers.dense(width, axes, name="net_2", dtype=self.dtype)(h))
 
 
 class TransformerBlock(nn.Module):
@@ -215,16 +219,29 @@ class TransformerBlock(nn.Module):
   @nn.compact
   def __call__(self, x, condition, mask=None):
     """Maps float[B, L, D], float[B, N, Dc] and bool[B, N] to float[B, L, D]."""
+    x = by_rows(x)
     attn1 = Attention(self.num_heads, self.dtype, name="attn1")
     attn2 = Attention(self.num_heads, self.dtype, self.mask_bias, name="attn2")
-    x = x + attn1(layers.LayerNorm(name="norm1")(x))
-    x = x + attn2(layers.LayerNorm(name="norm2")(x), condition, mask)
+    x = by_rows(x + attn1(layers.LayerNorm(name="norm1")(x)))
+    x = by_rows(x + attn2(layers.LayerNorm(name="norm2")(x), condition, mask))
     ff = FeedForward(self.ff_mult, self.dtype, name="ff")
-    return x + ff(layers.LayerNorm(name="norm3")(x))
+    return by_rows(x + ff(layers.LayerNorm(name="norm3")(x)))
+
+
+class _ScannedBlock(TransformerBlock):
+  """A layer in the form in which `layers.stack` wants it."""
+
+  def __call__(self, x, told):
+    """Maps float[B, L, D] and (condition, mask) to (float[B, L, D], None)."""
+    return super().__call__(x, *told), None
 
 
 class Transformer2D(nn.Module):
-  """Transformer layers over the h * w places of a feature map."""
+  """Transformer layers over the h * w places of a feature map.
+
+  With `scan` several layers are one scan, their parameters stacked under
+  `transformer_blocks`; else they are `transformer_blocks_0` and so on.
+  """
 
   num_layers: int
   num_heads: int
@@ -233,6 +250,7 @@ class Transformer2D(nn.Module):
   dtype: str = "float32"
   mask_bias: float | None = None
   remat: str = "none"
+  scan: bool = False
 
   @nn.compact
   def __call__(self, x, condition, mask=None):
@@ -242,12 +260,16 @@ class Transformer2D(nn.Module):
     h = h.reshape(batch, height * width, channels)
     axes = ("conv_in", "conv_out")
     h = layers.dense(channels, axes, name="proj_in", dtype=self.dtype)(h)
-    kind = remat(TransformerBlock, self.remat)
     sizes = (self.num_heads, self.ff_mult, self.dtype, self.mask_bias)
-    for i in range(self.num_layers):
-      h = kind(*sizes, name=f"transformer_blocks_{i}")(h, condition, mask)
+    if self.scan and self.num_layers > 1:
+      kind = layers.stack(_ScannedBlock, self.num_layers, self.remat)
+      h, _ = kind(*sizes, name="transformer_blocks")(h, (condition, mask))
+    else:
+      kind = remat(TransformerBlock, self.remat)
+      for i in range(self.num_layers):
+        h = kind(*sizes, name=f"transformer_blocks_{i}")(h, condition, mask)
     h = layers.dense(channels, axes, name="proj_out", dtype=self.dtype)(h)
-    return x + h.reshape(x.shape)
+    return by_rows(x + h.reshape(x.shape))
 
 
 class Downsample(nn.Module):

@@ -202,5 +202,5 @@ def _for_diffusers(config):
   """The config without what says how to compute, which no file there has."""
   usual = {"dtype": "float32"}
   if isinstance(config, unet.UNetConfig):
-    usual["remat"] = "none"
+    usual |= {"remat": "none", "scan": False}
   return dataclasses.replace(config, **usual)

@@ -14,6 +14,8 @@ import jax
 from lavit_jax import checkpoints, errors, sharding
 from lavit_jax.train import (
   chips,
+  collectives,
+  executed,
   flops,
   hlo,
   objectives,
@@ -149,26 +151,27 @@ def _fits(memory) -> tuple[bool, str]:
 def _report(common, compiled, text, chip: chips.Chip, mesh) -> Report:
   """What a compiled program says of itself."""
   memory = _memory(compiled, chip)
-  executed = hlo.flops(text)
+  read = hlo.read(text)
+  done = executed.flops(read)
   model = sum(common["model_flops"].values()) / common["chips"]
-  sent = roofline.collectives_of(text)
+  sent = collectives.of_program(read)
   line = roofline.estimate(
-    executed,
-    hlo.hbm_bytes(text),
+    done,
+    executed.hbm_bytes(read),
     sent,
     chip,
     model_flops=model,
-    links=topology.links(mesh, chip),
+    routes=topology.routes(mesh, chip),
   )
   fits, why = _fits(memory)
   return Report(
     fits=fits,
     why_not=why,
     memory=memory,
-    executed_flops=executed,
-    executed_over_model=executed / model,
+    executed_flops=done,
+    executed_over_model=done / model,
     collectives=_summed(sent),
-    kernels=hlo.kernels(text),
+    kernels=executed.kernels(read),
     roofline=dataclasses.asdict(line),
     **common,
   )

@@ -1,8 +1,9 @@
 """Cross-entropy over a large vocabulary, block by block, on any mesh.
 
-Its gradient is written out: what a device adds up for its rows of the head
-stays on it, in float32, until the last block, and is sent once. Left to
-itself XLA sums it over all devices at every block.
+Its gradient is written out, and found together with the loss: a block's logits
+are there once, for both. What a device adds up for its rows of the head stays
+on it, in float32, until the last block, and is sent once. Left to itself XLA
+sums it over all devices at every block, and computes all logits twice.
 """
 
 import dataclasses
@@ -61,8 +62,8 @@ def _current(shape, head) -> _Mesh:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def nll(block: int, vocab_size: int, hidden, head, targets):
-  """-log p of the targets, float32[B, L].
+def weighted_nll(block: int, vocab_size: int, hidden, head, targets, weights):
+  """Sum of weights x -log p of the targets, and -log p itself.
 
   Args:
     block: positions of each row whose logits live at once.
@@ -70,36 +71,43 @@ def nll(block: int, vocab_size: int, hidden, head, targets):
     hidden: float[B, L, D]; products are in its dtype, sums in float32.
     head: float[V, D], one row an id.
     targets: int[B, L].
+    weights: float32[B, L]; no gradient.
+
+  Returns:
+    (float32[], float32[B, L], 0 where the weight is 0). Only the first has
+    gradients.
   """
-  return _forward(block, vocab_size, hidden, head, targets)[0]
-
-
-def _forward(block, vocab_size, hidden, head, targets):
   mesh = _current(targets.shape, head.shape)
-  tokens = mesh.tokens
-  run = functools.partial(_local_forward, mesh, block, vocab_size)
-  out, total = _over(run, mesh, (tokens, mesh.head, tokens), (tokens, tokens))(
-    hidden, head, targets
-  )
-  return out, (hidden, head, targets, total)
+  run = functools.partial(_losses, mesh, block, vocab_size)
+  specs = (mesh.tokens, mesh.head, mesh.tokens)
+  nll = _over(run, mesh, specs, mesh.tokens)(hidden, head, targets)
+  return _summed(nll, weights)
 
 
-def _backward(block, vocab_size, saved, grad):
-  """(softmax - one hot) times the gradient of each position's nll."""
-  _, head, targets, _ = saved
+def _summed(nll, weights):
+  nll = jnp.where(weights != 0, nll, 0.0)
+  return (nll * weights).sum(), nll
+
+
+def _forward(block, vocab_size, hidden, head, targets, weights):
   mesh = _current(targets.shape, head.shape)
+  run = functools.partial(_losses_and_gradients, mesh, block, vocab_size)
   tokens = mesh.tokens
-  run = functools.partial(_local_backward, mesh, block, vocab_size)
-  by_hidden, by_head = _over(
-    run,
-    mesh,
-    (tokens, mesh.head, tokens, tokens, tokens),
-    (tokens, mesh.head),
-  )(*saved, grad)
-  return by_hidden, by_head.astype(head.dtype), None
+  nll, by_hidden, by_head = _over(
+    run, mesh, (tokens, mesh.head, tokens, tokens), (tokens, tokens, mesh.head)
+  )(hidden, head, targets, weights)
+  return _summed(nll, weights), (by_hidden, by_head.astype(head.dtype))
 
 
-nll.defvjp(_forward, _backward)
+def _backward(block, vocab_size, gradients, grad):
+  """The gradients of the sum times the gradient by the sum."""
+  del block, vocab_size
+  scale, _ = grad
+  by_hidden, by_head = (x * scale.astype(x.dtype) for x in gradients)
+  return by_hidden, by_head, None, None
+
+
+weighted_nll.defvjp(_forward, _backward)
 
 
 def _over(function, mesh, in_specs, out_specs):
@@ -111,57 +119,65 @@ def _over(function, mesh, in_specs, out_specs):
   )
 
 
-def _local_forward(mesh, block, vocab_size, hidden, head, targets):
-  """(nll, log of the sum over all classes), float32[b, l]."""
+def _losses(mesh, block, vocab_size, hidden, head, targets):
+  """-log p float32[b, l] of a device's rows."""
   rows, ids = _gathered(mesh, head, hidden.dtype)
 
   def step(_, xs):
     hidden, targets = xs
     logits = _logits(hidden, rows, ids, vocab_size)
-    highest = _maximum(logits.max(-1), mesh.vocab)
-    exps = jnp.exp(logits - highest[:, None]).sum(-1)
-    total = highest + jnp.log(_sum(exps, mesh.vocab))
-    # A masked sum, not a gather: it fuses.
-    hot = ids == targets.reshape(-1)[:, None]
-    chosen = _sum(jnp.where(hot, logits, 0.0).sum(-1), mesh.vocab)
-    shape = targets.shape
-    return None, ((total - chosen).reshape(shape), total.reshape(shape))
+    _, nll, _ = _scored(mesh, logits, ids, targets)
+    return None, nll
 
   xs = split(hidden, block), split(targets, block)
-  _, made = jax.lax.scan(step, None, xs)
-  return tuple(joined(x, targets.shape[1]) for x in made)
+  return joined(jax.lax.scan(step, None, xs)[1], targets.shape[1])
 
 
-def _local_backward(
-  mesh, block, vocab_size, hidden, head, targets, total, grad
+def _losses_and_gradients(
+  mesh, block, vocab_size, hidden, head, targets, weights
 ):
-  """Gradients of this device's hidden states and of its part of the head."""
+  """-log p, and gradients of its weighted sum.
+
+  Those are (softmax - one hot) x weight times the other factor: by this
+  device's hidden states, and by its part of the head.
+  """
   rows, ids = _gathered(mesh, head, hidden.dtype)
 
   def step(by_head, xs):
-    hidden, targets, total, grad = xs
+    hidden, targets, weights = xs
     logits = _logits(hidden, rows, ids, vocab_size)
-    hot = ids == targets.reshape(-1)[:, None]
-    error = jnp.exp(logits - total.reshape(-1)[:, None]) - hot
-    error = (error * grad.reshape(-1)[:, None]).astype(hidden.dtype)
+    total, nll, hot = _scored(mesh, logits, ids, targets)
+    error = (jnp.exp(logits - total[:, None]) - hot) * weights.reshape(-1, 1)
+    error = error.astype(hidden.dtype)
     flat = hidden.reshape(-1, hidden.shape[-1])  # [b * block, D]
     by_head += jnp.einsum(
       "nv,nd->vd", error, flat, preferred_element_type=jnp.float32
     )
     by_hidden = _sum(error @ rows, mesh.vocab)
-    return by_head, by_hidden.reshape(hidden.shape)
+    return by_head, (nll, by_hidden.reshape(hidden.shape))
 
-  xs = tuple(split(x, block) for x in (hidden, targets, total, grad))
-  by_head, by_hidden = jax.lax.scan(
-    step, jnp.zeros(rows.shape, jnp.float32), xs
-  )
+  xs = tuple(split(x, block) for x in (hidden, targets, weights))
+  zeros = jnp.zeros(rows.shape, jnp.float32)
+  by_head, (nll, by_hidden) = jax.lax.scan(step, zeros, xs)
   if mesh.width:
     by_head = jax.lax.psum_scatter(
       by_head, mesh.width, scatter_dimension=1, tiled=True
     )
   others = (*mesh.rows, *mesh.length)
   by_head = _sum(by_head, tuple(a for a in others if a not in mesh.width))
-  return joined(by_hidden, hidden.shape[1]), by_head
+  length = targets.shape[1]
+  return joined(nll, length), joined(by_hidden, length), by_head
+
+
+def _scored(mesh, logits, ids, targets):
+  """(log of the sum over classes [n], -log p [b, block], one hot [n, v])."""
+  highest = _maximum(logits.max(-1), mesh.vocab)
+  exps = jnp.exp(logits - highest[:, None]).sum(-1)
+  total = highest + jnp.log(_sum(exps, mesh.vocab))
+  # A masked sum, not a gather: it fuses.
+  hot = ids == targets.reshape(-1)[:, None]
+  chosen = _sum(jnp.where(hot, logits, 0.0).sum(-1), mesh.vocab)
+  return total, (total - chosen).reshape(targets.shape), hot
 
 
 def _gathered(mesh, head, dtype):

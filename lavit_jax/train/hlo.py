@@ -1,234 +1,243 @@
-"""What a compiled program does: products counted in its optimized HLO.
+"""Optimized HLO, read back: what a compiled program says of itself.
 
-XLA's own cost analysis counts the body of a loop once. Here it counts as often
-as it runs, and Pallas' attention kernels, which XLA cannot look into, count
-the blocks that their causal mask leaves.
+XLA's own cost analysis counts the body of a loop once; `Program.runs` says how
+often each computation runs.
 """
 
+import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from lavit_jax.train import roofline
-
-_SHAPE = re.compile(r"^\(?([a-z]+[0-9]*)\[([0-9,]*)\]")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_OPERATION = re.compile(r"(?:^|[\s)}\]])([a-z][a-z\-]*)\(")
 _OPERANDS = re.compile(r"\(([^()]*)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
-_WINDOW = re.compile(r"window=\{([^}]*)\}")
-_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
-_CONTRACT = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
-_LAYOUT = re.compile(r"operand_layout_constraints=\{(.*?)\}, \w+=")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
+_CALLED = re.compile(
+  r"(?:calls|to_apply|body|condition|true_computation|false_computation)="
+  r"%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"?known_trip_count"?:\{"?n"?:"?(\d+)"?\}')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_BODY = re.compile(r"body=%?([\w.\-]+)")
+_INDEX = re.compile(r"index=(\d+)")
 
-# Products of two arrays of [queries, keys, width] in each attention kernel:
-# logits and the sum of values; backward logits again and what follows.
-_KERNELS = {
-  "splash_mha_fwd": 2,
-  "splash_mha_dq": 3,
-  "splash_mha_dkv": 5,  # fused: gradients by query, key and value
+_SIZES = {
+  "pred": 1,
+  "s4": 0.5,
+  "u4": 0.5,
+  "s8": 1,
+  "u8": 1,
+  "s16": 2,
+  "u16": 2,
+  "bf16": 2,
+  "f16": 2,
+  "s32": 4,
+  "u32": 4,
+  "f32": 4,
+  "s64": 8,
+  "u64": 8,
+  "f64": 8,
+  "c64": 8,
+  "c128": 16,
 }
 
 
-def flops(hlo_text: str) -> float:
-  """FLOPs of the matrix products and convolutions that one chip executes.
+@dataclasses.dataclass(frozen=True)
+class Array:
+  """One array of a result.
 
-  Args:
-    hlo_text: of `compiled.as_text()`.
+  Attributes:
+    dtype: of XLA, "bf16".
+    shape: of one device.
+    layout: of XLA, "{1,0:T(8,128)S(1)}"; S(n) is a memory that is not HBM.
   """
-  return _total(hlo_text, _products)
+
+  dtype: str
+  shape: tuple[int, ...]
+  layout: str = ""
+
+  @property
+  def bytes(self) -> float:
+    """Without padding."""
+    return math.prod(self.shape) * size_of(self.dtype)
 
 
-def _total(hlo_text: str, of_line: Callable, entered=None) -> float:
-  """Sum over all instructions, each as often as it runs.
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One line of a computation.
 
-  Args:
-    hlo_text: of a program.
-    of_line: (line, shapes of its computation's values) to a number.
-    entered: operations whose computations count too; all by default.
+  Attributes:
+    name: without its %.
+    operation: "fusion", "all-gather-start".
+    result: its type as text.
+    rest: operands and attributes as text, from the "(" of the operands on.
   """
-  computations, entry = roofline.computations(hlo_text)
-  known: dict[str, float] = {}
 
-  def inside(name: str) -> float:
-    if name not in known:
-      known[name] = 0.0  # of a computation that calls itself
-      lines = computations.get(name, ())
-      shapes, total = _shapes(lines), 0.0
-      for line in lines:
-        total += of_line(line, shapes)
-        if entered is None or _operation(line) in entered:
-          for called, times in roofline.calls(line, computations):
-            total += times * inside(called)
-      known[name] = total
-    return known[name]
+  name: str
+  operation: str
+  result: str
+  rest: str
 
-  return inside(entry)
+  @property
+  def arrays(self) -> list[Array]:
+    """What it makes; several of a tuple."""
+    return arrays_in(self.result)
 
+  @property
+  def operands(self) -> list[str]:
+    """Names of the values that it takes."""
+    match = _OPERANDS.match(self.rest)
+    return _NAME.findall(match[1]) if match else []
 
-def _operation(line: str) -> str:
-  """The operation of an instruction, "" of another line."""
-  match = roofline.INSTRUCTION.match(line)
-  found = roofline.OPERATION.search(match[2]) if match else None
-  return found[1] if found else ""
-
-
-def _shapes(lines) -> dict[str, tuple[int, ...]]:
-  """Dimensions of every value of a computation (the first of a tuple's)."""
-  made = {}
-  for line in lines:
-    if match := roofline.INSTRUCTION.match(line):
-      shape = _SHAPE.match(match[2])
-      made[match[1]] = _dims(shape[2]) if shape else ()
-  return made
+  @property
+  def called(self) -> list[str]:
+    """Names of the computations that it calls."""
+    if self.operation in ("async-update", "async-done"):
+      return []  # these name again what their start has
+    names = _CALLED.findall(self.rest)
+    for branches in _BRANCHES.findall(self.rest):
+      names += [name.strip(" %") for name in branches.split(",")]
+    return names
 
 
-def _dims(text: str) -> tuple[int, ...]:
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Computations by their names, and which of them is the entry."""
+
+  computations: dict[str, list[Instruction]]
+  entry: str
+
+  def runs(self, entered: Collection[str] | None = None) -> dict[str, int]:
+    """How often each computation runs in one run of the program.
+
+    All branches of a conditional count.
+
+    Args:
+      entered: operations whose computations count; None: all.
+    """
+    times = {self.entry: 1}
+    for name in self._callers_first():
+      for one in self.computations[name]:
+        if entered is None or one.operation in entered:
+          for called in one.called:
+            inner = times.get(name, 0) * self.trips(one)
+            times[called] = times.get(called, 0) + inner
+    return times
+
+  def total(
+    self,
+    of: Callable[[Instruction, dict[str, Instruction]], float],
+    entered: Collection[str] | None = None,
+  ) -> float:
+    """Sum over all instructions, each as often as it runs.
+
+    Args:
+      of: (instruction, all of its computation by name) to a number.
+      entered: see `runs`.
+    """
+    total = 0.0
+    for name, times in self.runs(entered).items():
+      lines = self.computations.get(name, [])
+      beside = {one.name: one for one in lines}
+      total += times * sum(of(one, beside) for one in lines)
+    return total
+
+  def trips(self, one: Instruction) -> int:
+    """How often an instruction runs what it calls: once, if it is no loop.
+
+    A loop's count is XLA's `known_trip_count`, or the constant that its
+    condition compares the counter with over the counter's step.
+    """
+    if one.operation != "while":
+      return 1
+    if match := _TRIPS.search(one.rest):
+      return int(match[1])
+    condition = self.computations.get(_CONDITION.search(one.rest)[1], [])
+    bounds = [found for line in condition if (found := _constant(line))]
+    return math.ceil(max(bounds, default=1) / self._step(one, condition))
+
+  def _step(self, loop: Instruction, condition) -> int:
+    """What a loop adds to its counter each turn; 1 if it does not say."""
+    body = self.computations.get(_BODY.search(loop.rest)[1], [])
+    compared = _INDEX.search(
+      next((x.rest for x in condition if "get-tuple" in x.operation), "")
+    )
+    made = {line.name: line for line in body}
+    if not compared or not body or body[-1].operation != "tuple":
+      return 1
+    added = made.get(body[-1].operands[int(compared[1])])
+    if added is None or added.operation != "add":
+      return 1
+    steps = [_constant(made[x]) for x in added.operands if x in made]
+    return next((step for step in steps if step), 1)
+
+  def _callers_first(self) -> list[str]:
+    """Computations that the entry reaches, each after all that call it."""
+    done: dict[str, None] = {}
+    waiting = [(self.entry, False)]
+    while waiting:
+      name, left = waiting.pop()
+      if left:
+        done[name] = None
+      elif name in self.computations and name not in done:
+        waiting.append((name, True))
+        waiting += [
+          (called, False)
+          for one in self.computations[name]
+          for called in one.called
+        ]
+    return list(reversed(done))
+
+
+def read(text: str) -> Program:
+  """Reads `compiled.as_text()`, or a program that XLA has dumped."""
+  made: dict[str, list[Instruction]] = {}
+  entry, lines = "", None
+  for line in text.splitlines():
+    if match := _COMPUTATION.match(line):
+      lines = made.setdefault(match[2], [])
+      entry = match[2] if match[1] else entry
+    elif line.rstrip() == "}":
+      lines = None
+    elif lines is not None and (one := _instruction(line)):
+      lines.append(one)
+  return Program(made, entry)
+
+
+def _instruction(line: str) -> Instruction | None:
+  """None of a line that is none."""
+  match = _INSTRUCTION.match(line)
+  operation = _OPERATION.search(match[2]) if match else None
+  if not operation:
+    return None
+  # A result of one array ends where the operation's name begins.
+  result, rest = match[2][: operation.start(1)], match[2][operation.end(1) :]
+  return Instruction(match[1], operation[1], result, rest)
+
+
+def arrays_in(text: str) -> list[Array]:
+  """All arrays that a text names, "(f32[8,2]{1,0}, u32[])"."""
+  return [
+    Array(dtype, dims(shape), layout)
+    for dtype, shape, layout in _ARRAY.findall(text)
+  ]
+
+
+def dims(text: str) -> tuple[int, ...]:
+  """Sizes of "8,128"."""
   return tuple(int(size) for size in text.split(",") if size)
 
 
-def _products(line: str, shapes) -> float:
-  """FLOPs of one instruction itself, without what it calls."""
-  match = roofline.INSTRUCTION.match(line)
-  operation = roofline.OPERATION.search(match[2]) if match else None
-  if not operation:
-    return 0.0
-  kind, rest = operation[1], match[2][operation.end() - 1 :]
-  if kind == "custom-call":
-    return _kernel(match[1], line)
-  if kind not in ("convolution", "dot"):
-    return 0.0
-  names = _NAME.findall(_OPERANDS.match(rest)[1])
-  left, right = (shapes.get(name, ()) for name in names[:2])
-  out = shapes[match[1]]
-  if kind == "dot":
-    contracted = _dims(_CONTRACT.search(line)[1])
-    return 2.0 * math.prod(out) * math.prod(left[i] for i in contracted)
-  return _convolution(line, left, right, out)
+def size_of(dtype: str) -> float:
+  """Bytes of one element; 0 of a token."""
+  return 1 if dtype.startswith("f8") else _SIZES.get(dtype, 0)
 
 
-def _convolution(line, left, right, out) -> float:
-  """2 x output batch x features in x features out x pairs of each axis.
-
-  TPUs write products of many matrices as convolutions whose windows fall
-  between the rows: only what meets an element counts.
-  """
-  of_left, of_right, of_out = _LABELS.search(line).groups()
-  found = _WINDOW.search(line)
-  window = dict(x.split("=") for x in found[1].split()) if found else {}
-  total = 2.0 * out[of_out.index("b")] * out[of_out.index("f")]
-  total *= right[of_right.index("i")]
-  for axis in sorted(c for c in of_out if c.isdigit()):
-    size = lambda labels, dims, axis=axis: dims[labels.index(axis)]
-    total *= _pairs(
-      size(of_left, left),
-      size(of_out, out),
-      size(of_right, right),
-      *_of_axis(window, int(axis)),
-    )
-  return total
-
-
-def _of_axis(window, axis) -> tuple[int, int, int, int]:
-  """(stride, padding before, left dilation, right dilation) of one axis."""
-
-  def field(name, default):
-    values = window[name].split("x") if name in window else []
-    return values[axis] if axis < len(values) else default
-
-  before = int(field("pad", "0_0").split("_")[0])
-  return (
-    int(field("stride", "1")),
-    before,
-    int(field("lhs_dilate", "1")),
-    int(field("rhs_dilate", "1")),
-  )
-
-
-def _pairs(inputs, outputs, size, stride, before, dilate, spread) -> int:
-  """How many (output, window element) pairs meet an input."""
-  count, last = 0, (inputs - 1) * dilate
-  for place in range(outputs):
-    for k in range(size):
-      t = place * stride + k * spread - before
-      count += 0 <= t <= last and t % dilate == 0
-  return count
-
-
-def _kernel(name: str, line: str) -> float:
-  """FLOPs of an attention kernel of ours; 0 of any other call."""
-  found = next((k for k in _KERNELS if name.startswith(k)), None)
-  if found is None:
-    return 0.0
-  arrays = [
-    (dtype, _dims(dims))
-    for dtype, dims in roofline.ARRAY.findall(_LAYOUT.search(line)[1])
-  ]
-  query, key = [dims for dtype, dims in arrays if "f" in dtype][:2]
-  blocks = next(dims for dtype, dims in arrays if dtype == "s8")[-1]
-  # Below the diagonal, and the blocks that it cuts.
-  share = (blocks + 1) / (2 * blocks)
-  return 2.0 * _KERNELS[found] * math.prod(query) * key[-2] * share
-
-
-def kernels(hlo_text: str) -> list[str]:
-  """Names of the Pallas kernels of a program, each as often as it stands."""
-  return [
-    roofline.INSTRUCTION.match(line)[1]
-    for line in hlo_text.splitlines()
-    if 'custom_call_target="tpu_custom_call"' in line
-  ]
-
-
-_NOT_MOVED = {
-  "parameter",
-  "constant",
-  "tuple",
-  "get-tuple-element",
-  "bitcast",
-  "while",
-  "conditional",
-  "call",
-  "after-all",
-  "iota",
-}
-_RESULT = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
-
-
-def hbm_bytes(hlo_text: str) -> float:
-  """An estimate of what one chip moves between its HBM and its units, bytes.
-
-  Every array that is made in HBM is written once and read once. What stays in
-  the vector memory (XLA marks it S(1)) and what is written into a part of a
-  larger array in place does not count.
-  """
-  loops = ("while", "conditional", "call")  # what is fused stays inside
-  return 2.0 * _total(hlo_text, lambda line, _: _made(line), loops)
-
-
-def _made(line: str) -> float:
-  """Bytes in HBM of what one instruction makes."""
-  match = roofline.INSTRUCTION.match(line)
-  operation = roofline.OPERATION.search(match[2]) if match else None
-  if not operation or operation[1] in _NOT_MOVED:
-    return 0.0
-  # What is copied ahead is counted where it was made.
-  if operation[1].endswith(("-start", "-done")) or "AllocateBuffer" in line:
-    return 0.0
-  in_place = ("dynamic-update-slice", "dynamic_update_slice")
-  if any(name in line for name in (*in_place, "dynamic_update_index")):
-    return 0.0
-  total = 0.0
-  for dtype, dims, layout in _RESULT.findall(match[2][: operation.start()]):
-    if "S(" not in layout:
-      total += math.prod(_dims(dims)) * roofline.size_of(dtype)
-  return total
-
-
-def arrays(hlo_text: str) -> set[tuple[str, tuple[int, ...]]]:
-  """Every (dtype, shape) that some instruction of a program makes."""
-  return {
-    (dtype, _dims(dims))
-    for line in hlo_text.splitlines()
-    if (match := roofline.INSTRUCTION.match(line))
-    and (operation := roofline.OPERATION.search(match[2]))
-    for dtype, dims in roofline.ARRAY.findall(match[2][: operation.start()])
-  }
+def _constant(one: Instruction) -> int:
+  """The value of a whole constant above 0; else 0."""
+  value = one.rest[1:].partition(")")[0]
+  return int(value) if one.operation == "constant" and value.isdigit() else 0

@@ -217,7 +217,7 @@ def check_start(folder, part: str, config: unet.UNetConfig) -> None:
     )
   theirs = dataclasses.asdict(unet.UNetConfig(**fields))
   ours = dataclasses.asdict(config)
-  theirs |= {name: ours[name] for name in ("dtype", "remat")}
+  theirs |= {name: ours[name] for name in ("dtype", "remat", "scan")}
   if wrong := [name for name in ours if ours[name] != theirs[name]]:
     name = wrong[0]
     raise errors.ConfigError(

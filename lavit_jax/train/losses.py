@@ -32,7 +32,7 @@ def next_token_blocked(
   """Cross-entropy of `hidden @ head.T` that never holds all the logits.
 
   The sequence is cut into blocks; the logits of a block live only while its
-  own loss, or its gradient, is computed. At full size the whole would be
+  own loss and gradient are computed. At full size the whole would be
   L * V = 2048 * 48512 float32, 0.4 GB a row, and several copies of it. Over a
   mesh the vocabulary is split over `tensor`, and each device gathers its rows
   of the head once, not once a block.
@@ -47,14 +47,16 @@ def next_token_blocked(
 
   Returns:
     (sum of weighted nll float32[], nll float32[B, L], 0 where the weight is
-    0). For the mean divide by the sum of weights, at least 1.
+    0, without a gradient). For the mean divide by the sum of weights, at
+    least 1.
   """
   block = min(block, targets.shape[1])
   used = vocab_size or head.shape[0]
-  nll = cross_entropy.nll(block, used, hidden, head, targets)
   weights = weights.astype(jnp.float32)
-  nll = jnp.where(weights != 0, nll, 0.0)
-  return (nll * weights).sum(), nll
+  total, nll = cross_entropy.weighted_nll(
+    block, used, hidden, head, targets, weights
+  )
+  return total, jax.lax.stop_gradient(nll)
 
 
 def cosine(a, b):

@@ -1,5 +1,6 @@
 """TPU topologies that are not there, for compiling ahead of time."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -73,12 +74,26 @@ def chip_of(device: jax.Device) -> chips.Chip:
   return chip
 
 
-def links(mesh: jax.sharding.Mesh, chip: chips.Chip) -> Mapping[int, float]:
-  """By the size of a group, the links over which each of its chips sends.
+@dataclasses.dataclass(frozen=True)
+class Route:
+  """How the chips of a group reach each other.
+
+  Attributes:
+    links: of ICI, over which each sends; 1 if a switch joins them.
+    slices: over which the group is spread evenly, joined by the network.
+  """
+
+  links: float
+  slices: int = 1
+
+
+def routes(mesh: jax.sharding.Mesh, chip: chips.Chip) -> Mapping[int, Route]:
+  """By the size of a group, how its chips reach each other.
 
   A group is what some axes of the mesh span. A torus axis along which it has
   several chips gives two links if it is a whole ring, one if it is a part.
-  Where two choices of axes make groups of one size, the slower counts.
+  Where two choices of axes make groups of one size, the slower counts: more
+  slices, then fewer links.
   """
   coords = np.array(
     [
@@ -86,7 +101,7 @@ def links(mesh: jax.sharding.Mesh, chip: chips.Chip) -> Mapping[int, float]:
       for device in mesh.devices.flat
     ]
   ).reshape(*mesh.devices.shape, -1)
-  made: dict[int, float] = {}
+  made: dict[int, Route] = {}
   count = mesh.devices.ndim
   for chosen in range(1, 2**count):
     axes = [i for i in range(count) if chosen >> i & 1]
@@ -95,6 +110,8 @@ def links(mesh: jax.sharding.Mesh, chip: chips.Chip) -> Mapping[int, float]:
     spans = [len(set(group[:, i])) for i in range(coords.shape[-1] - 1)]
     ring = _RINGS.get(chip.torus_axes, math.inf)
     total = sum(2 if n >= ring else 1 for n in spans if n > 1)
+    route = Route(max(total, 1), len(set(group[:, -1])))
+    slower = lambda route: (-route.slices, route.links)
     size = len(group)
-    made[size] = min(made.get(size, math.inf), max(total, 1))
+    made[size] = min(made.get(size, route), route, key=slower)
   return made

@@ -118,6 +118,20 @@ def test_bfloat16_networks_draw_about_the_same(directory, drawn):
   assert difference.mean() < 12
 
 
+def test_where_layers_are_scanned_the_same_is_drawn(
+  directory, lavit, drawn, monkeypatch
+):
+  made = pipeline.LaVIT.load(directory)
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, "default_backend", lambda: "tpu")
+    painter = painters.load(directory, "highres")
+  middle = painter.params["unet"]["mid_block"]["attentions_0"]
+  assert "transformer_blocks" in middle
+  monkeypatch.setitem(made._painters, "highres", painter)
+  again = made.draw_codes(CODES, seed=3, decoder="highres", **_QUICK)
+  assert np.abs(_arrays(again) - _arrays(drawn["highres"])).max() <= 1
+
+
 @pytest.mark.parametrize(
   ("options", "says"),
   [

@@ -72,7 +72,7 @@ def unet_config(kind, **changes):
     channels=(8, 16),
     layers_per_block=1,
     attention=(False, True),
-    transformer_layers=(1, 1),
+    transformer_layers=(1, 2),
     num_heads=(2, 2),
     cross_dim=sum(sizes["dims"]),
     groups=4,
@@ -91,7 +91,8 @@ def config(kind, root, **updates):
   cfg.model.kind = kind
   cfg.model.condition = SIZES[kind]
   cfg.model.uncond_tokens = UNCOND
-  cfg.model.unet = dataclasses.asdict(unet_config(kind))
+  scan = kind == "highres"  # as in SDXL's config
+  cfg.model.unet = dataclasses.asdict(unet_config(kind, scan=scan))
   cfg.data.image_size = 32
   cfg.data.train_size = cfg.data.held_out_size = 16
   cfg.data.buckets = BUCKETS

@@ -127,6 +127,13 @@ def test_no_buffer_holds_all_the_logits():
   assert not in_hlo
 
 
+def test_loss_and_gradients_are_three_products_with_the_head(data):
+  loss = functools.partial(losses.next_token_blocked, block=3)
+  grad = jax.grad(lambda *given: loss(*given)[0], (0, 1))
+  assert str(jax.make_jaxpr(grad)(*data)).count("dot_general[") == 3
+  assert str(jax.make_jaxpr(loss)(*data)).count("dot_general[") == 1
+
+
 def test_cosine_is_one_for_parallel_and_safe_at_zero():
   a = jnp.array([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]])
   b = jnp.array([[6.0, 8.0], [1.0, 0.0], [0.0, 2.0]])

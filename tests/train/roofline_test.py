@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import pytest
 
 from lavit_jax import sharding
-from lavit_jax.train import chips, roofline
+from lavit_jax.train import (
+  chips,
+  collectives,
+  executed,
+  hlo,
+  roofline,
+  topology,
+)
 
 _LAYERS, _WIDTH, _ROWS = 6, 64, 32
 
@@ -33,11 +40,15 @@ def program():
   return compiled.as_text()
 
 
+def _found(text):
+  return collectives.of_program(hlo.read(text))
+
+
 def test_an_all_gather_in_a_scan_counts_once_a_layer(program):
-  found = roofline.collectives_of(program)
+  found = _found(program)
   gathers = [one for one in found if one.kind == "all-gather"]
   assert gathers == [
-    roofline.Collective(
+    collectives.Collective(
       "all-gather", "f32", 4 * _WIDTH * _WIDTH, 4, times=_LAYERS
     )
   ]
@@ -48,7 +59,7 @@ def test_an_all_gather_in_a_scan_counts_once_a_layer(program):
 def test_without_a_known_trip_count_the_condition_tells(program):
   assert "known_trip_count" in program
   hidden = program.replace("known_trip_count", "unknown")
-  assert roofline.collectives_of(hidden) == roofline.collectives_of(program)
+  assert _found(hidden) == _found(program)
 
 
 # Lines as libtpu writes them for v5e, shortened.
@@ -108,13 +119,13 @@ mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a','b':(1)2}
 
 
 def test_what_runs_beside_computation_counts_once():
-  assert roofline.collectives_of(_TPU) == [
-    roofline.Collective("all-gather", "f32", 4 * (64 + 256), 4),
-    roofline.Collective("collective-permute", "f32", 32, 2),
-    roofline.Collective("all-to-all", "f32", 32, 4),
-    roofline.Collective("all-gather", "bf16", 2 * 128 * 1024, 4, 7),
-    roofline.Collective("reduce-scatter", "bf16", 2 * 1024 * 1024, 4, 7),
-    roofline.Collective("all-reduce", "f32", 4 * 256, 2, 7),
+  assert _found(_TPU) == [
+    collectives.Collective("all-gather", "f32", 4 * (64 + 256), 4),
+    collectives.Collective("collective-permute", "f32", 32, 2),
+    collectives.Collective("all-to-all", "f32", 32, 4),
+    collectives.Collective("all-gather", "bf16", 2 * 128 * 1024, 4, 7),
+    collectives.Collective("reduce-scatter", "bf16", 2 * 1024 * 1024, 4, 7),
+    collectives.Collective("all-reduce", "f32", 4 * 256, 2, 7),
   ]
 
 
@@ -126,26 +137,77 @@ def test_a_step_bound_by_compute_by_memory_or_by_the_network():
   one = roofline.estimate(197e12, 819e9 * 2, [], v5e, model_flops=197e12)
   assert (one.step_s, one.mfu) == (2.0, 0.5)
   # Three quarters of 120 GB over two links of 45 GB/s: one second.
-  gather = roofline.Collective("all-gather", "bf16", 60e9, 4, times=2)
+  gather = collectives.Collective("all-gather", "bf16", 60e9, 4, times=2)
   one = roofline.estimate(197e12 / 2, 0, [gather], v5e, model_flops=197e12 / 2)
   assert one.ici_s == pytest.approx(1.0)
   assert one.step_s == pytest.approx(1.0)
   assert one.step_s_no_overlap == pytest.approx(1.5)
   assert one.mfu_no_overlap == pytest.approx(1 / 3)
-  both = roofline.estimate(1, 0, [gather], v5e, model_flops=1, links={4: 4})
+  wide = {4: topology.Route(links=4)}
+  both = roofline.estimate(1, 0, [gather], v5e, model_flops=1, routes=wide)
   assert both.ici_s == pytest.approx(0.5)  # both axes of the torus
 
 
 def test_an_all_reduce_sends_twice_what_a_reduce_scatter_sends():
   v5p = chips.CHIPS["v5p"]
   time = lambda kind, group=8: roofline.seconds(
-    roofline.Collective(kind, "f32", 1e9, group), v5p
+    collectives.Collective(kind, "f32", 1e9, group), v5p
   )
   assert time("all-reduce") == pytest.approx(2 * time("reduce-scatter"))
   assert time("reduce-scatter") == time("all-gather")
   assert time("all-gather", 1) == 0.0
   with pytest.raises(ValueError, match="broadcast"):
     time("broadcast")
+
+
+def test_between_slices_each_chip_sends_its_share_over_the_network():
+  v5e = chips.CHIPS["v5e"]
+  one = collectives.Collective("all-gather", "f32", 8e9, 8)
+  within = collectives.Collective("all-gather", "f32", 8e9, 4)
+  network = v5e.dcn_bandwidth / v5e.chips_per_host
+  assert roofline.seconds(one, v5e, topology.Route(2, slices=2)) == (
+    pytest.approx(roofline.seconds(within, v5e) + 0.5 * 8e9 / 4 / network)
+  )
+
+
+# A loop of XLA's collective products, unrolled twice: its counter grows by 2.
+_UNROLLED = """\
+HloModule jit_f
+
+%body (t: (u32[], f32[8,8])) -> (u32[], f32[8,8]) {
+  %t = (u32[], f32[8,8]{1,0}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%t), index=0
+  %x = f32[8,8]{1,0} get-tuple-element(%t), index=1
+  %two..sunk = u32[]{:T(128)} constant(2)
+  %next = u32[]{:T(128)} add(%i, %two..sunk), metadata={op_name="a(b)/c"}
+  %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, \
+rhs_contracting_dims={0}
+  %z = f32[8,8]{1,0} dot(%y, %y), lhs_contracting_dims={1}, \
+rhs_contracting_dims={0}
+  ROOT %r = (u32[], f32[8,8]{1,0}) tuple(%next, %z)
+}
+
+%cond (t: (u32[], f32[8,8])) -> pred[] {
+  %t = (u32[], f32[8,8]{1,0}) parameter(0)
+  %n = u32[]{:T(128)} constant(8)
+  %i = u32[]{:T(128)} get-tuple-element(%t), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: f32[8,8]) -> f32[8,8] {
+  %p = f32[8,8]{1,0} parameter(0)
+  %zero = u32[] constant(0)
+  %s = (u32[], f32[8,8]{1,0}) tuple(%zero, %p)
+  %w = (u32[], f32[8,8]{1,0}) while(%s), condition=%cond, body=%body
+  ROOT %r = f32[8,8]{1,0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_a_loop_runs_its_bound_over_the_step_of_its_counter():
+  program = hlo.read(_UNROLLED)
+  assert program.runs() == {"main": 1, "body": 4, "cond": 4}
+  assert executed.flops(program) == 4 * 2 * (2 * 8 * 8 * 8)
 
 
 def test_chips_are_known_by_what_jax_calls_them():

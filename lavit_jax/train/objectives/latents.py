@@ -49,7 +49,10 @@ class LatentsObjective(base.Objective):
     super().__init__(config, where)
     model = config.model
     self.kind, self.part = model.kind, f"{model.kind}_pixels"
-    self.unet = unet.UNet(unet.UNetConfig(**model.unet.to_dict()))
+    sizes = unet.UNetConfig(**model.unet.to_dict())
+    if model.lora.rank:  # belongs to layers by their paths: see `lora.applied`
+      sizes = dataclasses.replace(sizes, scan=False)
+    self.unet = unet.UNet(sizes)
     self.schedule = schedules.Schedule(**model.schedule.to_dict())
     self.lora_scale = model.lora.alpha / max(model.lora.rank, 1)
     self._check()
@@ -219,6 +222,8 @@ class LatentsObjective(base.Objective):
       start["projection"] = self._told.projection
     if folder and not self.config.model.lora.rank:
       start["unet"] = self._start("unet")
+      if self.unet.config.scan and start["unet"] is not None:
+        start["unet"] = unet.stacked(start["unet"])
     if folder and self.kind == "lowres":
       uncond = self._start("uncond")
       if uncond is not None:  # [1, U, D] officially
@@ -355,7 +360,7 @@ class LatentsObjective(base.Objective):
     net = ema["unet"]
     if self.config.model.lora.rank:
       net = lora.merge(self._start("unet"), net, self.lora_scale)
-    tree = {"unet": net, "vae": self._vae_params}
+    tree = {"unet": unet.unstacked(net), "vae": self._vae_params}
     if self.kind == "lowres":
       tree["uncond"] = ema["uncond"][None]  # [1, U, D], as officially
     made = {self.part: (tree, self._meta())}
@@ -377,7 +382,7 @@ class LatentsObjective(base.Objective):
   def _meta(self):
     """The meta of the part with the U-Net, its port notes kept if they fit."""
     meta = {
-      "unet": dataclasses.asdict(self.unet.config),
+      "unet": dataclasses.asdict(self.unet.config) | {"scan": False},
       "vae": dataclasses.asdict(self.vae.config),
       "schedule": dataclasses.asdict(self.schedule),
     }

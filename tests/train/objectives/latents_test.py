@@ -32,6 +32,7 @@ PHOTOS = pathlib.Path(__file__).parents[2] / "data_files" / "coco"
 _LORA = {
   "model__lora": {"rank": 2, "alpha": 4.0},
   "model__unet__remat": "full",
+  "model__unet__scan": True,  # which a LoRA cannot have
   "data__buckets": ((24, 32),),  # each is compiled for by itself
 }
 
@@ -239,8 +240,8 @@ def test_eight_devices_update_as_one_does(kind, request):
 
 def test_the_kind_of_sdxl_draws_and_is_written_as_imported(highres, source):
   objective, _ = highres
-  init = state_lib.init_fn(objective, 0)
-  state = state_lib.unbox(jax.eval_shape(init))
+  shapes = state_lib.unbox(jax.eval_shape(state_lib.init_fn(objective, 0)))
+  state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
   batch = next(objective.batches(0))
   height, width = batch["target"].shape[1:3]
   metrics = jax.eval_shape(
@@ -252,12 +253,15 @@ def test_the_kind_of_sdxl_draws_and_is_written_as_imported(highres, source):
   )
   assert metrics["pictures"].shape == (2, 2 * height, width, 3)
   assert {"loss", "eps_mse", "latent_mse", "picture_mse"} <= set(metrics)
-  made = objective.exports(state.params, state.extra)
+  phase = phases_lib.phases_of(objective.config)[0]
+  started = objective.begin_phase(phase, state, objective.frozen, None)
+  middle = started[0]["unet"]["mid_block"]["attentions_0"]
+  assert "transformer_blocks" in middle  # its layers are one scan here
+  made = objective.exports(*started)
   assert set(made) == {"highres", "highres_pixels"}
   for part, (params, meta) in made.items():
     theirs = checkpoints.load_part(source, part)
-    shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), tree)
-    assert shapes(params) == shapes(theirs.params)
+    jax.tree.map(np.testing.assert_array_equal, params, theirs.params)
     assert set(meta) <= set(theirs.meta)
 
 
