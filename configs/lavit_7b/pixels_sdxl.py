@@ -39,6 +39,11 @@ def get_config():
   cfg = common.get_config("latents")
   cfg.batch_size = 256
   cfg.mesh.fsdp = 16
+  # Convolutions in smaller windows compile in a fraction of the time. By the
+  # compiler's own account they and the transformers take half as many cycles
+  # more, in a step that waits for its weights (benchmarks/unet_compile.py):
+  # with 16384 it is a tenth, and a long run should have that.
+  cfg.compiler_options = {"xla_tpu_scoped_vmem_limit_kib": "8192"}
   cfg.vae_from = ""  # a model directory with another autoencoder
   cfg.model = dict(
     kind="highres",

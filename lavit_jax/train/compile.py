@@ -5,7 +5,9 @@ from it and from the chip's table: executed and model FLOPs, the roofline.
 """
 
 import dataclasses
+import pathlib
 import re
+import tempfile
 import time
 from typing import Any
 
@@ -120,17 +122,13 @@ def compile_for(
     "lower_s": lowered_s,
   }
   try:
-    compiled = lowered.compile()
+    compiled, text, unread = _compiled(lowered)
   except jax.errors.JaxRuntimeError as e:
     if "hbm" not in str(e).lower():
       raise
     return Report(fits=False, why_not=_short(e), **common), ""
   common["compile_s"] = time.monotonic() - start - lowered_s
-  try:
-    text = compiled.as_text()
-  except jax.errors.JaxRuntimeError as e:
-    # jaxlib's reader is at times behind what libtpu writes.
-    unread = " ".join(str(e).split())[:300]
+  if unread:
     memory = _memory(compiled, chip)
     fits, why = _fits(memory)
     report = Report(
@@ -138,6 +136,26 @@ def compile_for(
     )
     return report, ""
   return _report(common, compiled, text, chip, mesh), text
+
+
+def _compiled(lowered):
+  """Compiles, and gives (compiled, its HLO, "" or why there is none).
+
+  jaxlib's reader is at times behind what libtpu writes ("Async done requires
+  its operand to be an asynchronous op"): then the text is the one that libtpu
+  itself dumps.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    compiled = lowered.compile(dump)
+    try:
+      return compiled, compiled.as_text(), ""
+    except jax.errors.JaxRuntimeError as e:
+      found = list(pathlib.Path(folder).glob("*.after_optimizations.txt"))
+      if not found:  # as of a program out of the compilation cache
+        return compiled, "", " ".join(str(e).split())[:300]
+      largest = max(found, key=lambda path: path.stat().st_size)
+      return compiled, largest.read_text(), ""
 
 
 def _fits(memory) -> tuple[bool, str]:

@@ -5,7 +5,7 @@
 
 import jax
 
-from lavit_jax import sharding
+from lavit_jax import errors, sharding
 from lavit_jax.train import optimizer
 from lavit_jax.train import state as state_lib
 
@@ -27,13 +27,29 @@ _FUSED = {
 _GPU = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
 
-def options(mesh: jax.sharding.Mesh) -> dict:
-  """Compiler options for the devices of a mesh; none on a CPU."""
+def options(mesh: jax.sharding.Mesh, config) -> dict:
+  """What XLA is told when it compiles for the devices of a mesh.
+
+  Args:
+    mesh: of devices of one kind.
+    config: of the run. Its `compiler_options`, if it has them, come on top:
+      those named xla_tpu_ on TPUs, those named xla_gpu_ on GPUs.
+
+  Raises:
+    errors.ConfigError: an option is for neither.
+  """
   device = mesh.devices.flat[0]
-  if device.platform == "tpu":
-    lite = device.device_kind in ("TPU v5 lite", "TPU v5e")
-    return _TPU | (_FUSED if lite else {})
-  return _GPU if device.platform == "gpu" else {}
+  known = {"tpu": _TPU, "gpu": _GPU}.get(device.platform, {})
+  if device.device_kind in ("TPU v5 lite", "TPU v5e"):
+    known = known | _FUSED
+  own = dict(config.get("compiler_options", {}))
+  if odd := [x for x in own if not x.startswith(("xla_tpu_", "xla_gpu_"))]:
+    raise errors.ConfigError(
+      f"compiler_options has {odd}: expected names that begin with xla_tpu_ or"
+      " xla_gpu_. Other options of XLA go into the environment's XLA_FLAGS."
+    )
+  prefix = f"xla_{device.platform}_"
+  return known | {k: v for k, v in own.items() if k.startswith(prefix)}
 
 
 def step(objective, phase, labels, tx, mesh, layout):
@@ -53,7 +69,7 @@ def step(objective, phase, labels, tx, mesh, layout):
     state_lib.make_step(objective, phase, labels, tx),
     donate_argnums=0,
     out_shardings=(layout, None),
-    compiler_options=options(mesh),
+    compiler_options=options(mesh, objective.config),
   )
 
 

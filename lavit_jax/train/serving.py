@@ -67,7 +67,7 @@ def _llm(what, objective, mesh):
     last = hidden[:, -1:]
     return model.apply(variables, last, method="logits"), cache
 
-  options = program.options(mesh)
+  options = program.options(mesh, objective.config)
   made = jax.jit(run, donate_argnums=2, compiler_options=options)
   cost = network_flops.llama_layers(
     config, rows * length, _LENGTH if what == "prefill" else 2 * _LENGTH
@@ -96,7 +96,7 @@ def _unet(objective, mesh):
   z, t = row(height, width, config.in_channels), row(dtype=jnp.int32)
   made = jax.jit(
     lambda params, z, t, given: net.apply({"params": params}, z, t, **given),
-    compiler_options=program.options(mesh),
+    compiler_options=program.options(mesh, objective.config),
   )
   cost = network_flops.denoise(config, height, width, tokens)
   return made.lower(params, z, t, given), {"unet": (count * cost).forward}

@@ -90,7 +90,11 @@ VAE = {
   "sample_size": 512,
   "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
-UNETS = {"sd15": unet.SD15_UNET, "sdxl": unet.SDXL_UNET}
+UNETS = {
+  "sd15": unet.SD15_UNET,
+  # As files hold it: no layers stacked.
+  "sdxl": dataclasses.replace(unet.SDXL_UNET, scan=False),
+}
 TINY = unet.UNetConfig(
   in_channels=4,
   out_channels=4,

@@ -179,6 +179,41 @@ def test_what_does_not_fit_says_so_and_exits_with_3(
   assert "more than" in again.why_not
 
 
+def test_a_program_that_jaxlib_cannot_read_is_read_from_its_dump(
+  micro_runs, monkeypatch
+):
+  cfg = _config(micro_runs)
+  read, text = ahead.compile_for(cfg, "v5e:2x4", what="decode")
+
+  def fails(_):
+    raise jax.errors.JaxRuntimeError("Async done requires an operand")
+
+  monkeypatch.setattr(jax.stages.Compiled, "as_text", fails)
+  dumped, other = ahead.compile_for(cfg, "v5e:2x4", what="decode")
+  assert other != text  # written by another hand
+  assert not dumped.unread
+  assert dumped.executed_flops == read.executed_flops
+  assert dumped.collectives == read.collectives
+  assert dumped.kernels == read.kernels
+  assert dumped.roofline == read.roofline
+
+
+def test_a_config_tells_the_compiler_what_is_for_its_chips():
+  config = micro.config("pretrain", "models")
+  mesh = sharding.make_mesh({}, topology.devices("v6e:2x2")[:1])
+  plain = program.options(mesh, config)
+  config.compiler_options = {
+    "xla_tpu_scoped_vmem_limit_kib": "8192",
+    "xla_gpu_autotune_level": "0",
+  }
+  own = {"xla_tpu_scoped_vmem_limit_kib": "8192"}
+  assert program.options(mesh, config) == plain | own
+  assert not program.options(sharding.make_mesh({}, jax.devices()[:1]), config)
+  config.compiler_options = {"scoped_vmem": "8192"}
+  with pytest.raises(errors.ConfigError, match=r"\['scoped_vmem'\]"):
+    program.options(mesh, config)
+
+
 def test_a_mesh_without_fsdp_of_a_large_model_is_an_error():
   config = dataclasses.replace(llama.LLAMA2_7B, width=4096, depth=1)
   devices = topology.devices("v5e:2x4")
