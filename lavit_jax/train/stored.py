@@ -106,12 +106,13 @@ class Outline:
     return model, state_lib.unbox(shapes.autoencoder(model))
 
   def branch(self, directory, name, top, dtype="float32"):
-    """The U-Net that a LoRA changes."""
+    """The U-Net that a LoRA changes, its layers apart as in files."""
     del directory
     if top != "unet":
       raise ValueError(f"{top!r} is no branch that an outline knows.")
     config = unet.SD15_UNET if name == "lowres_pixels" else unet.SDXL_UNET
-    return state_lib.unbox(shapes.denoiser(unet.UNet(config), dtype))
+    apart = dataclasses.replace(config, scan=False)
+    return state_lib.unbox(shapes.denoiser(unet.UNet(apart), dtype))
 
   def cast(self, tree: Any, dtype):
     """A tree of shapes, its floats in a dtype."""

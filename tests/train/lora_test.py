@@ -116,6 +116,6 @@ def test_it_has_a_change_for_every_attention_of_a_u_net():
   tree = jax.eval_shape(lambda: lora.init(jax.random.key(0), boxed, 2))
   found = jax.tree_util.tree_leaves_with_path(tree)
   blocks = {jax.tree_util.keystr(path[:-3]) for path, _ in found}
-  # Down 1, middle 1, up 2: each with self- and cross-attention.
-  assert len(blocks) == 8
-  assert len(found) == 8 * 4 * 2
+  # Down 1, middle 1, up 2 of two layers, each with self- and cross-attention.
+  assert len(blocks) == 16
+  assert len(found) == 16 * 4 * 2

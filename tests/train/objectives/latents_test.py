@@ -238,8 +238,9 @@ def test_eight_devices_update_as_one_does(kind, request):
     jax.tree_util.tree_map_with_path(close, one, eight)
 
 
-def test_the_kind_of_sdxl_draws_and_is_written_as_imported(highres, source):
-  objective, _ = highres
+def test_the_kind_of_sdxl_draws_and_is_written_as_imported(source, tmp_path):
+  root = _branch(source, tmp_path, "highres")
+  objective = objectives.build(_config("highres", root, source))
   shapes = state_lib.unbox(jax.eval_shape(state_lib.init_fn(objective, 0)))
   state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
   batch = next(objective.batches(0))
