@@ -39,11 +39,11 @@ def get_config():
   cfg = common.get_config("latents")
   cfg.batch_size = 256
   cfg.mesh.fsdp = 16
-  # Convolutions in smaller windows compile in a fraction of the time. By the
-  # compiler's own account they and the transformers take half as many cycles
-  # more, in a step that waits for its weights (benchmarks/unet_compile.py):
-  # with 16384 it is a tenth, and a long run should have that.
-  cfg.compiler_options = {"xla_tpu_scoped_vmem_limit_kib": "8192"}
+  # Convolutions in windows of this size compile in a third of the time; by the
+  # compiler's own account they and the transformers take a tenth more cycles,
+  # in a step that waits for its weights (benchmarks/unet_compile.py). Half the
+  # size compiles in less again, at half as many cycles more.
+  cfg.compiler_options = {"xla_tpu_scoped_vmem_limit_kib": "16384"}
   cfg.vae_from = ""  # a model directory with another autoencoder
   cfg.model = dict(
     kind="highres",

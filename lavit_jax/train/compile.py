@@ -141,21 +141,19 @@ def compile_for(
 def _compiled(lowered):
   """Compiles, and gives (compiled, its HLO, "" or why there is none).
 
-  jaxlib's reader is at times behind what libtpu writes ("Async done requires
-  its operand to be an asynchronous op"): then the text is the one that libtpu
-  itself dumps.
+  The text is libtpu's own dump: jaxlib's reader is at times behind what libtpu
+  writes, and then fills stderr with a stack trace.
   """
   with tempfile.TemporaryDirectory() as folder:
     dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     compiled = lowered.compile(dump)
-    try:
-      return compiled, compiled.as_text(), ""
-    except jax.errors.JaxRuntimeError as e:
-      found = list(pathlib.Path(folder).glob("*.after_optimizations.txt"))
-      if not found:  # as of a program out of the compilation cache
-        return compiled, "", " ".join(str(e).split())[:300]
+    if found := list(pathlib.Path(folder).glob("*.after_optimizations.txt")):
       largest = max(found, key=lambda path: path.stat().st_size)
       return compiled, largest.read_text(), ""
+  try:  # a program out of the compilation cache leaves no dump
+    return compiled, compiled.as_text(), ""
+  except jax.errors.JaxRuntimeError as e:
+    return compiled, "", " ".join(str(e).split())[:300]
 
 
 def _fits(memory) -> tuple[bool, str]:
