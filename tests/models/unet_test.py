@@ -325,18 +325,17 @@ def test_a_scan_over_the_layers_is_the_layers():
   )
   variables = jax.jit(lambda: init(config), compiler_options=_QUICK)()
   apart, _ = _gradients(config, variables)
-  for remat in ("none", "full"):
-    scanned = dataclasses.replace(config, scan=True, remat=remat)
-    stacked = {"params": unet.stacked(variables["params"])}
-    expected = jax.eval_shape(lambda made=scanned: init(made))
-    assert jax.tree.structure(stacked) == jax.tree.structure(expected)
-    together, program = _gradients(scanned, stacked)
-    assert program.count("scan[") == 2 * 4  # forward and backward
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-      unet.unstacked(together["params"]),
-      apart["params"],
-    )
+  scanned = dataclasses.replace(config, scan=True, remat="full")
+  stacked = {"params": unet.stacked(variables["params"])}
+  expected = jax.eval_shape(lambda: init(scanned))
+  assert jax.tree.structure(stacked) == jax.tree.structure(expected)
+  together, program = _gradients(scanned, stacked)
+  assert program.count("scan[") == 2 * 4  # forward and backward
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    unet.unstacked(together["params"]),
+    apart["params"],
+  )
   jax.tree.map(
     np.testing.assert_array_equal,
     unet.unstacked(stacked["params"]),
