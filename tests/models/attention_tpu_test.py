@@ -1,7 +1,6 @@
 """The TPU kernel against the einsums, and compiled for a real topology."""
 
 import functools
-import os
 import re
 
 import jax
@@ -12,6 +11,7 @@ import pytest
 from lavit_jax import sharding
 from lavit_jax.models import attention_mesh, attention_tpu, layers, llama
 from lavit_jax.train import state as state_lib
+from lavit_jax.train import topology
 
 _ROWS, _HEADS = 4, 4
 _LENGTH = 1536  # of the rows compiled for v5e; no other size is the same
@@ -136,11 +136,7 @@ def test_the_platform_is_the_meshs():
 
 def _compiled(sizes, remat):
   """HLO of the gradients of a small LLaMA on eight chips of v5e."""
-  from jax.experimental import topologies
-
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-  mesh = sharding.make_mesh(sizes, chips.devices)
+  mesh = sharding.make_mesh(sizes, topology.devices("v5e:2x4"))
   model = llama.Llama(
     llama.LlamaConfig(
       vocab_size=512,
