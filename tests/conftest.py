@@ -24,6 +24,20 @@ import pytest  # noqa: E402
 _MAX_RESIDENT = 3e9  # bytes
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+  """Slow tests first, to any process; those of a file to one and the same.
+
+  What a file's tests share, fixtures and compiled programs, is then made once;
+  and no process is left alone with the slow ones at the end.
+  """
+  is_slow = lambda item: item.get_closest_marker("slow") is not None
+  items.sort(key=is_slow, reverse=True)
+  for item in items:
+    if not is_slow(item) and not item.get_closest_marker("xdist_group"):
+      item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
   """Lets compiled programs go where a process has grown large.

@@ -14,6 +14,8 @@ from lavit_jax import cli
 from lavit_jax.port import importing, verify
 
 pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.xdist_group("verify"),
   pytest.mark.shared,
   pytest.mark.skipif(
     not os.environ.get("LAVIT_SHARED"),

@@ -2,9 +2,12 @@
 
 import pathlib
 
+import pytest
+
 FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_four_kills_leave_parameters_and_batches_as_they_were(
   micro_runs, tmp_path, monkeypatch
 ):

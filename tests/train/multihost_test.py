@@ -12,6 +12,8 @@ from lavit_jax.train import run_checkpoints, writers
 from tests import micro
 from tests.train import processes
 
+pytestmark = pytest.mark.slow
+
 _STEPS = 12
 _SPLIT = {"data": 1, "fsdp": -1, "context": 1, "tensor": 1}
 
