@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items):
   items.sort(key=is_slow, reverse=True)
   for item in items:
     if not is_slow(item) and not item.get_closest_marker("xdist_group"):
-      item.add_marker(pytest.mark.xdist_group(str(item.path)))
+      item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -54,6 +54,11 @@ def _lower(function, platform, *args):
   return exported
 
 
+def _kinds(avals):
+  """Shapes and dtypes."""
+  return [(aval.shape, aval.dtype) for aval in avals]
+
+
 def _tokenizer():
   """The micro tokenizer, with its encoder, as a dict."""
   parts = micro.config("tokenizer", _NOWHERE).model.tokenizer.to_dict()
@@ -68,7 +73,7 @@ def _no_text(monkeypatch):
 
 
 def _lower_step(cfg, name, platform):
-  """The train step of a phase, exported."""
+  """(train step of a phase, exported; number of arrays in its state)."""
   cfg.assumed = {"tokenizer": _tokenizer(), "text_size": 300, "capacity": 16}
   if cfg.stage == "latents":  # its outlines have the official sizes
     cfg.assumed.tokenizer = dataclasses.asdict(tokenizer.LAVIT_7B)
@@ -82,7 +87,15 @@ def _lower_step(cfg, name, platform):
   state = state.replace(opt_state=jax.eval_shape(tx.init, trainable))
   step = state_lib.make_step(objective, phase, labels, tx)
   frozen = state_lib.unbox(objective.frozen_shapes())
-  return _lower(step, platform, state, frozen, objective.batch_shapes())
+  made = _lower(step, platform, state, frozen, objective.batch_shapes())
+  return made, len(jax.tree.leaves(state))
+
+
+def _assert_trains(made, size):
+  """State comes back as it went in, so that it can be donated, and a loss."""
+  assert size > 0
+  assert _kinds(made.out_avals[:size]) == _kinds(made.in_avals[:size])
+  assert ((), jnp.float32) in _kinds(made.out_avals[size:])
 
 
 @_PLATFORMS
@@ -98,7 +111,7 @@ def _lower_step(cfg, name, platform):
 )
 def test_train_steps_lower(stage, name, platform):
   cfg = sharding_test.stage_config(stage, _NOWHERE)
-  _lower_step(cfg, name, platform)
+  _assert_trains(*_lower_step(cfg, name, platform))
 
 
 @_PLATFORMS
@@ -107,11 +120,11 @@ def test_pretrain_lowers_with_the_kernel(platform, caplog):
   layers._say_no_kernel.cache_clear()
   wide = {"model__llm__width": 128, "model__llm__remat": "none"}
   cfg = micro.config("pretrain", _NOWHERE, **wide)
-  text = _lower_step(cfg, "train", platform).mlir_module()
+  text = _lower_step(cfg, "train", platform)[0].mlir_module()
   assert text.count(f"@{_KERNEL[platform]}") >= 2
   cfg = micro.config("pretrain", _NOWHERE)  # heads of 8: einsums
   assert "takes no kernel" not in caplog.text
-  text = _lower_step(cfg, "train", platform).mlir_module()
+  text = _lower_step(cfg, "train", platform)[0].mlir_module()
   assert f"@{_KERNEL[platform]}" not in text
   assert "takes no kernel" in caplog.text
 
@@ -121,7 +134,7 @@ def test_pretrain_lowers_with_the_kernel(platform, caplog):
 )
 def test_latents_lower(kind, platform):
   cfg = latent_micro.config(kind, _NOWHERE, start_from="")
-  _lower_step(cfg, "train", platform)
+  _assert_trains(*_lower_step(cfg, "train", platform))
 
 
 @_PLATFORMS
@@ -135,11 +148,16 @@ def test_prefill_and_decode_lower(platform):
   params = state_lib.unbox(params)["params"]
   prompt = {"tokens": tokens, "mask": jnp.ones((2, 128), bool)}
   prefill = functools.partial(decode.prefill, model, max_new_tokens=8)
-  _lower(prefill, platform, params, prompt)
+  logits = (2, config.padded_vocab), jnp.float32
+  made = _lower(prefill, platform, params, prompt)
+  assert _kinds(made.out_avals)[0] == logits
   cache = llama.init_cache(config, 2, 136)
   advance = functools.partial(decode.advance, model)
   ids = jnp.zeros((2,), jnp.int32)
-  _lower(advance, platform, params, ids, cache)
+  made = _lower(advance, platform, params, ids, cache)
+  assert _kinds(made.out_avals)[0] == logits
+  after = _kinds(made.out_avals)[1:]
+  assert after == _kinds(jax.tree.leaves(cache))
 
 
 @_PLATFORMS
@@ -168,4 +186,5 @@ def test_sampling_steps_of_the_unet_lower(kind, platform):
     )
 
   seeds = np.zeros((2,), np.uint32)
-  _lower(draw, platform, params, tokens, seeds)
+  made = _lower(draw, platform, params, tokens, seeds)
+  assert _kinds(made.out_avals) == [((2, 16, 16, 4), jnp.float32)]
