@@ -1,17 +1,28 @@
 """The tiny configs made smaller still: seconds a stage, the same code."""
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import importlib
+import json
 import pathlib
 import shutil
 from unittest import mock
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
-from lavit_jax import quickstart, sharding
+from lavit_jax import checkpoints, quickstart, sharding
+from lavit_jax.models import tokenizer
+from lavit_jax.train import objectives
 
 SCENES = 40
+_CACHE = (
+  "jax_enable_compilation_cache",
+  "jax_compilation_cache_dir",
+  "jax_persistent_cache_min_compile_time_secs",
+)
 
 
 def config(stage, root, **updates):
@@ -67,6 +78,22 @@ def config(stage, root, **updates):
   return cfg
 
 
+def assuming(cfg):
+  """The config with `assumed` in place of its model and data."""
+  real = objectives.build(cfg)
+  meta = checkpoints.read_meta(cfg.model_dir, "tokenizer")
+  config = tokenizer.config_from_dict(meta["tokenizer"])
+  words = cfg.stage == "pretrain"
+  cfg = copy.deepcopy(cfg)
+  cfg.assumed = dict(
+    tokenizer=json.loads(json.dumps(dataclasses.asdict(config))),
+    text_size=real.text.size if words else 0,
+    capacity=real.capacity if words else 0,
+  )
+  cfg.model_dir = cfg.data.path = "nowhere"
+  return cfg
+
+
 def train_all(root):
   """Every stage in a row under `root`, as `lavit quickstart` trains them."""
   with one_device():
@@ -76,11 +103,29 @@ def train_all(root):
 
 
 @contextlib.contextmanager
-def one_device():
-  """Meshes of one device inside: eight take long to compile for."""
-  first = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-  with mock.patch.object(sharding, "make_mesh", first):
+def devices(count):
+  """Meshes of the first devices inside: eight take long to compile for."""
+  some = functools.partial(sharding.make_mesh, devices=jax.devices()[:count])
+  with mock.patch.object(sharding, "make_mesh", some):
     yield
+
+
+def one_device():
+  """Meshes of one device inside."""
+  return devices(1)
+
+
+@contextlib.contextmanager
+def own_cache():
+  """What is told inside of JAX's cache of programs holds inside alone."""
+  before = {name: getattr(jax.config, name) for name in _CACHE}
+  compilation_cache.reset_cache()  # it reads the settings once
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def branch(root, tmp_path, count):

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import sys
+import warnings
 from collections.abc import Sequence
 
 from lavit_jax import errors
@@ -35,6 +36,11 @@ measurement). Exit status 0: it fits; 3: it does not.
   --batches B,B,...      with --sweep: these batch sizes
   --remats R,R,...       with --sweep: these policies of dots, full, ...
   --hlo FILE             write the optimized program there
+  --cache DIR            keep the compiled program there, in the form of JAX's
+                         compilation cache: put where a run looks for programs
+                         (lavit train --help), it saves the run the time to
+                         compile. Where chips, versions, code, config or shapes
+                         are not the same, the run compiles as ever
   --json                 print one JSON document
   --config.FIELD=VALUE   override any field of the config (after --config)
 
@@ -62,10 +68,7 @@ def run(argv: Sequence[str]) -> int:
     return 0 if argv else 2
   args, config = _read(argv)
   os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU that is there is left alone
-  import jax
-
-  # What is cached of a program for other chips cannot be read back.
-  jax.config.update("jax_enable_compilation_cache", False)
+  keep_in(args.cache)
   from lavit_jax.train import compile as ahead
 
   def one(config):
@@ -100,6 +103,7 @@ def _read(argv):
   parser.add_argument("--batches")
   parser.add_argument("--remats")
   parser.add_argument("--hlo")
+  parser.add_argument("--cache")
   parser.add_argument("--json", action="store_true")
   args, rest = parser.parse_known_args(argv)
   if not args.topology:
@@ -111,6 +115,24 @@ def _read(argv):
     raise errors.UsageError(f"--slices {args.slices}: expected 1 or more.")
   config, _ = train.read_config([*rest, "--workdir", "none"])
   return args, config
+
+
+def keep_in(folder) -> None:
+  """Has JAX keep what it compiles in a folder, or nothing if it is None.
+
+  What is kept for other chips cannot be read back here: JAX warns of that, and
+  compiles again.
+  """
+  import jax
+
+  jax.config.update("jax_enable_compilation_cache", folder is not None)
+  if folder is None:
+    return
+  jax.config.update("jax_compilation_cache_dir", folder)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  warnings.filterwarnings(
+    "ignore", message="Error reading persistent compilation cache"
+  )
 
 
 def _sweep(args, config, one) -> int:

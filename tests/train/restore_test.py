@@ -1,9 +1,6 @@
 """Runs that go on elsewhere: other meshes and batches, bad steps left out."""
 
-import contextlib
-import functools
 import logging
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from lavit_jax import errors, sharding
+from lavit_jax import errors
 from lavit_jax.train import (
   batch_log,
   loop,
@@ -28,14 +25,6 @@ from tests.train import latent_micro
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
   with latent_micro.quick():
-    yield
-
-
-@contextlib.contextmanager
-def _devices(count):
-  """Meshes of the first devices inside."""
-  some = functools.partial(sharding.make_mesh, devices=jax.devices()[:count])
-  with mock.patch.object(sharding, "make_mesh", some):
     yield
 
 
@@ -81,14 +70,14 @@ def test_a_run_moves_from_8_devices_to_4_to_2_to_1(
   """Bit for bit what was saved, laid out for the new mesh; it learns on."""
   straight, moved = micro.branch(micro_runs, tmp_path, 2)
   common = {"phases__train__steps": 8, "log__every": 1}
-  with _devices(1):
+  with micro.devices(1):
     cfg = micro.config("pretrain", straight, **common)
     loop.train(cfg, straight / "run", quiet=True)
   work = moved / "run"
   for number, (count, sizes) in enumerate(_MESHES, 1):
     cfg = micro.config("pretrain", moved, **common)
     cfg.mesh = sizes
-    with _devices(count):
+    with micro.devices(count):
       loop.train(cfg, work, stop_at=2 * number, quiet=True)
     if number == 1:
       continue
@@ -111,7 +100,7 @@ def test_a_run_moves_from_8_devices_to_4_to_2_to_1(
 def test_another_batch_size_goes_on_with_the_next_example(micro_runs, tmp_path):
   (root,) = micro.branch(micro_runs, tmp_path, 1)
   common = {"phases__train__steps": 6}
-  with _devices(1):
+  with micro.devices(1):
     cfg = micro.config("pretrain", root, **common)
     loop.train(cfg, root / "run", stop_at=3, quiet=True)
     cfg = micro.config("pretrain", root, batch_size=4, **common)
@@ -171,7 +160,7 @@ def _train(root, name, **nonfinite_fields):
   cfg = micro.config("pretrain", root, phases__train__steps=8, log__every=1)
   if nonfinite_fields:
     cfg.nonfinite = nonfinite_fields
-  with _devices(1):
+  with micro.devices(1):
     loop.train(cfg, root / name, quiet=True)
   return root / name
 

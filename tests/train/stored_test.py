@@ -1,13 +1,9 @@
 """Objectives by shape alone are those with weights and data."""
 
-import dataclasses
-import json
-
 import jax
 import pytest
 
-from lavit_jax import checkpoints, errors
-from lavit_jax.models import tokenizer
+from lavit_jax import errors
 from lavit_jax.train import objectives, stored
 from lavit_jax.train import state as state_lib
 from tests import micro
@@ -44,14 +40,7 @@ def test_shapes_of_batches_and_frozen_arrays_are_those_that_come(
 def test_an_outline_has_the_shapes_of_the_real_objective(stage, micro_runs):
   cfg = micro.config(stage, micro_runs)
   real = objectives.build(cfg)
-  meta = checkpoints.read_meta(cfg.model_dir, "tokenizer")
-  config = tokenizer.config_from_dict(meta["tokenizer"])
-  cfg.assumed = dict(
-    tokenizer=json.loads(json.dumps(dataclasses.asdict(config))),
-    text_size=real.text.size if stage == "pretrain" else 0,
-    capacity=real.capacity if stage == "pretrain" else 0,
-  )
-  cfg.model_dir = cfg.data.path = "nowhere"
+  cfg = micro.assuming(cfg)
   outline = objectives.build(cfg, stored.Outline(cfg))
   assert outline.batch_shapes() == real.batch_shapes()
   for shapes in (

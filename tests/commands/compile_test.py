@@ -1,0 +1,42 @@
+"""What `lavit compile --cache` keeps is what a run looks for."""
+
+import pytest
+
+from lavit_jax import sharding
+from lavit_jax.commands import compile as command
+from lavit_jax.train import compile as ahead
+from lavit_jax.train import loop, phases, program
+from tests import micro
+
+
+@pytest.fixture
+def cache(tmp_path):
+  """A folder where JAX keeps programs during a test, as `--cache` tells it."""
+  with micro.own_cache():
+    command.keep_in(str(tmp_path / "compiled"))
+    yield tmp_path / "compiled"
+
+
+def _steps(folder):
+  return {path.name for path in folder.glob("jit_step-*-cache")}
+
+
+def test_a_run_finds_the_program_that_was_compiled_ahead(
+  cache, micro_runs, tmp_path
+):
+  """Down to the key of the cache, compiled where its model is not."""
+  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  sizes = {"data": -1, "fsdp": 2, "context": 1, "tensor": 1}
+  cfg = micro.config("pretrain", root, mesh=sizes)
+  elsewhere = micro.assuming(cfg)
+  objective = ahead.objective_of(elsewhere)
+  assert objective.stored.outline
+  (phase,) = phases.phases_of(cfg)
+  with micro.devices(2):
+    mesh = sharding.make_mesh(sizes)
+    lowered, _ = program.lower(objective, elsewhere, phase, mesh)
+    lowered.compile()
+    kept = _steps(cache)
+    assert len(kept) == 1
+    loop.train(cfg, root / "run", quiet=True)
+    assert _steps(cache) == kept
