@@ -22,10 +22,13 @@ from lavit_jax.train import executed, hlo
 
 _VOCAB = llama.LLAMA2_7B.padded_vocab
 
+_INT8 = "--config.model.llm.matmul=int8"
 ROWS = (
   ("pretrain", "v5e:16x16", ()),
+  ("pretrain", "v5e:16x16", (_INT8,)),
   ("pretrain", "v5p:4x4x8", ()),
   ("pretrain", "v6e:16x16", ("--config.batch_size=512",)),
+  ("pretrain", "v6e:16x16", ("--config.batch_size=512", _INT8)),
   ("tokenizer", "v5e:16x16", ()),
   ("pixels_sdxl", "v6e:16x16", ()),
   ("finetune", "v5e:2x4", ()),

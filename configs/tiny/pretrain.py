@@ -20,6 +20,7 @@ def get_config():
       mlp_dim=384,
       max_len=512,
       unroll=4,
+      matmul="",  # or "int8", "fp8": see lavit_jax/models/narrow.py
     )
   )
   cfg.start_from = ""  # a model directory with an LLM to go on from

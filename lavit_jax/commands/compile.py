@@ -232,7 +232,12 @@ def _table(report) -> str:
       ]
     )
   lines += [
-    f"executed FLOPs: {report.executed_over_model:.2f} x model",
+    f"executed FLOPs: {report.executed_over_model:.2f} x model"
+    + (
+      f", {report.int8_flops / report.executed_flops:.0%} in int8"
+      if report.int8_flops
+      else ""
+    ),
     f"kernels: {', '.join(report.kernels) or 'none'}",
     "sent and received a step, a chip:",
   ]

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from lavit_jax import errors
-from lavit_jax.models import activations, dots, layers
+from lavit_jax.models import activations, dots, layers, narrow
 
 _NO_CLASS = -1e9  # the logit of the padding rows of the head
 _VOCAB_MULTIPLE = 128
@@ -37,6 +37,8 @@ class LlamaConfig:
     max_len: longest sequence meant; rotary positions have no table.
     dtype: of the computation; parameters are float32.
     remat: name of a policy in `layers.REMAT`, what backward recomputes.
+    matmul: number format of the layers' products in training, of
+      `narrow.FORMATS`; "" for dtype.
     unroll: layers a scan step; more is faster to run, slower to compile.
     scan: whether the layers are one scan over stacked parameters; see
       `unstacked`.
@@ -53,6 +55,7 @@ class LlamaConfig:
   max_len: int = 4096
   dtype: str = "float32"
   remat: str = "none"
+  matmul: str = ""
   unroll: int = 1
   scan: bool = True
 
@@ -68,6 +71,7 @@ class LlamaConfig:
         f" num_kv_heads={self.num_kv_heads}: each key head serves equally many"
         " query heads. Change one of the two."
       )
+    narrow.check(self.matmul)
 
   @property
   def head_dim(self) -> int:
@@ -78,6 +82,10 @@ class LlamaConfig:
   def padded_vocab(self) -> int:
     """Rows of embedding and head, a multiple of 128."""
     return -(-self.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+
+  def trained(self) -> "LlamaConfig":
+    """The same network without what is of training alone."""
+    return dataclasses.replace(self, matmul="")
 
 
 # Llama-2-7B with the paper's 32000 pieces, 2 marks and 16384 codes.
@@ -211,6 +219,7 @@ class Linear(nn.Module):
   features: int
   axes: tuple[str, str]
   dtype: str
+  matmul: str = ""
 
   @nn.compact
   def __call__(self, x):
@@ -220,7 +229,9 @@ class Linear(nn.Module):
     kernel = self.param("kernel", init, (x.shape[-1], self.features))
     scale = self.get_variable("params", "scale")
     x = x.astype(self.dtype)
-    if scale is None:
+    if scale is None and self.matmul:
+      y = narrow.linear(x, kernel.astype(self.dtype), self.matmul)
+    elif scale is None:
       y = dots.linear(x, kernel.astype(self.dtype))
     else:
       y = dots.scaled(x, kernel, scale)
@@ -240,7 +251,7 @@ class Attention(nn.Module):
   def __call__(self, x, context: _Context, cache=None, layer=None):
     """float[B, L, D], the whole cache (k, v) or None -> the same."""
     c = self.config
-    dense = functools.partial(Linear, dtype=c.dtype)
+    dense = functools.partial(Linear, dtype=c.dtype, matmul=c.matmul)
     heads, groups = c.num_heads, c.num_kv_heads
     q = dense(heads * c.head_dim, ("embed", "heads"), name="query")(x)
     k = dense(groups * c.head_dim, ("embed", "kv"), name="key")(x)
@@ -284,11 +295,12 @@ class Mlp(nn.Module):
   def __call__(self, x):
     """Maps float[B, L, D] to float[B, L, D]."""
     c = self.config
+    dense = functools.partial(Linear, dtype=c.dtype, matmul=c.matmul)
     up, down = ("embed", "mlp"), ("mlp", "embed")
-    gate = activations.silu(Linear(c.mlp_dim, up, c.dtype, name="gate")(x))
-    h = gate * Linear(c.mlp_dim, up, c.dtype, name="up")(x)  # [B, L, F]
+    gate = activations.silu(dense(c.mlp_dim, up, name="gate")(x))
+    h = gate * dense(c.mlp_dim, up, name="up")(x)  # [B, L, F]
     h = nn.with_logical_constraint(h, ("act_batch", "act_len", "act_mlp"))
-    return Linear(c.width, down, c.dtype, name="down")(h)
+    return dense(c.width, down, name="down")(h)
 
 
 class Block(nn.Module):

@@ -30,6 +30,7 @@ class Chip:
     name: as in topology names, "v5e".
     kinds: JAX's `device.device_kind`, as `kind_of` cuts it.
     flops: peak of bf16 products, FLOP/s.
+    int8: how many products in int8 take the time of one in bf16.
     hbm_bytes: memory.
     hbm_bandwidth: bytes/s.
     link_bandwidth: bytes/s of one link between chips, one way.
@@ -47,6 +48,7 @@ class Chip:
   torus_axes: int
   dcn_bandwidth: float
   chips_per_host: int
+  int8: float = 2.0
 
 
 CHIPS = {
@@ -62,6 +64,7 @@ CHIPS = {
       torus_axes=3,
       dcn_bandwidth=25 * _GB,
       chips_per_host=4,
+      int8=1.0,
     ),
     Chip(
       name="v5e",

@@ -56,6 +56,7 @@ class Report:
   memory: dict[str, float] = dataclasses.field(default_factory=dict)
   model_flops: dict[str, float] = dataclasses.field(default_factory=dict)
   executed_flops: float = 0.0  # of one chip
+  int8_flops: float = 0.0  # of these
   executed_over_model: float = 0.0
   collectives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   kernels: list[str] = dataclasses.field(default_factory=list)
@@ -168,7 +169,7 @@ def _report(common, compiled, text, chip: chips.Chip, mesh) -> Report:
   """What a compiled program says of itself."""
   memory = _memory(compiled, chip)
   read = hlo.read(text)
-  done = executed.flops(read)
+  done, int8 = executed.flops(read), executed.int8_flops(read)
   model = sum(common["model_flops"].values()) / common["chips"]
   sent = collectives.of_program(read)
   line = roofline.estimate(
@@ -177,6 +178,7 @@ def _report(common, compiled, text, chip: chips.Chip, mesh) -> Report:
     sent,
     chip,
     model_flops=model,
+    int8_flops=int8,
     routes=topology.routes(mesh, chip),
   )
   fits, why = _fits(memory)
@@ -185,6 +187,7 @@ def _report(common, compiled, text, chip: chips.Chip, mesh) -> Report:
     why_not=why,
     memory=memory,
     executed_flops=done,
+    int8_flops=int8,
     executed_over_model=done / model,
     collectives=_summed(sent),
     kernels=executed.kernels(read),

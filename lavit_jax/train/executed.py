@@ -47,6 +47,11 @@ def flops(program: hlo.Program) -> float:
   return program.total(_products)
 
 
+def int8_flops(program: hlo.Program) -> float:
+  """Those of `flops` that are products of two int8 arrays."""
+  return program.total(_int8_products)
+
+
 def kernels(program: hlo.Program) -> list[str]:
   """Names of the Pallas kernels of a program, each as often as it stands."""
   return [
@@ -101,6 +106,15 @@ def _products(one: hlo.Instruction, beside) -> float:
     contracted = hlo.dims(_CONTRACT.search(one.rest)[1])
     return 2.0 * math.prod(out) * math.prod(left[i] for i in contracted)
   return _convolution(one.rest, left, right, out)
+
+
+def _int8_products(one: hlo.Instruction, beside) -> float:
+  """`_products` of an instruction, if both its operands are int8."""
+  if one.operation not in ("convolution", "dot"):
+    return 0.0
+  operands = [beside.get(name) for name in one.operands[:2]]
+  narrow = all(x and x.arrays and x.arrays[0].dtype == "s8" for x in operands)
+  return _products(one, beside) if narrow else 0.0
 
 
 def _shape(one: hlo.Instruction | None) -> tuple[int, ...]:

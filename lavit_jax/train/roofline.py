@@ -3,7 +3,8 @@
 Nothing here is measured. A step does three things, each as fast as the chip's
 table says it can be done at most:
 
-  compute  executed FLOPs at the peak of bf16 products, recomputation included
+  compute  executed FLOPs at the peak of bf16 products, recomputation included;
+           products of int8 arrays at the peak of those
   HBM      bytes read and written; those of a program are XLA's own estimate
   ICI      collectives by rings over the axes of the torus, both ways at once:
            a group of n chips that gathers B bytes receives (n - 1) / n B of
@@ -27,7 +28,10 @@ from lavit_jax.train import chips, collectives, topology
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-  """Seconds of a step and the model FLOP utilisation (MFU) they mean."""
+  """Seconds of a step and the model FLOP utilisation (MFU) they mean.
+
+  MFU is of the peak of bf16 products: with int8 it may be over 1.
+  """
 
   compute_s: float
   hbm_s: float
@@ -45,6 +49,7 @@ def estimate(
   chip: chips.Chip,
   *,
   model_flops: float,
+  int8_flops: float = 0.0,
   routes: Mapping[int, topology.Route] | None = None,
 ) -> Roofline:
   """The roofline of one step; see the module for its assumptions.
@@ -55,12 +60,14 @@ def estimate(
     sent: by one chip.
     chip: where it runs.
     model_flops: of one chip: of the whole step over the number of chips.
+    int8_flops: those of `flops_executed` that are of int8 arrays.
     routes: by the size of a group, see `topology.routes`.
 
   Raises:
     ValueError: an unknown kind of collective.
   """
-  compute = flops_executed / chip.flops
+  wide = flops_executed - int8_flops
+  compute = (wide + int8_flops / chip.int8) / chip.flops
   hbm = bytes_hbm / chip.hbm_bandwidth
   ici = 0.0
   for one in sent:

@@ -44,7 +44,8 @@ def _rows(mesh, *axes):
 
 
 def _llm(what, objective, mesh):
-  config, rows = objective.llama_config, objective.config.batch_size
+  config = objective.llama_config.trained()
+  rows = objective.config.batch_size
   model = llama.Llama(config)
   params = program.abstract(shapes.llm(config, "bfloat16"), mesh)
   length = _LENGTH if what == "prefill" else 1

@@ -16,7 +16,9 @@ _LOOSE = (
   "nonfinite",
   "batch_size",
   "accumulate",
+  "compiler_options",
 )
+_LOOSE_ANYWHERE = ("remat", "unroll")  # of every network
 
 
 def check(config, workdir) -> epath.Path:
@@ -56,10 +58,17 @@ def _identity(config: dict) -> dict:
 
 
 def _differences(a, b, prefix="") -> list[str]:
-  if isinstance(a, dict) and isinstance(b, dict):
+  """Fields that differ. One that is missing is as one that is empty or zero.
+
+  So a run goes on under newer code, whose new fields are off by default.
+  """
+  if {type(a), type(b)} <= {dict, type(None)}:
+    a, b = a or {}, b or {}
     return [
       line
-      for key in sorted(set(a) | set(b))
+      for key in sorted({*a, *b} - {*_LOOSE_ANYWHERE})
       for line in _differences(a.get(key), b.get(key), f"{prefix}{key}.")
     ]
-  return [] if a == b else [f"{prefix[:-1]} ({a!r} there, {b!r} here)"]
+  off = None in (a, b) and not a and not b
+  same = a == b or off
+  return [] if same else [f"{prefix[:-1]} ({a!r} there, {b!r} here)"]

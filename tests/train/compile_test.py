@@ -187,6 +187,22 @@ def test_what_does_not_fit_says_so_and_exits_with_3(
   assert "more than" in again.why_not
 
 
+def test_int8_products_are_int8_on_the_chip_and_their_kernels_are_sent_so(
+  micro_runs, compiled
+):
+  cfg = _config(micro_runs)
+  cfg.model.llm.matmul = "int8"
+  report, _ = ahead.compile_for(cfg, "v5e:2x4")
+  plain, *_ = compiled
+  assert plain.int8_flops == 0
+  llm = cfg.model.llm
+  kernels = llm.depth * (4 * llm.width**2 + 3 * llm.width * llm.mlp_dim)
+  # Two FLOPs a weight, forward and by x.
+  assert report.int8_flops == 2 * 2 * report.tokens_per_chip * kernels
+  assert report.roofline["compute_s"] < plain.roofline["compute_s"]
+  assert "s8" in {one["dtype"] for one in report.collectives}
+
+
 def test_what_libtpu_dumps_and_what_jaxlib_reads_say_the_same(
   micro_runs, monkeypatch
 ):

@@ -143,6 +143,14 @@ def test_a_step_bound_by_compute_by_memory_or_by_the_network():
   assert one.step_s == pytest.approx(1.0)
   assert one.step_s_no_overlap == pytest.approx(1.5)
   assert one.mfu_no_overlap == pytest.approx(1 / 3)
+  # 80 % of it in int8, which is twice as fast but for v4.
+  one = roofline.estimate(
+    197e12, 0, [], v5e, model_flops=197e12, int8_flops=0.8 * 197e12
+  )
+  assert (one.compute_s, one.mfu) == pytest.approx((0.6, 1 / 0.6))
+  v4 = chips.CHIPS["v4"]
+  one = roofline.estimate(v4.flops, 0, [], v4, model_flops=1, int8_flops=1e14)
+  assert one.compute_s == pytest.approx(1.0)
   wide = {4: topology.Route(links=4)}
   both = roofline.estimate(1, 0, [gather], v5e, model_flops=1, routes=wide)
   assert both.ici_s == pytest.approx(0.5)  # both axes of the torus

@@ -58,6 +58,29 @@ def test_word_dropout_changes_the_training_loss_but_not_the_held_out_one(
   assert abs(losses[0.9][0] - losses[0.0][0]) > 1e-4
 
 
+def test_int8_products_are_near_and_of_training_alone(micro_runs):
+  found = []
+  for matmul in ("", "int8"):
+    objective = objectives.build(
+      micro.config("pretrain", micro_runs, model__llm__matmul=matmul)
+    )
+    start = checkpoints.load_part(micro_runs / "model", "llm").params
+    batch = next(objective.batches(0))
+    arguments = objective.frozen, {}, batch, jax.random.key(1)
+
+    def loss(params, objective=objective, arguments=arguments):
+      return objective.loss(objective.last_phase, params, *arguments)[0]
+
+    found.append(jax.value_and_grad(loss)(start))
+    (_, meta), *_ = objective.exports(start, {}).values()
+    assert meta["llama"]["matmul"] == ""
+  (plain, plain_grads), (ours, grads) = found
+  assert 0 < abs(ours - plain) < 0.01 * plain
+  kernel = lambda tree: tree["llm"]["layers"]["mlp"]["down"]["kernel"]
+  difference = np.linalg.norm(kernel(grads) - kernel(plain_grads))
+  assert 0 < difference < 0.05 * np.linalg.norm(kernel(plain_grads))
+
+
 def _lora(root, **updates):
   """Fine-tuning of what the micro run has made, in another directory."""
   cfg = micro.config(

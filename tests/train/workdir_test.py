@@ -1,0 +1,36 @@
+"""Which configs a workdir takes for those of its run."""
+
+import json
+
+import pytest
+from lavit_jax.configs.lavit_7b import pretrain
+
+from lavit_jax import errors
+from lavit_jax.train import workdir
+
+
+def test_a_run_goes_on_under_code_with_new_fields_that_are_off(tmp_path):
+  cfg = pretrain.get_config()
+  workdir.check(cfg, tmp_path)
+  path = tmp_path / "config.json"
+  older = json.loads(path.read_text())
+  del older["model"]["llm"]["matmul"]
+  path.write_text(json.dumps(older))
+  workdir.check(cfg, tmp_path)
+  assert json.loads(path.read_text())["model"]["llm"]["matmul"] == ""
+  path.write_text(json.dumps(older))
+  cfg.model.llm.matmul = "int8"
+  with pytest.raises(errors.ConfigError, match=r"matmul \(None there, 'int8'"):
+    workdir.check(cfg, tmp_path)
+
+
+def test_how_a_step_is_computed_may_change_and_what_it_does_may_not(tmp_path):
+  cfg = pretrain.get_config()
+  workdir.check(cfg, tmp_path)
+  cfg.model.llm.remat = "dots"
+  cfg.model.llm.unroll += 1
+  cfg.mesh.fsdp = 2
+  workdir.check(cfg, tmp_path)
+  cfg.model.llm.depth += 1
+  with pytest.raises(errors.ConfigError, match=r"model\.llm\.depth"):
+    workdir.check(cfg, tmp_path)
