@@ -83,7 +83,7 @@ class LlamaConfig:
     """Rows of embedding and head, a multiple of 128."""
     return -(-self.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
 
-  def trained(self) -> "LlamaConfig":
+  def served(self) -> "LlamaConfig":
     """The same network without what is of training alone."""
     return dataclasses.replace(self, matmul="")
 

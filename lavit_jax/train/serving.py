@@ -44,7 +44,7 @@ def _rows(mesh, *axes):
 
 
 def _llm(what, objective, mesh):
-  config = objective.llama_config.trained()
+  config = objective.llama_config.served()
   rows = objective.config.batch_size
   model = llama.Llama(config)
   params = program.abstract(shapes.llm(config, "bfloat16"), mesh)

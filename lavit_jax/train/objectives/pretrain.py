@@ -257,7 +257,7 @@ class PretrainObjective(base.Objective):
   def export(self, params, state):
     """LLM, merger and projection, with what is needed to use them."""
     meta = {
-      "llama": dataclasses.asdict(self.llama_config.trained()),
+      "llama": dataclasses.asdict(self.llama_config.served()),
       "vocabulary": dataclasses.asdict(self.vocabulary),
       "capacity": self.capacity,
     }
