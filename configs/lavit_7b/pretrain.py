@@ -21,8 +21,8 @@ Rows of 2048 tokens read at most 4 pictures; for captions alone, without text,
 the backward pass (remat "dots"): 2.7 MB a token. With less memory than 16 GB a
 chip, or fewer chips, take remat "full" or "offload" (on v5e:16x16 4.4 GB a chip
 in place of 8.8, and 5.0 GB of the host's), `accumulate`, or factored moments.
---config.model.llm.matmul=int8 multiplies most of the LLM in int8, twice as fast
-on these chips, and sends its weights as int8 (lavit_jax/models/narrow.py).
+--config.model.llm.matmul=int8 multiplies most of the LLM in int8, at twice the
+peak of these chips, and sends its weights as int8 (lavit_jax/models/narrow.py).
 """
 
 import dataclasses

@@ -43,9 +43,19 @@ def _forward(x, kernel):
 
 def _backward(saved, grad):
   x, kernel = saved
-  rows = tuple(range(x.ndim - 1))
   by_x = _contract(grad, kernel, (grad.ndim - 1,), (1,))
-  return by_x, _contract(x, grad, rows, rows)
+  return by_x, by_kernel(x, grad)
+
+
+def by_kernel(x, grad):
+  """The gradient of `linear` by its kernel, float[D, F].
+
+  Args:
+    x: float[..., D].
+    grad: of the result, float[..., F], of the dtype of x.
+  """
+  rows = tuple(range(x.ndim - 1))
+  return _contract(x, grad, rows, rows)
 
 
 _linear.defvjp(_forward, _backward)

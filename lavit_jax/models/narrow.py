@@ -1,6 +1,6 @@
 """Matrix products in narrow number formats, for training.
 
-On chips that multiply int8 or fp8 twice as fast as bfloat16 (`FORMATS`). Both
+For chips whose peak in int8 or fp8 is twice that in bfloat16 (`FORMATS`). Both
 arrays of a product are rounded as it runs, on a scale for every row of the left
 one and every column of the right one, the largest magnitude of each; sums are
 wide, and parameters, optimizer and gradients stay as they are.
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lavit_jax import errors
+from lavit_jax.models import dots
 
 # (format of activations and kernels, format of gradients) by name. TPU v5e,
 # v5p and v6e: int8. NVIDIA H100 and later: both; fp8 is e4m3, which has more
@@ -55,7 +56,7 @@ def linear(x, kernel, name: str):
   The result is named "product", as that of `dots.linear`.
 
   Args:
-    x: rows.
+    x: of float32 or bfloat16; so are the result and the gradients.
     kernel: of the dtype of x.
     name: one of `FORMATS`.
   """
@@ -76,9 +77,7 @@ def _backward(name, saved, grad):
   x, kernel = saved
   values, gradients = FORMATS[name]
   by_x = _product(grad, kernel, (1,), gradients, values)
-  rows = tuple(range(x.ndim - 1))
-  by_kernel = jax.lax.dot_general(x, grad, ((rows, rows), ((), ())))
-  return by_x, by_kernel
+  return by_x, dots.by_kernel(x, grad)
 
 
 _linear.defvjp(_forward, _backward)

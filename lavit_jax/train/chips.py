@@ -12,8 +12,8 @@ Tensor Core GPU" and "H200 Tensor Core GPU" (SXM), dense bf16. NVLink is a
 switched network: one axis, of which each way has half of the "NVLink
 bandwidth" (600 and 900 GB/s). DCN is a DGX's: 8 cards of 200 or 400 Gbit/s.
 
-Not held against their sources again: what ICI gives in use, all of v4, DCN of
-v4 and v6e, and the GPUs.
+Not held against their sources at all: `int8`. Not held against them again:
+what ICI gives in use, all of v4, DCN of v4 and v6e, and the GPUs.
 """
 
 import dataclasses

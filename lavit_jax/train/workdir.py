@@ -69,6 +69,7 @@ def _differences(a, b, prefix="") -> list[str]:
       for key in sorted({*a, *b} - {*_LOOSE_ANYWHERE})
       for line in _differences(a.get(key), b.get(key), f"{prefix}{key}.")
     ]
-  off = None in (a, b) and not a and not b
-  same = a == b or off
-  return [] if same else [f"{prefix[:-1]} ({a!r} there, {b!r} here)"]
+  both_off = None in (a, b) and not a and not b
+  if a == b or both_off:
+    return []
+  return [f"{prefix[:-1]} ({a!r} there, {b!r} here)"]

@@ -71,7 +71,7 @@ def test_what_is_multiplied_is_narrow(name, forward, backward, platform):
 def test_a_language_model_learns_a_batch_as_fast_as_in_full():
   tokens = jax.random.randint(jax.random.key(1), (4, 32), 3, 120)
 
-  def last_loss(matmul):
+  def losses(matmul):
     config = llama.LlamaConfig(
       vocab_size=128,
       width=64,
@@ -87,10 +87,10 @@ def test_a_language_model_learns_a_batch_as_fast_as_in_full():
 
     def loss(params):
       logits = model.apply(params, tokens)
-      found = optax.softmax_cross_entropy_with_integer_labels(
+      each = optax.softmax_cross_entropy_with_integer_labels(
         logits[:, :-1], tokens[:, 1:]
       )
-      return found.mean()
+      return each.mean()
 
     @jax.jit
     def step(params, state):
@@ -99,13 +99,13 @@ def test_a_language_model_learns_a_batch_as_fast_as_in_full():
       return optax.apply_updates(params, updates), state, value
 
     state = tx.init(params)
-    losses = []
+    found = []
     for _ in range(60):
       params, state, value = step(params, state)
-      losses.append(float(value))
-    return losses
+      found.append(float(value))
+    return found
 
-  plain, ours = last_loss(""), last_loss("int8")
+  plain, ours = losses(""), losses("int8")
   assert plain[0] > 4
   assert ours[-1] < 0.5
   assert ours != plain

@@ -92,7 +92,7 @@ def codes_in(lavit, sequences):
   return [lavit._llm.vocabulary.codes_of(row) for row in sequences]
 
 
-def same(ours, theirs):
+def assert_same(ours, theirs):
   assert len(ours) == len(theirs)
   for a, b in zip(ours, theirs, strict=True):
     np.testing.assert_array_equal(a, b)
@@ -102,17 +102,17 @@ def test_visual_words_are_the_official_ones(lavit, golden, feed):
   arrays, wanted = recorded(golden, "t2i_tokens")
   prompts = wanted["prompts"]
   greedy = {"temperature": 0, "parity": True}
-  same(
+  assert_same(
     lavit.write_codes(prompts, **greedy),
     codes_in(lavit, arrays["out_sequences"]),
   )
-  same(
+  assert_same(
     lavit.write_codes(prompts, guidance_scale=1, **greedy),
     codes_in(lavit, arrays["out_sequences_nocfg"]),
   )
   feed(arrays["in_mm_gumbel"])
   picture = golden / wanted["mm_image"]
-  same(
+  assert_same(
     lavit.write_codes([[picture, wanted["mm_text"]]], **greedy),
     codes_in(lavit, arrays["out_sequences_mm"]),
   )
@@ -131,7 +131,9 @@ def test_negative_prompts_are_the_official_ones(lavit, golden, monkeypatch):
   )
   greedy = {"temperature": 0, "negative_prompts": list(ids)}
   theirs = codes_in(lavit, arrays["out_sequences_neg"])
-  same(lavit.write_codes(wanted["prompts"], parity=True, **greedy), theirs)
+  assert_same(
+    lavit.write_codes(wanted["prompts"], parity=True, **greedy), theirs
+  )
   ours = lavit.write_codes(wanted["prompts"], **greedy)
   assert [a.tolist() for a in ours] != [
     b[: lavit.visual.num_patches].tolist() for b in theirs

@@ -87,24 +87,24 @@ def _params(module, *args, **kwargs):
   return state_lib.unbox(made)["params"]
 
 
-def _agree(counted, formula, tolerance=_TOLERANCE):
+def _assert_agrees(counted, formula, tolerance=_TOLERANCE):
   assert formula == pytest.approx(counted, rel=tolerance)
 
 
-def _both_ways(function, params, cost, *inputs, frozen=False):
+def _assert_both_ways(function, params, cost, *inputs, frozen=False):
   """Holds `forward` and `trained` to XLA's counts, with `frozen` `passed` too.
 
   The gradients are those of `params` and of the first input, and of that
   input alone.
   """
   loss = lambda p, *xs: jnp.square(function(p, *xs)).sum()
-  _agree(_counted(function, params, *inputs), cost.forward)
+  _assert_agrees(_counted(function, params, *inputs), cost.forward)
   both = jax.value_and_grad(loss, argnums=(0, 1))
-  _agree(_counted(both, params, *inputs), cost.trained)
+  _assert_agrees(_counted(both, params, *inputs), cost.trained)
   if not frozen:
     return
   passed = jax.value_and_grad(loss, argnums=1)
-  _agree(_counted(passed, params, *inputs), cost.passed)
+  _assert_agrees(_counted(passed, params, *inputs), cost.passed)
 
 
 def _float(*shape):
@@ -122,7 +122,7 @@ def test_llama():
 
   # Here all keys are computed, twice what causal attention sees.
   whole = net.llama_layers(_LLAMA, 2 * length, 2 * length - 1)
-  _both_ways(run, params, whole, _float(2, length, 256), frozen=True)
+  _assert_both_ways(run, params, whole, _float(2, length, 256), frozen=True)
 
 
 def test_the_head():
@@ -131,7 +131,7 @@ def test_the_head():
     return losses.next_token(hidden, head, targets, jnp.ones((2, 64)))[0]
 
   cost = net.llama_head(_LLAMA, 128)
-  _both_ways(run, _float(1000, 256), cost, _float(2, 64, 256))
+  _assert_both_ways(run, _float(1000, 256), cost, _float(2, 64, 256))
 
 
 def test_attention_counts_the_keys_that_a_token_sees():
@@ -148,7 +148,7 @@ def test_the_encoder():
   model, pixels_shape = vision.EvaVit(_VIT), (2, 56, 56, 3)
   params = _params(model, jnp.zeros(pixels_shape))
   run = lambda p, x: model.apply({"params": p}, x)
-  _both_ways(run, params, net.vit(_VIT, 2), _float(*pixels_shape))
+  _assert_both_ways(run, params, net.vit(_VIT, 2), _float(*pixels_shape))
 
 
 @pytest.mark.parametrize("form", ["reference", "compact"])
@@ -167,7 +167,7 @@ def test_the_merger(form):
   if form == "compact":  # all keys are computed
     rows = 2 * kept * _MERGER.depth
     cost += net.Cost(0.0, 4.0 * rows * 256 * (kept - (kept + 1) / 2))
-  _both_ways(run, params, cost, _float(2, num, 256))
+  _assert_both_ways(run, params, cost, _float(2, num, 256))
 
 
 def test_selector_and_quantizer():
@@ -175,16 +175,18 @@ def test_selector_and_quantizer():
   x = _float(2, 64, 2048)
   params = _params(model, jnp.zeros(x.shape))
   run = lambda p, x: model.apply({"params": p}, x)
-  _agree(_counted(run, params, x), net.select(model.config, 128).forward)
+  _assert_agrees(
+    _counted(run, params, x), net.select(model.config, 128).forward
+  )
   x = _float(2, 64, 256)
   config = quantizer.QuantizerConfig(width=256, num_codes=512, code_dim=32)
   model = quantizer.VectorQuantizer(config)
   params = _params(model, jnp.zeros(x.shape))
   run = lambda p, x: model.apply({"params": p}, x)
-  _both_ways(run, params, net.quantize(config, 128), x)
+  _assert_both_ways(run, params, net.quantize(config, 128), x)
   found = _counted(quantizer._nearest, _float(128, 256), _float(512, 256))
   config = dataclasses.replace(config, code_dim=256)
-  _agree(found, net.lookup(config, 128).forward)
+  _assert_agrees(found, net.lookup(config, 128).forward)
 
 
 def test_semantic_decoders():
@@ -202,14 +204,14 @@ def test_semantic_decoders():
 
   cost = net.decode(_DECODER, 2, keys)
   run, params = runs(decoder.SemanticDecoder(_DECODER))
-  _both_ways(run, params, cost, vectors)
+  _assert_both_ways(run, params, cost, vectors)
   for model in (
     decoder.LowresDecoder(_DECODER, 128),
     decoder.HighresDecoder(_DECODER, (64, 96), 160),
   ):
     run, params = runs(model)
     whole = cost + net.condition(model, 2)
-    _agree(_counted(run, params, vectors), whole.forward)
+    _assert_agrees(_counted(run, params, vectors), whole.forward)
 
 
 def test_the_unet_with_odd_sides():
@@ -225,7 +227,7 @@ def test_the_unet_with_odd_sides():
   cost = 2 * net.denoise(_UNET, height, width, tokens)
   inputs = _float(2, height, width, 4), _float(2, tokens, 96)
   # XLA leaves out the zeros round the edge and counts what is element-wise.
-  _agree(_counted(run, params, *inputs), cost.forward, 0.08)
+  _assert_agrees(_counted(run, params, *inputs), cost.forward, 0.08)
 
 
 @pytest.mark.parametrize("way", ["encode", "decode"])
@@ -235,7 +237,7 @@ def test_the_autoencoder(way):
   run = lambda p, x: model.apply({"params": p}, x, method=way)
   x = _float(1, 48, 32, 3) if way == "encode" else _float(1, 24, 16, 4)
   cost = getattr(net, f"vae_{way}")(_VAE, 48, 32)
-  _agree(_counted(run, params, x), cost.forward, 0.08)
+  _assert_agrees(_counted(run, params, x), cost.forward, 0.08)
 
 
 def test_the_condition_of_the_pixel_decoder():
@@ -249,7 +251,7 @@ def test_the_condition_of_the_pixel_decoder():
     model, jnp.zeros(inputs[0].shape), t, jnp.zeros((2, 36, 128))
   )
   run = lambda p, x, y: model.apply({"params": p}, x, t, y)
-  _agree(_counted(run, params, *inputs), cost.forward, 0.15)
+  _assert_agrees(_counted(run, params, *inputs), cost.forward, 0.15)
 
 
 def _outline(stage, **changes):
@@ -315,7 +317,7 @@ def test_a_step_of_the_tokenizer(name):
     "quantizer",
     "decoder",
   }
-  _agree(_counted_step(objective, phase), sum(parts.values()), 0.12)
+  _assert_agrees(_counted_step(objective, phase), sum(parts.values()), 0.12)
 
 
 def test_a_step_of_pretraining():
@@ -323,7 +325,7 @@ def test_a_step_of_pretraining():
   phase = objective.last_phase
   config, length = objective.llama_config, objective.config.data.length
   parts = flops.of_step(objective, phase, segment=2 * length - 1)  # all keys
-  _agree(_counted_step(objective, phase), sum(parts.values()), 0.1)
+  _assert_agrees(_counted_step(objective, phase), sum(parts.values()), 0.1)
   whole = flops.of_step(objective, phase)
   short = flops.of_step(objective, phase, segment=10)
   per_key = 3 * 4 * config.width * config.depth * 2 * length
@@ -343,7 +345,7 @@ def test_what_lora_changes_gets_gradients_of_its_inputs_alone():
   phase = objective.last_phase | {"train": train}
   length = objective.config.data.length
   parts = flops.of_step(objective, phase, segment=2 * length - 1)
-  _agree(_counted_step(objective, phase), sum(parts.values()), 0.1)
+  _assert_agrees(_counted_step(objective, phase), sum(parts.values()), 0.1)
   config, tokens = objective.llama_config, 2 * length
   assert parts["head"] == 2 * net.llama_head(config, tokens).forward
 

@@ -27,7 +27,8 @@ def test_a_run_goes_on_under_code_with_new_fields_that_are_off(tmp_path):
 def test_how_a_step_is_computed_may_change_and_what_it_does_may_not(tmp_path):
   cfg = pretrain.get_config()
   workdir.check(cfg, tmp_path)
-  cfg.model.llm.remat = "dots"
+  cfg.model.llm.remat = "full"  # in place of "dots"
+  cfg.compiler_options = {"xla_tpu_scoped_vmem_limit_kib": "16384"}
   cfg.model.llm.unroll += 1
   cfg.mesh.fsdp = 2
   workdir.check(cfg, tmp_path)
