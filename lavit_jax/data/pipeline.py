@@ -198,12 +198,13 @@ def packed_mixture(
     components: list of packing.Component.
     tokenizer: a vocabulary.TextTokenizer.
     vocabulary: a vocabulary.Vocabulary.
-    length: L, positions a row; longer documents are left out and named.
-    slots: S, pictures read a row; documents with more are left out and named.
+    length: L, positions a row; of longer documents see `pieces`.
+    slots: S, pictures read a row; likewise.
     batch_size: rows a global batch.
     seed: of mixture, order and packing.
     window: documents packed together.
-    limit_share: share of bad documents, or pictures, that stops the run.
+    limit_share: share of bad documents, or pictures, that stops the run; those
+      longer than a row are not bad, and counted apart.
 
   Returns:
     Batches of tokens, targets, segments, positions, slot, order int32[B, L];
