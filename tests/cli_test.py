@@ -335,7 +335,7 @@ def test_tokenize_a_dataset_writes_a_cache(
   (tmp_path / "my.jsonl").write_text("{}\n")
   calls = []
 
-  def write_cache(model, data, out, *, split):
+  def write_cache(model, data, out, *, split, fields):
     calls.append((model, data, out, split))
     return {"images": 2}
 

@@ -25,6 +25,8 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     seed=0,
     path="data/pictures.jsonl",
     held_out_path="",  # "": a tenth of path
+    allow_absolute=False,  # pictures outside the folder of path
+    limit_share=0.05,  # of bad lines, pictures or documents: more is an error
     name="",
     train_split="train",
     held_out_split="validation",

@@ -49,11 +49,13 @@ def _add_tokenize(subparsers) -> None:
   parser.add_argument(
     "--out", metavar="DIR", help="with --data: where the cache goes"
   )
+  common.add_data_fields(parser)
 
 
 def _tokenize(args: argparse.Namespace) -> None:
   of_pictures = common.given(args, "seed", "budget", "overlay")
   of_data = common.given(args, "data", "split", "out")
+  common.data_fields(args)
   if args.images and not of_data:
     _tokenize_pictures(args)
   elif args.data and args.out and not (args.images or of_pictures):
@@ -72,7 +74,10 @@ def _tokenize_data(args: argparse.Namespace) -> None:
 
   model = pipeline.resolve(args.model)
   split = args.split or "train"
-  summary = tokenize_data.write_cache(model, args.data, args.out, split=split)
+  fields = common.data_fields(args)
+  summary = tokenize_data.write_cache(
+    model, args.data, args.out, split=split, fields=fields
+  )
   lines = [f"{name}: {value}" for name, value in summary.items()]
   common.print_answer(args, summary, lines)
 

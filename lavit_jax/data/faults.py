@@ -12,6 +12,7 @@ from lavit_jax import errors
 
 _LOG = logging.getLogger(__name__)
 _NAMED = 50  # log lines a kind of sample; the rest are only counted
+LIMIT_SHARE = 0.05  # of what may be bad, where nothing else is said
 _JUDGED = 200  # samples seen before a share means anything
 
 

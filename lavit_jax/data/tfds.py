@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow_datasets
 
 from lavit_jax import errors, images
-from lavit_jax.data import examples
+from lavit_jax.data import examples, faults
 
 _TASKS = ("image_text", "text_image")
 
@@ -33,6 +33,7 @@ class TfdsSource:
     image_feature="image",
     text_feature="caption",
     data_dir=None,
+    limit_share=faults.LIMIT_SHARE,
   ):
     """Opens the split; decodes nothing but the texts of its first record.
 
@@ -45,9 +46,12 @@ class TfdsSource:
       text_feature: path of the text feature, one text or a sequence of them,
         such as "captions/text".
       data_dir: where TFDS keeps its data; None for its default.
+      limit_share: share of records with a text that is no UTF-8 that is an
+        error; such a text is left out, and named in `faults`.
 
     Raises:
-      errors.DataError: the dataset, split or a feature is not there.
+      errors.DataError: the dataset, split or a feature is not there, or a
+        feature is of another type.
     """
     self.image_size = int(image_size)
     self._image, self._text = image_feature, text_feature
@@ -60,6 +64,13 @@ class TfdsSource:
       raise errors.DataError(
         f"{self.name} has no records; choose another split."
       )
+    if not isinstance(first := self.encoded(0), bytes):
+      raise errors.DataError(
+        f"{self.name}: feature {image_feature!r} holds a"
+        f" {type(first).__name__}, expected an encoded picture. Set"
+        " image_feature to another one (parts of a path joined by '/')."
+      )
+    self.faults = faults.FaultLog(f"records of {self.name}", limit_share)
     self._captions = functools.lru_cache(maxsize=4096)(self._read_captions)
     self._per_record = max(1, len(self.captions(0)))
 
@@ -78,9 +89,13 @@ class TfdsSource:
 
   def _read_captions(self, i):
     value = _reach(self._records[i], self._text)
-    values = [value] if isinstance(value, (bytes, str)) else list(value)
-    texts = [v.decode() if isinstance(v, bytes) else str(v) for v in values]
-    return tuple(t.strip() for t in texts if t.strip())
+    alone = isinstance(value, (bytes, str)) or not hasattr(value, "__len__")
+    texts = _texts(self.name, self._text, [value] if alone else value)
+    if fault := next((t for t in texts if isinstance(t, Exception)), None):
+      self.faults.fault(self.image_key(i), f"a text is no UTF-8 ({fault})")
+    else:
+      self.faults.good()
+    return tuple(t.strip() for t in texts if isinstance(t, str) and t.strip())
 
   def captions(self, i):
     """The captions of picture i, list[str]."""
@@ -122,6 +137,23 @@ def _open(name, split, image_feature, data_dir):
       ' builder.download_and_prepare(file_format="array_record").'
     ) from error
   return records, builder.info
+
+
+def _texts(name, path, values):
+  """Each text as a str, or as the UnicodeError of one that is none."""
+  texts = []
+  for value in values:
+    if not isinstance(value, (bytes, str)):
+      raise errors.DataError(
+        f"{name}: feature {path!r} holds {value!r:.60}, a"
+        f" {type(value).__name__}, expected a text or a sequence of texts. Set"
+        " text_feature to another one (parts of a path joined by '/')."
+      )
+    try:
+      texts.append(value.decode() if isinstance(value, bytes) else value)
+    except UnicodeDecodeError as error:
+      texts.append(error)
+  return texts
 
 
 def _check_feature(name, features, path):

@@ -34,6 +34,7 @@ def write_cache(
   out,
   *,
   split: str = "train",
+  fields: Mapping[str, Any] | None = None,
   quiet: bool = False,
 ) -> dict[str, Any]:
   """Writes keep masks and codes of every picture of a dataset.
@@ -46,6 +47,7 @@ def write_cache(
     data: config.data, or the path of a jsonl file, or "shapes".
     out: the cache's directory; it appears when it is complete.
     split: "train" or "held_out".
+    fields: of config.data, in place of those of `data`.
     quiet: no progress bar.
 
   Returns:
@@ -57,6 +59,7 @@ def write_cache(
   )
   if not isinstance(data, Mapping):
     data = _data_config(str(data), tokenizer.image_size)
+  data = {**data, **(fields or {})}
   source = sources.build(data, split)
   meta = cache.Meta(
     source=examples.fingerprint(source),
@@ -65,7 +68,7 @@ def write_cache(
     num_patches=tokenizer.num_patches,
     num_codes=tokenizer.num_codes,
   )
-  log = faults.FaultLog("pictures", 0.2)
+  log = faults.FaultLog("pictures", data.get("limit_share", faults.LIMIT_SHARE))
   label = f"tokenize {split}"
   with progress.Progress(
     source.num_images,

@@ -18,7 +18,8 @@ _LOOSE = (
   "accumulate",
   "compiler_options",
 )
-_LOOSE_ANYWHERE = ("remat", "unroll")  # of every network
+# Of every network, and of data: how many bad samples are allowed.
+_LOOSE_ANYWHERE = ("remat", "unroll", "limit_share")
 
 
 def check(config, workdir) -> epath.Path:

@@ -34,6 +34,7 @@ class TinyPictures(tensorflow_datasets.core.GeneratorBasedBuilder):
           "caption": features.Text(),
           "captions": features.Sequence({"text": features.Text()}),
           "id": np.int64,
+          "label": features.ClassLabel(names=["cat", "dog"]),
         }
       ),
     )
@@ -51,6 +52,7 @@ class TinyPictures(tensorflow_datasets.core.GeneratorBasedBuilder):
           "caption": f"number {i}",
           "captions": [{"text": f"one {i}"}, {"text": f"two {i}"}],
           "id": i,
+          "label": i % 2,
         },
       )
 
@@ -116,11 +118,26 @@ def test_a_broken_picture_is_an_image_error_with_its_record(
     ({"text_feature": "words"}, r"no feature 'words'.*caption"),
     ({"text_feature": "captions/words"}, r"'words' is none of \['text'\]"),
     ({"image_feature": "photo"}, "no feature 'photo'"),
+    ({"text_feature": "label"}, "'label' holds .*, a int.*, expected a text"),
+    ({"text_feature": "id"}, "'id' holds .*, a int.*, expected a text"),
+    ({"image_feature": "id"}, "'id' holds a int.*, expected an encoded"),
   ],
 )
 def test_what_is_not_there_is_named(data_dir, changes, said):
   with pytest.raises(errors.DataError, match=said):
     _source(data_dir, **changes)
+
+
+def test_a_text_that_is_no_utf8_is_left_out_and_named(data_dir, monkeypatch):
+  source = _source(data_dir, limit_share=0.5)
+  broken = source._records[2] | {"caption": b"caf\xe9"}
+  records = [source._records[i] for i in range(6)]
+  records[2] = broken
+  monkeypatch.setattr(source, "_records", records)
+  source._captions.cache_clear()
+  assert [len(source.captions(i)) for i in range(6)] == [1, 1, 0, 1, 1, 1]
+  assert list(source.faults.names) == [source.image_key(2)]
+  assert "no UTF-8" in source.faults.reasons[source.image_key(2)]
 
 
 def test_reading_needs_no_tensorflow(data_dir):

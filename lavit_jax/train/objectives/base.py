@@ -116,6 +116,7 @@ class Objective:
       seed=self.config.seed,
       tokenizer=text,
       text_length=text_length,
+      limit_share=self.config.data.limit_share,
     )
     self._train_data = make(self.source)
     self._held_out_data = make(self.held_out)

@@ -152,6 +152,7 @@ class LatentsObjective(base.Objective):
       seed=seed,
       crop=data.crop if training else "center",
       latents=stored,
+      limit_share=data.limit_share,
     )
 
   def init(self, rng):

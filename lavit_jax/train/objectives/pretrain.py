@@ -126,6 +126,7 @@ class PretrainObjective(base.Objective):
       seed=self.config.seed,
       batch_size=self.config.batch_size,
       window=data.window,
+      limit_share=data.limit_share,
     )
     self._train_data = make(self.source, self._caches[0])
     self._held_out_data = make(self.held_out, self._caches[1])
