@@ -152,6 +152,23 @@ def test_empty_texts_of_a_document_are_passed_over():
     _build(examples.Example("k", "document", tuple(parts[1::2])))
 
 
+def test_texts_with_white_space_between_them_are_read_as_one(tmp_path):
+  lines = ["List:", "- one", "Boil it.", "Stir."] * 9
+  text = vocabulary.TextTokenizer.train(lines, tmp_path / "t", 275)
+  spans = lambda *parts: sequences.spans(
+    examples.Example("k", "document", parts), None, text
+  )
+  part = examples.TextPart
+  ids = lambda *parts: [int(i) for s in spans(*parts) for i in s.ids]
+  whole = ids(part("List:\n- one\n\nStir."))
+  assert ids(part("List:\n"), part("- one"), part("\n\nStir.")) == whole
+  apart = ids(part("Boil it."), part("Stir."))
+  assert apart == ids(part("Boil it. Stir."))
+  # A question and its answer are learnt differently and stay apart.
+  assert len(spans(part("List:\n", 0.0), part("- one"))) == 2
+  assert len(spans(part("List:\n", end=True), part("- one"))) == 2
+
+
 def test_half_a_character_makes_a_document_unusable_and_stops_nothing(
   tmp_path,
 ):
