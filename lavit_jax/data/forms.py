@@ -117,7 +117,7 @@ class Reader:
     )
 
   def _count_unread(self, number, row):
-    for field, value in _unknown(row):
+    for field, value in dict(_unknown(row)).items():
       if field not in self._ignored:
         self.unread.setdefault(field, [0, number, value])[0] += 1
 

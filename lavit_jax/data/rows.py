@@ -11,6 +11,7 @@ import numpy as np
 from lavit_jax import images
 from lavit_jax.data import faults, packing, pieces, sequences
 
+_RULES = b"long documents are divided"  # of plans, for their memos
 _WINDOWS_KEPT = 4  # windows whose tokenised texts stay in memory
 
 
@@ -131,7 +132,8 @@ def memo_path(components, tokenizer, **settings):
   caches = [c.cache for c in components if c.cache is not None]
   if not caches:
     return None
-  digest = hashlib.sha256(pickle.dumps(tokenizer))
+  digest = hashlib.sha256(_RULES)
+  digest.update(pickle.dumps(tokenizer))
   for c in components:
     size = c.source.num_examples(c.task)
     digest.update(repr((c.source.name, c.task, str(c.weight), size)).encode())

@@ -100,7 +100,7 @@ class Span:
 
   def ended(self):
     """The same with </s> behind it."""
-    return Span.of(self.part, [*self.ids, vocabulary_lib.EOS_ID])
+    return Span.of(self.part, np.append(self.ids, vocabulary_lib.EOS_ID))
 
 
 def spans(example, cache, tokenizer):

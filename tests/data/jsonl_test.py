@@ -380,7 +380,7 @@ def test_fields_that_are_not_read_are_named_once_for_the_file(tmp_path, caplog):
   rows = [row | {"title": f"a cat {i}"} for i in range(12)]
   rows += [
     _GOOD | {"tags": ["indoors"], "split": "train", "coco_url": "http://x"},
-    {"messages": [{"type": "image", "image": "a.png", "alt": "a red card"}]},
+    {"messages": [{"type": "image", "image": "a.png", "alt": "a card"}] * 2},
     {
       "image": "a.png",
       "questions": [{"question": "a?", "answer": "b", "why": "so"}],
