@@ -11,6 +11,7 @@ from etils import epath
 
 from lavit_jax import errors
 
+_PATTERN = "*?["  # what makes a name a pattern
 _OFTEN = 10.0  # seconds between two uploads of a log that nobody asked for
 _LEAST = 1.0  # seconds: a store takes one new version of an object a second
 
@@ -43,6 +44,39 @@ def path_of(path) -> epath.Path:
       " pip install 'lavit_jax[gcs]'"
     ) from e
   return found
+
+
+def absolute(path) -> epath.Path:
+  """A path that stays what it is when the current folder changes."""
+  found = path_of(path)
+  return found if is_remote(path) else found.absolute()
+
+
+def check_arrays_folder(path, *, write: bool) -> None:
+  """Refuses folders whose names would lose the arrays that Orbax keeps there.
+
+  Orbax finds what each process has written by a pattern that begins with the
+  name of the folder, unescaped: with brackets nothing is found, with * or ?
+  perhaps what is another folder's. TensorStore takes a backslash for a slash.
+
+  Args:
+    path: of a checkpoint, or of a folder that will hold some.
+    write: whether arrays are to be written; what is there already can be read
+      from a folder with brackets.
+
+  Raises:
+    errors.CheckpointError: there is such a character in its whole path.
+  """
+  whole = os.fspath(path) if is_remote(path) else os.path.abspath(path)
+  found = [c for c in (_PATTERN if write else "") + "\\" if c in whole]
+  found += ["**"] if "**" in whole and not write else []
+  if found:
+    raise errors.CheckpointError(
+      f"{whole} has {' and '.join(found)} in its name: Orbax and TensorStore,"
+      " which keep the arrays, would look for them elsewhere and lose them."
+      " Give a folder without these characters"
+      + ("." if write else ", or rename this one.")
+    )
 
 
 def write_whole(path: epath.Path, data: bytes) -> None:

@@ -9,7 +9,6 @@ A damaged checkpoint is never deleted. It is moved to `damaged/` beside the
 others, and only once an older one has been read in its place.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -22,25 +21,12 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lavit_jax import errors, files, hosts
+from lavit_jax import checkpoints, errors, files, hosts
 
 _LOG = logging.getLogger(__name__)
 _SEAL = "files.json"
 _DAMAGED = "damaged"
 _METRICS = "held_out"  # in the JSON part: what the best one is chosen by
-
-
-@contextlib.contextmanager
-def _writing(directory):
-  """Names the disk when a write fails: full, over quota, not writable."""
-  try:
-    yield
-  except (OSError, ValueError) as e:  # Orbax reports a full disk as ValueError
-    raise errors.CheckpointError(
-      f"A checkpoint could not be written under {directory}:"
-      f" {str(e).splitlines()[0][:400]} Make room, then give the same command"
-      " again: training goes on from the newest checkpoint that is complete."
-    ) from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +55,16 @@ class RunCheckpoints:
 
     Raises:
       errors.ConfigError: `keep` is less than 1.
+      errors.CheckpointError: a name that Orbax cannot keep arrays under.
     """
     if keep < 1:
       raise errors.ConfigError(
         f"checkpoint.keep={keep}: a run resumes from its newest checkpoint, so"
         " at least 1 is kept. Set checkpoint.keep=1 or more."
       )
+    files.check_arrays_folder(directory, write=True)
     self._unsealed: int | None = None
-    self.directory = directory = _absolute(directory)
+    self.directory = directory = files.absolute(directory)
     self._keep, self._best = keep, best
     self._sign = -1.0 if best_mode == "min" else 1.0
     self._manager = ocp.CheckpointManager(
@@ -137,7 +125,7 @@ class RunCheckpoints:
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
     )
-    with _writing(self.directory):
+    with checkpoints.writing(self.directory):
       self._manager.wait_until_finished()
       self.seal()
       self._scores[step] = self._score(metrics)
@@ -280,7 +268,7 @@ class RunCheckpoints:
 
   def wait(self):
     """Returns once everything saved so far is on disk."""
-    with _writing(self.directory):
+    with checkpoints.writing(self.directory):
       self._manager.wait_until_finished()
       self.seal()
 
@@ -300,11 +288,6 @@ def kept(
   scored = [s for s in steps if scores.get(s, -math.inf) > -math.inf]
   best = sorted(scored, key=lambda s: (scores[s], s))[-1:]
   return {*sorted(steps)[-keep:], *best}
-
-
-def _absolute(directory) -> epath.Path:
-  path = epath.Path(directory)
-  return path if files.is_remote(path) else path.absolute()
 
 
 def _first_line(error) -> str:

@@ -32,7 +32,11 @@ def check(config, workdir) -> epath.Path:
 
   Raises:
     errors.ConfigError: it holds a run with another config.
+    errors.CheckpointError: it or config.model_dir has a name that Orbax cannot
+      keep arrays under.
   """
+  for folder in (workdir, config.model_dir):
+    files.check_arrays_folder(folder, write=True)
   workdir = files.path_of(workdir)
   path = workdir / "config.json"
   ours = json.loads(config.to_json_best_effort())
