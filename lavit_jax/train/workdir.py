@@ -5,6 +5,7 @@ import json
 from etils import epath
 
 from lavit_jax import errors, files, hosts
+from lavit_jax.train import versions
 
 # What may change when a run goes on: lengths of logs, where and how fast it
 # runs, and the size of its batches (see `position`).
@@ -23,6 +24,8 @@ _LOOSE_ANYWHERE = ("remat", "unroll")  # of every network
 
 def check(config, workdir) -> epath.Path:
   """The workdir as a path, made if it is missing, its config stored in it.
+
+  The versions of the libraries too: a run that goes on with others is warned.
 
   With several processes all of them call this.
 
@@ -54,6 +57,7 @@ def check(config, workdir) -> epath.Path:
     text = json.dumps(ours, indent=1, sort_keys=True) + "\n"
     files.write_whole(path, text.encode())
   hosts.barrier("lavit_workdir_made")
+  versions.check(workdir)
   return workdir
 
 
