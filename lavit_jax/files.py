@@ -1,19 +1,15 @@
 """Files of a run, on a disk or in an object store such as gs://.
 
-Objects cannot be appended to: a log is kept in memory there, and put in place
-of what was stored. Whole files are there at once or not at all in both.
+Whole files are there at once or not at all in both. Logs: `log_files.py`.
 """
 
 import os
-import time
 
 from etils import epath
 
 from lavit_jax import errors
 
 _PATTERN = "*?["  # what makes a name a pattern
-_OFTEN = 10.0  # seconds between two uploads of a log that nobody asked for
-_LEAST = 1.0  # seconds: a store takes one new version of an object a second
 
 
 def is_remote(path) -> bool:
@@ -87,61 +83,3 @@ def write_whole(path: epath.Path, data: bytes) -> None:
   partial = path.with_name(path.name + ".partial")
   partial.write_bytes(data)
   partial.replace(path)
-
-
-def open_log(path: epath.Path):
-  """A binary file to append to, with `write`, `flush`, `sync`, `tell`, `close`.
-
-  `flush` hands over to the system what was written, `sync` to the disk. In an
-  object store `flush` does so now and then, `sync` always.
-  """
-  return _Remote(path) if is_remote(path) else _Local(path)
-
-
-class _Local:
-  """A file on a disk."""
-
-  def __init__(self, path):
-    self._file = path.open("ab")
-    self.tell, self.flush = self._file.tell, self._file.flush
-
-  def write(self, data: bytes) -> None:
-    self._file.write(data)
-
-  def sync(self) -> None:
-    self._file.flush()
-    os.fsync(self._file.fileno())
-
-  def close(self) -> None:
-    if not self._file.closed:
-      self.sync()
-      self._file.close()
-
-
-class _Remote:
-  """An object that is written anew each time."""
-
-  def __init__(self, path):
-    self._path = path
-    self._data = bytearray(path.read_bytes() if path.exists() else b"")
-    self._stored, self._when = len(self._data), time.monotonic()
-
-  def write(self, data: bytes) -> None:
-    self._data += data
-
-  def tell(self) -> int:
-    return len(self._data)
-
-  def flush(self) -> None:
-    if time.monotonic() - self._when >= _OFTEN:
-      self.sync()
-
-  def sync(self) -> None:
-    if self._stored == len(self._data):
-      return
-    time.sleep(max(self._when + _LEAST - time.monotonic(), 0.0))
-    self._path.write_bytes(bytes(self._data))
-    self._stored, self._when = len(self._data), time.monotonic()
-
-  def close(self) -> None:
-    self.sync()

@@ -9,6 +9,7 @@ A damaged checkpoint is never deleted. It is moved to `damaged/` beside the
 others, and only once an older one has been read in its place.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import logging
@@ -64,6 +65,8 @@ class RunCheckpoints:
       )
     files.check_arrays_folder(directory, write=True)
     self._unsealed: int | None = None
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "lavit_seal")
+    self._sealing: concurrent.futures.Future | None = None
     self.directory = directory = files.absolute(directory)
     self._keep, self._best = keep, best
     self._sign = -1.0 if best_mode == "min" else 1.0
@@ -128,6 +131,7 @@ class RunCheckpoints:
     with checkpoints.writing(self.directory):
       self._manager.wait_until_finished()
       self.seal()
+      self._sealed()
       self._scores[step] = self._score(metrics)
       self._manager.save(step, args=args, force=True)
       self._unsealed = step
@@ -136,16 +140,21 @@ class RunCheckpoints:
     """Lists the files of a save that has become complete; cheap if none has.
 
     To be called often: a checkpoint without a list is as good, but damage to
-    it is noticed only when its arrays are read.
+    it is noticed only when its arrays are read. A thread asks for the sizes:
+    in an object store that is hundreds of questions.
     """
     if self._unsealed is None or self._manager.is_saving_in_progress():
       return
     step, self._unsealed = self._unsealed, None
-    folder = self.directory / str(step)
-    if hosts.first() and folder.exists():
-      sizes = _sizes(folder)
-      text = json.dumps(sizes, indent=0, sort_keys=True)
-      files.write_whole(folder / _SEAL, text.encode())
+    self._sealed()
+    if hosts.first():
+      self._sealing = self._thread.submit(_seal, self.directory / str(step))
+
+  def _sealed(self) -> None:
+    """Waits for the list: Orbax must not remove what is being listed."""
+    sealing, self._sealing = self._sealing, None
+    if sealing is not None:
+      sealing.result()
 
   def meta(self, step: int) -> dict[str, Any]:
     """The JSON part of a checkpoint: config, data position, stage."""
@@ -271,11 +280,13 @@ class RunCheckpoints:
     with checkpoints.writing(self.directory):
       self._manager.wait_until_finished()
       self.seal()
+      self._sealed()
 
   def close(self):
     """Waits for pending saves and closes."""
     self.wait()
     self._manager.close()
+    self._thread.shutdown()
 
 
 def kept(
@@ -306,6 +317,13 @@ def _sizes(folder) -> dict[str, int]:
         name = str(path)[len(str(folder)) :].lstrip("/")
         found[name] = path.stat().length
   return found
+
+
+def _seal(folder) -> None:
+  """Lists the files of a complete checkpoint in it."""
+  if folder.exists():
+    text = json.dumps(_sizes(folder), indent=0, sort_keys=True)
+    files.write_whole(folder / _SEAL, text.encode())
 
 
 def fault(folder) -> str | None:

@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+import threading
+import time
 
 import jax
 import numpy as np
@@ -172,6 +174,31 @@ def test_the_last_ones_and_the_best_one_are_kept(tmp_path, losses, mode):
   numbers = [_NAN if loss is None else loss for loss in losses]
   sign = 1 if mode == "min" else -1
   assert found == _model_of_keeping(numbers, keep=2, sign=sign)
+
+
+def test_training_waits_for_no_list_of_files(tmp_path, monkeypatch):
+  """Sizes are asked for by a thread, and before anything is removed."""
+  sizes, askers, slow = run_checkpoints._sizes, [], threading.Event()
+
+  def asked(folder):
+    askers.append(threading.current_thread())
+    slow.wait(0.2)
+    return sizes(folder)
+
+  monkeypatch.setattr(run_checkpoints, "_sizes", asked)
+  folder = tmp_path / "checkpoints"
+  run = run_checkpoints.RunCheckpoints(folder, keep=1)
+  for step in (1, 2, 3):
+    run.save(step, _state(step), {"data": step})
+    run._manager.wait_until_finished()
+    start = time.monotonic()
+    run.seal()
+    assert time.monotonic() - start < 0.1
+  run.close()
+  assert len(askers) == 3
+  assert threading.main_thread() not in askers
+  assert [path.name for path in folder.iterdir()] == ["3"]
+  assert (folder / "3" / "files.json").exists()
 
 
 @pytest.mark.parametrize("keep", [0, -1])
