@@ -12,6 +12,7 @@ import functools
 import logging
 import math
 import os
+import secrets
 import threading
 import zlib
 from typing import Any
@@ -255,7 +256,8 @@ class Plan:
           f" read more than {self.limits[1]} pictures, or are bad. See the log"
           " for names; config.data.length and config.data.slots say what fits."
         )
-      if self._memo and len(self._known) >= self._saved + _SAVE_EVERY:
+      more = max(_SAVE_EVERY, self._saved // 8)  # each time it is all written
+      if self._memo and len(self._known) >= self._saved + more:
         self._saved = len(self._known)
         _write_known(self._memo, self._known)
 
@@ -292,7 +294,10 @@ def _read_known(memo):
 
 def _write_known(memo, known):
   """Remembers the windows; a folder that cannot be written is no fault."""
-  unfinished = memo.with_name(f"{memo.stem}.{os.getpid()}.tmp")
+  if len(_read_known(memo)) >= len(known):
+    return  # another process of the run has done it
+  # Processes of several machines may share a number, and this folder.
+  unfinished = memo.with_name(f"{memo.stem}.{secrets.token_hex(8)}.tmp")
   try:
     memo.parent.mkdir(exist_ok=True)
     with unfinished.open("wb") as file:

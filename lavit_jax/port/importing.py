@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax import checkpoints, errors, progress
+from lavit_jax import checkpoints, errors, files, progress
 from lavit_jax.port import (
   folder,
   hub,
@@ -73,6 +73,7 @@ def run(
       f"--dtype {dtype}: expected one of {', '.join(DTYPES)}."
     )
   _check_only(only)
+  files.check_arrays_folder(destination, write=True)
   place = hub.resolve(source, only)
   made = _plan(place, only, heads, allow_missing, codes, seed)
   chosen = [part.name for part in made.parts]

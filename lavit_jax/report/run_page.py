@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lavit_jax import errors, progress
+from lavit_jax import errors, log_files, progress
 from lavit_jax.report import page, plots
 from lavit_jax.train import writers
 
@@ -118,7 +118,7 @@ def _config(workdir: pathlib.Path) -> Mapping[str, Any]:
 
 
 def _read(path: pathlib.Path) -> list[dict[str, Any]]:
-  return writers.read_json_lines(path) if path.exists() else []
+  return writers.read_json_lines(path) if log_files.pieces(path) else []
 
 
 def _facts(config, rows, kept) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
+from lavit_jax import log_files
 from lavit_jax.train import chips, flops, writers
 
 ACTIVITIES = (
@@ -162,7 +163,7 @@ class _Before:
   @classmethod
   def read(cls, path, step: int, now: float) -> "_Before":
     """The totals of the checkpoint of `step`; see `Meter.saved`."""
-    rows = writers.read_json_lines(path) if path.exists() else []
+    rows = writers.read_json_lines(path) if log_files.pieces(path) else []
     rows = [row for row in rows if "kept_s" in row]
     if not rows:
       return cls(now)

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import json
 import os
+import string
 
 import hypothesis
 import numpy as np
@@ -58,6 +59,19 @@ def test_what_was_written_is_read_back(tmp_path, monkeypatch, in_memory):
   )
   _check(made)
   assert [p.name for p in tmp_path.iterdir()] == ["codes"]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_no_sign_in_a_name_means_more_than_itself(
+  tmp_path, monkeypatch, in_memory
+):
+  """ArrayRecord reads file[0:3] as a part of a file, file@3 as three."""
+  if not in_memory:
+    monkeypatch.setattr(cache, "_IN_MEMORY", 0)
+  signs = "".join(c for c in string.punctuation if c != "/")
+  for name in (f"{signs}[0:3]", "codes@3", "**"):
+    _check(cache.write(tmp_path / name, _records, _META))
+    _check(cache.CodeCache.load(tmp_path / name))
 
 
 @hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
