@@ -82,7 +82,7 @@ class CodeCache:
         raise _foreign(directory, kind, getattr(meta, kind), ours)
     try:
       counts = np.load(directory / "counts.npy")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
       raise _damaged(directory, error) from error
     if counts.shape != (meta.num_images,):
       raise _damaged(directory, f"counts of shape {counts.shape}")

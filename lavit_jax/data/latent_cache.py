@@ -62,7 +62,7 @@ class LatentCache:
       order = _order(self.assigned, meta)
       good = np.fromfile(directory / "good.u1", np.uint8)
       self._files = _open_files(directory, self.assigned, meta)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
       raise _damaged(directory, error) from error
     if len(self.assigned) != meta.num_images or len(good) != len(order):
       raise _damaged(directory, f"{len(good)} pictures")

@@ -31,8 +31,7 @@ class Stored:
 
   def sources(self, config):
     """The (train, held-out) sources of config.data."""
-    data = config.data.to_dict()
-    return sources.build(data, "train"), sources.build(data, "held_out")
+    return sources.pair(config.data.to_dict())
 
 
 class Outline:
