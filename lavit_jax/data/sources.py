@@ -65,6 +65,18 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
   )
 
 
+def describe(
+  config: Mapping[str, Any], split: str, source: examples.Source
+) -> str:
+  """What a source is, in words for messages; `build` made it."""
+  name = source.name
+  if config["kind"] == "jsonl":
+    part = "a tenth" if split == "held_out" else "nine tenths"
+    part = "all" if config.get("held_out_path") else f"{split}, {part} by hash,"
+    name = f"{part} of {name}"
+  return f"{name}: {source.num_images} pictures of {source.image_size} pixels"
+
+
 def pair(config: Mapping[str, Any]) -> tuple:
   """The (train, held-out) sources; says so where they share pictures."""
   train, held_out = build(config, "train"), build(config, "held_out")

@@ -123,6 +123,6 @@ class Outline:
       tree,
     )
 
-  def check_start(self, folder, part, config):
+  def check_start(self, run, config, schedule):
     """Nothing to check."""
-    del folder, part, config
+    del run, config, schedule

@@ -17,6 +17,7 @@ _LOOSE = (
   "batch_size",
   "accumulate",
   "compiler_options",
+  "accept",
 )
 _LOOSE_ANYWHERE = ("remat", "unroll")  # of every network
 

@@ -61,6 +61,10 @@ class PixelsObjective(base.Objective):
         )
     denoising.check(self.schedule, self.last_phase)
 
+  def made_of(self):
+    """Data, encoder and tokenizer."""
+    return super().made_of() | self.words_made_of()
+
   def init(self, rng):
     """Boxed parameters; extra: their exponential mean and its updates."""
     config = self.decoder_config
