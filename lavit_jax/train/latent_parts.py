@@ -54,6 +54,7 @@ def load_words(directory, dtype: str) -> Words:
   config = tokenizer.config_from_dict(stored.meta["tokenizer"])
   model = words_model(config, dtype)
   encoder = checkpoints.load_part(directory, "encoder", dtype=dtype)
+  tokenizer.check_encoder(config, encoder.meta["vit"], directory)
   variables = used_words(stored.params)
   return Words(model, {"encoder": encoder.params, "tokenizer": variables})
 

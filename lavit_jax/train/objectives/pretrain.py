@@ -46,6 +46,9 @@ class PretrainObjective(base.Objective):
     encoder = self.stored.part(config.model_dir, "encoder", dtype=dtype)
     stage1 = self.stored.part(config.model_dir, "tokenizer")
     self.tokenizer_config = tokenizer.config_from_dict(stage1.meta["tokenizer"])
+    tokenizer.check_encoder(
+      self.tokenizer_config, encoder.meta["vit"], config.model_dir
+    )
     self.text = None if self.stored.outline else self.text_tokenizer()
     self.vocabulary = vocabulary.Vocabulary(
       text_size=self.text.size if self.text else config.assumed.text_size,
