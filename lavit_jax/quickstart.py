@@ -177,13 +177,10 @@ def _print_budget(configs, share):
 def _run_stage(stage, configs, quiet):
   if stage == "codes":
     config = configs["pretrain"]
-    for split, out in (
-      ("train", config.data.cache_dir),
-      ("held_out", config.data.held_out_cache_dir),
-    ):
-      tokenize_data.write_cache(
-        config.model_dir, config.data.to_dict(), out, split=split, quiet=quiet
-      )
+    out = pathlib.Path(config.data.cache_dir).parent
+    tokenize_data.write_caches(
+      config.model_dir, config.data.to_dict(), out, quiet=quiet
+    )
     return
   config = configs[stage]
   workdir = pathlib.Path(config.model_dir).parent / stage

@@ -50,6 +50,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     capacity=192,  # the most words of a picture in the data
   )
   cfg.compiler_options = {}  # of XLA, beside those of train/program.py
+  cfg.accept = ""  # differences that are meant: see lavit_jax/agreement.py
   cfg.accumulate = 1  # parts in which a batch is run, one after the other
   cfg.nonfinite = dict(policy="skip", limit=20)  # see train/nonfinite.py
   cfg.log = dict(every=50, profile=())  # profile: first and last step to trace

@@ -38,6 +38,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     clip_norm=1.0,
     groups=dict(base=1.0),
   )
+  cfg.accept = ""  # differences that are meant: see lavit_jax/agreement.py
   cfg.accumulate = 1  # parts in which a batch is run, one after the other
   cfg.nonfinite = dict(policy="stop", limit=0)  # see train/nonfinite.py
   cfg.log = dict(every=50, profile=())  # profile: first and last step to trace

@@ -286,7 +286,7 @@ def _read_known(memo):
   """What the memo remembers, [] where it holds nothing that makes sense."""
   try:
     known = np.load(memo) if memo else np.zeros((0, 2), np.int64)
-  except (OSError, ValueError):
+  except (OSError, ValueError, EOFError):  # EOFError: nothing is in it
     return []
   good = known.ndim == 2 and known.shape[1] == 2 and (known >= 0).all()
   return [tuple(pair) for pair in known.tolist()] if good else []

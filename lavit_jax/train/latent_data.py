@@ -57,6 +57,8 @@ def write_cache(
     buckets=data["buckets"],
     scale=net.config.scale,
     channels=net.config.latent_channels,
+    data=sources.describe(data, split, source),
+    model=str(model),
   )
   assigned = buckets_lib.assign(buckets_lib.sizes_of(source), meta.buckets)
   log = faults.FaultLog("pictures", data.get("limit_share", faults.LIMIT_SHARE))

@@ -9,6 +9,7 @@ then start from nothing.
 
 import dataclasses
 import hashlib
+import logging
 import pathlib
 from typing import Any
 
@@ -17,12 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from lavit_jax import checkpoints, errors
-from lavit_jax.infer import latents
+from lavit_jax import agreement, checkpoints, errors, fingerprints
+from lavit_jax.infer import latents, schedules
 from lavit_jax.models import decoder, tokenizer, unet, vae
 
 KINDS = ("lowres", "highres")
+_LOG = logging.getLogger(__name__)
 _SIZE_NUMBERS = 6  # of SDXL
+_GROUPS = 32
+# Fields of a schedule that a network does not learn by.
+_SAMPLING = ("spacing", "steps_offset", "alpha_to_one", "clip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,7 @@ def load_words(directory, dtype: str) -> Words:
   config = tokenizer.config_from_dict(stored.meta["tokenizer"])
   model = words_model(config, dtype)
   encoder = checkpoints.load_part(directory, "encoder", dtype=dtype)
+  tokenizer.check_encoder(config, encoder.meta["vit"], directory)
   variables = used_words(stored.params)
   return Words(model, {"encoder": encoder.params, "tokenizer": variables})
 
@@ -187,12 +193,22 @@ def check_buckets(buckets, config: vae.VaeConfig) -> None:
       )
 
 
-def check_start(folder, part: str, config: unet.UNetConfig) -> None:
-  """Whether a model directory has a U-Net of a config to start from.
+def check_start(
+  run, config: unet.UNetConfig, schedule: schedules.Schedule
+) -> None:
+  """Whether the model directory that a run starts from has its U-Net.
+
+  Args:
+    run: its config; `accept` names differences that are meant, say a change
+      to velocities without a signal at the last step (arXiv 2305.08891).
+    config: of its U-Net.
+    schedule: of the run; what the U-Net was trained to predict, and at which
+      levels of noise, must be the same. How it is sampled need not.
 
   Raises:
     errors.ConfigError: none is given, or there is none, or it is another.
   """
+  folder, part = run.start_from, f"{run.model.kind}_pixels"
   if folder is None:
     raise errors.ConfigError(
       "start_from is not set. This run starts from Stable Diffusion's weights:"
@@ -215,16 +231,25 @@ def check_start(folder, part: str, config: unet.UNetConfig) -> None:
       " U-Net to start from. Give another, or leave start_from empty and set"
       f" vae_from={folder}."
     )
-  theirs = dataclasses.asdict(unet.UNetConfig(**fields))
-  ours = dataclasses.asdict(config)
-  theirs |= {name: ours[name] for name in ("dtype", "remat", "scan")}
-  if wrong := [name for name in ours if ours[name] != theirs[name]]:
-    name = wrong[0]
-    raise errors.ConfigError(
-      f"The U-Net of start_from={folder} has {name}={theirs[name]}, but"
-      f" model.unet.{name}={ours[name]}: weights of one are not those of the"
-      f" other. Set model.unet to what {part}/part.json says."
-    )
+  what = f"The U-Net of start_from={folder}"
+  theirs = unet.UNetConfig(**fields)
+  differ = agreement.fields(theirs, config, "model.unet.")
+  told = checkpoints.read_meta(folder, part).get("schedule")
+  if told is not None:
+    differ += _of_schedule(schedules.Schedule(**told), schedule)
+  else:
+    _LOG.warning("%s does not say its noise schedule", what)
+  agreement.settle(differ, agreement.accepted(run), what=what)
+
+
+def _of_schedule(theirs, ours):
+  """Differences of two schedules in what a network learns by them."""
+  found = agreement.fields(theirs, ours, "model.schedule.", _SAMPLING)
+  tables = [schedules.alphas_cumprod(s) for s in (theirs, ours)]
+  if len(tables[0]) == len(tables[1]) and np.allclose(*tables, rtol=1e-5):
+    # The same levels of noise, told in other words.
+    found = [d for d in found if d.name == "model.schedule.prediction"]
+  return found
 
 
 def init_unet(net: unet.UNet, rng):
@@ -322,11 +347,36 @@ def load_vae(directory, kind: str):
 def fingerprint(params, config: vae.VaeConfig) -> str:
   """Hex digest of what makes latents: the encoder's weights and its sizes."""
   digest = hashlib.sha256(repr(config.channels).encode())
+  if config.groups != _GROUPS:  # as every published one; told by no weight
+    digest.update(f"{config.groups} groups".encode())
   made_by = {name: params[name] for name in ("encoder", "quant_conv")}
   for path, leaf in jax.tree_util.tree_leaves_with_path(made_by):
     digest.update(jax.tree_util.keystr(path).encode())
     digest.update(np.asarray(leaf).tobytes())
   return digest.hexdigest()[:32]
+
+
+def made_of(config, semantic_is_part: bool) -> dict[str, str]:
+  """Fingerprints of what stage latents takes frozen, words apart.
+
+  Args:
+    config: of a run.
+    semantic_is_part: whether the semantic decoder is a part of model_dir; else
+      it is the tokenizer's own.
+  """
+  kind, of = config.model.kind, fingerprints.of_part
+  part = f"{kind}_pixels"
+  folder = config.vae_from or config.start_from or config.model_dir
+  branch = ("tokenizer", "params/decoder")
+  if semantic_is_part:
+    branch = (kind, "decoder")
+  found = {
+    "semantic_decoder": of(config.model_dir, *branch),
+    "autoencoder": of(folder, part, "vae"),
+  }
+  if config.model.lora.rank:
+    found["unet"] = of(config.start_from, part, "unet")
+  return found
 
 
 def same_directory(a, b) -> bool:

@@ -18,6 +18,7 @@ _LOOSE = (
   "batch_size",
   "accumulate",
   "compiler_options",
+  "accept",
 )
 # Of every network, and of data: how many bad samples are allowed.
 _LOOSE_ANYWHERE = ("remat", "unroll", "limit_share")

@@ -162,9 +162,10 @@ def test_a_memo_of_other_data_is_found_out_and_not_used(tmp_path):
   assert packing.Plan(_sizes_of(6), memo=memo, **settings).row(150) == expected
 
 
-def test_a_damaged_memo_is_ignored(tmp_path):
+@pytest.mark.parametrize("spoil", [b"no array", b""])
+def test_a_damaged_memo_is_ignored(tmp_path, spoil):
   memo = tmp_path / "a.npy"
-  memo.write_bytes(b"no array")
+  memo.write_bytes(spoil)
   settings = dict(limits=(16, 4), window=16)
   expected = packing.Plan(_sizes_of(5), **settings).row(9)
   assert packing.Plan(_sizes_of(5), memo=memo, **settings).row(9) == expected

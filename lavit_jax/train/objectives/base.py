@@ -1,5 +1,6 @@
 """What every stage shares: its data, its held-out loop, its default hooks."""
 
+import functools
 import pathlib
 from collections.abc import Iterator
 
@@ -7,8 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import errors, hosts, sharding, vocabulary
-from lavit_jax.data import pipeline, sources
+from lavit_jax import (
+  agreement,
+  checkpoints,
+  errors,
+  fingerprints,
+  hosts,
+  sharding,
+  vocabulary,
+)
+from lavit_jax.data import contents, examples, pipeline, sources
 from lavit_jax.train import optimizer, stored
 
 
@@ -92,6 +101,46 @@ class Objective:
   def exports(self, params, state):
     """What the stage writes when it ends: {part: (params, meta)}."""
     return {self.part: self.export(params, state)}
+
+  def made_of(self) -> dict[str, str]:
+    """{name: fingerprint} of all that this run takes; see `provenance.of`.
+
+    Here its data; stages add the caches and the frozen weights they use.
+    """
+    return {
+      "train_data": contents.of(self.source),
+      "held_out_data": contents.of(self.held_out),
+    }
+
+  @functools.cached_property
+  def pictures_of(self) -> tuple[str, str]:
+    """What caches know the (train, held-out) pictures by."""
+    found = examples.fingerprint(self.source)
+    return found, examples.fingerprint(self.held_out)
+
+  def words_made_of(self) -> dict[str, str]:
+    """Fingerprints of model_dir's encoder and tokenizer, which fit together.
+
+    Raises:
+      errors.CheckpointError: the tokenizer was trained on another encoder.
+    """
+    folder = self.config.model_dir
+    found = {"encoder": fingerprints.of_part(folder, "encoder")}
+    told = checkpoints.read_meta(folder, "tokenizer").get("made_of", {})
+    agreement.settle(
+      agreement.prints(
+        told, found, "train the tokenizer again, or put its encoder back"
+      ),
+      agreement.accepted(self.config),
+      what=f"What the tokenizer of {folder} was trained on",
+      error=errors.CheckpointError,
+    )
+    return found | {"tokenizer": fingerprints.of_words(folder)}
+
+  def text_made_of(self) -> dict[str, str]:
+    """The fingerprint of model_dir's text tokenizer."""
+    path = pathlib.Path(self.config.model_dir) / "tokenizer.model"
+    return {"text_tokenizer": fingerprints.of_file(path)}
 
   def text_tokenizer(self) -> vocabulary.TextTokenizer:
     """The model directory's SentencePiece model, trained if there is none."""

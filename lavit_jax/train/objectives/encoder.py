@@ -52,6 +52,10 @@ class EncoderObjective(base.Objective):
     )
     return variables["params"], {}
 
+  def made_of(self):
+    """Data and text tokenizer."""
+    return super().made_of() | self.text_made_of()
+
   def batch_shapes(self):
     """Pictures with captions."""
     return self.image_shapes(self.config.data.text_length)

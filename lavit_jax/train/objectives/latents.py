@@ -26,10 +26,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lavit_jax import checkpoints, errors
-from lavit_jax.data import bucket_rows, examples, latent_cache
+from lavit_jax.data import bucket_rows
 from lavit_jax.infer import latents, schedules
 from lavit_jax.models import unet, vae
-from lavit_jax.train import conditions, denoising, latent_parts, lora, shapes
+from lavit_jax.train import (
+  caches,
+  conditions,
+  denoising,
+  latent_parts,
+  lora,
+  shapes,
+)
 from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base
 
@@ -87,7 +94,7 @@ class LatentsObjective(base.Objective):
           f"phases.{name}.sample_latents=True draws anew each time, but"
           " data.latents_dir holds the same always. Change one of them."
         )
-    self.stored.check_start(config.start_from, self.part, self.unet.config)
+    self.stored.check_start(config, self.unet.config, self.schedule)
     if latent_parts.same_directory(config.start_from, config.model_dir):
       raise errors.ConfigError(
         f"start_from and model_dir are both {config.model_dir}: the result"
@@ -135,16 +142,9 @@ class LatentsObjective(base.Objective):
 
   def _batches(self, source, seed):
     """Batches of a source: the endless ones with a seed, else once each."""
-    data = self.config.data
-    training, stored = seed is not None, None
-    where = data.latents_dir if training else data.held_out_latents_dir
-    if where:
-      stored = latent_cache.LatentCache.load(
-        where,
-        source=examples.fingerprint(source),
-        vae=latent_parts.fingerprint(self._vae_params, self.vae.config),
-        buckets=data.buckets,
-      )
+    data, training = self.config.data, seed is not None
+    made_by = self.vae.config, self._vae_params
+    stored = caches.latents(data, training, self.pictures_of, made_by)
     return bucket_rows.batches(
       source,
       data.buckets,
@@ -154,6 +154,12 @@ class LatentsObjective(base.Objective):
       latents=stored,
       limit_share=data.limit_share,
     )
+
+  def made_of(self):
+    """Data, caches, all that is frozen."""
+    found = super().made_of() | self.words_made_of()
+    found |= latent_parts.made_of(self.config, self._told.meta is not None)
+    return found | caches.made_of_latents(self.config.data)
 
   def init(self, rng):
     """Boxed parameters; extra: their exponential mean and its updates."""

@@ -34,6 +34,9 @@ class PixelsObjective(base.Objective):
     encoder = self.stored.part(config.model_dir, "encoder")
     stage1 = self.stored.part(config.model_dir, "tokenizer")
     self.tokenizer_config = tokenizer.config_from_dict(stage1.meta["tokenizer"])
+    tokenizer.check_encoder(
+      self.tokenizer_config, encoder.meta["vit"], config.model_dir
+    )
     self.tokenizer = tokenizer.DynamicVisualTokenizer(self.tokenizer_config)
     variables = {k: stage1.params[k] for k in ("params", "codebook")}
     self.frozen = {"encoder": encoder.params, "tokenizer": variables}
@@ -60,6 +63,10 @@ class PixelsObjective(base.Objective):
           f" --config.model.pixels.{name}={value}."
         )
     denoising.check(self.schedule, self.last_phase)
+
+  def made_of(self):
+    """Data, encoder and tokenizer."""
+    return super().made_of() | self.words_made_of()
 
   def init(self, rng):
     """Boxed parameters; extra: their exponential mean and its updates."""

@@ -18,10 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import checkpoints, errors, images, vocabulary
-from lavit_jax.data import cache, pipeline
+from lavit_jax import (
+  agreement,
+  checkpoints,
+  errors,
+  fingerprints,
+  images,
+  vocabulary,
+)
+from lavit_jax.data import pipeline
 from lavit_jax.models import llama, tokenizer, unified
-from lavit_jax.train import lora, losses, shapes
+from lavit_jax.train import caches, lora, losses, shapes
 from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base
 
@@ -39,6 +46,9 @@ class PretrainObjective(base.Objective):
     encoder = self.stored.part(config.model_dir, "encoder", dtype=dtype)
     stage1 = self.stored.part(config.model_dir, "tokenizer")
     self.tokenizer_config = tokenizer.config_from_dict(stage1.meta["tokenizer"])
+    tokenizer.check_encoder(
+      self.tokenizer_config, encoder.meta["vit"], config.model_dir
+    )
     self.text = None if self.stored.outline else self.text_tokenizer()
     self.vocabulary = vocabulary.Vocabulary(
       text_size=self.text.size if self.text else config.assumed.text_size,
@@ -47,6 +57,7 @@ class PretrainObjective(base.Objective):
     self.llama_config = llama.LlamaConfig(
       **config.model.llm.to_dict() | {"vocab_size": self.vocabulary.size}
     )
+    self._check_start()
     self.capacity = self._use_caches()
     self.model = unified.UnifiedModel(
       self.llama_config, self.tokenizer_config, self.capacity
@@ -67,9 +78,47 @@ class PretrainObjective(base.Objective):
     config = self.config
     if self.stored.outline:
       return config.assumed.capacity
-    folders = (config.data.cache_dir, config.data.held_out_cache_dir)
-    self._caches = tuple(cache.CodeCache.load(folder) for folder in folders)
+    self._caches = caches.codes(
+      config, (self.source, self.held_out), self.pictures_of
+    )
     return int(max(c.counts.max() for c in self._caches))
+
+  def made_of(self):
+    """Data, caches, text tokenizer, encoder, tokenizer; under LoRA the LLM."""
+    found = super().made_of() | self.words_made_of() | self.text_made_of()
+    train, held_out = self._caches
+    found |= {
+      "train_cache": train.fingerprint(),
+      "held_out_cache": held_out.fingerprint(),
+    }
+    if self.lora["rank"]:
+      folder = self.config.start_from
+      found["llm"] = fingerprints.of_part(folder, self.part, "llm")
+    return found
+
+  def _check_start(self):
+    """Whether weights of config.start_from mean under this config what there.
+
+    Raises:
+      errors.ConfigError: a field of the network differs.
+    """
+    folder = self.config.start_from
+    if self.stored.outline or not folder:
+      return
+    if self.part not in checkpoints.parts_in(folder):
+      return  # said where it is read; a run that goes on need not have it
+    meta = checkpoints.read_meta(folder, self.part)
+    if "llama" not in meta:
+      return  # shapes are all that can be compared
+    theirs = llama.LlamaConfig(**meta["llama"])
+    agreement.settle(
+      # Rotary positions have no table: max_len is no property of weights.
+      agreement.fields(
+        theirs, self.llama_config, "model.llm.", ("max_len", "vocab_size")
+      ),
+      agreement.accepted(self.config),
+      what=f"The {self.part} of start_from={folder}",
+    )
 
   def _frozen_llm(self):
     """The LLM of config.start_from that a LoRA changes."""

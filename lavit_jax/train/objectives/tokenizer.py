@@ -17,7 +17,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lavit_jax import errors, images
+from lavit_jax import errors, fingerprints, images
 from lavit_jax.models import quantizer, selector, tokenizer
 from lavit_jax.train import losses, shapes
 from lavit_jax.train.objectives import base
@@ -63,6 +63,11 @@ class TokenizerObjective(base.Objective):
     """The encoder."""
     dtype = self.config.model.get("frozen_dtype", "float32")
     return {"encoder": shapes.encoder(self.model_config.vit, dtype)}
+
+  def made_of(self):
+    """Data and encoder."""
+    encoder = fingerprints.of_part(self.config.model_dir, "encoder")
+    return super().made_of() | {"encoder": encoder}
 
   def batch_shapes(self):
     """Pictures alone."""
