@@ -118,9 +118,8 @@ class _Run:
     last = self.phases[-1].stop
     with sharding.use(self.mesh):
       state = self._first_state()
-      self.frozen = hosts.put(
-        self.objective.frozen,
-        sharding.param_shardings(self.objective.frozen_shapes(), self.mesh),
+      self.frozen = self.objective.load_frozen(
+        sharding.param_shardings(self.objective.frozen_shapes(), self.mesh)
       )
       step = int(state.step)
       self._open_logs(step)
