@@ -65,6 +65,8 @@ def config(stage, root, **updates):
     cfg.data.cache_dir = str(root / "codes" / "train")
     cfg.data.held_out_cache_dir = str(root / "codes" / "held_out")
     cfg.data.length, cfg.data.slots, cfg.data.window = 128, 6, 64
+  for network in cfg.model.get("compute", {}).values():
+    network.unroll = 1
   for name in cfg.schedule:
     phase = cfg.phases[name]
     phase.steps = 2

@@ -40,14 +40,15 @@ def codes(config, pictures, prints) -> tuple[cache.CodeCache, cache.CodeCache]:
   return tuple(found)
 
 
-def latents(data, training: bool, prints, made_by):
+def latents(data, training: bool, prints, vae, read):
   """The latent cache of training or held-out pictures; None without one.
 
   Args:
     data: config.data of a run of stage latents.
     training: of which of them.
     prints: their (train, held-out) `examples.fingerprint`s.
-    made_by: the autoencoder, its VaeConfig and its weights.
+    vae: the VaeConfig of the autoencoder.
+    read: gives its weights; called where there is a cache.
 
   Raises:
     errors.DataError: there is none where config.data says, or it is of other
@@ -56,11 +57,10 @@ def latents(data, training: bool, prints, made_by):
   folder = data.latents_dir if training else data.held_out_latents_dir
   if not folder:
     return None
-  vae, params = made_by
   return latent_cache.LatentCache.load(
     folder,
     source=prints[not training],
-    vae=latent_parts.fingerprint(params, vae),
+    vae=latent_parts.fingerprint(read(), vae),
     buckets=data.buckets,
   )
 

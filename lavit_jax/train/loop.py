@@ -120,9 +120,8 @@ class _Run:
     self.made_of = provenance.of(self.objective)
     with sharding.use(self.mesh):
       state = self._first_state()
-      self.frozen = hosts.put(
-        self.objective.frozen,
-        sharding.param_shardings(self.objective.frozen_shapes(), self.mesh),
+      self.frozen = self.objective.load_frozen(
+        sharding.param_shardings(self.objective.frozen_shapes(), self.mesh)
       )
       step = int(state.step)
       self._open_logs(step)

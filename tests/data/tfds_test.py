@@ -294,7 +294,7 @@ def test_what_is_not_there_is_named(data_dir, changes, said):
     _source(data_dir, **changes)
 
 
-def test_a_text_that_is_no_utf8_is_left_out_and_named(data_dir, monkeypatch):
+def test_a_record_of_a_text_that_is_no_utf8_has_none(data_dir, monkeypatch):
   source = _source(data_dir, limit_share=0.5)
   broken = source._records[2] | {"caption": b"caf\xe9"}
   records = [source._records[i] for i in range(6)]

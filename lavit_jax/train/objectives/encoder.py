@@ -36,7 +36,6 @@ class EncoderObjective(base.Objective):
       embed_dim=config.model.embed_dim,
     )
     self.model = contrastive.Contrastive(self.model_config)
-    self.frozen = {}
     self.use_images(text=tokenizer, text_length=config.data.text_length)
 
   def init(self, rng):
