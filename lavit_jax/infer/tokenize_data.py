@@ -68,7 +68,7 @@ def write_cache(
     num_patches=tokenizer.num_patches,
     num_codes=tokenizer.num_codes,
   )
-  log = faults.FaultLog("pictures", data.get("limit_share", faults.LIMIT_SHARE))
+  log = faults.FaultLog("pictures", faults.share_of(data))
   label = f"tokenize {split}"
   with progress.Progress(
     source.num_images,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lavit_jax import errors, hosts, sharding, vocabulary
-from lavit_jax.data import pipeline, sources
+from lavit_jax.data import faults, pipeline, sources
 from lavit_jax.train import optimizer, stored
 
 
@@ -116,7 +116,7 @@ class Objective:
       seed=self.config.seed,
       tokenizer=text,
       text_length=text_length,
-      limit_share=self.config.data.limit_share,
+      limit_share=faults.share_of(self.config.data),
     )
     self._train_data = make(self.source)
     self._held_out_data = make(self.held_out)

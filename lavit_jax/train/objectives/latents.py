@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lavit_jax import checkpoints, errors
-from lavit_jax.data import bucket_rows, examples, latent_cache
+from lavit_jax.data import bucket_rows, examples, faults, latent_cache
 from lavit_jax.infer import latents, schedules
 from lavit_jax.models import unet, vae
 from lavit_jax.train import conditions, denoising, latent_parts, lora, shapes
@@ -152,7 +152,7 @@ class LatentsObjective(base.Objective):
       seed=seed,
       crop=data.crop if training else "center",
       latents=stored,
-      limit_share=data.limit_share,
+      limit_share=faults.share_of(data),
     )
 
   def init(self, rng):

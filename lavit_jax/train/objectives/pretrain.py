@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lavit_jax import checkpoints, errors, images, vocabulary
-from lavit_jax.data import cache, pipeline
+from lavit_jax.data import cache, faults, pipeline
 from lavit_jax.models import llama, tokenizer, unified
 from lavit_jax.train import lora, losses, shapes
 from lavit_jax.train import state as state_lib
@@ -126,7 +126,7 @@ class PretrainObjective(base.Objective):
       seed=self.config.seed,
       batch_size=self.config.batch_size,
       window=data.window,
-      limit_share=data.limit_share,
+      limit_share=faults.share_of(data),
     )
     self._train_data = make(self.source, self._caches[0])
     self._held_out_data = make(self.held_out, self._caches[1])
