@@ -16,6 +16,11 @@ LIMIT_SHARE = 0.05  # of what may be bad, where nothing else is said
 _JUDGED = 200  # samples seen before a share means anything
 
 
+def share_of(data) -> float:
+  """The `limit_share` of config.data; the usual one of older configs."""
+  return data.get("limit_share", LIMIT_SHARE)
+
+
 class FaultLog:
   """Counts bad samples of one kind and stops past a share.
 

@@ -27,7 +27,7 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
     errors.ConfigError: an unknown kind, a split this kind lacks, or a
       limit_share that is no share.
   """
-  limit_share = config.get("limit_share", faults.LIMIT_SHARE)
+  limit_share = faults.share_of(config)
   kind = config["kind"]
   if kind == "shapes":
     from lavit_jax.data import shapes

@@ -120,7 +120,11 @@ def _write(model, tokenizer, source, out, *, split, told, limit_share, quiet):
     data=told,
     model=str(model),
   )
+<<<<<<< HEAD
   log = faults.FaultLog("pictures", limit_share)
+=======
+  log = faults.FaultLog("pictures", faults.share_of(data))
+>>>>>>> jsonl
   label = f"tokenize {split}"
   with progress.Progress(
     source.num_images,

@@ -61,7 +61,7 @@ def write_cache(
     model=str(model),
   )
   assigned = buckets_lib.assign(buckets_lib.sizes_of(source), meta.buckets)
-  log = faults.FaultLog("pictures", data.get("limit_share", faults.LIMIT_SHARE))
+  log = faults.FaultLog("pictures", faults.share_of(data))
   encode = _encoder(net, params)
   with progress.Progress(
     int((assigned != buckets_lib.NONE).sum()),

@@ -2,14 +2,19 @@
 
 import importlib
 import json
+import pathlib
 
 import pytest
 from PIL import Image
 
-from lavit_jax import errors, quickstart
+from lavit_jax import configs, errors
 from lavit_jax.data import sources
-from tests.configs_test import CONFIGS
 
+_CONFIGS = sorted(
+  f"{path.parent.name}.{path.stem}"
+  for path in pathlib.Path(configs.__file__).parent.glob("*/*.py")
+  if path.stem not in ("__init__", "common")
+)
 _FIELDS = {"kind": "jsonl", "image_size": 8, "held_out_path": ""}
 
 
@@ -47,7 +52,7 @@ def test_how_many_lines_may_be_bad_is_a_field_that_the_error_names(tmp_path):
     sources.build(data | {"limit_share": 7}, "train")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", _CONFIGS)
 def test_every_config_has_the_fields_that_errors_name(name):
   dotted = name.removesuffix(".py").replace("/", ".")
   data = (
@@ -55,14 +60,3 @@ def test_every_config_has_the_fields_that_errors_name(name):
   )
   assert data.limit_share == 0.05
   assert data.allow_absolute is False
-
-
-def test_quickstart_passes_fields_to_every_stage(tmp_path):
-  fields = {"limit_share": 0.3, "allow_absolute": True}
-  configs = quickstart._configs(
-    tmp_path, quickstart._committed, None, "my.jsonl", fields
-  )
-  for config in configs.values():
-    assert config.data.limit_share == 0.3
-    assert config.data.allow_absolute
-  assert quickstart._data_of(tmp_path, "my.jsonl", fields)["allow_absolute"]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+<<<<<<< HEAD
 from lavit_jax import (
   agreement,
   checkpoints,
@@ -20,6 +21,11 @@ from lavit_jax import (
 from lavit_jax.data import contents, examples, pipeline, sources
 from lavit_jax.train import lora, optimizer, stored
 from lavit_jax.train import state as state_lib
+=======
+from lavit_jax import errors, hosts, sharding, vocabulary
+from lavit_jax.data import faults, pipeline, sources
+from lavit_jax.train import optimizer, stored
+>>>>>>> jsonl
 
 
 class Objective:
@@ -222,7 +228,7 @@ class Objective:
       seed=self.config.seed,
       tokenizer=text,
       text_length=text_length,
-      limit_share=self.config.data.limit_share,
+      limit_share=faults.share_of(self.config.data),
     )
     self._train_data = make(self.source)
     self._held_out_data = make(self.held_out)

@@ -24,8 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+<<<<<<< HEAD
 from lavit_jax import errors
 from lavit_jax.data import bucket_rows
+=======
+from lavit_jax import checkpoints, errors
+from lavit_jax.data import bucket_rows, examples, faults, latent_cache
+>>>>>>> jsonl
 from lavit_jax.infer import latents, schedules
 from lavit_jax.models import tokenizer, unet, vae
 from lavit_jax.train import (
@@ -141,7 +146,7 @@ class LatentsObjective(base.Objective):
       seed=seed,
       crop=data.crop if training else "center",
       latents=stored,
-      limit_share=data.limit_share,
+      limit_share=faults.share_of(data),
     )
 
   def made_of(self):

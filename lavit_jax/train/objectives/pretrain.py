@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+<<<<<<< HEAD
 from lavit_jax import (
   agreement,
   checkpoints,
@@ -27,6 +28,10 @@ from lavit_jax import (
   vocabulary,
 )
 from lavit_jax.data import pipeline
+=======
+from lavit_jax import checkpoints, errors, images, vocabulary
+from lavit_jax.data import cache, faults, pipeline
+>>>>>>> jsonl
 from lavit_jax.models import llama, tokenizer, unified
 from lavit_jax.train import branches, caches, lora, losses, precision, shapes
 from lavit_jax.train import state as state_lib
@@ -178,7 +183,7 @@ class PretrainObjective(base.Objective):
       seed=self.config.seed,
       batch_size=self.config.batch_size,
       window=data.window,
-      limit_share=data.limit_share,
+      limit_share=faults.share_of(data),
     )
     self._train_data = make(self.source, self._caches[0])
     self._held_out_data = make(self.held_out, self._caches[1])
