@@ -341,29 +341,89 @@ def test_tokenize_draws_kept_and_dropped_patches(model, capsys, tmp_path):
   assert Image.open(tmp_path / "two.png").width > one.width
 
 
-@pytest.mark.parametrize("name", ["my.jsonl", "shapes"])
-def test_tokenize_a_dataset_writes_a_cache(
-  model, capsys, monkeypatch, tmp_path, name
-):
+@pytest.fixture
+def tokenized(model, monkeypatch, tmp_path):
+  """What the functions behind `lavit tokenize --data` were called with."""
   (tmp_path / "my.jsonl").write_text("{}\n")
   calls = []
 
-  def write_cache(model, data, out, *, split, fields):
-    calls.append((model, data, out, split, fields))
-    return {"images": 2}
+  def write_cache(model, data, out, **options):
+    calls.append((model, data, out, options))
+    return {"pictures": 2, "out": out}
+
+  def write_caches(model, data, out, **options):
+    calls.append((model, data, out, options))
+    names = ("train", "held_out")
+    return {name: {"pictures": 2, "out": f"{out}/{name}"} for name in names}
 
   stand_in(
-    monkeypatch, lavit_jax.infer, "tokenize_data", write_cache=write_cache
+    monkeypatch,
+    lavit_jax.infer,
+    "tokenize_data",
+    write_cache=write_cache,
+    write_caches=write_caches,
   )
-  argv = ("tokenize", "--data", name, "--out", "codes", "--json")
-  status, out, _ = run(capsys, *argv, "--split", "held_out")
-  assert (status, json.loads(out)) == (0, {"images": 2})
-  run(capsys, *argv, "--allow-absolute", "--limit-share", "0.2")
-  given = ("resolved tiny", name, "codes")
-  assert calls == [
-    (*given, "held_out", {}),
-    (*given, "train", {"allow_absolute": True, "limit_share": 0.2}),
+  return calls
+
+
+def test_tokenize_passes_on_what_goes_for_the_data(tokenized, capsys):
+  argv = ("tokenize", "--data", "my.jsonl", "--out", "codes")
+  fields = ("--allow-absolute", "--limit-share", "0.2")
+  assert run(capsys, *argv, *fields)[0] == 0
+  assert run(capsys, *argv, *fields, "--split", "train")[0] == 0
+  for call in tokenized:
+    assert call[3]["fields"] == {"allow_absolute": True, "limit_share": 0.2}
+
+
+@pytest.mark.parametrize("name", ["my.jsonl", "shapes"])
+def test_tokenize_a_dataset_writes_the_caches_of_a_run(tokenized, capsys, name):
+  argv = ("tokenize", "--data", name, "--out", "codes")
+  status, out, _ = run(capsys, *argv, "--json")
+  assert (status, set(json.loads(out))) == (0, {"train", "held_out"})
+  assert tokenized == [
+    ("resolved tiny", name, "codes", {"held_out": "", "fields": {}})
   ]
+  _, out, _ = run(capsys, *argv)
+  assert "--config.data.cache_dir=codes/train" in out
+  assert "--config.data.held_out_cache_dir=codes/held_out" in out
+
+
+def test_tokenize_one_part_says_that_the_other_is_needed(tokenized, capsys):
+  argv = ("tokenize", "--data", "my.jsonl", "--out", "codes", "--split")
+  status, out, _ = run(capsys, *argv, "held_out")
+  assert status == 0
+  assert "--config.data.held_out_cache_dir=codes" in out
+  assert "--split train and another --out" in out
+  (call,) = tokenized
+  assert call[3] == {"split": "held_out", "held_out": "", "fields": {}}
+  _, out, _ = run(capsys, *argv, "train", "--json")
+  assert json.loads(out) == {"pictures": 2, "out": "codes"}
+
+
+def test_tokenize_takes_a_file_of_held_out_pictures(
+  tokenized, capsys, tmp_path
+):
+  (tmp_path / "other.jsonl").write_text("{}\n")
+  argv = ("tokenize", "--data", "my.jsonl", "--out", "codes", "--held-out")
+  assert run(capsys, *argv, "other.jsonl")[0] == 0
+  assert tokenized[0][3] == {"held_out": "other.jsonl", "fields": {}}
+  status, _, err = run(capsys, *argv, "none.jsonl")
+  assert (status, "none.jsonl" in err, len(tokenized)) == (2, True, 1)
+
+
+@pytest.mark.parametrize("there", ["codes/meta.json", "codes.partial/begun"])
+def test_two_caches_are_not_written_into_one(
+  tokenized, capsys, tmp_path, there
+):
+  """As an earlier version wrote the training part to --out itself."""
+  path = tmp_path / there
+  path.parent.mkdir()
+  path.write_text("{}")
+  argv = ("tokenize", "--data", "my.jsonl", "--out", "codes")
+  status, _, err = run(capsys, *argv)
+  assert (status, tokenized) == (2, [])
+  assert "Add --split train" in err
+  assert run(capsys, *argv, "--split", "train")[0] == 0
 
 
 def test_info_is_flat_for_people_and_nested_for_programs(model, capsys):

@@ -52,7 +52,7 @@ def write_caches(
       pathlib.Path(out) / split,
       split=split,
       told=sources.describe(config, split, source),
-      limit_share=config.get("limit_share", faults.LIMIT_SHARE),
+      limit_share=faults.share_of(config),
       quiet=quiet,
     )
     for split, source in both.items()
@@ -97,7 +97,7 @@ def write_cache(
     out,
     split=split,
     told=told,
-    limit_share=config.get("limit_share", faults.LIMIT_SHARE),
+    limit_share=faults.share_of(config),
     quiet=quiet,
   )
 
@@ -120,11 +120,7 @@ def _write(model, tokenizer, source, out, *, split, told, limit_share, quiet):
     data=told,
     model=str(model),
   )
-<<<<<<< HEAD
   log = faults.FaultLog("pictures", limit_share)
-=======
-  log = faults.FaultLog("pictures", faults.share_of(data))
->>>>>>> jsonl
   label = f"tokenize {split}"
   with progress.Progress(
     source.num_images,

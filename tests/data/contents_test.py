@@ -42,6 +42,14 @@ def test_any_change_of_a_file_is_another_digest(tmp_path, change):
   assert _digest(tmp_path, _CHANGES[change](rows)) != before
 
 
+def test_line_ends_and_blank_lines_are_no_change(tmp_path):
+  rows = _lines(tmp_path)
+  before = _digest(tmp_path, rows)
+  path = tmp_path / "my.jsonl"
+  path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n\r\n") + b"\n")
+  assert contents.of(jsonl.JsonlSource(path, 8)) == before
+
+
 def test_parts_and_sizes_are_told_apart(tmp_path):
   rows = _lines(tmp_path)
   parts = [_digest(tmp_path, rows, split=s) for s in ("train", "held_out")]

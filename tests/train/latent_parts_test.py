@@ -57,7 +57,8 @@ def test_highres_without_a_condition_sees_zeros_and_its_sizes():
 def start(tmp_path_factory):
   """A model directory with a U-Net of Stable Diffusion's schedule."""
   folder = tmp_path_factory.mktemp("start")
-  latent_micro.save_kind(folder, "lowres")
+  schedule = schedules.STABLE_DIFFUSION
+  latent_micro.save_kind(folder, "lowres", schedule=schedule)
   return folder
 
 

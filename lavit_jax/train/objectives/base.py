@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-<<<<<<< HEAD
 from lavit_jax import (
   agreement,
   checkpoints,
@@ -18,14 +17,9 @@ from lavit_jax import (
   sharding,
   vocabulary,
 )
-from lavit_jax.data import contents, examples, pipeline, sources
+from lavit_jax.data import contents, examples, faults, pipeline, sources
 from lavit_jax.train import lora, optimizer, stored
 from lavit_jax.train import state as state_lib
-=======
-from lavit_jax import errors, hosts, sharding, vocabulary
-from lavit_jax.data import faults, pipeline, sources
-from lavit_jax.train import optimizer, stored
->>>>>>> jsonl
 
 
 class Objective:

@@ -24,13 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-<<<<<<< HEAD
 from lavit_jax import errors
-from lavit_jax.data import bucket_rows
-=======
-from lavit_jax import checkpoints, errors
-from lavit_jax.data import bucket_rows, examples, faults, latent_cache
->>>>>>> jsonl
+from lavit_jax.data import bucket_rows, faults
 from lavit_jax.infer import latents, schedules
 from lavit_jax.models import tokenizer, unet, vae
 from lavit_jax.train import (

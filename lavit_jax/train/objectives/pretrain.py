@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-<<<<<<< HEAD
 from lavit_jax import (
   agreement,
   checkpoints,
@@ -27,11 +26,7 @@ from lavit_jax import (
   images,
   vocabulary,
 )
-from lavit_jax.data import pipeline
-=======
-from lavit_jax import checkpoints, errors, images, vocabulary
-from lavit_jax.data import cache, faults, pipeline
->>>>>>> jsonl
+from lavit_jax.data import faults, pipeline
 from lavit_jax.models import llama, tokenizer, unified
 from lavit_jax.train import branches, caches, lora, losses, precision, shapes
 from lavit_jax.train import state as state_lib

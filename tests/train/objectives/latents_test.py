@@ -364,9 +364,12 @@ _WRONG = {
     "freq_shift",
   ),
   "other prediction": (
-    {"model__schedule__prediction": "velocity"},
+    {
+      "model__schedule__prediction": "sample",
+      "phases__train__weighting": "none",
+    },
     errors.ConfigError,
-    r"schedule\.prediction is 'epsilon' there, 'velocity' here",
+    r"schedule\.prediction is 'velocity' there, 'sample' here",
   ),
   "alpha": (
     {"model__lora": {"rank": 2, "alpha": 0.0}},
