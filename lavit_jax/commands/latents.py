@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from lavit_jax import errors
-from lavit_jax.commands import train
+from lavit_jax.commands import compiled, train
 
 _HELP = """\
 usage: lavit latents --config FILE --out DIR [--split NAME] [--json]
@@ -59,6 +59,7 @@ def latents(argv: Sequence[str]) -> int:
     )
   from lavit_jax.train import latent_data
 
+  compiled.keep(least=None)
   summary = latent_data.write_cache(
     config.vae_from or config.start_from or config.model_dir,
     config.model.kind,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lavit_jax import errors
-from lavit_jax.commands import common
+from lavit_jax.commands import common, compiled
 
 
 def add(subparsers) -> None:
@@ -30,6 +30,7 @@ def _add_tokenize(subparsers) -> None:
       lavit tokenize *.jpg --overlay kept.png        what is kept, drawn
       lavit tokenize --data my.jsonl --out codes     a cache for training
     """,
+    compiles=True,
   )
   common.add_model(parser)
   common.add_images(parser, nargs="*")
@@ -70,6 +71,7 @@ def _tokenize_data(args: argparse.Namespace) -> None:
   common.require_files([] if args.data == "shapes" else [args.data])
   from lavit_jax.infer import pipeline, tokenize_data
 
+  compiled.keep()
   model = pipeline.resolve(args.model)
   split = args.split or "train"
   summary = tokenize_data.write_cache(model, args.data, args.out, split=split)
@@ -80,6 +82,7 @@ def _tokenize_data(args: argparse.Namespace) -> None:
 def _tokenize_pictures(args: argparse.Namespace) -> None:
   common.require_files(args.images)
   overlay = common.outputs(args.overlay, 1) if args.overlay else []
+  common.note_scenes(args, args.images)
   rows = []
   options = common.given(args, "seed", "budget")
   tokens = common.load(args).tokenize(args.images, **options)
@@ -127,6 +130,7 @@ def _add_caption(subparsers) -> None:
       lavit caption photo.jpg --prompt "a photo of" --beams 5
       lavit caption photo.jpg --beams 5 --count 3     the three best, scored
     """,
+    compiles=True,
   )
   common.add_model(parser)
   common.add_images(parser)
@@ -143,6 +147,7 @@ def _add_caption(subparsers) -> None:
 def _caption(args: argparse.Namespace) -> None:
   common.require_files(args.images)
   common.require_text("--prompt", [args.prompt or ""], "Give words.")
+  common.note_scenes(args, args.images)
   lavit = common.load(args)
   options = common.given(args, *common.WRITING)
   if args.count is not None:
@@ -191,6 +196,7 @@ def _add_answer(subparsers) -> None:
       lavit answer photo.jpg "How many objects are there?" "Is one red?" --json
       lavit answer photo.jpg "What does the label say?" --answerable-first
     """,
+    compiles=True,
   )
   common.add_model(parser)
   parser.add_argument("image", metavar="IMAGE", help="a picture file")
@@ -215,6 +221,7 @@ def _answer(args: argparse.Namespace) -> None:
   common.require_files([args.image])
   hint = "One picture a call: lavit answer IMAGE QUESTION ..."
   common.require_text("a question", args.questions, hint)
+  common.note_scenes(args, [args.image])
   options = common.given(args, "answerable_first", "lemmatize", *common.WRITING)
   answers = common.load(args).answer(args.image, args.questions, **options)
   rows = [
