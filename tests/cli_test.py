@@ -18,6 +18,7 @@ import lavit_jax
 import lavit_jax.infer
 import lavit_jax.train
 from lavit_jax import cli, errors
+from lavit_jax.commands import common, compiled
 from lavit_jax.commands import train as train_command
 from lavit_jax.infer import texts
 
@@ -103,10 +104,17 @@ def stand_in(monkeypatch, package, name, **members):
   monkeypatch.setattr(package, name, module, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch):
+  """No command sets up this process's compilation cache."""
+  monkeypatch.setattr(compiled, "keep", lambda **unused: None)
+
+
 @pytest.fixture
 def model(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   monkeypatch.delenv("LAVIT_DEBUG", raising=False)
+  monkeypatch.setattr(common, "note_scenes", lambda *unused: None)
   for i, name in enumerate(("a.png", "b c.png")):
     Image.new("RGB", (8, 8), (0, 0, 10 * i)).save(tmp_path / name)
   model = Model()
@@ -635,3 +643,47 @@ def test_a_shipped_config_is_found_from_anywhere(model, flag, split):
   config, _ = train_command.read_config([*argv, "--workdir", "w"])
   assert config.stage == "encoder"
   assert not pathlib.Path("configs").exists()
+
+
+def test_help_says_where_compiled_programs_are_kept(capsys):
+  for name in ("caption", "answer", "generate", "synthesize", "reconstruct"):
+    with pytest.raises(SystemExit):
+      cli.main([name, "--help"])
+    assert compiled.HELP.strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("name", "size", "options", "said"),
+  [
+    ("tiny", 64, [], True),
+    ("tiny", 48, [], False),  # one of its own scenes
+    ("tiny", 64, ["--json"], False),
+    ("photographs", 64, [], False),
+  ],
+)
+def test_a_model_of_drawn_scenes_says_that_it_knows_nothing_else(
+  name, size, options, said, monkeypatch, tmp_path, capsys
+):
+  monkeypatch.chdir(tmp_path)
+  stand_in(monkeypatch, lavit_jax.infer, "pipeline", LaVIT=Model())
+  Image.new("RGB", (size, size)).save("a.png")
+  meta = {"format": 1, "config": {"data": {"kind": "jsonl", "image_size": 48}}}
+  pathlib.Path("photographs/encoder").mkdir(parents=True)
+  part = pathlib.Path("photographs/encoder/part.json")
+  part.write_text(json.dumps(meta))
+  for command in (
+    ["caption", "a.png"],
+    ["answer", "a.png", "why?"],
+    ["tokenize", "a.png"],
+    ["reconstruct", "a.png"],
+    ["synthesize", "a.png", "in red"],
+  ):
+    status, _, err = run(capsys, *command, "--model", name, *options)
+    lines = [line for line in err.splitlines() if "drawn scenes" in line]
+    assert (status, len(lines)) == (0, int(said)), command
+    assert all("--model DIR" in line for line in lines)
+
+
+def test_a_prompt_without_pictures_is_not_warned_of(model, capsys):
+  _, _, err = run(capsys, "generate", "a cat", "--out", "x.png")
+  assert "drawn scenes" not in err

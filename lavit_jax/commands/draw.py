@@ -194,6 +194,7 @@ def _add_generate(subparsers) -> None:
       lavit generate "a green star" --negative "a red star" --ids
       lavit generate "a cat" --model runs/lavit_7b --ratio 16:9 --solver dpm++
     """,
+    compiles=True,
   )
   common.add_model(parser)
   parser.add_argument("prompts", nargs="+", metavar="PROMPT")
@@ -226,6 +227,7 @@ def _add_synthesize(subparsers) -> None:
     A part that is a file, or ends as a picture's name does, is a picture;
     every other part is text.
     """,
+    compiles=True,
   )
   common.add_model(parser)
   parser.add_argument("parts", nargs="+", metavar="PART")
@@ -239,7 +241,9 @@ def _synthesize(args: argparse.Namespace) -> None:
     for part in args.parts
   ]
   pairs = list(zip(args.parts, pictures, strict=True))
-  common.require_files([part for part, picture in pairs if picture])
+  read = [part for part, picture in pairs if picture]
+  common.require_files(read)
+  common.note_scenes(args, read)
   parts = [pathlib.Path(part) if picture else part for part, picture in pairs]
   _drawn(args, [parts], [{"parts": args.parts}])
 
@@ -258,6 +262,7 @@ def _add_reconstruct(subparsers) -> None:
       lavit tokenize photo.jpg --json > words.json
       lavit reconstruct --codes words.json         from words alone
     """,
+    compiles=True,
   )
   common.add_model(parser)
   common.add_images(parser, nargs="*")
@@ -279,6 +284,7 @@ def _reconstruct(args: argparse.Namespace) -> None:
     shown, codes = _read_codes(args.codes)
   else:
     common.require_files(args.images)
+    common.note_scenes(args, args.images)
     shown = [{"image": image} for image in args.images]
   paths = common.outputs(args.out, len(shown))
   lavit, options = _load(args), common.given(args, *_PIXELS)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from lavit_jax import errors
-from lavit_jax.commands import caches, train
+from lavit_jax.commands import caches, compiled, train
 
 _HELP = """\
 usage: lavit latents --config FILE --out DIR [--split NAME] [--json]
@@ -59,6 +59,7 @@ def latents(argv: Sequence[str]) -> int:
       " Give one such as tiny/latents.py."
     )
   caches.check_out(args.out, args.split)
+  compiled.keep(least=None)
   from lavit_jax.train import latent_data
 
   def write(split, out):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lavit_jax import errors
-from lavit_jax.commands import caches, common
+from lavit_jax.commands import caches, common, compiled
 
 
 def add(subparsers) -> None:
@@ -32,6 +32,7 @@ def _add_tokenize(subparsers) -> None:
       lavit tokenize --data my.jsonl --out codes     caches for training,
                                                      codes/train, codes/held_out
     """,
+    compiles=True,
   )
   common.add_model(parser)
   common.add_images(parser, nargs="*")
@@ -86,6 +87,7 @@ def _tokenize_data(args: argparse.Namespace) -> None:
   caches.check_out(args.out, args.split)
   from lavit_jax.infer import pipeline, tokenize_data
 
+  compiled.keep()
   model, held_out = pipeline.resolve(args.model), args.held_out or ""
   if args.split:
     write = functools.partial(tokenize_data.write_cache, split=args.split)
@@ -105,6 +107,7 @@ def _tokenize_data(args: argparse.Namespace) -> None:
 def _tokenize_pictures(args: argparse.Namespace) -> None:
   common.require_files(args.images)
   overlay = common.outputs(args.overlay, 1) if args.overlay else []
+  common.note_scenes(args, args.images)
   rows = []
   options = common.given(args, "seed", "budget")
   tokens = common.load(args).tokenize(args.images, **options)
@@ -152,6 +155,7 @@ def _add_caption(subparsers) -> None:
       lavit caption photo.jpg --prompt "a photo of" --beams 5
       lavit caption photo.jpg --beams 5 --count 3     the three best, scored
     """,
+    compiles=True,
   )
   common.add_model(parser)
   common.add_images(parser)
@@ -168,6 +172,7 @@ def _add_caption(subparsers) -> None:
 def _caption(args: argparse.Namespace) -> None:
   common.require_files(args.images)
   common.require_text("--prompt", [args.prompt or ""], "Give words.")
+  common.note_scenes(args, args.images)
   lavit = common.load(args)
   options = common.given(args, *common.WRITING)
   if args.count is not None:
@@ -216,6 +221,7 @@ def _add_answer(subparsers) -> None:
       lavit answer photo.jpg "How many objects are there?" "Is one red?" --json
       lavit answer photo.jpg "What does the label say?" --answerable-first
     """,
+    compiles=True,
   )
   common.add_model(parser)
   parser.add_argument("image", metavar="IMAGE", help="a picture file")
@@ -240,6 +246,7 @@ def _answer(args: argparse.Namespace) -> None:
   common.require_files([args.image])
   hint = "One picture a call: lavit answer IMAGE QUESTION ..."
   common.require_text("a question", args.questions, hint)
+  common.note_scenes(args, [args.image])
   options = common.given(args, "answerable_first", "lemmatize", *common.WRITING)
   answers = common.load(args).answer(args.image, args.questions, **options)
   rows = [

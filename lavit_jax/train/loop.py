@@ -246,6 +246,8 @@ class _Run:
         self.tracer.before(step)
         self._hash(step, batch)
         on_mesh = self._put(batch)
+        if step == first:
+          bar.compiling()
         state, metrics = step_fn(state, self.frozen, on_mesh)
         self.meter.enter("step")
         self.tracer.after(step, metrics)
