@@ -22,9 +22,8 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 
-from lavit_jax import errors, images
+from lavit_jax import errors, files, images
 from lavit_jax.data import examples, faults
 
 _LEARNERS = {"user": False, "system": False, "assistant": True}
@@ -71,7 +70,7 @@ class JsonlSource:
     """Reads the file, not the pictures.
 
     Args:
-      path: the JSON-lines file.
+      path: the JSON-lines file, here or on gs://; its pictures lie there too.
       image_size: pictures are resized to this square.
       split: "all", or "train" / "held_out" by a hash of each line's first
         picture (or text), so that a picture is never in both.
@@ -86,7 +85,7 @@ class JsonlSource:
       errors.DataError: no such file, nothing usable in it, too many bad lines,
         or none of the pictures there.
     """
-    self.path, self.image_size = pathlib.Path(path), int(image_size)
+    self.path, self.image_size = files.place(path), int(image_size)
     self.name = self.path.name
     self.faults = faults.FaultLog(f"lines of {self.name}", limit_share)
     self._allow_absolute = allow_absolute

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lavit_jax import checkpoints, images, progress
+from lavit_jax import checkpoints, files, images, progress
 from lavit_jax.data import cache, examples, faults, sources
 from lavit_jax.infer import visual
 
@@ -51,6 +51,7 @@ def write_cache(
   Returns:
     `pictures`, `bad`, `mean_tokens`, `out`.
   """
+  files.require_local(out, "a code cache")
   tokenizer = visual.VisualTokenizer(
     checkpoints.load_part(model, "encoder"),
     checkpoints.load_part(model, "tokenizer"),

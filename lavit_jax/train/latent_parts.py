@@ -9,6 +9,7 @@ then start from nothing.
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from lavit_jax import checkpoints, errors
+from lavit_jax import checkpoints, errors, files
 from lavit_jax.infer import latents
 from lavit_jax.models import decoder, tokenizer, unet, vae
 
@@ -331,5 +332,12 @@ def fingerprint(params, config: vae.VaeConfig) -> str:
 
 def same_directory(a, b) -> bool:
   """Whether two paths, not empty, mean one directory."""
-  paths = [pathlib.Path(p).resolve() if p else None for p in (a, b)]
+  paths = [_resolved(p) if p else None for p in (a, b)]
   return None not in paths and paths[0] == paths[1]
+
+
+def _resolved(path):
+  """One form of all that mean the same."""
+  if files.is_remote(path):
+    return os.fspath(path).rstrip("/")
+  return pathlib.Path(path).resolve()

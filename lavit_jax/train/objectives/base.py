@@ -1,13 +1,12 @@
 """What every stage shares: its data, its held-out loop, its default hooks."""
 
-import pathlib
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import errors, hosts, sharding, vocabulary
+from lavit_jax import errors, files, hosts, sharding, vocabulary
 from lavit_jax.data import pipeline, sources
 from lavit_jax.train import optimizer, stored
 
@@ -95,7 +94,7 @@ class Objective:
 
   def text_tokenizer(self) -> vocabulary.TextTokenizer:
     """The model directory's SentencePiece model, trained if there is none."""
-    path = pathlib.Path(self.config.model_dir) / "tokenizer.model"
+    path = files.place(self.config.model_dir) / "tokenizer.model"
     if hosts.first() and not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
       sentences = sources.sentences(self.source, limit=20_000)
