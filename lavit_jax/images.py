@@ -182,10 +182,10 @@ def _name(source):
 
 def _from_path(path, name, max_pixels, plain):
   """Opens a file, telling a missing one from one that is no picture."""
-  path = files.place(path)
-  if str(path).startswith(("http:/", "https:/")):
+  if os.fspath(path).startswith(("http:/", "https:/")):
     raise ImageError(f"{name}: is a web address; download the picture first.")
   try:
+    path = files.place(path)
     if path.is_dir():
       raise ImageError(f"{name}: is a folder, not a picture.")
     with path.open("rb") as file:
