@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from lavit_jax import errors, files, hosts
+from lavit_jax import errors, files, hosts, mapped_arrays
 
 PARTS = (
   "encoder",
@@ -40,7 +40,6 @@ FORMAT = 1
 _PART_FILE = "part.json"
 _WEIGHTS = ("weights", "weights-1")  # one of them is in use
 _FIELD = "weights"  # of part.json: which; the first one if it is missing
-_CHUNK_BYTES = 1 << 25  # of an array mapped from a file, as Orbax stores it
 
 
 @contextlib.contextmanager
@@ -98,7 +97,7 @@ def save_part(
       _remove_weights(folder, besides=_place(folder))
     hosts.barrier(f"lavit_part_{name}_begun")
     if any(isinstance(x, np.memmap) for x in jax.tree.leaves(params)):
-      _save_mapped(folder / place, params)
+      mapped_arrays.save(folder / place, params)
     else:
       with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / place, hosts.storable(params))
@@ -149,50 +148,6 @@ def _remove_weights(folder, besides: str | None) -> None:
     # Orbax adds .orbax-checkpoint-tmp to what is not finished.
     if path.name.partition(".")[0] in _WEIGHTS and path.name != besides:
       path.rmtree(missing_ok=True)
-
-
-class _FewAtATime(ocp.type_handlers.NumpyHandler):
-  """Writes arrays as they are, without a copy, a few after the others.
-
-  Orbax by itself copies all of them first, and encodes all at once.
-  """
-
-  def __init__(self):
-    super().__init__(deepcopy_host_arrays=False)
-
-  async def serialize(self, values, infos, args=None):
-    for start, stop in _groups([value.nbytes for value in values]):
-      some = (given[start:stop] for given in (values, infos, args))
-      for future in await super().serialize(*some):
-        future.result()
-    return []
-
-
-def _groups(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-  """Bounds of neighbours of _CHUNK_BYTES together, or one that has more."""
-  start, total = 0, 0
-  for i, size in enumerate(sizes):
-    if i > start and total + size > _CHUNK_BYTES:
-      yield start, i
-      start, total = i, 0
-    total += size
-  yield start, len(sizes)
-
-
-def _save_mapped(path, params):
-  """Saves a tree of numpy arrays in bounded memory; `load_part` reads it."""
-  params = jax.tree.map(np.asarray, params)  # memmap to a view of its pages
-  handler = ocp.PyTreeCheckpointHandler(
-    type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-      (np.ndarray, _FewAtATime()), (jax.Array, ocp.type_handlers.ArrayHandler())
-    )
-  )
-  save_args = jax.tree.map(
-    lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params
-  )
-  with ocp.Checkpointer(handler) as checkpointer:
-    args = ocp.args.PyTreeSave(params, save_args=save_args)
-    checkpointer.save(path, args=args)
 
 
 def _cast(x, dtype):

@@ -4,6 +4,7 @@ Whole files are there at once or not at all in both. Logs: `log_files.py`.
 """
 
 import os
+import pathlib
 
 from etils import epath
 
@@ -40,6 +41,24 @@ def path_of(path) -> epath.Path:
       " pip install 'lavit_jax[gcs]'"
     ) from e
   return found
+
+
+def place(path) -> pathlib.Path | epath.Path:
+  """What the user gave, to read from: a pathlib.Path, or of an object store."""
+  return path_of(path) if is_remote(path) else pathlib.Path(path)
+
+
+def require_local(path, what: str) -> None:
+  """Refuses to write to an object store what needs a disk.
+
+  Raises:
+    errors.UsageError: `path` is in one; `what` is what would be written.
+  """
+  if is_remote(path):
+    raise errors.UsageError(
+      f"{os.fspath(path)}: {what} is written to a disk. Give a folder here,"
+      f" then copy it: gcloud storage cp -r FOLDER {os.fspath(path)}"
+    )
 
 
 def absolute(path) -> epath.Path:

@@ -8,11 +8,10 @@ a second.
 import functools
 import hashlib
 import os
-import pathlib
 
 import numpy as np
 
-from lavit_jax import checkpoints
+from lavit_jax import checkpoints, files
 
 _DIGITS = 32
 
@@ -42,12 +41,12 @@ def of_words(directory) -> str:
 
 def of_file(path) -> str:
   """Digest of a file's bytes."""
-  with pathlib.Path(path).open("rb") as file:
+  with files.place(path).open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
 
 
 def _digest(directory, parts):
-  directory = os.path.abspath(directory)
+  directory = os.fspath(files.absolute(directory))
   stamps = tuple(_stamp(directory, name) for name, _ in parts)
   return _digested(directory, parts, stamps).copy()
 
@@ -55,7 +54,9 @@ def _digest(directory, parts):
 def _stamp(directory, name):
   """What changes when a part is written anew."""
   checkpoints.read_meta(directory, name)  # or it says what is missing
-  found = os.stat(pathlib.Path(directory) / name / "part.json")
+  found = (files.place(directory) / name / "part.json").stat()
+  if files.is_remote(directory):
+    return found.mtime, found.length
   return found.st_mtime_ns, found.st_ino, found.st_size
 
 

@@ -7,7 +7,6 @@ carries; `normalize` is the model's door.
 
 import io
 import os
-import pathlib
 
 import numpy as np
 from PIL import (
@@ -18,7 +17,7 @@ from PIL import (
   UnidentifiedImageError,
 )
 
-from lavit_jax import errors
+from lavit_jax import errors, files
 
 # CLIP's statistics, used by EVA-CLIP and hence by LaVIT (paper, appendix A).
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -93,6 +92,8 @@ def size_of(source, *, name=None, max_pixels=MAX_PIXELS):
     width, height = load(source, name=name, max_pixels=max_pixels).size
     return height, width
   try:
+    if not encoded and files.is_remote(source):
+      source, encoded = files.place(source).read_bytes(), True
     with Image.open(io.BytesIO(source) if encoded else source) as image:
       _check_size(image.size, name, max_pixels)
       width, height = _stored_size(image)
@@ -199,10 +200,10 @@ def _name(source):
 
 def _from_path(path, name, max_pixels, plain):
   """Opens a file, telling a missing one from one that is no picture."""
-  path = pathlib.Path(path)
-  if str(path).startswith(("http:/", "https:/")):
+  if os.fspath(path).startswith(("http:/", "https:/")):
     raise ImageError(f"{name}: is a web address; download the picture first.")
   try:
+    path = files.place(path)
     if path.is_dir():
       raise ImageError(f"{name}: is a folder, not a picture.")
     with path.open("rb") as file:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from lavit_jax import errors
+from lavit_jax import errors, files
 from lavit_jax.evaluate import suite
 from lavit_jax.infer import pipeline, tokenize_data
 from lavit_jax.report import build as report_build
@@ -70,6 +70,7 @@ def run(
       "--model names a trained model to evaluate; add --evaluate-only, or"
       " leave --model out to train one."
     )
+  files.require_local(workdir, "a quickstart")
   workdir = pathlib.Path(workdir)
   if not evaluate_only:
     train(
@@ -148,7 +149,7 @@ def _configs(workdir, make, minutes, data, fields=None):
     config.model_dir = str(workdir / "model")
     if data:
       config.data.kind = "jsonl"
-      config.data.path = str(pathlib.Path(data).absolute())
+      config.data.path = str(files.absolute(data))
     config.data.update(fields or {})
     if minutes is not None:
       steps = sum(config.phases[name].steps for name in config.schedule)

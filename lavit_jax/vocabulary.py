@@ -12,13 +12,12 @@ may not contain; `TextTokenizer` is the SentencePiece model below them.
 import dataclasses
 import functools
 import io
-import pathlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sentencepiece
 
-from lavit_jax import errors
+from lavit_jax import errors, files
 
 UNK_ID = 0  # SentencePiece's own layout, the same in every LLaMA
 BOS_ID = 1
@@ -176,8 +175,8 @@ class TextTokenizer:
   @classmethod
   def load(cls, path) -> "TextTokenizer":
     """Reads a `tokenizer.model`; UsageError where there is no file."""
-    path = pathlib.Path(path)
-    if not path.is_file():
+    path = files.place(path)
+    if not path.exists():
       raise errors.UsageError(
         f"No text tokenizer at {path}: expected a SentencePiece"
         " `tokenizer.model`. Check the path."
@@ -229,7 +228,7 @@ class TextTokenizer:
 
   def save(self, path) -> None:
     """Writes the model where `load` reads it."""
-    path = pathlib.Path(path)
+    path = files.place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(self._proto)
 

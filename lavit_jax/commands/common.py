@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
-from lavit_jax import errors
+from lavit_jax import errors, files
 from lavit_jax.commands import compiled
 
 FORMATTER = functools.partial(
@@ -229,7 +229,7 @@ def note_scenes(args: argparse.Namespace, paths: Sequence[str]) -> None:
 def require_files(paths: Sequence[str]) -> None:
   """FileNotFoundError for the first that is missing, before anything loads."""
   for path in paths:
-    if not os.path.exists(path):
+    if not files.place(path).exists():
       raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
@@ -239,6 +239,7 @@ def outputs(out: str, count: int) -> list[pathlib.Path]:
   Raises:
     errors.UsageError: the name does not end as a picture's.
   """
+  files.require_local(out, "a picture")
   path = pathlib.Path(out)
   if path.suffix.lower() not in SUFFIXES:
     raise errors.UsageError(

@@ -18,7 +18,7 @@ import grain.python as grain
 import numpy as np
 from array_record.python import array_record_module
 
-from lavit_jax import errors
+from lavit_jax import errors, fetched, files
 
 BAD = -1
 _FORMAT = 1
@@ -66,7 +66,7 @@ class CodeCache:
     """Opens a finished cache.
 
     Args:
-      directory: what `write` was given.
+      directory: what `write` was given, or where that was copied on gs://.
       source: expected fingerprint of the data, None for any.
       tokenizer: expected fingerprint of the visual tokenizer, None for any.
 
@@ -74,7 +74,7 @@ class CodeCache:
       errors.DataError: missing, unfinished, damaged, or of other data or
         another tokenizer.
     """
-    directory = pathlib.Path(directory)
+    directory = files.place(directory)
     meta = _read_meta(directory)
     if meta is None:
       state = "is not finished" if _partial(directory).exists() else "is none"
@@ -87,13 +87,17 @@ class CodeCache:
     for kind, ours in (("source", source), ("tokenizer", tokenizer)):
       if ours is not None and ours != getattr(meta, kind):
         raise _foreign(directory, kind, getattr(meta, kind), ours)
-    try:
-      counts = np.load(directory / "counts.npy")
+    names = ["counts.npy", *(_shard(s) for s in range(_num_shards(meta)))]
+    try:  # ArrayRecord reads from a disk alone
+      here = fetched.folder(directory, names)
+      counts = np.load(here / "counts.npy")
     except (OSError, ValueError, EOFError) as error:
+      if isinstance(error, errors.LavitError):
+        raise
       raise _damaged(directory, error) from error
     if counts.shape != (meta.num_images,):
       raise _damaged(directory, f"counts of shape {counts.shape}")
-    return cls(directory, meta, counts)
+    return cls(here, meta, counts)
 
   def __len__(self):
     return self.meta.num_images
@@ -146,6 +150,7 @@ def write(directory, records, meta):
       tokenizer, a record does not fit, or the disk is full; what is written
       stays and is used by the next call.
   """
+  files.require_local(directory, "a code cache")
   directory = pathlib.Path(directory)
   if (there := _read_meta(directory)) is not None:
     _check_same(directory, there, meta)
@@ -171,6 +176,7 @@ def write(directory, records, meta):
 
 def resume_point(directory, meta):
   """The first picture `write` would ask for; num_images if it is finished."""
+  files.require_local(directory, "a code cache")
   directory = pathlib.Path(directory)
   if (there := _read_meta(directory)) is not None:
     _check_same(directory, there, meta)
@@ -328,7 +334,7 @@ def _replace_text(path, text):
 def _read_meta(directory):
   """The Meta of a finished cache, None if there is none."""
   path = directory / "meta.json"
-  if not path.is_file():
+  if not path.exists():
     return None
   try:
     fields = json.loads(path.read_text())

@@ -37,9 +37,8 @@ import collections
 import dataclasses
 import functools
 import logging
-import pathlib
 
-from lavit_jax import errors, images
+from lavit_jax import errors, files, images
 from lavit_jax.data import examples, faults, forms, held_out, lines
 
 _LOG = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ class JsonlSource:
     """Reads the file, not the pictures.
 
     Args:
-      path: the JSON-lines file.
+      path: the JSON-lines file, here or on gs://; its pictures lie there too.
       image_size: pictures are resized to this square.
       split: "all", or "train" / "held_out" by a hash of each line's first
         picture (or text); lines that share pictures stay together, so that no
@@ -87,7 +86,7 @@ class JsonlSource:
         too many bad lines, or none of the pictures there.
       errors.ConfigError: no such split.
     """
-    self.path, self.image_size = pathlib.Path(path), int(image_size)
+    self.path, self.image_size = files.place(path), int(image_size)
     self.name = self.path.name
     self.faults = faults.FaultLog(f"lines of {self.name}", limit_share)
     self._images, self._captions = {}, collections.defaultdict(list)

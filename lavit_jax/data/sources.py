@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from lavit_jax import errors
+from lavit_jax import errors, files
 from lavit_jax.data import examples, faults
 
 _LOG = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def pair(config: Mapping[str, Any]) -> tuple:
 
     shared = tfds.overlap(train, held_out)
   elif path := config.get("held_out_path") if config["kind"] == "jsonl" else "":
-    shared = of if os.path.samefile(path, config["path"]) else 0
+    shared = of if _same_file(path, config["path"]) else 0
   if shared:
     _LOG.warning(
       "%d of %d held-out records are in the training data too (%s, %s):"
@@ -107,6 +107,12 @@ def pair(config: Mapping[str, Any]) -> tuple:
       held_out.name,
     )
   return train, held_out
+
+
+def _same_file(a, b) -> bool:
+  if files.is_remote(a) or files.is_remote(b):
+    return str(a) == str(b)
+  return os.path.samefile(a, b)
 
 
 def sentences(source: examples.Source, limit: int) -> list[str]:

@@ -11,14 +11,14 @@ import pathlib
 import jax
 import numpy as np
 
-from lavit_jax import checkpoints, errors, fingerprints, vocabulary
+from lavit_jax import checkpoints, errors, files, fingerprints, vocabulary
 from lavit_jax.infer import batches, rules, visual
 from lavit_jax.infer import quantize as int8
 from lavit_jax.models import llama, unified
 
 
 def resolve(model) -> pathlib.Path:
-  """The directory of a model: a path, or "tiny" for the shipped one.
+  """The directory of a model: a path, gs:// too, or "tiny", the shipped one.
 
   Raises:
     errors.CheckpointError: there is nothing of that name.
@@ -31,7 +31,7 @@ def resolve(model) -> pathlib.Path:
         f" ({path}). Reinstall lavit_jax, or train one: lavit quickstart."
       )
     return pathlib.Path(str(path))
-  path = pathlib.Path(model)
+  path = files.place(model)
   if (path / "model").is_dir() and not checkpoints.parts_in(path):
     path = path / "model"  # a quickstart workdir
   if not checkpoints.parts_in(path):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax import checkpoints, fingerprints, images, progress
+from lavit_jax import checkpoints, files, fingerprints, images, progress
 from lavit_jax.data import cache, examples, faults, sources
 from lavit_jax.infer import visual
 
@@ -111,6 +111,7 @@ def _load(model) -> visual.VisualTokenizer:
 
 def _write(model, tokenizer, source, out, *, split, told, limit_share, quiet):
   """The cache of one source; its summary."""
+  files.require_local(out, "a code cache")
   meta = cache.Meta(
     source=examples.fingerprint(source),
     tokenizer=fingerprints.of_words(model),

@@ -73,6 +73,7 @@ def run(
       f"--dtype {dtype}: expected one of {', '.join(DTYPES)}."
     )
   _check_only(only)
+  files.require_local(destination, "an imported model")
   files.check_arrays_folder(destination, write=True)
   place = hub.resolve(source, only)
   made = _plan(place, only, heads, allow_missing, codes, seed)

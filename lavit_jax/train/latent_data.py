@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lavit_jax import images, progress
+from lavit_jax import files, images, progress
 from lavit_jax.data import bucket_rows, examples, faults, latent_cache, sources
 from lavit_jax.data import buckets as buckets_lib
 from lavit_jax.train import conditions, latent_parts
@@ -47,6 +47,7 @@ def write_cache(
   Raises:
     errors.LavitError: as of the data, the model and `latent_cache.write`.
   """
+  files.require_local(out, "a latent cache")
   source = sources.build(data, split)
   net, params = latent_parts.load_vae(model, kind)
   latent_parts.check_buckets(data["buckets"], net.config)

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import pathlib
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from lavit_jax import agreement, checkpoints, errors, fingerprints
+from lavit_jax import agreement, checkpoints, errors, files, fingerprints
 from lavit_jax.infer import latents, schedules
 from lavit_jax.models import decoder, tokenizer, unet, vae
 from lavit_jax.train import branches
@@ -399,5 +400,12 @@ def check_directories(config, *, starts: bool) -> None:
 
 def same_directory(a, b) -> bool:
   """Whether two paths, not empty, mean one directory."""
-  paths = [pathlib.Path(p).resolve() if p else None for p in (a, b)]
+  paths = [_resolved(p) if p else None for p in (a, b)]
   return None not in paths and paths[0] == paths[1]
+
+
+def _resolved(path):
+  """One form of all that mean the same."""
+  if files.is_remote(path):
+    return os.fspath(path).rstrip("/")
+  return pathlib.Path(path).resolve()

@@ -306,8 +306,9 @@ def _first_line(error) -> str:
   return f"{type(error).__name__}: {lines[0][:300]}"
 
 
-def _sizes(folder) -> dict[str, int]:
-  """Bytes of every file below a folder, by its path there."""
+def sizes(folder) -> dict[str, int]:
+  """Bytes of every file of a checkpoint by its path there; the list's apart."""
+  folder = epath.Path(folder)
   found, todo = {}, [folder]
   while todo:
     for path in todo.pop().iterdir():
@@ -322,7 +323,7 @@ def _sizes(folder) -> dict[str, int]:
 def _seal(folder) -> None:
   """Lists the files of a complete checkpoint in it."""
   if folder.exists():
-    text = json.dumps(_sizes(folder), indent=0, sort_keys=True)
+    text = json.dumps(sizes(folder), indent=0, sort_keys=True)
     files.write_whole(folder / _SEAL, text.encode())
 
 
@@ -343,10 +344,10 @@ def fault(folder) -> str | None:
     wanted = json.loads((folder / _SEAL).read_text())
   except (OSError, ValueError) as e:
     return _first_line(e)
-  sizes = _sizes(folder)
+  found = sizes(folder)
   for name, size in sorted(wanted.items()):
-    if name not in sizes:
+    if name not in found:
       return f"{name} is missing"
-    if sizes[name] != size:
-      return f"{name} has {sizes[name]} bytes in place of {size}"
+    if found[name] != size:
+      return f"{name} has {found[name]} bytes in place of {size}"
   return None

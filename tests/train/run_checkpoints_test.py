@@ -178,14 +178,14 @@ def test_the_last_ones_and_the_best_one_are_kept(tmp_path, losses, mode):
 
 def test_training_waits_for_no_list_of_files(tmp_path, monkeypatch):
   """Sizes are asked for by a thread, and before anything is removed."""
-  sizes, askers, slow = run_checkpoints._sizes, [], threading.Event()
+  sizes, askers, slow = run_checkpoints.sizes, [], threading.Event()
 
   def asked(folder):
     askers.append(threading.current_thread())
     slow.wait(0.2)
     return sizes(folder)
 
-  monkeypatch.setattr(run_checkpoints, "_sizes", asked)
+  monkeypatch.setattr(run_checkpoints, "sizes", asked)
   folder = tmp_path / "checkpoints"
   run = run_checkpoints.RunCheckpoints(folder, keep=1)
   for step in (1, 2, 3):

@@ -1,7 +1,6 @@
 """What every stage shares: its data, its held-out loop, its default hooks."""
 
 import functools
-import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -12,6 +11,7 @@ from lavit_jax import (
   agreement,
   checkpoints,
   errors,
+  files,
   fingerprints,
   hosts,
   sharding,
@@ -196,12 +196,12 @@ class Objective:
 
   def text_made_of(self) -> dict[str, str]:
     """The fingerprint of model_dir's text tokenizer."""
-    path = pathlib.Path(self.config.model_dir) / "tokenizer.model"
+    path = files.place(self.config.model_dir) / "tokenizer.model"
     return {"text_tokenizer": fingerprints.of_file(path)}
 
   def text_tokenizer(self) -> vocabulary.TextTokenizer:
     """The model directory's SentencePiece model, trained if there is none."""
-    path = pathlib.Path(self.config.model_dir) / "tokenizer.model"
+    path = files.place(self.config.model_dir) / "tokenizer.model"
     if hosts.first() and not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
       sentences = sources.sentences(self.source, limit=20_000)

@@ -11,7 +11,6 @@ changes of its matrices train in its place: fine-tuning on a single host.
 """
 
 import dataclasses
-import pathlib
 
 import flax.linen as nn
 import jax
@@ -22,6 +21,7 @@ from lavit_jax import (
   agreement,
   checkpoints,
   errors,
+  files,
   fingerprints,
   images,
   vocabulary,
@@ -223,9 +223,9 @@ class PretrainObjective(base.Objective):
 
   def _check_same_words(self, folder):
     """Raises CheckpointError unless its text ids mean what ours mean."""
-    theirs = pathlib.Path(folder) / "tokenizer.model"
-    ours = pathlib.Path(self.config.model_dir) / "tokenizer.model"
-    if not theirs.is_file() or theirs.read_bytes() != ours.read_bytes():
+    theirs = files.place(folder) / "tokenizer.model"
+    ours = files.place(self.config.model_dir) / "tokenizer.model"
+    if not theirs.exists() or theirs.read_bytes() != ours.read_bytes():
       raise errors.CheckpointError(
         f"{theirs} is missing or is not {ours}, byte for byte: ids of the LLM"
         " in config.start_from would be other words here. Copy that file to"
