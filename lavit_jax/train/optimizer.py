@@ -68,8 +68,12 @@ def decays(names: Sequence[str | None], config: Mapping[str, Any]) -> bool:
   return True
 
 
-def _mask(config, boxed):
-  """`decays` of a tree of boxed parameters."""
+def decayed(config, boxed):
+  """`decays` of a tree of boxed parameters, as a tree of bools.
+
+  Raises:
+    errors.ConfigError: a parameter without logical axes.
+  """
   is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
 
   def one(path, box):
@@ -96,7 +100,8 @@ def make(config: Mapping[str, Any], phase, labels, boxed):
     boxed: (abstract) parameters with their logical axes.
 
   Raises:
-    errors.ConfigError: a label without a group in config.
+    errors.ConfigError: a label without a group in config, a parameter without
+      logical axes, or unknown moments.
   """
   groups = dict(config["groups"])
   used = {label for label in jax.tree.leaves(labels) if label != FROZEN}
@@ -106,7 +111,7 @@ def make(config: Mapping[str, Any], phase, labels, boxed):
       f" only {sorted(groups)}. Give each group a learning-rate factor."
     )
   base = schedule(phase)
-  mask = select(_mask(config, boxed), labels)
+  mask = select(decayed(config, boxed), labels)
 
   def adamw(factor):
     return optax.chain(

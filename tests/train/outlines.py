@@ -1,10 +1,8 @@
 """Micro objectives that need no trained model: random weights and batches."""
 
-import pathlib
 import types
 from unittest import mock
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -12,10 +10,10 @@ from lavit_jax import vocabulary
 from lavit_jax.train import objectives, phases, stored
 from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base
-from tests.train import latent_micro, sharding_test
+from tests.train import sharding_test
 
 _NOWHERE = "a folder that is not there"
-_TEXT = 300  # pieces of text
+TEXT = 300  # pieces of text
 
 
 def tokenizer_fields():
@@ -28,24 +26,16 @@ def tokenizer_fields():
 def build(stage, **updates):
   """The objective of a stage at micro width; `updates` are dotted fields."""
   cfg = sharding_test.stage_config(stage, _NOWHERE)
-  cfg.assumed = dict(tokenizer=tokenizer_fields(), text_size=_TEXT, capacity=16)
+  cfg.assumed = dict(tokenizer=tokenizer_fields(), text_size=TEXT, capacity=16)
   for path, value in updates.items():
     node = cfg
     *parents, last = path.split("__")
     for parent in parents:
       node = node[parent]
     node[last] = value
-  pieces = lambda self: types.SimpleNamespace(size=_TEXT)
+  pieces = lambda self: types.SimpleNamespace(size=TEXT)
   with mock.patch.object(base.Objective, "text_tokenizer", pieces):
     return objectives.build(cfg, stored.Outline(cfg))
-
-
-def latents(root, kind="lowres", **updates):
-  """The objective of stage `latents`, its parts written under `root`."""
-  model = pathlib.Path(root) / "model"
-  if not model.exists():
-    latent_micro.save_model(model)
-  return objectives.build(latent_micro.config(kind, root, **updates))
 
 
 def phase_of(objective, name=None, **settings):
@@ -86,6 +76,7 @@ class Case:
   def __init__(self, objective, rows=8):
     self.objective = objective
     self.boxed, extra = jax.eval_shape(objective.init, jax.random.key(0))
+    extra = state_lib.unbox(extra)
     self.params = draw(self.boxed)
     self.frozen = draw(objective.frozen, 1)
     self.extra = draw(extra, 2)
@@ -130,7 +121,7 @@ def batch_of(objective, rows):
   if "text" in batch:
     length = rng.integers(2, batch["text"].shape[1], rows)
     length[2] = 0
-    batch["text"] = rng.integers(3, _TEXT, batch["text"].shape, dtype=np.int32)
+    batch["text"] = rng.integers(3, TEXT, batch["text"].shape, dtype=np.int32)
     batch["text_mask"] = np.arange(batch["text"].shape[1]) < length[:, None]
   if "segments" in batch:
     batch |= _packed(objective.vocabulary, batch, rng)
@@ -156,8 +147,3 @@ def _packed(vocab: vocabulary.Vocabulary, batch, rng):
     "slot": slot.astype(np.int32),
     "order": np.broadcast_to(place % 4, ids().shape).astype(np.int32),
   }
-
-
-def unbox(tree):
-  """A tree of boxed parameters, without their boxes."""
-  return nn.meta.unbox(tree)
