@@ -106,7 +106,7 @@ def test_full_size_pixel_decoders_fit_together(name, rank, capsys):
   )
   assert (loss.shape, loss.dtype) == ((), jnp.float32)
   assert jax.tree.structure(extra) == jax.tree.structure(state.extra)
-  assert set(metrics) == {"eps_mse", "eps_mse_noisy"}
+  assert set(metrics) == {"loss", "eps_mse", "eps_mse_noisy"}
 
 
 def _layers(tree, path=()):

@@ -80,9 +80,10 @@ def _lower_step(cfg, name, platform):
     cfg.data.image_size = 224
   objective = objectives.build(cfg, stored.Outline(cfg))
   phase = next(p for p in phases.phases_of(cfg) if p.name == name)
-  state = state_lib.unbox(jax.eval_shape(state_lib.init_fn(objective, 0)))
+  boxed = jax.eval_shape(state_lib.init_fn(objective, 0))
+  state = state_lib.unbox(boxed)
   labels = objective.labels(phase, state.params)
-  tx = optimizer.make(cfg.optimizer, phase, labels)
+  tx = optimizer.make(cfg.optimizer, phase, labels, boxed.params)
   trainable = optimizer.select(state.params, labels)
   state = state.replace(opt_state=jax.eval_shape(tx.init, trainable))
   step = state_lib.make_step(objective, phase, labels, tx)

@@ -39,6 +39,8 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     b1=0.9,
     b2=0.999,
     weight_decay=0.01,
+    decay_embeddings=False,  # whether rows of look-up tables decay too
+    decay_lora=False,  # and low-rank changes, towards the model they change
     clip_norm=1.0,
     groups=dict(base=1.0),
   )

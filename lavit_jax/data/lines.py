@@ -5,6 +5,7 @@ Read: one JSON object a line, or one JSON array of objects; either gzipped.
 
 import codecs
 import gzip
+import io
 import json
 import math
 import re
@@ -44,7 +45,7 @@ def rows(path):
       cut off or broken, as nothing behind the fault can be found.
   """
   try:
-    with path.open("rb") as plain:
+    with _opened(path) as plain:
       packed = plain.peek(2)[:2] == b"\x1f\x8b"
       file = gzip.GzipFile(fileobj=plain) if packed else plain
       start = file.peek(4096)[:4096]
@@ -59,6 +60,12 @@ def rows(path):
     raise errors.DataError(
       f"{path} cannot be read ({error.strerror}); {_EXPECTED}."
     ) from error
+
+
+def _opened(path):
+  """A file to be read that can be looked into ahead, also of a store."""
+  file = path.open("rb")
+  return file if hasattr(file, "peek") else io.BufferedReader(file)
 
 
 def _check(path, start):

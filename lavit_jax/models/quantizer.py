@@ -142,24 +142,37 @@ def _stats(codes, counts):
   return {"codes": codes, "counts": counts, "sums": codes * counts[:, None]}
 
 
-def ema_update(stats, z, ids, weights, decay: float = 0.99):
+def assigned(z, ids, weights, num_codes: int):
+  """What a batch adds to the statistics; of parts of it, the sum.
+
+  Args:
+    z: float[..., dim], normalised here; no gradient passes.
+    ids: int[...], the code of each vector.
+    weights: float[...], 0 for padding.
+    num_codes: Kc.
+
+  Returns:
+    {"counts": float[Kc], "sums": float[Kc, dim]}.
+  """
+  z = layers.l2_normalize(jax.lax.stop_gradient(z)).reshape(-1, z.shape[-1])
+  weights = weights.reshape(-1).astype(jnp.float32)
+  counts, sums = _assigned(z, ids.reshape(-1), weights, num_codes)
+  return {"counts": counts, "sums": sums}
+
+
+def ema_update(stats, batch, decay: float = 0.99):
   """Moves the codes towards the mean direction of what chose them.
 
   Args:
     stats: see the module.
-    z: float[..., dim], normalised here; no gradient passes.
-    ids: int[...], the code of each vector.
-    weights: float[...], 0 for padding.
+    batch: of `assigned`.
     decay: of the moving averages.
 
   Returns:
     The new statistics; `codes` among them. A code nobody chose stays.
   """
-  num_codes, dim = stats["codes"].shape
-  z = layers.l2_normalize(jax.lax.stop_gradient(z)).reshape(-1, dim)
-  weights = weights.reshape(-1).astype(jnp.float32)
-  counts, sums = _assigned(z, ids.reshape(-1), weights, num_codes)
-  sums = decay * stats["sums"] + (1.0 - decay) * sums
+  counts = batch["counts"]
+  sums = decay * stats["sums"] + (1.0 - decay) * batch["sums"]
   codes = jnp.where(counts[:, None] > 0, _unit(sums, stats), stats["codes"])
   return {
     "codes": codes,
@@ -180,12 +193,6 @@ def _assigned(z, ids, weights, num_codes):
   return chosen.sum(0), jnp.einsum("mk,md->kd", chosen, z)
 
 
-def code_counts(ids, weights, num_codes: int) -> jax.Array:
-  """float[Kc]: how often each code was chosen; a scatter, ids int[...]."""
-  zeros = jnp.zeros((num_codes,), jnp.float32)
-  return zeros.at[ids.reshape(-1)].add(weights.reshape(-1).astype(jnp.float32))
-
-
 def usage(counts: jax.Array):
   """(share of codes chosen at all, exp of the entropy of their use)."""
   share = jnp.mean((counts > 0).astype(jnp.float32))
@@ -194,30 +201,61 @@ def usage(counts: jax.Array):
   return share, jnp.exp(entropy)
 
 
-def revive_dead(stats, z, weights, rng: jax.Array, threshold: float):
+def candidates(z, order, weights, num_codes: int):
+  """Vectors that may take the place of dead codes, by lot.
+
+  Those of a batch are `merge_candidates` of those of its parts.
+
+  Args:
+    z: float[..., dim], normalised here; no gradient passes.
+    order: int[...], a random permutation of 1, 2, ... over the whole batch.
+    weights: float[...], 0 for padding, which is never drawn.
+    num_codes: Kc, as many as could be needed.
+
+  Returns:
+    {"order": int[Kc], "vectors": float[Kc, dim]}, highest `order` first, 0
+    where there was no vector.
+  """
+  z = layers.l2_normalize(jax.lax.stop_gradient(z)).reshape(-1, z.shape[-1])
+  order = jnp.where(weights.reshape(-1) > 0, order.reshape(-1), 0)
+  lacking = max(num_codes - len(order), 0)
+  pad = lambda x: jnp.pad(x, ((0, lacking),) + ((0, 0),) * (x.ndim - 1))
+  return _first({"order": pad(order), "vectors": pad(z)}, num_codes)
+
+
+def merge_candidates(a, b):
+  """`candidates` of two parts of a batch together."""
+  both = jax.tree.map(lambda *x: jnp.concatenate(x), a, b)
+  return _first(both, len(a["order"]))
+
+
+def _first(found, count):
+  order, index = jax.lax.top_k(found["order"], count)
+  return {"order": order, "vectors": jnp.take(found["vectors"], index, axis=0)}
+
+
+def revive_dead(stats, fresh, threshold: float):
   """Codes whose moving count fell below the threshold start anew.
 
-  Each takes the place of a vector of the batch, drawn by weight, and counts
-  twice the threshold, so that it has time to be chosen.
+  Each takes the place of a vector of the batch, another one as long as there
+  are enough, and counts twice the threshold, so that it has time to be chosen.
 
   Args:
     stats: see the module.
-    z: float[..., dim], normalised here.
-    weights: float[...], 0 for padding; all zero: nothing is revived.
-    rng: a key.
+    fresh: of `candidates`; nothing is revived where there are none.
     threshold: on `counts`, vectors a step.
 
   Returns:
     (the new statistics, float[] how many codes were revived).
   """
-  num_codes, dim = stats["codes"].shape
-  z = layers.l2_normalize(jax.lax.stop_gradient(z)).reshape(-1, dim)
-  weights = weights.reshape(-1).astype(jnp.float32)
-  dead = (stats["counts"] < threshold) & (weights.sum() > 0)
-  drawn = jnp.take(z, _draw(rng, weights, (num_codes,)), axis=0)
-  fresh = _stats(drawn, jnp.full((num_codes,), 2.0 * threshold))
+  num_codes = len(stats["counts"])
+  there = (fresh["order"] > 0).sum()
+  dead = (stats["counts"] < threshold) & (there > 0)
+  number = (jnp.cumsum(dead) - 1) % jnp.maximum(there, 1)  # of dead ones
+  drawn = jnp.take(fresh["vectors"], number, axis=0)
+  new = _stats(drawn, jnp.full((num_codes,), 2.0 * threshold))
   rows = {"codes": dead[:, None], "counts": dead, "sums": dead[:, None]}
-  stats = jax.tree.map(jnp.where, rows, fresh, dict(stats))
+  stats = jax.tree.map(jnp.where, rows, new, dict(stats))
   return stats, dead.sum().astype(jnp.float32)
 
 

@@ -11,13 +11,13 @@ its share of each batch, and the first one writes logs and pictures.
 import io
 import json
 import logging
-import math
 
 import jax
 import numpy as np
 
 from lavit_jax import checkpoints, errors, hosts, images, progress, sharding
 from lavit_jax.train import (
+  averages,
   batch_log,
   chips,
   distributed,
@@ -149,7 +149,7 @@ class _Run:
     def abstract_at(step):
       phase = next((p for p in self.phases if step <= p.stop), self.phases[-1])
       labels = self.objective.labels(phase, abstract.params)
-      tx = optimizer.make(self.config.optimizer, phase, labels)
+      tx = optimizer.make(self.config.optimizer, phase, labels, boxed.params)
       opt = program.optimizer_state(tx, boxed.params, labels, self.mesh)
       return abstract.replace(opt_state=opt)
 
@@ -198,17 +198,20 @@ class _Run:
     )
     params = hosts.put(params, self.layout.params)
     extra = hosts.put(extra, self.layout.extra)
-    boxed = jax.eval_shape(
-      state_lib.init_fn(self.objective, self.config.seed)
-    ).params
     labels = self.objective.labels(phase, params)
-    tx = optimizer.make(self.config.optimizer, phase, labels)
+    boxed = self._boxed()
+    tx = optimizer.make(self.config.optimizer, phase, labels, boxed)
     opt = program.optimizer_state(tx, boxed, labels, self.mesh)
     init = jax.jit(
       lambda p: tx.init(optimizer.select(p, labels)),
       out_shardings=program.layout_of(opt),
     )
     return state.replace(params=params, extra=extra, opt_state=init(params))
+
+  def _boxed(self):
+    """The parameters' shapes with their logical axes."""
+    init = state_lib.init_fn(self.objective, self.config.seed)
+    return jax.eval_shape(init).params
 
   def _device_batch(self, index: int):
     """Global batch `index`, on the mesh (for what happens between steps)."""
@@ -222,7 +225,7 @@ class _Run:
   def _train_phase(self, phase, state, end):
     state = self._begin_phase(phase, state)
     labels = self.objective.labels(phase, state.params)
-    tx = optimizer.make(self.config.optimizer, phase, labels)
+    tx = optimizer.make(self.config.optimizer, phase, labels, self._boxed())
     step_fn = program.step(
       self.objective, phase, labels, tx, self.mesh, program.layout_of(state)
     )
@@ -231,7 +234,7 @@ class _Run:
     self.meter.begin_phase(self.objective, phase)
     batches = self.objective.batches(first, self.position.skip, self.rows)
     before = None  # the last step's metrics, read one step late
-    window: list[dict[str, jax.Array]] = []
+    window: list[averages.Metrics] = []
     with progress.Progress(
       phase.stop - phase.start,
       start=first - phase.start,
@@ -252,8 +255,10 @@ class _Run:
         self.meter.enter("step")
         self.tracer.after(step, metrics)
         window.append(metrics)
+        shown = {}
         if before is not None:
-          self.watch.check(step - 1, before)
+          self.watch.check(step - 1, _watched(before))
+          shown = {"loss": averages.value(before["loss"])}
         before = metrics
         tokens = self.objective.count_tokens(batch)
         self.meter.count(batch, tokens)
@@ -261,14 +266,14 @@ class _Run:
           step + 1 - phase.start,
           examples=self.objective.batch_examples,
           tokens=tokens,
-          metrics={"loss": float(window[max(len(window) - 2, 0)]["loss"])},
+          metrics=shown,
         )
         if self._is_due(step + 1, stop):
-          self.watch.check(step, metrics)
+          self.watch.check(step, _watched(metrics))
           with bar.paused():
-            self._after_step(phase, step + 1, stop, state, window, bar)
+            self._after_step(step + 1, stop, state, window, bar)
         if self.stop_signal.after(step + 1):
-          self.watch.check(step, metrics)
+          self.watch.check(step, _watched(metrics))
           self._save_and_leave(step + 1, state)
         self.checkpoints.seal()
     self.meter.enter("start")
@@ -289,11 +294,10 @@ class _Run:
     intervals = (config.log.every, config.eval.every, config.checkpoint.every)
     return step == stop or any(step % every == 0 for every in intervals)
 
-  def _after_step(self, phase, step, stop, state, window, bar):
+  def _after_step(self, step, stop, state, window, bar):
     config = self.config
     if window and (step % config.log.every == 0 or step == stop):
-      rate = optimizer.schedule(phase)(step - 1 - phase.start)
-      found = _means(window) | {"learning_rate": float(rate)}
+      found = averages.merged(window, finite=True)
       found |= bar.rates() | self.meter.rates()
       self.writer.write_scalars(step, found)
       self.writer.flush()
@@ -383,17 +387,6 @@ class _Run:
       checkpoints.save_part(self.config.model_dir, part, params, meta)
 
 
-def _means(window) -> dict[str, float]:
-  """Means of the metrics of several steps, of those that are finite.
-
-  `skipped`, where it is, is a sum: so many steps were left out.
-  """
-  rows = jax.device_get(window)
-  found = {}
-  for name in rows[0]:
-    values = [float(row[name]) for row in rows]
-    finite = [value for value in values if math.isfinite(value)]
-    found[name] = sum(finite) / len(finite) if finite else math.nan
-  if "skipped" in found:
-    found["skipped"] *= len(rows)
-  return found
+def _watched(metrics) -> dict[str, jax.Array]:
+  """What `nonfinite` judges: sums, finite if what they are of is."""
+  return {name: metrics[name].total for name in ("loss", "grad_norm")}

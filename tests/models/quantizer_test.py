@@ -63,13 +63,26 @@ def test_quantize_gives_the_code_and_the_gradient_of_z():
   np.testing.assert_allclose(through(z), plain(z), atol=1e-6)
 
 
+def _moved(stats, z, ids, weights, decay=0.99):
+  """Statistics after a batch."""
+  batch = quantizer.assigned(z, ids, weights, len(stats["codes"]))
+  return quantizer.ema_update(stats, batch, decay)
+
+
+def _revived(stats, z, weights, rng, threshold):
+  """Statistics with what died started anew from a batch."""
+  order = 1 + jax.random.permutation(rng, weights.size).reshape(weights.shape)
+  fresh = quantizer.candidates(z, order, weights, len(stats["codes"]))
+  return quantizer.revive_dead(stats, fresh, threshold)
+
+
 def test_codes_and_statistics_get_no_gradient():
   z, _ = clusters()
   stats = quantizer.init_stats(jax.random.key(0), 8, 6)
   ids = quantizer.lookup(z, stats["codes"])
 
   def loss(codes, z):
-    moved = quantizer.ema_update(stats, z, ids, jnp.ones(len(z)))
+    moved = _moved(stats, z, ids, jnp.ones(len(z)))
     commit = quantizer.commitment(z, codes, ids)
     return commit.sum(), moved["codes"].sum()
 
@@ -89,7 +102,7 @@ def test_ema_moves_codes_to_their_vectors_and_keeps_them_unit():
   stats |= {"codes": start, "sums": start}
   for _ in range(40):
     ids = quantizer.lookup(z, stats["codes"])
-    stats = quantizer.ema_update(stats, z, ids, jnp.ones(len(z)), 0.9)
+    stats = _moved(stats, z, ids, jnp.ones(len(z)), 0.9)
   np.testing.assert_allclose(
     jnp.linalg.norm(stats["codes"], axis=-1), 1.0, rtol=1e-5
   )
@@ -101,9 +114,9 @@ def test_padding_does_not_move_a_code():
   stats = quantizer.init_stats(jax.random.key(0), 4, 3)
   z = unit(jax.random.key(1), 6, 3)
   ids, weights = jnp.array([0, 0, 1, 1, 2, 3]), jnp.array([1.0, 0, 1, 0, 0, 0])
-  padded = quantizer.ema_update(stats, z, ids, weights)
+  padded = _moved(stats, z, ids, weights)
   kept = np.array([0, 2])
-  alone = quantizer.ema_update(stats, z[kept], ids[kept], jnp.ones(2))
+  alone = _moved(stats, z[kept], ids[kept], jnp.ones(2))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), padded, alone
   )
@@ -119,8 +132,8 @@ def test_statistics_are_those_of_the_whole_batch_on_eight_devices():
   @jax.jit
   def update(stats, z, weights, rng):
     ids = quantizer.lookup(z, stats["codes"])
-    stats = quantizer.ema_update(stats, z, ids, weights)
-    stats, revived = quantizer.revive_dead(stats, z, weights, rng, 0.995)
+    stats = _moved(stats, z, ids, weights)
+    stats, revived = _revived(stats, z, weights, rng, 0.995)
     return stats | {"revived": revived}
 
   one = update(stats, z, weights, jax.random.key(3))
@@ -154,9 +167,7 @@ def test_dead_codes_are_revived_from_the_batch_and_live_on():
   stats = quantizer.init_stats(jax.random.key(0), 8, 6)
   stats["counts"] = jnp.array([0.01, 5, 5, 5, 5, 5, 5, 0.02])
   weights = jnp.zeros(len(z)).at[3].set(1.0)  # only one may be drawn
-  new, revived = quantizer.revive_dead(
-    stats, z, weights, jax.random.key(1), 0.1
-  )
+  new, revived = _revived(stats, z, weights, jax.random.key(1), 0.1)
   assert float(revived) == 2
   np.testing.assert_allclose(new["codes"][jnp.array([0, 7])], [z[3]] * 2)
   np.testing.assert_array_equal(new["codes"][1:7], stats["codes"][1:7])
@@ -169,17 +180,15 @@ def test_dead_codes_are_revived_from_the_batch_and_live_on():
 def test_nothing_is_revived_from_padding():
   stats = quantizer.init_stats(jax.random.key(0), 4, 6)
   z, _ = clusters()
-  new, revived = quantizer.revive_dead(
-    stats, z, jnp.zeros(len(z)), jax.random.key(1), 2.0
-  )
+  new, revived = _revived(stats, z, jnp.zeros(len(z)), jax.random.key(1), 2.0)
   assert float(revived) == 0
   np.testing.assert_array_equal(new["codes"], stats["codes"])
 
 
 def test_usage_counts_codes_and_their_entropy():
-  counts = quantizer.code_counts(
-    jnp.array([[0, 0, 2], [2, 5, 7]]), jnp.array([[1.0, 1, 1], [1, 0, 0]]), 8
-  )
+  ids = jnp.array([[0, 0, 2], [2, 5, 7]])
+  weights, z = jnp.array([[1.0, 1, 1], [1, 0, 0]]), jnp.ones((2, 3, 4))
+  counts = quantizer.assigned(z, ids, weights, 8)["counts"]
   np.testing.assert_array_equal(counts, [2, 0, 2, 0, 0, 0, 0, 0])
   share, perplexity = quantizer.usage(counts)
   assert float(share) == 0.25

@@ -1,6 +1,7 @@
 """What every stage shares: its data, its held-out loop, its default hooks."""
 
 import functools
+import math
 from collections.abc import Iterator
 
 import jax
@@ -18,7 +19,7 @@ from lavit_jax import (
   vocabulary,
 )
 from lavit_jax.data import contents, examples, faults, pipeline, sources
-from lavit_jax.train import lora, optimizer, stored
+from lavit_jax.train import averages, lora, optimizer, stored
 from lavit_jax.train import state as state_lib
 
 
@@ -26,12 +27,12 @@ class Objective:
   """A stage: what is learned, from which batches, and how it is judged.
 
   Subclasses set `part`, `best_metric`, `best_mode` and implement `init`,
-  `loss`, `batch_shapes` (abstract arrays of a global batch; of the largest, if
-  they differ), `held_out_metrics` and `export`. What the step takes as an
-  argument and never differentiates, they describe: `frozen_shapes` says what
-  it looks like, `frozen_branches` where it lies. An objective itself holds no
-  weights. Made of a `stored.Outline` it has no data either: enough to compile
-  its step.
+  `norms`, `sums`, `combine`, `batch_shapes` (abstract arrays of a global batch;
+  of the largest, if they differ), `held_out_metrics` (of `averages`) and
+  `export`. What the step takes as an argument and never differentiates, they
+  describe: `frozen_shapes` says what it looks like, `frozen_branches` where it
+  lies. An objective itself holds no weights. Made of a `stored.Outline` it has
+  no data either: enough to compile its step.
   """
 
   part: str
@@ -143,12 +144,59 @@ class Objective:
       shapes["text_mask"] = ((count, text_length), bool)
     return abstract(shapes)
 
-  def weight(self, batch):
-    """How much a batch counts beside others, float32[]: valid pictures.
+  def draws(self, phase, batch, rng):
+    """What is random of a whole batch: {name: [B, ...]}, cut as its rows are.
 
-    Losses are means over what this counts. See `train/accumulation.py`.
+    So the loss does not depend on `config.accumulate`. Nothing by default.
     """
-    return batch["valid"].sum()
+    del phase, batch, rng
+    return {}
+
+  def norms(self, phase, params, frozen, state, batch, draws):
+    """The sums that the loss is not linear in: {name: float[]}.
+
+    Names are some of `sums`. Asked of each part of a batch before the sums,
+    where a batch is run in parts; no gradient passes. See
+    `train/accumulation.py`.
+    """
+    raise NotImplementedError
+
+  def sums(self, phase, params, frozen, state, batch, draws):
+    """Sums over rows, of which `combine` makes the loss.
+
+    Args:
+      phase: of the run, or a mapping of its settings.
+      params: of the stage.
+      frozen: as the attribute.
+      state: what changes without a gradient.
+      batch: of arrays [B, ...], a part of a batch too.
+      draws: of these rows.
+
+    Returns:
+      ({name: float[]}, seen); `seen` is a tree for `update_extra`.
+    """
+    raise NotImplementedError
+
+  def combine(self, phase, sums):
+    """(loss float[], its metrics, "loss" among them) of a batch's sums."""
+    raise NotImplementedError
+
+  def merge_seen(self, a, b):
+    """What two parts of a batch have seen; zeros are nothing seen."""
+    return jax.tree.map(jnp.add, a, b)
+
+  def update_extra(self, phase, state, seen, params):
+    """(state after a step, metrics of it); `params` are the updated ones."""
+    del phase, seen, params
+    return state, {}
+
+  def loss(self, phase, params, frozen, state, batch, rng):
+    """(loss, (state, metrics)) of a whole batch, parameters as they are."""
+    draws = self.draws(phase, batch, rng)
+    sums, seen = self.sums(phase, params, frozen, state, batch, draws)
+    loss, metrics = self.combine(phase, sums)
+    state, more = self.update_extra(phase, state, seen, params)
+    return loss, (state, metrics | more)
 
   def begin_phase(self, phase, state, frozen, batch_at):
     """Changes (params, extra) between phases; nothing by default."""
@@ -258,14 +306,14 @@ class Objective:
       yield next(data)
 
   def _compiled_held_out(self, mesh):
-    """The jitted `held_out_metrics`, made once; and `valid` of the batch."""
+    """The jitted (`held_out_metrics`, `valid` of the batch), made once."""
     made = vars(self).setdefault("_held_out_steps", {})
     if mesh in made:
       return made[mesh]
 
     def metrics(params, frozen, state, batch):
       found = self.held_out_metrics(params, frozen, state, batch)
-      return found | {"valid": batch.get("valid", jnp.ones(1))}
+      return found, batch.get("valid", jnp.ones(1))
 
     # Whole on every process, which reads them.
     out = None if mesh is None else sharding.replicated(mesh)
@@ -273,34 +321,28 @@ class Objective:
     return made[mesh]
 
   def evaluate(self, params, frozen, state, mesh=None) -> dict[str, float]:
-    """Means of `held_out_metrics` over the held-out batches.
+    """`held_out_metrics` over all held-out batches together.
 
-    A batch counts as many times as it has valid pictures. What the metrics of
-    the fullest hold as `pictures` is kept in `self.pictures`. With a mesh every
-    process brings its share of each batch, and all get the same means.
+    A metric of which they have nothing is left out; the best one is NaN then.
+    What the metrics of the fullest batch hold as `pictures` is kept in
+    `self.pictures`. With a mesh every process brings its share of each batch,
+    and all get the same.
     """
-    rows, counts, mine = [], [], None
+    rows, most, mine = [], 0, None
     size = self.config.batch_size
     if mesh is not None:
       mine = sharding.rows_of_process(mesh, size)
     for batch in self.held_out_batches(mine):
       if mesh is not None:
         batch = sharding.put_batch(batch, mesh, size)
-      row = jax.device_get(
+      row, valid = jax.device_get(
         self._compiled_held_out(mesh)(params, frozen, state, batch)
       )
-      made, valid = row.pop("pictures", None), row.pop("valid")
-      if made is not None and valid.sum() > max(counts, default=0):
-        self.pictures = made[valid[: len(made)] > 0]
+      made = row.pop("pictures", None)
+      if made is not None and valid.sum() > most:
+        self.pictures, most = made[valid[: len(made)] > 0], valid.sum()
       rows.append(row)
-      counts.append(valid.sum())
-    total = max(sum(counts), 1)
-    return {
-      name: float(
-        sum(n * row[name] for n, row in zip(counts, rows, strict=True)) / total
-      )
-      for name in rows[0]
-    }
+    return {self.best_metric: math.nan} | averages.merged(rows)
 
 
 def abstract(shapes) -> dict[str, jax.ShapeDtypeStruct]:
