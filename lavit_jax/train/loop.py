@@ -19,6 +19,7 @@ import numpy as np
 from lavit_jax import checkpoints, errors, hosts, images, progress, sharding
 from lavit_jax.train import (
   batch_log,
+  boundaries,
   chips,
   distributed,
   meter,
@@ -191,22 +192,9 @@ class _Run:
     """Fresh moments, and what the objective does between phases."""
     if int(state.step) != phase.start:
       return state
-    params, extra = self.objective.begin_phase(
-      phase, state, self.frozen, self._device_batch
+    return boundaries.begin(
+      self.objective, phase, state, self.frozen, self._device_batch, self.mesh
     )
-    params = hosts.put(params, self.layout.params)
-    extra = hosts.put(extra, self.layout.extra)
-    boxed = jax.eval_shape(
-      state_lib.init_fn(self.objective, self.config.seed)
-    ).params
-    labels = self.objective.labels(phase, params)
-    tx = optimizer.make(self.config.optimizer, phase, labels)
-    opt = program.optimizer_state(tx, boxed, labels, self.mesh)
-    init = jax.jit(
-      lambda p: tx.init(optimizer.select(p, labels)),
-      out_shardings=program.layout_of(opt),
-    )
-    return state.replace(params=params, extra=extra, opt_state=init(params))
 
   def _device_batch(self, index: int):
     """Global batch `index`, on the mesh (for what happens between steps)."""

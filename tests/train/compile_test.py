@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from lavit_jax import cli, errors, sharding
+from lavit_jax.commands import compile as command
 from lavit_jax.models import llama
 from lavit_jax.train import (
+  boundaries,
   collectives,
   executed,
   hlo,
+  libtpu,
   program,
   shapes,
   topology,
@@ -59,8 +62,10 @@ def test_the_step_fits_and_is_told_in_full(compiled):
   assert report.fits
   assert not report.assumed
   assert report.mesh == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
-  assert report.chips == 8
-  assert report.tokens_per_chip == cfg.batch_size * cfg.data.length / 8
+  assert report.chips == report.devices == 8
+  assert report.tokens_per_device == cfg.batch_size * cfg.data.length / 8
+  assert report.versions["libtpu"] == libtpu.version()
+  assert report.versions["jax"] == jax.__version__
   memory = report.memory
   parts = ("arguments", "outputs", "temporaries", "code")
   assert memory["total"] == sum(memory[name] for name in parts)
@@ -149,6 +154,27 @@ def test_links_count_whole_rings_twice():
   assert links(mesh) == {1: 1, 8: 2}
 
 
+def test_two_devices_of_a_chip_share_its_links():
+  """A torus of 4 x 4 x 4 chips, each of two devices: six links a chip."""
+  devices = topology.devices("tpu7x:4x4x4")
+  chip = topology.chip_of(devices[0])
+  assert (len(devices), chip.devices_per_chip) == (128, 2)
+  mesh = sharding.make_mesh({"fsdp": 64, "tensor": 2}, devices)
+  cores = np.vectorize(lambda d: d.core_on_chip)(mesh.devices)
+  places = [tuple(d.coords) for d in mesh.devices[0, 0, 0]]
+  routes = topology.routes(mesh, chip)
+  # All devices: as if each had all six; both of a chip: between the dies.
+  assert routes[128].links == 6
+  if places[0] == places[1]:
+    assert sorted(cores[0, 0, 0]) == [0, 1]
+    assert routes[2].links == chip.die_links
+    assert routes[64].links == 3  # the other device of each sends over them too
+  whole = {"fsdp": 128}
+  assert topology.routes(sharding.make_mesh(whole, devices), chip)[128] == (
+    topology.Route(links=6)
+  )
+
+
 def test_slices_are_crossed_by_data_alone():
   devices = topology.devices("v5e:2x2", slices=2)
   mesh = sharding.make_mesh({"data": 2, "fsdp": 4}, devices)
@@ -165,6 +191,102 @@ def test_slices_are_crossed_by_data_alone():
   }
   with pytest.raises(errors.ConfigError, match="2 slices"):
     sharding.make_mesh({"data": 1, "fsdp": 8}, devices)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  """(config, report) of the tokenizer's last phase for v5e:2x4."""
+  cfg = micro.assumed_tokenizer()
+  cfg.mesh = dict(data=-1, fsdp=2, context=1, tensor=1)
+  return cfg, ahead.compile_for(cfg, "v5e:2x4")[0]
+
+
+def test_what_runs_before_a_phase_is_compiled_and_measured(tokenizer):
+  cfg, report = tokenizer
+  assert report.fits
+  made = {one["program"]: one for one in report.boundaries}
+  count = cfg.phases.codes.kmeans_batches
+  each = f"kmeans, each of {count} batches"
+  assert list(made) == [each, "kmeans, at the end", "moments"]
+  for one in made.values():
+    assert one["fits"]
+    memory = one["memory"]
+    parts = ("arguments", "outputs", "temporaries", "code")
+    assert memory["total"] == sum(memory[name] for name in parts)
+  # Frozen parameters are in memory, whatever a program reads.
+  objective = ahead.objective_of(cfg)
+  sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(objective.frozen)]
+  at_end = made["kmeans, at the end"]["memory"]
+  assert at_end["arguments"] > sum(sizes) / 2  # two ways of fsdp
+  # The vectors so far are written in place.
+  rows, dim = cfg.batch_size * cfg.data.capacity, 8
+  assert made[each]["memory"]["outputs"] < 4 * count * rows * dim / 8
+
+
+def test_a_boundary_that_takes_more_than_the_step_is_told(
+  tokenizer, monkeypatch
+):
+  cfg, _ = tokenizer
+  lower = boundaries.lower
+
+  def larger(*args):
+    mesh = args[-1]
+    place = sharding.replicated(mesh)
+    x = jax.ShapeDtypeStruct((1 << 28,), jnp.float32, sharding=place)
+    grown = jax.jit(lambda x: x + 1).lower(x)
+    return {"moments": lower(*args)["moments"], "growth": grown}
+
+  monkeypatch.setattr(boundaries, "lower", larger)
+  warned, _ = ahead.compile_for(cfg, "v5e:2x4")
+  assert warned.fits
+  (line,) = (one for one in warned.warnings if "growth" in one)
+  assert re.search(r"growth, before the phase, takes 2\.\d+ GB; the step", line)
+  monkeypatch.setattr(ahead, "FULLEST", 0.1)
+  full, _ = ahead.compile_for(cfg, "v5e:2x4")
+  assert not full.fits
+  assert re.match("growth: 1[23]% of a device's HBM", full.why_not)
+
+
+def test_a_program_for_chips_of_two_devices_counts_both():
+  cfg = micro.assumed_tokenizer()
+  report, _ = ahead.compile_for(cfg, "tpu7x:2x2x1", phase="random")
+  assert (report.chips, report.devices) == (4, 8)
+  assert report.tokens_per_device == cfg.batch_size / 8
+  assert report.memory["of"] == 96 * 2**30
+  assert [one["program"] for one in report.boundaries] == [
+    "feature_mean, each of 8 batches",
+    "feature_mean, at the end",
+    "moments",
+  ]
+  line = report.roofline
+  least = sum(report.model_flops.values()) / 8 / (2307e12 / 2)
+  assert line["mfu"] == pytest.approx(least / line["step_s"])
+
+
+def test_all_phases_are_compiled_one_after_the_other(monkeypatch, capsys):
+  """The command: a list, and a wrong one of them is a failure."""
+  cfg = micro.assumed_tokenizer()
+  monkeypatch.setattr(command.train, "read_config", lambda _: (cfg, None))
+
+  def report(config, topology_name, *, slices, what, phase):
+    assert (config, topology_name, slices, what) == (cfg, "v5e:2x4", 1, "step")
+    versions = libtpu.versions()
+    return ahead.Report(
+      **{"program": phase, "topology": topology_name, "slices": 1},
+      **{"chips": 8, "devices": 8, "mesh": {}, "assumed": True},
+      **{"batch_size": 8, "tokens_per_device": 1.0, "versions": versions},
+      fits=phase != "joint",
+      why_not="too large" if phase == "joint" else "",
+    ), ""
+
+  monkeypatch.setattr(ahead, "compile_for", report)
+  words = ["compile", "--topology", "v5e:2x4", "--phase", "all"]
+  with micro.own_cache():
+    assert cli.main([*words, "--json"]) == command.DOES_NOT_FIT
+    found = json.loads(capsys.readouterr().out)
+    assert [one["program"] for one in found] == list(cfg.schedule)
+    assert cli.main([*words, "--hlo", "x"]) == 2
+  assert "--phase all" in capsys.readouterr().err
 
 
 def test_a_wrong_topology_is_told(capsys):
@@ -198,7 +320,7 @@ def test_int8_products_are_int8_on_the_chip_and_their_kernels_are_sent_so(
   llm = cfg.model.llm
   kernels = llm.depth * (4 * llm.width**2 + 3 * llm.width * llm.mlp_dim)
   # Two FLOPs a weight, forward and by x.
-  assert report.int8_flops == 2 * 2 * report.tokens_per_chip * kernels
+  assert report.int8_flops == 2 * 2 * report.tokens_per_device * kernels
   assert report.roofline["compute_s"] < plain.roofline["compute_s"]
   assert "s8" in {one["dtype"] for one in report.collectives}
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from lavit_jax import errors, hosts, sharding, vocabulary
 from lavit_jax.data import pipeline, sources
-from lavit_jax.train import optimizer, stored
+from lavit_jax.train import boundaries, optimizer, stored
 
 
 class Objective:
@@ -84,10 +84,18 @@ class Objective:
     """
     return batch["valid"].sum()
 
-  def begin_phase(self, phase, state, frozen, batch_at):
-    """Changes (params, extra) between phases; nothing by default."""
-    del phase, frozen, batch_at
+  def begin_phase(self, phase, state):
+    """(params, extra) that a phase starts from, read from files.
+
+    Those of the state by default. What is computed comes after: `folds`.
+    """
+    del phase
     return state.params, state.extra
+
+  def folds(self, phase) -> tuple[boundaries.Fold, ...]:
+    """What is computed of batches before a phase; nothing by default."""
+    del phase
+    return ()
 
   def exports(self, params, state):
     """What the stage writes when it ends: {part: (params, meta)}."""
