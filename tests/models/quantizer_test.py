@@ -262,24 +262,20 @@ def test_no_array_of_kmeans_at_full_size_is_vectors_by_codes():
   assert largest == vectors * quantizer._BLOCK
 
 
-def test_no_array_of_a_moving_average_is_vectors_by_codes():
-  """Nor of a step's lookup: 2,048 pictures and 16,384 codes."""
+def test_no_array_of_a_steps_sums_is_vectors_by_codes():
+  """Of 2,048 pictures looked up and summed by their codes, 16,384."""
   config = quantizer.LAVIT_7B
   vectors = 2048 * 192
-  float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-  shape = (config.num_codes, config.code_dim)
-  stats = {
-    "codes": float32(*shape),
-    "counts": float32(shape[0]),
-    "sums": float32(*shape),
-  }
 
-  def run(stats, z, weights):
-    ids = quantizer.lookup(z, stats["codes"])
-    return quantizer.ema_update(stats, z, ids, weights)
+  def run(codes, z, weights):
+    ids = quantizer.lookup(z, codes)
+    return quantizer._assigned(z, ids, weights, config.num_codes)
 
-  z, weights = float32(vectors, config.code_dim), float32(vectors)
-  largest = micro.largest_array(jax.make_jaxpr(run)(stats, z, weights))
+  shapes = (config.num_codes, config.code_dim), (vectors, config.code_dim)
+  given = [
+    jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (*shapes, (vectors,))
+  ]
+  largest = micro.largest_array(jax.make_jaxpr(run)(*given))
   assert largest == vectors * quantizer._BLOCK
 
 

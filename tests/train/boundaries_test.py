@@ -37,7 +37,8 @@ def run():
   cfg = micro.assumed_tokenizer()
   cfg.schedule = ("codes",)
   objective = objectives.build(cfg, stored.Outline(cfg))
-  frozen = _random(jax.random.key(1), objective.frozen)
+  shapes = state_lib.unbox(objective.frozen_shapes())
+  frozen = _random(jax.random.key(1), shapes)
   init = state_lib.init_fn(objective, 0)
   state = jax.jit(lambda: state_lib.unbox(init()))()
 
@@ -177,7 +178,8 @@ def test_no_array_before_a_full_size_phase_is_larger_than_a_block():
   words = cfg.batch_size * cfg.data.capacity
   assert micro.largest_array(jaxpr) == words * quantizer._BLOCK
   number = jax.ShapeDtypeStruct((), jnp.int32)
-  frozen, batch = objective.frozen, objective.batch_shapes()
+  frozen = state_lib.unbox(objective.frozen_shapes())
+  batch = objective.batch_shapes()
   vit = objective.model_config.vit
   # The widest of the encoder: hidden layer, or attention of every head.
   tokens = vit.num_patches + 1

@@ -23,6 +23,7 @@ from lavit_jax.train import (
   topology,
 )
 from lavit_jax.train import compile as ahead
+from lavit_jax.train import state as state_lib
 from tests import micro
 from tests.train import processes
 
@@ -215,7 +216,8 @@ def test_what_runs_before_a_phase_is_compiled_and_measured(tokenizer):
     assert memory["total"] == sum(memory[name] for name in parts)
   # Frozen parameters are in memory, whatever a program reads.
   objective = ahead.objective_of(cfg)
-  sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(objective.frozen)]
+  frozen = jax.tree.leaves(state_lib.unbox(objective.frozen_shapes()))
+  sizes = [x.size * x.dtype.itemsize for x in frozen]
   at_end = made["kmeans, at the end"]["memory"]
   assert at_end["arguments"] > sum(sizes) / 2  # two ways of fsdp
   # The vectors so far are written in place.
