@@ -161,19 +161,20 @@ def test_two_devices_of_a_chip_share_its_links():
   chip = topology.chip_of(devices[0])
   assert (len(devices), chip.devices_per_chip) == (128, 2)
   mesh = sharding.make_mesh({"fsdp": 64, "tensor": 2}, devices)
-  cores = np.vectorize(lambda d: d.core_on_chip)(mesh.devices)
-  places = [tuple(d.coords) for d in mesh.devices[0, 0, 0]]
-  routes = topology.routes(mesh, chip)
-  # All devices: as if each had all six; both of a chip: between the dies.
-  assert routes[128].links == 6
-  if places[0] == places[1]:
-    assert sorted(cores[0, 0, 0]) == [0, 1]
-    assert routes[2].links == chip.die_links
-    assert routes[64].links == 3  # the other device of each sends over them too
-  whole = {"fsdp": 128}
-  assert topology.routes(sharding.make_mesh(whole, devices), chip)[128] == (
-    topology.Route(links=6)
-  )
+  first, second = mesh.devices[0, 0, 0]
+  assert tuple(first.coords) == tuple(second.coords)
+  assert {first.core_on_chip, second.core_on_chip} == {0, 1}
+  links = lambda mesh: {
+    size: route.links for size, route in topology.routes(mesh, chip).items()
+  }
+  # All devices: as if each had all six links of its chip. Both of a chip: what
+  # is between the dies. One of each chip: the others send over the links too.
+  found = links(mesh)
+  assert (found[128], found[2], found[64]) == (6, chip.die_links, 3)
+  mesh = sharding.make_mesh({"data": 8, "fsdp": 16}, devices)
+  # 16 chips of two rings, four links, one device of each chip; and four chips
+  # of a ring with both devices.
+  assert links(mesh)[16] == links(mesh)[8] == 2
 
 
 def test_slices_are_crossed_by_data_alone():
