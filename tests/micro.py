@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import pathlib
 import shutil
 from unittest import mock
@@ -97,6 +98,15 @@ def assuming(cfg):
   return cfg
 
 
+def assumed_tokenizer():
+  """The config of the tokenizer where no encoder is: all told by shapes."""
+  cfg = config("tokenizer", "nowhere")
+  vit = config("encoder", "nowhere").model.vit.to_dict()
+  sizes = cfg.model.tokenizer.to_dict() | {"vit": vit}
+  cfg.assumed = dict(tokenizer=sizes, text_size=0, capacity=0)
+  return cfg
+
+
 def train_all(root):
   """Every stage in a row under `root`, as `lavit quickstart` trains them."""
   with one_device():
@@ -150,6 +160,20 @@ def perturb(model, name):
   leaves[0] = leaves[0] + 0.5
   params = jax.tree.unflatten(tree, leaves)
   checkpoints.save_part(model, name, params, part.meta)
+
+
+def largest_array(jaxpr) -> int:
+  """Elements of the largest array that a jaxpr makes, inner ones too."""
+  largest = 0
+  for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    for made in equation.outvars:
+      largest = max(largest, math.prod(getattr(made.aval, "shape", ())))
+    for inner in jax.tree.leaves(
+      list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+    ):
+      if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+        largest = max(largest, largest_array(inner))
+  return largest
 
 
 def branch(root, tmp_path, count):

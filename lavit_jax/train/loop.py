@@ -19,6 +19,7 @@ from lavit_jax import checkpoints, errors, hosts, images, progress, sharding
 from lavit_jax.train import (
   averages,
   batch_log,
+  boundaries,
   chips,
   distributed,
   meter,
@@ -193,20 +194,9 @@ class _Run:
     """Fresh moments, and what the objective does between phases."""
     if int(state.step) != phase.start:
       return state
-    params, extra = self.objective.begin_phase(
-      phase, state, self.frozen, self._device_batch
+    return boundaries.begin(
+      self.objective, phase, state, self.frozen, self._device_batch, self.mesh
     )
-    params = hosts.put(params, self.layout.params)
-    extra = hosts.put(extra, self.layout.extra)
-    labels = self.objective.labels(phase, params)
-    boxed = self._boxed()
-    tx = optimizer.make(self.config.optimizer, phase, labels, boxed)
-    opt = program.optimizer_state(tx, boxed, labels, self.mesh)
-    init = jax.jit(
-      lambda p: tx.init(optimizer.select(p, labels)),
-      out_shardings=program.layout_of(opt),
-    )
-    return state.replace(params=params, extra=extra, opt_state=init(params))
 
   def _boxed(self):
     """The parameters' shapes with their logical axes."""

@@ -184,7 +184,7 @@ def test_selector_and_quantizer():
   params = _params(model, jnp.zeros(x.shape))
   run = lambda p, x: model.apply({"params": p}, x)
   _assert_both_ways(run, params, net.quantize(config, 128), x)
-  found = _counted(quantizer._nearest, _float(128, 256), _float(512, 256))
+  found = _counted(quantizer.lookup, _float(128, 256), _float(512, 256))
   config = dataclasses.replace(config, code_dim=256)
   _assert_agrees(found, net.lookup(config, 128).forward)
 

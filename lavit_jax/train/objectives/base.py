@@ -19,7 +19,7 @@ from lavit_jax import (
   vocabulary,
 )
 from lavit_jax.data import contents, examples, faults, pipeline, sources
-from lavit_jax.train import averages, lora, optimizer, stored
+from lavit_jax.train import averages, boundaries, lora, optimizer, stored
 from lavit_jax.train import state as state_lib
 
 
@@ -198,10 +198,18 @@ class Objective:
     state, more = self.update_extra(phase, state, seen, params)
     return loss, (state, metrics | more)
 
-  def begin_phase(self, phase, state, frozen, batch_at):
-    """Changes (params, extra) between phases; nothing by default."""
-    del phase, frozen, batch_at
+  def begin_phase(self, phase, state):
+    """(params, extra) that a phase starts from, read from files.
+
+    Those of the state by default. What is computed comes after: `folds`.
+    """
+    del phase
     return state.params, state.extra
+
+  def folds(self, phase) -> tuple[boundaries.Fold, ...]:
+    """What is computed of batches before a phase; nothing by default."""
+    del phase
+    return ()
 
   def exports(self, params, state):
     """What the stage writes when it ends: {part: (params, meta)}."""

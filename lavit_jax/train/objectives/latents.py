@@ -220,7 +220,7 @@ class LatentsObjective(diffusion.DiffusionObjective):
       made["latents"] = ((count, *size), np.float16)
     return base.abstract(made)
 
-  def begin_phase(self, phase, state, frozen, batch_at):
+  def begin_phase(self, phase, state):
     """The weights of config.start_from, and of the part `kind` if it is."""
     if phase.start:
       return state.params, state.extra

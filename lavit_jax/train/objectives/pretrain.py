@@ -214,7 +214,7 @@ class PretrainObjective(base.Objective):
       params["lora"] = lora.init(key, llm, rank, targets)
     return params, {}
 
-  def begin_phase(self, phase, state, frozen, batch_at):
+  def begin_phase(self, phase, state):
     """Starts from the LLM of config.start_from, or stage 1's merger alone."""
     if phase.start:
       return state.params, state.extra

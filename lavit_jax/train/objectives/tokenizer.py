@@ -14,12 +14,20 @@ its mask comes from and whether codes are on:
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lavit_jax import errors, fingerprints, images
 from lavit_jax.models import quantizer, selector, tokenizer, vision
-from lavit_jax.train import averages, branches, losses, precision, shapes
+from lavit_jax.train import (
+  averages,
+  boundaries,
+  branches,
+  losses,
+  precision,
+  shapes,
+)
 from lavit_jax.train.objectives import base
 
 MASKS = ("random", "gumbel", "sampled", "expected")
@@ -77,46 +85,79 @@ class TokenizerObjective(base.Objective):
     """Pictures alone."""
     return self.image_shapes()
 
-  def begin_phase(self, phase, state, frozen, batch_at):
+  def folds(self, phase):
     """Mean features before the first phase; k-means before codes come on."""
-    extra = dict(state.extra)
+    found = []
     if phase.start == 0:
-      features = self._some_features(phase, frozen, batch_at, 8)
-      extra["feature_mean"] = jnp.concatenate(features).mean(0)
+      found.append(self._mean_features())
     if phase.get("kmeans_iters", 0):
-      features = self._some_features(
-        phase, frozen, batch_at, phase["kmeans_batches"]
-      )
-      extra["codebook"] = self._kmeans(phase, state, features)
-    return state.params, extra
+      found.append(self._kmeans(phase))
+    return tuple(found)
 
-  def _some_features(self, phase, frozen, batch_at, count):
-    encode = jax.jit(self._features)
-    return [
-      encode(frozen["encoder"], batch_at(phase.start + i)["image"])
-      for i in range(count)
-    ]
+  def _mean_features(self):
+    """The mean over pictures, float[N, D], of some batches."""
+    config = self.model_config
+    grid, width = config.num_patches, config.width
 
-  def _kmeans(self, phase, state, features):
-    """Codebook statistics from the projections of kept tokens."""
+    def start():
+      return {"sums": jnp.zeros((grid, width)), "pictures": jnp.zeros(())}
 
-    @jax.jit
-    def project(params, features):
-      mask = self._mask("expected", phase, params, features, None)[0]
-      return self._project_compact(params, features, mask)
+    def add(carried, number, state, frozen, batch):
+      del number, state
+      features = self._features(frozen["encoder"], batch["image"])
+      valid = batch["valid"]
+      sums = (features * valid[:, None, None]).sum(0, dtype=jnp.float32)
+      more = {"sums": sums, "pictures": valid.sum()}
+      return jax.tree.map(jnp.add, carried, more)
 
-    found = [project(state.params, chunk) for chunk in features]
-    z, valid = (jnp.concatenate(x) for x in zip(*found, strict=True))
-    rng = jax.random.fold_in(
-      jax.random.wrap_key_data(state.rng), phase.start + 1
+    def finish(carried, state):
+      del state
+      count = jnp.maximum(carried["pictures"], 1.0)
+      return {"feature_mean": carried["sums"] / count}
+
+    return boundaries.Fold(
+      name="feature_mean", batches=8, start=start, add=add, finish=finish
     )
+
+  def _kmeans(self, phase):
+    """Codebook statistics from the projections of kept tokens."""
     config = self.model_config.quantizer
-    return quantizer.kmeans_init(
-      rng,
-      z.reshape(-1, config.code_dim),
-      valid.reshape(-1).astype(jnp.float32),
-      config.num_codes,
-      phase["kmeans_iters"],
+    batches, pictures = phase["kmeans_batches"], self.config.batch_size
+    shape = (batches, pictures, self.config.data.capacity)
+    axes = (None, "act_batch", None)
+
+    def start():
+      z, weights = jnp.zeros((*shape, config.code_dim)), jnp.zeros(shape)
+      return {
+        "z": nn.LogicallyPartitioned(z, (*axes, None)),
+        "weights": nn.LogicallyPartitioned(weights, axes),
+      }
+
+    def add(carried, number, state, frozen, batch):
+      features = self._features(frozen["encoder"], batch["image"])
+      mask = self._mask("expected", phase, state.params, features, None)[0]
+      z, valid = self._project_compact(state.params, features, mask)
+      more = {"z": z, "weights": valid * batch["valid"][:, None]}
+      put = lambda whole, x: jax.lax.dynamic_update_index_in_dim(
+        whole, x.astype(whole.dtype), number, 0
+      )
+      return jax.tree.map(put, carried, more)
+
+    def finish(carried, state):
+      rng = jax.random.fold_in(
+        jax.random.wrap_key_data(state.rng), phase.start + 1
+      )
+      codebook = quantizer.kmeans_init(
+        rng,
+        carried["z"].reshape(batches, -1, config.code_dim),
+        carried["weights"].reshape(batches, -1),
+        config.num_codes,
+        phase["kmeans_iters"],
+      )
+      return {"codebook": codebook}
+
+    return boundaries.Fold(
+      name="kmeans", batches=batches, start=start, add=add, finish=finish
     )
 
   def _features(self, encoder, image):

@@ -255,7 +255,7 @@ def test_the_kind_of_sdxl_draws_and_is_written_as_imported(source, tmp_path):
   assert metrics["pictures"].shape == (2, 2 * height, width, 3)
   assert {"loss", "eps_mse", "latent_mse", "picture_mse"} <= set(metrics)
   phase = phases_lib.phases_of(objective.config)[0]
-  started = objective.begin_phase(phase, state, objective.frozen, None)
+  started = objective.begin_phase(phase, state)
   middle = started[0]["unet"]["mid_block"]["attentions_0"]
   assert "transformer_blocks" in middle  # its layers are one scan here
   made = objective.exports(*started)
