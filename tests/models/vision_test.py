@@ -116,3 +116,10 @@ def test_patches_are_in_raster_order():
     vision.patchify(pixels, 2)[0],
     [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]],
   )
+
+
+def test_a_head_that_is_not_there_is_asked_for_in_vain():
+  model, pixels = vision.EvaVit(CONFIG), jnp.zeros((1, 8, 8, 3))
+  init = lambda key: model.init(key, pixels, use_head=True)
+  with pytest.raises(ValueError, match=r"use_head=True.*head_dim_out=0"):
+    jax.eval_shape(init, jax.random.key(0))

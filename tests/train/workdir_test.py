@@ -4,6 +4,7 @@ import json
 
 import pytest
 from lavit_jax.configs.lavit_7b import pretrain
+from lavit_jax.configs.tiny import pretrain as tiny
 
 from lavit_jax import errors
 from lavit_jax.train import workdir
@@ -51,3 +52,42 @@ def test_names_under_which_arrays_would_be_lost_are_refused_at_once(
   with pytest.raises(errors.CheckpointError, match=r"has \[ in its name"):
     workdir.check(cfg, work)
   assert not list(tmp_path.iterdir())
+
+
+def _older(cfg, folder):
+  """The stored config of a run begun before `model.compute` was."""
+  workdir.check(cfg, folder)
+  path = folder / "config.json"
+  stored = json.loads(path.read_text())
+  del stored["model"]["compute"]
+  path.write_text(json.dumps(stored))
+  return path
+
+
+@pytest.mark.parametrize("module", [tiny, pretrain])
+def test_a_run_from_before_compute_was_said_goes_on_as_it_is_said_now(
+  module, tmp_path, caplog
+):
+  cfg = module.get_config()
+  path = _older(cfg, tmp_path)
+  workdir.check(cfg, tmp_path)
+  dtype = cfg.model.compute.encoder.dtype
+  assert f"encoder {dtype}" in caplog.text
+  assert json.loads(path.read_text())["model"]["compute"]
+  caplog.clear()
+  cfg.model.compute.merger.remat = "attention"
+  workdir.check(cfg, tmp_path)
+  assert not caplog.text
+  cfg.model.compute.encoder.dtype = "float16"
+  with pytest.raises(errors.ConfigError, match=r"compute\.encoder\.dtype"):
+    workdir.check(cfg, tmp_path)
+
+
+def test_a_dtype_that_is_left_out_is_float32(tmp_path):
+  cfg = tiny.get_config()
+  workdir.check(cfg, tmp_path)
+  del cfg.model.compute.encoder.dtype
+  workdir.check(cfg, tmp_path)
+  cfg.model.compute.encoder.dtype = "bfloat16"
+  with pytest.raises(errors.ConfigError, match="'float32' there, 'bfloat16'"):
+    workdir.check(cfg, tmp_path)

@@ -196,3 +196,20 @@ def test_every_field_of_the_llm_is_compared_or_known_to_be_free():
   free = {*agreement.COMPUTED, "max_len", "vocab_size", "width"}
   names = {field.name for field in dataclasses.fields(llama.LlamaConfig)}
   assert names == free | set(_FIELDS)
+
+
+def test_a_lora_is_drawn_with_a_key_of_its_own(micro_runs, monkeypatch):
+  """Not with that of the parameters that are drawn beside it."""
+  objective, keys = objectives.build(_lora(micro_runs)), []
+  make = pretrain.lora.init
+
+  def init(key, *args):
+    keys.append(key)
+    return make(key, *args)
+
+  monkeypatch.setattr(pretrain.lora, "init", init)
+  key = jax.random.key(3)
+  with jax.ensure_compile_time_eval():
+    jax.eval_shape(lambda: objective.init(key))
+  (used,) = keys
+  assert (jax.random.key_data(used) != jax.random.key_data(key)).any()
