@@ -77,7 +77,7 @@ def attend(
   Returns:
     float[B, L, H, Dh] of the query's dtype; zeros where a query sees no key.
   """
-  rows, parts, ways = attention_mesh.ways()
+  _, parts, ways = attention_mesh.ways()
   (batch, length, heads, dim), keys = query.shape, key.shape[1]
   queries, places = _padded(length, parts), _padded(keys, parts)
   some = None
@@ -104,7 +104,7 @@ def attend(
 
 
 def _specs(kernel, causal, axis):
-  """The kernel's masks, split over the axis of the queries where they differ."""
+  """The kernel's masks, split over the queries' axis where they differ."""
   mesh = jax.sharding.get_abstract_mesh()
   spec = jax.sharding.PartitionSpec(None, axis if causal else None)
   return kernel.manual_sharding_spec(jax.sharding.NamedSharding(mesh, spec))

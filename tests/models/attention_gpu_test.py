@@ -92,7 +92,7 @@ def test_what_the_library_is_asked_is_what_the_einsums_give(
 
 
 def test_layers_choose_it_on_a_gpu(asked):
-  (query, key, value), segments = _arrays(4, 88, 257, 257, jnp.bfloat16)
+  (query, key, value), _ = _arrays(4, 88, 257, 257, jnp.bfloat16)
   device = jax.sharding.AbstractDevice("gpu", None, "gpu")
   mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
   mask = jnp.ones((4, 1, 257, 257), bool)
@@ -100,15 +100,14 @@ def test_layers_choose_it_on_a_gpu(asked):
     run = functools.partial(jax.eval_shape, layers.attention)
     assert run(query, key, value).dtype == jnp.bfloat16
     assert [call["dtype"] for call in asked] == ["bfloat16"]
-    jax.eval_shape(lambda *x: layers.attention(*x, mask=mask), query, key, value)
+    jax.eval_shape(
+      lambda *x: layers.attention(*x, mask=mask), query, key, value
+    )
     assert len(asked) == 1  # any mask at all: einsums
-  del segments
 
 
 def test_rows_that_do_not_fit_are_left_to_the_einsums(monkeypatch):
-  def fits(
-    *shape, dtype=jnp.bfloat16, keys=None, causal=True, masked=True
-  ):
+  def fits(*shape, dtype=jnp.bfloat16, keys=None, causal=True, masked=True):
     query = jnp.zeros(shape, dtype)
     key = jnp.zeros((shape[0], keys or shape[1], *shape[2:]), dtype)
     return attention_gpu.fits(query, key, causal=causal, masked=masked)
