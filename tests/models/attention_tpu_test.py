@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from lavit_jax import sharding
-from lavit_jax.models import attention_mesh, attention_tpu, layers, llama
+from lavit_jax.models import (
+  attention_mesh,
+  attention_tpu,
+  blocks,
+  layers,
+  llama,
+  unet_blocks,
+)
 from lavit_jax.train import state as state_lib
 from lavit_jax.train import topology
 
@@ -214,11 +221,11 @@ def _compiled(sizes, remat):
     return step.lower(variables, ids, ids).compile().as_text()
 
 
-def _calls(hlo, phase):
+def _calls(hlo, phase, kind="_segmented"):
   """How often the kernel of a phase is called in an HLO text."""
   lines = hlo.splitlines()
   return sum(
-    f"%splash_mha_{phase}_segmented" in line.split("=")[0]
+    f"%splash_mha_{phase}{kind}" in line.split("=")[0]
     for line in lines
     if 'custom_call_target="tpu_custom_call"' in line
   )
@@ -244,3 +251,33 @@ def test_the_train_step_for_v5e_holds_the_kernel(
   assert not re.search(rf"\[\d+,\d+,\d{{3,}},{_LENGTH}\]", hlo), (
     "logits are there"
   )
+
+
+@pytest.mark.parametrize(
+  ("net", "length", "width"),
+  [
+    (blocks.SelfAttention(16, key_bias=False, dtype="bfloat16"), 257, 1408),
+    (unet_blocks.Attention(10, "bfloat16"), 4096, 640),
+  ],
+  ids=["ViT-g", "SDXL"],
+)
+def test_full_size_attention_for_v5e_holds_no_logits(net, length, width):
+  """Two rows a chip, and their gradients."""
+  pytest.importorskip("libtpu")
+  mesh = sharding.make_mesh({"fsdp": 4}, topology.devices("v5e:2x2"))
+  with sharding.use(mesh):
+    rows = sharding.batch_sharding(mesh)
+    x = jax.ShapeDtypeStruct((8, length, width), jnp.bfloat16, sharding=rows)
+    boxed = jax.eval_shape(lambda: net.init(jax.random.key(0), x))
+    variables = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      state_lib.unbox(boxed),
+      sharding.param_shardings(boxed, mesh),
+    )
+    loss = lambda *args: net.apply(*args).astype(jnp.float32).sum()
+    made = jax.jit(jax.grad(loss, (0, 1))).lower(variables, x).compile()
+  hlo = made.as_text()
+  for phase in ("fwd", "dkv"):
+    assert _calls(hlo, phase, "") == 1
+  assert not re.search(rf"\[\d+,{length},{length}\]", hlo)
+  assert not re.search(rf"\[\d+,\d+,{length},{length}\]", hlo)
