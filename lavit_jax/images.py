@@ -162,11 +162,6 @@ def normalize(pixels):
   return (pixels.astype(np.float32) / np.float32(scale) - MEAN) / STD
 
 
-def denormalize(pixels):
-  """Inverse of `normalize`: CLIP's float32[..., 3] back to [0, 1]."""
-  return pixels * STD + MEAN
-
-
 def preprocess(source, size, **kwargs):
   """Loads one picture as CLIP-normalised float32[size, size, 3]."""
   return normalize(to_uint8(load(source, **kwargs), size))

@@ -102,11 +102,6 @@ def mask_from_noise(
   return hard + (soft - jax.lax.stop_gradient(soft))
 
 
-def argmax_mask(log_probs: jax.Array) -> jax.Array:
-  """bool[B, N]: patches more likely kept than dropped."""
-  return log_probs[..., KEEP] >= log_probs[..., 1 - KEEP]
-
-
 def expected_count(log_probs: jax.Array) -> jax.Array:
   """int32[B]: clip(round(sum p(keep)), 1, N), the tokens a picture is worth."""
   total = jnp.exp(log_probs[..., KEEP]).sum(-1)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lavit_jax import sharding
 from lavit_jax.train import accumulation, averages, nonfinite, optimizer
 
 
@@ -53,11 +52,6 @@ def init_fn(objective, seed: int) -> Callable[[], TrainState]:
     )
 
   return init
-
-
-def shardings(abstract: TrainState, mesh) -> TrainState:
-  """Shardings of a boxed abstract state, checked against the rules."""
-  return sharding.param_shardings(abstract, mesh)
 
 
 def make_step(objective, phase, labels, tx):

@@ -27,13 +27,13 @@ from lavit_jax.models import (
 from lavit_jax.train import (
   flops,
   latent_parts,
-  losses,
   objectives,
   optimizer,
   stored,
 )
 from lavit_jax.train import network_flops as net
 from lavit_jax.train import state as state_lib
+from tests.train import plain_losses
 
 _TOLERANCE = 0.05
 _LLAMA = llama.LlamaConfig(
@@ -128,7 +128,8 @@ def test_llama():
 def test_the_head():
   def run(head, hidden):
     targets = jnp.zeros((2, 64), jnp.int32)
-    return losses.next_token(hidden, head, targets, jnp.ones((2, 64)))[0]
+    weights = jnp.ones((2, 64))
+    return plain_losses.next_token(hidden, head, targets, weights)[0]
 
   cost = net.llama_head(_LLAMA, 128)
   _assert_both_ways(run, _float(1000, 256), cost, _float(2, 64, 256))

@@ -195,7 +195,7 @@ def _one_step(objective, phase, first, sizes, count):
   batch = next(objective.batches(0))
   with sharding.use(mesh):
     init = state_lib.init_fn(objective, 0)
-    layout = state_lib.shardings(jax.eval_shape(init), mesh)
+    layout = sharding.param_shardings(jax.eval_shape(init), mesh)
     state = jax.device_put(first, layout)
     labels = objective.labels(phase, state.params)
     # Plain gradient steps: Adam's would turn rounding into whole steps.
@@ -271,7 +271,7 @@ def test_every_axis_of_every_network_has_a_rule(highres):
   init = state_lib.init_fn(objective, 0)
   mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   boxed = jax.eval_shape(init)
-  state_lib.shardings(boxed, mesh)  # an axis without a rule would raise
+  sharding.param_shardings(boxed, mesh)  # an axis without a rule would raise
   boxes = jax.tree.leaves(
     boxed.params["unet"],
     is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
