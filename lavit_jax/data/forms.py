@@ -123,18 +123,11 @@ class Reader:
 
   def _parts(self, row, image):
     """Parts of an interleaved document; ImagePart.image is still a path."""
-    given = [f for f in _MESSAGES if f in row]
-    if len(given) > 1:
-      raise lines.BadLine(f"has {' and '.join(given)}; keep one of them")
-    if not given:
-      if image is None and row.get("images"):
-        raise lines.BadLine(
-          "has images, which are read beside messages alone; call one picture"
-          " image, and write a line for each"
-        )
+    field = _messages_field(row, image)
+    if field is None:
       return []
-    messages = fields.listed(row, given[0], (dict, str))
-    beside = _Beside(row, image, needed=given[0] == "conversations")
+    messages = fields.listed(row, field, (dict, str))
+    beside = _Beside(row, image, needed=field == "conversations")
     parts = []
     for k, message in enumerate(messages):
       role = _role(message)
@@ -246,6 +239,19 @@ class _Beside:
         f"{len(self._left)} of {len(self._given)} pictures given as image or"
         f" images stand nowhere in the messages; write {_HERE} in their places"
       )
+
+
+def _messages_field(row, image):
+  """The field of a row that holds its messages, None if none does."""
+  given = [f for f in _MESSAGES if f in row]
+  if len(given) > 1:
+    raise lines.BadLine(f"has {' and '.join(given)}; keep one of them")
+  if not given and image is None and row.get("images"):
+    raise lines.BadLine(
+      "has images, which are read beside messages alone; call one picture"
+      " image, and write a line for each"
+    )
+  return given[0] if given else None
 
 
 def _role(message):
