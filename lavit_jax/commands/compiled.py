@@ -10,7 +10,7 @@ import os
 import pathlib
 
 LIMIT = 1 << 30  # bytes that a command leaves there when it starts
-LEAST = 0.1  # seconds of compilation from which on inference keeps a program
+LEAST = 0.0  # seconds of compilation from which on inference keeps a program
 HELP = """\
 Compiled programs are kept in ~/.cache/lavit_jax/compiled (at most about 1 GB;
 XDG_CACHE_HOME moves it), or where JAX_COMPILATION_CACHE_DIR says;
