@@ -219,7 +219,8 @@ def _table(report) -> str:
   lines += [
     f"HBM a chip: {gb(m['total'])} of {gb(m['of'])} ({m['share']:.0%}):"
     f" arguments {gb(m['arguments'])}, temporaries {gb(m['temporaries'])},"
-    f" outputs {gb(m['outputs'])}, code {gb(m['code'])}"
+    f" outputs {gb(m['outputs'])}, code {gb(m['code'])}, the next batch"
+    f" {gb(m['waiting'])}"
     + (f"; on the host {gb(m['host'])}" if m["host"] else ""),
     f"model FLOPs a step: {whole:.4g} ({shares})",
   ]
