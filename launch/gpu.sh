@@ -24,6 +24,10 @@ usage: launch/gpu.sh --config FILE --workdir DIR [--gpus K] ...
 Train on GPUs (pip install -e '.[cuda]'). Crashes are tried again; give the
 same command again to resume.
 
+Nothing is installed here. A run that goes on with other versions of its
+libraries than those it began with names them in its log; to have them back:
+pip install -c WORKDIR/versions.txt ...
+
   --config FILE       configs/tiny/pretrain.py, for example
   --workdir DIR       a disk that all machines share
   --gpus K            the first K GPUs of each machine; default: all of them

@@ -20,6 +20,10 @@ usage: launch/local.sh --config FILE --workdir DIR [--processes K] ...
 Train on this machine's CPU as a pod would: K processes with D virtual devices
 each, which talk through gloo. For trying a mesh or a resume without a TPU.
 
+Nothing is installed here. A run that goes on with other versions of its
+libraries than those it began with names them in its log; to have them back:
+pip install -c WORKDIR/versions.txt ...
+
   --config FILE       configs/tiny/pretrain.py, for example
   --workdir DIR       shared by all of them
   --processes K       2

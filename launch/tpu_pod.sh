@@ -27,6 +27,11 @@ Give the same command again whenever in doubt: a run in progress is followed,
 never started twice, and a run that ended resumes from its last checkpoint.
 Ctrl-C only stops following. Nothing is deleted at the end unless you say so.
 
+A run goes on with the libraries it began with: its first start writes their
+versions to WORKDIR/versions.txt, and each new TPU installs these. Where that
+cannot be done it is said, and the log names what differs. Delete the file to
+let a run go on with newer ones.
+
   run      (default) as above
   status   the TPU's state, and the run's on each host
   logs     the end of the log: --worker W (0; or all), --lines N (100)

@@ -1,17 +1,18 @@
-"""Orbax on disk: model directories for use.
+"""Orbax on disk or in gs://: model directories for use.
 
 A *model directory* is what inference loads: one folder a part (`encoder`,
 `tokenizer`, `pixels`, `lowres`, `highres`, `llm`), each with its parameters
 and a `part.json` that describes it. `lowres` and `highres` are the official
 release's two decoders. A run's own checkpoints: `train/run_checkpoints.py`.
+
+`part.json` names the folder of the parameters that belong to it: a part is
+written anew beside the old one, and is there once that file is.
 """
 
 import contextlib
 import dataclasses
 import itertools
 import json
-import pathlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 
-from lavit_jax import errors, hosts
+from lavit_jax import errors, files, hosts, mapped_arrays
 
 PARTS = (
   "encoder",
@@ -36,12 +38,12 @@ PARTS = (
 )
 FORMAT = 1
 _PART_FILE = "part.json"
-_WEIGHTS = "weights"
-_CHUNK_BYTES = 1 << 25  # of an array mapped from a file, as Orbax stores it
+_WEIGHTS = ("weights", "weights-1")  # one of them is in use
+_FIELD = "weights"  # of part.json: which; the first one if it is missing
 
 
 @contextlib.contextmanager
-def _writing(directory):
+def writing(directory):
   """Names the disk when a write fails: full, over quota, not writable."""
   try:
     yield
@@ -63,7 +65,7 @@ class Part:
 
 def save_part(
   directory, name: str, params, meta: Mapping[str, Any], dtype=None
-) -> pathlib.Path:
+) -> epath.Path:
   """Writes one part of a model directory, whole or not at all.
 
   Of a run of several processes all call it, and each writes its share.
@@ -79,76 +81,73 @@ def save_part(
 
   Raises:
     errors.UsageError: `name` is no part of a model.
-    errors.CheckpointError: the disk is full; what was there before stays.
+    errors.CheckpointError: the disk is full, or the directory has a name that
+      Orbax cannot keep arrays under; what was there before stays.
   """
   if name not in PARTS:
     raise errors.UsageError(f"A model has parts {PARTS}; {name!r} is none.")
-  final = pathlib.Path(directory).absolute() / name
-  partial = final.with_name(f".{name}.partial")
+  files.check_arrays_folder(directory, write=True)
+  folder = files.absolute(directory) / name
   if dtype is not None:
     params = jax.tree.map(lambda x: _cast(x, dtype), params)
-  text = json.dumps({"format": FORMAT, "part": name, **meta}, indent=1)
-  with _writing(final.parent):
+  with writing(folder.parent):
+    place = _WEIGHTS[hosts.told(_free_place(folder))]
     if hosts.first():
-      shutil.rmtree(partial, ignore_errors=True)
-      partial.mkdir(parents=True)
+      folder.mkdir(parents=True, exist_ok=True)
+      _remove_weights(folder, besides=_place(folder))
     hosts.barrier(f"lavit_part_{name}_begun")
     if any(isinstance(x, np.memmap) for x in jax.tree.leaves(params)):
-      _save_mapped(partial / _WEIGHTS, params)
+      mapped_arrays.save(folder / place, params)
     else:
       with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / _WEIGHTS, hosts.storable(params))
+        checkpointer.save(folder / place, hosts.storable(params))
     if hosts.first():
-      (partial / _PART_FILE).write_text(text + "\n")
+      described = {"format": FORMAT, "part": name, **meta}
+      if place != _WEIGHTS[0]:  # so that earlier versions read what they can
+        described[_FIELD] = place
+      text = json.dumps(described, indent=1) + "\n"
+      files.write_whole(folder / _PART_FILE, text.encode())
   if hosts.first():
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    _remove_weights(folder, besides=place)
   hosts.barrier(f"lavit_part_{name}_done")
-  return final
+  return folder
 
 
-class _FewAtATime(ocp.type_handlers.NumpyHandler):
-  """Writes arrays as they are, without a copy, a few after the others.
+def _place(folder) -> str | None:
+  """The name of the parameters that a part is of; None if it is no part yet.
 
-  Orbax by itself copies all of them first, and encodes all at once.
+  Raises:
+    errors.CheckpointError: part.json is damaged.
   """
-
-  def __init__(self):
-    super().__init__(deepcopy_host_arrays=False)
-
-  async def serialize(self, values, infos, args=None):
-    for start, stop in _groups([value.nbytes for value in values]):
-      some = (given[start:stop] for given in (values, infos, args))
-      for future in await super().serialize(*some):
-        future.result()
-    return []
-
-
-def _groups(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-  """Bounds of neighbours of _CHUNK_BYTES together, or one that has more."""
-  start, total = 0, 0
-  for i, size in enumerate(sizes):
-    if i > start and total + size > _CHUNK_BYTES:
-      yield start, i
-      start, total = i, 0
-    total += size
-  yield start, len(sizes)
-
-
-def _save_mapped(path, params):
-  """Saves a tree of numpy arrays in bounded memory; `load_part` reads it."""
-  params = jax.tree.map(np.asarray, params)  # memmap to a view of its pages
-  handler = ocp.PyTreeCheckpointHandler(
-    type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-      (np.ndarray, _FewAtATime()), (jax.Array, ocp.type_handlers.ArrayHandler())
+  path = folder / _PART_FILE
+  if not path.exists():
+    return None
+  try:
+    place = json.loads(path.read_text()).get(_FIELD, _WEIGHTS[0])
+  except (ValueError, AttributeError) as e:
+    raise errors.CheckpointError(f"{path} is not valid JSON: {e}.") from e
+  if place not in _WEIGHTS:
+    raise errors.CheckpointError(
+      f"{path} says that its {_FIELD} are {place!r}; expected one of"
+      f" {', '.join(_WEIGHTS)}. It is damaged; make the part again."
     )
-  )
-  save_args = jax.tree.map(
-    lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params
-  )
-  with ocp.Checkpointer(handler) as checkpointer:
-    args = ocp.args.PyTreeSave(params, save_args=save_args)
-    checkpointer.save(path, args=args)
+  return place
+
+
+def _free_place(folder) -> int:
+  """Which of _WEIGHTS a part does not use, by its number."""
+  try:
+    return int(_place(folder) == _WEIGHTS[0])
+  except errors.CheckpointError:  # what is damaged is written over
+    return 0
+
+
+def _remove_weights(folder, besides: str | None) -> None:
+  """Parameters that no part.json names, and those that were never finished."""
+  for path in folder.iterdir():
+    # Orbax adds .orbax-checkpoint-tmp to what is not finished.
+    if path.name.partition(".")[0] in _WEIGHTS and path.name != besides:
+      path.rmtree(missing_ok=True)
 
 
 def _cast(x, dtype):
@@ -182,9 +181,9 @@ def load_part(
   Raises:
     errors.CheckpointError: the directory or the part is missing or damaged.
   """
-  folder = pathlib.Path(directory).absolute() / name
   meta = read_meta(directory, name)
-  with _reading(folder / _WEIGHTS), ocp.StandardCheckpointer() as checkpointer:
+  weights = _weights(directory, name)
+  with _reading(weights), ocp.StandardCheckpointer() as checkpointer:
     host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     places = dict(jax.tree_util.tree_leaves_with_path(layout))
     # Cast as they are read: a cast of arrays on one device would fail
@@ -195,9 +194,9 @@ def load_part(
         cast_dtype(m.dtype, (branches or {}).get(_top(path), dtype)),
         sharding=places.get(path, host),
       ),
-      _stored_tree(checkpointer, folder / _WEIGHTS),
+      _stored_tree(checkpointer, weights),
     )
-    params = checkpointer.restore(folder / _WEIGHTS, target)
+    params = checkpointer.restore(weights, target)
   return Part(params, meta)
 
 
@@ -219,7 +218,7 @@ def load_arrays(directory, name: str, target):
     errors.CheckpointError: the part is missing or damaged.
   """
   read_meta(directory, name)
-  path = pathlib.Path(directory).absolute() / name / _WEIGHTS
+  path = _weights(directory, name)
   args = ocp.args.PyTreeRestore(
     item=target,
     restore_args=ocp.checkpoint_utils.construct_restore_args(target),
@@ -241,7 +240,7 @@ class StoredPart:
   def __init__(self, directory, name: str):
     """Opens a part; CheckpointError if it is missing or damaged."""
     self.meta = read_meta(directory, name)
-    self._path = pathlib.Path(directory).absolute() / name / _WEIGHTS
+    self._path = _weights(directory, name)
     with _reading(self._path):
       tree = _stored_tree(ocp.PyTreeCheckpointer(), self._path)
       leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -288,6 +287,9 @@ class StoredPart:
   def _open(self, path):
     """The array as TensorStore has it; Orbax itself reads only whole ones."""
     base = {"driver": "file", "path": f"{self._path}/"}
+    if files.is_remote(self._path):
+      bucket, _, key = str(self._path).removeprefix("gs://").partition("/")
+      base = {"driver": "gcs", "bucket": bucket, "path": f"{key}/"}
     name = path.replace("/", ".") + "/"
     place = {"driver": "ocdbt", "base": base, "path": name}
     found = ts.open({"driver": "auto", "kvstore": place}, read=True).result()
@@ -316,11 +318,18 @@ def _reading(path):
     ) from e
 
 
+def _weights(directory, name) -> epath.Path:
+  """Where the parameters of a part lie."""
+  files.check_arrays_folder(directory, write=False)
+  folder = files.absolute(directory) / name
+  return folder / (_place(folder) or _WEIGHTS[0])
+
+
 def read_meta(directory, name: str) -> dict[str, Any]:
   """The description of one part, without its weights."""
-  directory = pathlib.Path(directory)
+  directory = files.path_of(directory)
   path = directory / name / _PART_FILE
-  if not path.is_file():
+  if not path.exists():
     have = parts_in(directory)
     raise errors.CheckpointError(
       f"{directory} has no part {name!r}"
@@ -337,13 +346,13 @@ def read_meta(directory, name: str) -> dict[str, Any]:
       f"{path} has format {meta.get('format')!r}; this version of lavit_jax"
       f" reads format {FORMAT}. Install the version that wrote it."
     )
-  return meta
+  return {key: value for key, value in meta.items() if key != _FIELD}
 
 
 def parts_in(directory) -> Sequence[str]:
   """Names of the parts that a model directory holds, in house order."""
-  directory = pathlib.Path(directory)
-  return [p for p in PARTS if (directory / p / _PART_FILE).is_file()]
+  directory = files.path_of(directory)
+  return [p for p in PARTS if (directory / p / _PART_FILE).exists()]
 
 
 def count_params(tree) -> int:

@@ -7,12 +7,17 @@ carries; `normalize` is the model's door.
 
 import io
 import os
-import pathlib
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import (
+  ExifTags,
+  Image,
+  ImageOps,
+  TiffImagePlugin,
+  UnidentifiedImageError,
+)
 
-from lavit_jax import errors
+from lavit_jax import errors, files
 
 # CLIP's statistics, used by EVA-CLIP and hence by LaVIT (paper, appendix A).
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -87,9 +92,11 @@ def size_of(source, *, name=None, max_pixels=MAX_PIXELS):
     width, height = load(source, name=name, max_pixels=max_pixels).size
     return height, width
   try:
+    if not encoded and files.is_remote(source):
+      source, encoded = files.place(source).read_bytes(), True
     with Image.open(io.BytesIO(source) if encoded else source) as image:
       _check_size(image.size, name, max_pixels)
-      width, height = image.size
+      width, height = _stored_size(image)
       turned = _orientation(image) in _TURNED
   except ImageError:
     raise
@@ -100,6 +107,18 @@ def size_of(source, *, name=None, max_pixels=MAX_PIXELS):
       " it."
     ) from error
   return (width, height) if turned else (height, width)
+
+
+def _stored_size(image):
+  """Width and height as they are stored, before any turn.
+
+  Of a TIFF Pillow tells the upright ones since version 11, and still has the
+  orientation: its tags say what no version changes.
+  """
+  if image.format != "TIFF":
+    return image.size
+  names = (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH)
+  return tuple(int(image.tag_v2[name]) for name in names)
 
 
 def _orientation(image):
@@ -143,11 +162,6 @@ def normalize(pixels):
   return (pixels.astype(np.float32) / np.float32(scale) - MEAN) / STD
 
 
-def denormalize(pixels):
-  """Inverse of `normalize`: CLIP's float32[..., 3] back to [0, 1]."""
-  return pixels * STD + MEAN
-
-
 def preprocess(source, size, **kwargs):
   """Loads one picture as CLIP-normalised float32[size, size, 3]."""
   return normalize(to_uint8(load(source, **kwargs), size))
@@ -181,10 +195,10 @@ def _name(source):
 
 def _from_path(path, name, max_pixels, plain):
   """Opens a file, telling a missing one from one that is no picture."""
-  path = pathlib.Path(path)
-  if str(path).startswith(("http:/", "https:/")):
+  if os.fspath(path).startswith(("http:/", "https:/")):
     raise ImageError(f"{name}: is a web address; download the picture first.")
   try:
+    path = files.place(path)
     if path.is_dir():
       raise ImageError(f"{name}: is a folder, not a picture.")
     with path.open("rb") as file:

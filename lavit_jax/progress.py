@@ -68,6 +68,7 @@ class Progress:
     self._first = True  # no step is done yet
     self._metrics: dict[str, float] = {}
     self._fresh = False  # steps have come since the last line
+    self._unended = False  # "compiling" stands in the terminal's last line
 
   def __enter__(self) -> "Progress":
     return self
@@ -94,6 +95,20 @@ class Progress:
     finally:
       self._paused += self._clock() - before
 
+  def compiling(self) -> None:
+    """Says that the next step is slow, as it is compiled first.
+
+    Nothing else is shown until that step is done.
+    """
+    text = f"{self._label}: compiling the step (a minute or so)".lstrip(": ")
+    if self._terminal:
+      width = shutil.get_terminal_size().columns - 1
+      self._stream.write(f"\r{text[:width]}\x1b[K")
+      self._unended = True
+    else:
+      self._stream.write(text + "\n")
+    self._stream.flush()
+
   def update(
     self,
     step: int,
@@ -114,7 +129,7 @@ class Progress:
     while len(self._marks) > 2 and busy - self._marks[1].busy >= _WINDOW:
       self._marks.popleft()
     self._metrics.update(metrics or {})
-    self._fresh = True
+    self._fresh, self._unended = True, False
     if now - self._drawn >= self._every or (
       self._terminal and step == self._total
     ):
@@ -153,6 +168,9 @@ class Progress:
       if self._terminal:
         self._stream.write("\n")
       self._fresh = False
+    elif self._unended:
+      self._stream.write("\n")
+    self._unended = False
     self._stream.flush()
 
   def _draw(self, now: float) -> None:

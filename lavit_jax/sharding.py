@@ -24,9 +24,12 @@ RULES = (
   ("heads", "tensor"),
   ("kv", "tensor"),
   ("vocab", "tensor"),
+  ("lookup", "tensor"),  # the vocabulary of an embedding table
   ("code", "fsdp"),
   ("code_dim", None),
   ("layers", None),
+  ("qkv", None),
+  ("rank", None),
   ("patch", None),
   ("position", None),
   ("classes", None),

@@ -1,11 +1,20 @@
 """Checkpoints on a disk that fills up: named, and nothing complete is lost."""
 
 import contextlib
+import itertools
+import json
+import os
+import pathlib
 import resource
+import shutil
+import string
+import sys
 
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from lavit_jax import checkpoints, errors, sharding
 from lavit_jax.train import run_checkpoints
@@ -55,6 +64,114 @@ def test_a_full_disk_leaves_the_part_that_was_there(tmp_path):
   part = checkpoints.load_part(tmp_path, "llm")
   assert part.meta["step"] == 1
   np.testing.assert_array_equal(part.params["w"], _STATE["w"])
+
+
+def _killing(monkeypatch, moment):
+  """Each change of a file or folder by our code, and each save, may be last.
+
+  Not those within Orbax: its threads would wait for the dead for minutes.
+  """
+
+  def watched(method):
+    def call(*args, **kwargs):
+      caller = sys._getframe(1).f_code.co_filename
+      if pathlib.PurePath(caller).parent.name == "lavit_jax":
+        moment()
+      return method(*args, **kwargs)
+
+    return call
+
+  def save(self, path, *args, **kwargs):
+    unfinished = path.with_name(f"{path.name}.orbax-checkpoint-tmp")
+    unfinished.mkdir()
+    moment()
+    unfinished.rmdir()
+    return whole_save(self, path, *args, **kwargs)
+
+  whole_save = ocp.StandardCheckpointer.save
+  monkeypatch.setattr(ocp.StandardCheckpointer, "save", save)
+  kind = type(epath.Path("/"))
+  changes = ["rename", "replace", "rmtree", "unlink", "write_bytes", "mkdir"]
+  for name in changes:
+    monkeypatch.setattr(kind, name, watched(getattr(kind, name)))
+  for owner in (pathlib.Path, shutil, os):
+    for name in {"write_text", *changes} & set(dir(owner)):
+      monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+
+
+def test_a_kill_at_any_moment_leaves_the_old_part_or_the_new_one(
+  tmp_path, monkeypatch
+):
+  """At each moment in turn; then it is made again."""
+  seen, limit = 0, 0
+
+  def moment():
+    nonlocal seen
+    seen += 1
+    if seen == limit:
+      raise KeyboardInterrupt
+
+  _killing(monkeypatch, moment)
+  last = 0
+  for limit in itertools.count():  # 0: not at all
+    seen, killed = 0, False
+    try:
+      tree = {"w": np.full(3, limit)}
+      checkpoints.save_part(tmp_path, "llm", tree, {"step": limit})
+    except KeyboardInterrupt:
+      killed = True
+    part = checkpoints.load_part(tmp_path, "llm")
+    assert part.meta["step"] in (last, limit)
+    last = part.meta["step"]
+    np.testing.assert_array_equal(part.params["w"], np.full(3, last))
+    if limit and not killed:
+      break
+  assert limit > 4
+  left = {path.name for path in (tmp_path / "llm").iterdir()}
+  assert len(left) == 2, left  # part.json and its weights, no remains
+
+
+def test_which_weights_belong_to_a_part_is_no_path_of_the_file(tmp_path):
+  checkpoints.save_part(tmp_path, "llm", {"w": np.zeros(3)}, {})
+  path = tmp_path / "llm" / "part.json"
+  path.write_text(json.dumps({"format": 1, "weights": "../../elsewhere"}))
+  with pytest.raises(errors.CheckpointError, match="expected one of weights"):
+    checkpoints.load_part(tmp_path, "llm")
+
+
+_LOSING = "*?[\\"
+
+
+@pytest.mark.parametrize("name", ["out[1]", "[0:3]", *_LOSING])
+@pytest.mark.parametrize("above", [False, True])
+def test_names_under_which_arrays_would_be_lost_are_refused(
+  tmp_path, name, above
+):
+  folder = tmp_path / name / "below" if above else tmp_path / name
+  refused = pytest.raises(errors.CheckpointError, match="in its name")
+  with refused:
+    checkpoints.save_part(folder, "llm", {"w": np.zeros(3)}, {})
+  with refused:
+    run_checkpoints.RunCheckpoints(folder)
+  assert not list(tmp_path.iterdir())
+
+
+def test_all_other_names_keep_their_arrays(tmp_path):
+  """Every other sign of a keyboard; a folder of any name that is complete."""
+  name = "".join(c for c in string.printable if c not in _LOSING + "/\r\n")
+  folder = tmp_path / f"é 画{name}"
+  arrays = {"w": np.arange(3.0, dtype="float32")}
+  checkpoints.save_part(folder, "llm", arrays, {})
+  for moved in (folder, tmp_path / "out[1]"):
+    folder = folder.rename(moved)
+    found = checkpoints.load_part(folder, "llm").params["w"]
+    np.testing.assert_array_equal(found, arrays["w"])
+    stored = checkpoints.StoredPart(folder, "llm")
+    np.testing.assert_array_equal(stored.read("w"), arrays["w"])
+  for lost in ("a\\b", "**"):
+    folder = folder.rename(tmp_path / lost)
+    with pytest.raises(errors.CheckpointError, match="rename this one"):
+      checkpoints.load_part(folder, "llm")
 
 
 def test_a_half_precision_part_is_read_within_the_mesh_of_a_run(tmp_path):

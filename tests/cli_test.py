@@ -18,6 +18,7 @@ import lavit_jax
 import lavit_jax.infer
 import lavit_jax.train
 from lavit_jax import cli, errors
+from lavit_jax.commands import common, compiled
 from lavit_jax.commands import train as train_command
 from lavit_jax.infer import texts
 
@@ -103,10 +104,17 @@ def stand_in(monkeypatch, package, name, **members):
   monkeypatch.setattr(package, name, module, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch):
+  """No command sets up this process's compilation cache."""
+  monkeypatch.setattr(compiled, "keep", lambda **unused: None)
+
+
 @pytest.fixture
 def model(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   monkeypatch.delenv("LAVIT_DEBUG", raising=False)
+  monkeypatch.setattr(common, "note_scenes", lambda *unused: None)
   for i, name in enumerate(("a.png", "b c.png")):
     Image.new("RGB", (8, 8), (0, 0, 10 * i)).save(tmp_path / name)
   model = Model()
@@ -304,9 +312,22 @@ def test_words_that_were_printed_are_drawn_again(model, capsys, tmp_path):
     assert model.called == ("draw_codes", codes, {"steps": 3})
     assert len(json.loads(out)) == len(rows)
   assert [row["prompt"] for row in json.loads(out)] == ["one", "two"]
-  for text in ("[]", "{}", "[1]", '[{"codes": ["a"]}]', "nonsense", "[[]]"):
+  for text, place in (
+    ("[]", "it holds []"),
+    ("{}", "it holds {}"),
+    ("[1]", "row 1"),
+    ('[{"codes": [3]}, {"codes": ["a"]}]', "row 2 has a code 'a'"),
+    ('[{"codes": [3, true]}]', "row 1 has a code True"),
+    ('[{"codes": [-1]}]', "row 1 has a code -1"),
+    ('[{"codes": []}]', "row 1 has no codes"),
+    ("nonsense", "no JSON"),
+    ("[" * 100_000, "no JSON"),
+    ("[[]]", "row 1 has no codes"),
+  ):
     (tmp_path / "words.json").write_text(text)
-    assert "JSON list" in failed(capsys, "reconstruct", "--codes", "words.json")
+    said = failed(capsys, "reconstruct", "--codes", "words.json")
+    assert "JSON list" in said
+    assert place in said
 
 
 def test_tokenize_prints_what_is_kept(model, capsys):
@@ -328,24 +349,89 @@ def test_tokenize_draws_kept_and_dropped_patches(model, capsys, tmp_path):
   assert Image.open(tmp_path / "two.png").width > one.width
 
 
-@pytest.mark.parametrize("name", ["my.jsonl", "shapes"])
-def test_tokenize_a_dataset_writes_a_cache(
-  model, capsys, monkeypatch, tmp_path, name
-):
+@pytest.fixture
+def tokenized(model, monkeypatch, tmp_path):
+  """What the functions behind `lavit tokenize --data` were called with."""
   (tmp_path / "my.jsonl").write_text("{}\n")
   calls = []
 
-  def write_cache(model, data, out, *, split):
-    calls.append((model, data, out, split))
-    return {"images": 2}
+  def write_cache(model, data, out, **options):
+    calls.append((model, data, out, options))
+    return {"pictures": 2, "out": out}
+
+  def write_caches(model, data, out, **options):
+    calls.append((model, data, out, options))
+    names = ("train", "held_out")
+    return {name: {"pictures": 2, "out": f"{out}/{name}"} for name in names}
 
   stand_in(
-    monkeypatch, lavit_jax.infer, "tokenize_data", write_cache=write_cache
+    monkeypatch,
+    lavit_jax.infer,
+    "tokenize_data",
+    write_cache=write_cache,
+    write_caches=write_caches,
   )
-  argv = ("tokenize", "--data", name, "--out", "codes", "--json")
-  status, out, _ = run(capsys, *argv, "--split", "held_out")
-  assert (status, json.loads(out)) == (0, {"images": 2})
-  assert calls == [("resolved tiny", name, "codes", "held_out")]
+  return calls
+
+
+def test_tokenize_passes_on_what_goes_for_the_data(tokenized, capsys):
+  argv = ("tokenize", "--data", "my.jsonl", "--out", "codes")
+  fields = ("--allow-absolute", "--limit-share", "0.2")
+  assert run(capsys, *argv, *fields)[0] == 0
+  assert run(capsys, *argv, *fields, "--split", "train")[0] == 0
+  for call in tokenized:
+    assert call[3]["fields"] == {"allow_absolute": True, "limit_share": 0.2}
+
+
+@pytest.mark.parametrize("name", ["my.jsonl", "shapes"])
+def test_tokenize_a_dataset_writes_the_caches_of_a_run(tokenized, capsys, name):
+  argv = ("tokenize", "--data", name, "--out", "codes")
+  status, out, _ = run(capsys, *argv, "--json")
+  assert (status, set(json.loads(out))) == (0, {"train", "held_out"})
+  assert tokenized == [
+    ("resolved tiny", name, "codes", {"held_out": "", "fields": {}})
+  ]
+  _, out, _ = run(capsys, *argv)
+  assert "--config.data.cache_dir=codes/train" in out
+  assert "--config.data.held_out_cache_dir=codes/held_out" in out
+
+
+def test_tokenize_one_part_says_that_the_other_is_needed(tokenized, capsys):
+  argv = ("tokenize", "--data", "my.jsonl", "--out", "codes", "--split")
+  status, out, _ = run(capsys, *argv, "held_out")
+  assert status == 0
+  assert "--config.data.held_out_cache_dir=codes" in out
+  assert "--split train and another --out" in out
+  (call,) = tokenized
+  assert call[3] == {"split": "held_out", "held_out": "", "fields": {}}
+  _, out, _ = run(capsys, *argv, "train", "--json")
+  assert json.loads(out) == {"pictures": 2, "out": "codes"}
+
+
+def test_tokenize_takes_a_file_of_held_out_pictures(
+  tokenized, capsys, tmp_path
+):
+  (tmp_path / "other.jsonl").write_text("{}\n")
+  argv = ("tokenize", "--data", "my.jsonl", "--out", "codes", "--held-out")
+  assert run(capsys, *argv, "other.jsonl")[0] == 0
+  assert tokenized[0][3] == {"held_out": "other.jsonl", "fields": {}}
+  status, _, err = run(capsys, *argv, "none.jsonl")
+  assert (status, "none.jsonl" in err, len(tokenized)) == (2, True, 1)
+
+
+@pytest.mark.parametrize("there", ["codes/meta.json", "codes.partial/begun"])
+def test_two_caches_are_not_written_into_one(
+  tokenized, capsys, tmp_path, there
+):
+  """As an earlier version wrote the training part to --out itself."""
+  path = tmp_path / there
+  path.parent.mkdir()
+  path.write_text("{}")
+  argv = ("tokenize", "--data", "my.jsonl", "--out", "codes")
+  status, _, err = run(capsys, *argv)
+  assert (status, tokenized) == (2, [])
+  assert "Add --split train" in err
+  assert run(capsys, *argv, "--split", "train")[0] == 0
 
 
 def test_info_is_flat_for_people_and_nested_for_programs(model, capsys):
@@ -369,10 +455,12 @@ def test_quickstart_hands_on_its_options(model, capsys, monkeypatch, tmp_path):
     monkeypatch, lavit_jax, "quickstart", run=start, common_batch=lambda: 8
   )
   argv = shlex.split("quickstart --workdir d --minutes 2 --data my.jsonl")
-  assert run(capsys, *argv) == (0, "", "")
+  assert run(capsys, *argv, "--allow-absolute") == (0, "", "")
+  fields = {"allow_absolute": True}
   assert calls[0] == (
     "d",
-    {"minutes": 2.0, "data": "my.jsonl", "evaluate_only": False, "model": None},
+    {"minutes": 2.0, "data": "my.jsonl", "evaluate_only": False, "model": None}
+    | {"fields": fields},
   )
   argv = shlex.split("quickstart --evaluate-only --model tiny --json")
   _, out, _ = run(capsys, *argv)
@@ -397,6 +485,8 @@ def test_quickstart_hands_on_its_options(model, capsys, monkeypatch, tmp_path):
     ("reconstruct a.png --codes x.json", "not both"),
     ("reconstruct --codes x.json", "x.json"),
     ("tokenize a.png --data x.jsonl --out d", "--data X"),
+    ("tokenize a.png --limit-share 0.1", "--limit-share goes with --data"),
+    ("quickstart --allow-absolute", "--allow-absolute goes with --data"),
     ("tokenize --data x.jsonl", "--out DIR"),
     ("tokenize --data x.jsonl --out d", "x.jsonl"),
     ("tokenize a.png --overlay kept", "--out kept"),
@@ -553,3 +643,47 @@ def test_a_shipped_config_is_found_from_anywhere(model, flag, split):
   config, _ = train_command.read_config([*argv, "--workdir", "w"])
   assert config.stage == "encoder"
   assert not pathlib.Path("configs").exists()
+
+
+def test_help_says_where_compiled_programs_are_kept(capsys):
+  for name in ("caption", "answer", "generate", "synthesize", "reconstruct"):
+    with pytest.raises(SystemExit):
+      cli.main([name, "--help"])
+    assert compiled.HELP.strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("name", "size", "options", "said"),
+  [
+    ("tiny", 64, [], True),
+    ("tiny", 48, [], False),  # one of its own scenes
+    ("tiny", 64, ["--json"], False),
+    ("photographs", 64, [], False),
+  ],
+)
+def test_a_model_of_drawn_scenes_says_that_it_knows_nothing_else(
+  name, size, options, said, monkeypatch, tmp_path, capsys
+):
+  monkeypatch.chdir(tmp_path)
+  stand_in(monkeypatch, lavit_jax.infer, "pipeline", LaVIT=Model())
+  Image.new("RGB", (size, size)).save("a.png")
+  meta = {"format": 1, "config": {"data": {"kind": "jsonl", "image_size": 48}}}
+  pathlib.Path("photographs/encoder").mkdir(parents=True)
+  part = pathlib.Path("photographs/encoder/part.json")
+  part.write_text(json.dumps(meta))
+  for command in (
+    ["caption", "a.png"],
+    ["answer", "a.png", "why?"],
+    ["tokenize", "a.png"],
+    ["reconstruct", "a.png"],
+    ["synthesize", "a.png", "in red"],
+  ):
+    status, _, err = run(capsys, *command, "--model", name, *options)
+    lines = [line for line in err.splitlines() if "drawn scenes" in line]
+    assert (status, len(lines)) == (0, int(said)), command
+    assert all("--model DIR" in line for line in lines)
+
+
+def test_a_prompt_without_pictures_is_not_warned_of(model, capsys):
+  _, _, err = run(capsys, "generate", "a cat", "--out", "x.png")
+  assert "drawn scenes" not in err

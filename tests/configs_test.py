@@ -47,7 +47,7 @@ def test_buckets_of_the_highres_decoder_are_the_six_official_ratios():
   buckets = _module("lavit_7b/pixels_sdxl.py").get_config().data.buckets
   assert buckets == tuple(latents.RATIOS.values())
   buckets = _module("lavit_7b/pixels_sd15.py").get_config().data.buckets
-  assert buckets == (latents.LOWRES_SIZE,)
+  assert buckets == ((512, 512),)
 
 
 class _Squares:
@@ -80,7 +80,7 @@ def test_full_size_pixel_decoders_fit_together(name, rank, capsys):
   init = state_lib.init_fn(objective, 0)
   boxed = jax.eval_shape(init)
   mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
-  state_lib.shardings(boxed, mesh)
+  sharding.param_shardings(boxed, mesh)
   state = state_lib.unbox(boxed)
   (phase,) = phases_lib.phases_of(cfg)
   objective.labels(phase, state.params)
@@ -106,7 +106,7 @@ def test_full_size_pixel_decoders_fit_together(name, rank, capsys):
   )
   assert (loss.shape, loss.dtype) == ((), jnp.float32)
   assert jax.tree.structure(extra) == jax.tree.structure(state.extra)
-  assert set(metrics) == {"eps_mse", "eps_mse_noisy"}
+  assert set(metrics) == {"loss", "eps_mse", "eps_mse_noisy"}
 
 
 def _layers(tree, path=()):

@@ -13,15 +13,28 @@ import pytest
 
 from lavit_jax import sharding
 from lavit_jax.infer import decode, diffusion, schedules
-from lavit_jax.models import layers, llama, tokenizer, unet
+from lavit_jax.models import (
+  attention_gpu,
+  blocks,
+  layers,
+  llama,
+  merger,
+  tokenizer,
+  unet,
+  unet_blocks,
+)
 from lavit_jax.train import objectives, optimizer, phases, stored
 from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base
 from tests import micro
 from tests.train import latent_micro, sharding_test
 
-_TRITON = "__gpu$xla.gpu.triton"
-_KERNEL = {"cuda": _TRITON, "tpu": "tpu_custom_call"}
+_CUDNN = [
+  f"__cudnn$fmha{bias}Softmax{phase}"
+  for bias in ("", "ScaleBias")
+  for phase in ("", "Backward")
+]
+_KERNEL = {"cuda": "__cudnn$fmha", "tpu": "tpu_custom_call"}
 _NOWHERE = "a folder that is not there"
 _PLATFORMS = pytest.mark.parametrize("platform", ["cuda", "tpu"])
 
@@ -44,10 +57,10 @@ def _chip(platform):
 def _lower(function, platform, *args):
   """A function of (abstract) arrays, exported."""
   abstract = jax.eval_shape(lambda x: x, args)
-  unchecked = jax.export.DisabledSafetyCheck.custom_call(_TRITON)
+  unchecked = map(jax.export.DisabledSafetyCheck.custom_call, _CUDNN)
   with _chip(platform):
     exported = jax.export.export(
-      jax.jit(function), platforms=[platform], disabled_checks=[unchecked]
+      jax.jit(function), platforms=[platform], disabled_checks=[*unchecked]
     )(*abstract)
   assert exported.platforms == (platform,)
   assert exported.nr_devices == 1
@@ -80,9 +93,10 @@ def _lower_step(cfg, name, platform):
     cfg.data.image_size = 224
   objective = objectives.build(cfg, stored.Outline(cfg))
   phase = next(p for p in phases.phases_of(cfg) if p.name == name)
-  state = state_lib.unbox(jax.eval_shape(state_lib.init_fn(objective, 0)))
+  boxed = jax.eval_shape(state_lib.init_fn(objective, 0))
+  state = state_lib.unbox(boxed)
   labels = objective.labels(phase, state.params)
-  tx = optimizer.make(cfg.optimizer, phase, labels)
+  tx = optimizer.make(cfg.optimizer, phase, labels, boxed.params)
   trainable = optimizer.select(state.params, labels)
   state = state.replace(opt_state=jax.eval_shape(tx.init, trainable))
   step = state_lib.make_step(objective, phase, labels, tx)
@@ -114,19 +128,59 @@ def test_train_steps_lower(stage, name, platform):
   _assert_trains(*_lower_step(cfg, name, platform))
 
 
+def _has_kernel(platform):
+  """cuDNN's calls are lowered only where JAX's CUDA plugin is."""
+  return platform == "tpu" or attention_gpu._has_cudnn()
+
+
 @_PLATFORMS
 def test_pretrain_lowers_with_the_kernel(platform, caplog):
   """Forward and backward kernels; rows of 128 tokens, heads of 64."""
   layers._say_no_kernel.cache_clear()
-  wide = {"model__llm__width": 128, "model__llm__remat": "none"}
+  wide = {"width": 128, "remat": "none", "dtype": "bfloat16"}
+  wide = {f"model__llm__{name}": value for name, value in wide.items()}
   cfg = micro.config("pretrain", _NOWHERE, **wide)
   text = _lower_step(cfg, "train", platform)[0].mlir_module()
-  assert text.count(f"@{_KERNEL[platform]}") >= 2
-  cfg = micro.config("pretrain", _NOWHERE)  # heads of 8: einsums
-  assert "takes no kernel" not in caplog.text
+  if _has_kernel(platform):
+    assert text.count(f"@{_KERNEL[platform]}") >= 2
+    assert "takes no kernel" not in caplog.text
+  layers._say_no_kernel.cache_clear()
+  caplog.clear()
+  cfg = micro.config("pretrain", _NOWHERE)  # heads of 8, float32: einsums
   text = _lower_step(cfg, "train", platform)[0].mlir_module()
   assert f"@{_KERNEL[platform]}" not in text
   assert "takes no kernel" in caplog.text
+
+
+@_PLATFORMS
+@pytest.mark.parametrize("kind", ["vit", "unet", "merger"])
+def test_attention_to_later_places_lowers_with_the_kernel(kind, platform):
+  """And its gradient; 257 patches of 88 wide heads, maps of 32 x 32."""
+  if not _has_kernel(platform):
+    pytest.skip("cuDNN's calls are lowered where jax[cuda] is installed")
+  net, apply, args = _net_to_later_places(kind)
+  init = lambda: net.init(jax.random.key(0), *args)
+  params = state_lib.unbox(jax.eval_shape(init))
+  loss = lambda *args: apply(*args).astype(jnp.float32).sum()
+  made = _lower(jax.grad(loss), platform, params, *args)
+  assert made.mlir_module().count(f"@{_KERNEL[platform]}") >= 2
+
+
+def _net_to_later_places(kind):
+  """(module, function of its variables and arrays, these arrays)."""
+  if kind == "vit":
+    net = blocks.SelfAttention(2, key_bias=False, dtype="bfloat16")
+    return net, net.apply, [jnp.zeros((2, 257, 176))]
+  if kind == "unet":
+    net = unet_blocks.Attention(2, "bfloat16")
+    return net, net.apply, [jnp.zeros((2, 1024, 80))]
+  config = merger.MergerConfig(
+    width=176, depth=1, num_heads=2, mlp_dim=8, dtype="bfloat16"
+  )
+  net = merger.TokenMerger(config)
+  apply = functools.partial(net.apply, capacity=192, method="compact")
+  arrays = [jnp.zeros((2, 256, 176)), jnp.zeros((2, 256))]
+  return net, lambda *args: apply(*args)[0], arrays
 
 
 @pytest.mark.parametrize(

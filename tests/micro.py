@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import pathlib
 import shutil
 from unittest import mock
@@ -13,7 +14,8 @@ from unittest import mock
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from lavit_jax import checkpoints, quickstart, sharding
+from lavit_jax import checkpoints, images, quickstart, sharding
+from lavit_jax.data import shapes
 from lavit_jax.models import tokenizer
 from lavit_jax.train import objectives
 
@@ -96,6 +98,15 @@ def assuming(cfg):
   return cfg
 
 
+def assumed_tokenizer():
+  """The config of the tokenizer where no encoder is: all told by shapes."""
+  cfg = config("tokenizer", "nowhere")
+  vit = config("encoder", "nowhere").model.vit.to_dict()
+  sizes = cfg.model.tokenizer.to_dict() | {"vit": vit}
+  cfg.assumed = dict(tokenizer=sizes, text_size=0, capacity=0)
+  return cfg
+
+
 def train_all(root):
   """Every stage in a row under `root`, as `lavit quickstart` trains them."""
   with one_device():
@@ -128,6 +139,41 @@ def own_cache():
     for name, value in before.items():
       jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+def pictures(folder, count=SCENES):
+  """A jsonl file of `count` pictures with captions, written to a folder."""
+  source = shapes.ShapesSource(size=count)
+  rows = []
+  for i in range(count):
+    images.to_pil(source.image(i)).save(folder / f"{i}.png")
+    rows.append({"image": f"{i}.png", "caption": source.captions(i)[0]})
+  path = folder / "my.jsonl"
+  path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+  return path
+
+
+def perturb(model, name):
+  """Writes a part anew, one of its arrays a little changed."""
+  part = checkpoints.load_part(model, name, dtype=None)
+  leaves, tree = jax.tree.flatten(part.params)
+  leaves[0] = leaves[0] + 0.5
+  params = jax.tree.unflatten(tree, leaves)
+  checkpoints.save_part(model, name, params, part.meta)
+
+
+def largest_array(jaxpr) -> int:
+  """Elements of the largest array that a jaxpr makes, inner ones too."""
+  largest = 0
+  for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    for made in equation.outvars:
+      largest = max(largest, math.prod(getattr(made.aval, "shape", ())))
+    for inner in jax.tree.leaves(
+      list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+    ):
+      if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+        largest = max(largest, largest_array(inner))
+  return largest
 
 
 def branch(root, tmp_path, count):

@@ -92,12 +92,14 @@ def test_the_metadata_names_the_command_and_no_heavy_requirement(wheel):
   metadata = email.parser.Parser().parsestr(read("METADATA"))
   assert metadata["Name"] == "lavit_jax"
   assert metadata["Requires-Python"] == ">=3.11"
-  extras = {"tpu", "cuda", "gcs", "torch", "eval", "app", "test"}
+  extras = {"tpu", "cuda", "gcs", "torch", "eval", "app", "test", "test-core"}
   assert set(metadata.get_all("Provides-Extra")) == extras
   base = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
   names = {r.split(">")[0].split("=")[0].strip().lower() for r in base}
   assert {"jax", "flax", "grain", "orbax-checkpoint"} <= names
   assert not names & {"tensorflow", "torch", "tensorboard", "pytest"}
+  # Its version is the one that jax[tpu] asks for: no bound of our own.
+  assert not [r for r in metadata.get_all("Requires-Dist") if "libtpu" in r]
 
 
 def test_the_installed_package_runs_from_an_empty_folder(installed, tmp_path):

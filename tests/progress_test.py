@@ -132,3 +132,33 @@ def test_durations_round_without_a_sixty(seconds, words):
 )
 def test_quantities_have_three_digits(value, words):
   assert progress.quantity(value) == words
+
+
+def test_a_log_says_that_the_step_is_compiled(clock):
+  stream = io.StringIO()
+  with progress.Progress(9, label="pixels", stream=stream, clock=clock) as bar:
+    bar.compiling()
+    assert stream.getvalue().startswith("pixels: compiling the step")
+    run(bar, clock, range(1, 10), seconds=2.0)
+  _, *others = stream.getvalue().splitlines()
+  assert others
+  assert not [line for line in others if "compiling" in line]
+
+
+def test_a_terminal_shows_compiling_until_the_first_step_is_done(clock):
+  stream = Terminal()
+  bar = progress.Progress(9, label="pixels", stream=stream, clock=clock)
+  bar.compiling()
+  assert stream.getvalue().endswith("\x1b[K")
+  run(bar, clock, range(1, 3))
+  shown = stream.getvalue().split("\r")[1:]
+  assert "compiling" in shown[0]
+  assert len(shown) == 3
+  bar.close()
+
+
+def test_an_interrupted_compilation_ends_its_line(clock):
+  stream = Terminal()
+  with progress.Progress(9, label="pixels", stream=stream, clock=clock) as bar:
+    bar.compiling()
+  assert stream.getvalue().endswith("\n")

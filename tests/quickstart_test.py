@@ -117,3 +117,14 @@ def test_bad_pictures_end_the_command_with_a_paragraph(run, tmp_path, capsys):
 def test_model_without_evaluate_only_is_refused(tmp_path):
   with pytest.raises(errors.UsageError, match="evaluate-only"):
     quickstart.run(tmp_path, model="tiny")
+
+
+def test_quickstart_passes_fields_to_every_stage(tmp_path):
+  fields = {"limit_share": 0.3, "allow_absolute": True}
+  configs = quickstart._configs(
+    tmp_path, quickstart._committed, None, "my.jsonl", fields
+  )
+  for config in configs.values():
+    assert config.data.limit_share == 0.3
+    assert config.data.allow_absolute
+  assert quickstart._data_of(tmp_path, "my.jsonl", fields)["allow_absolute"]

@@ -30,7 +30,7 @@ def trees(name: str):
   state = program.abstract(boxed, mesh)
   phase = phases.phases_of(cfg)[-1]
   labels = objective.labels(phase, state.params)
-  tx = optimizer.make(cfg.optimizer, phase, labels)
+  tx = optimizer.make(cfg.optimizer, phase, labels, boxed.params)
   return (
     cfg,
     mesh,

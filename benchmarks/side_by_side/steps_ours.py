@@ -21,8 +21,9 @@ from lavit_jax.models import (
   tokenizer,
   vision,
 )
-from lavit_jax.train import losses, optimizer, program, stored
+from lavit_jax.train import averages, losses, optimizer, program, stored
 from lavit_jax.train import state as state_lib
+from lavit_jax.train.objectives import base
 from lavit_jax.train.objectives import tokenizer as tokenizer_stage
 from side_by_side import steps
 
@@ -51,7 +52,7 @@ def make(folder, sizes) -> int:
   return count
 
 
-class Llm:
+class Llm(base.Objective):
   """Next words of rows without pictures, as stage `pretrain` learns them."""
 
   def __init__(self, sizes: steps.Llama, config):
@@ -70,13 +71,9 @@ class Llm:
     """Everything trains."""
     return jax.tree.map(lambda _: "base", params)
 
-  def weight(self, batch):
-    """Tokens of a batch."""
-    return jnp.full((), batch["tokens"].size)
-
-  def loss(self, phase, params, frozen, state, batch, rng):
-    """The mean nll of all words; the loss is never all logits at once."""
-    del phase, frozen, rng
+  def sums(self, phase, params, frozen, state, batch, draws):
+    """The nll of all words; the loss is never all logits at once."""
+    del phase, frozen, state, draws
     hidden = self._model.apply(
       {"params": params},
       batch["tokens"],
@@ -91,7 +88,14 @@ class Llm:
       weights,
       vocab_size=self._llama.vocab_size,
     )
-    return total / jnp.maximum(weights.sum(), 1.0), (state, {})
+    return {"nll": total, "weights": weights.sum()}, {}
+
+  def combine(self, phase, sums):
+    """Their mean."""
+    del phase
+    nll, weights = sums["nll"], sums["weights"]
+    metrics = {"loss": averages.mean(nll, weights)}
+    return averages.ratio(nll, weights), metrics
 
 
 def build(sizes, batch: int):
@@ -163,7 +167,7 @@ def start(objective, phase, tree):
   boxed = jax.eval_shape(state_lib.init_fn(objective, 0))
   params = tree["params"]
   labels = objective.labels(phase, params)
-  tx = optimizer.make(objective.config.optimizer, phase, labels)
+  tx = optimizer.make(objective.config.optimizer, phase, labels, boxed.params)
   state = state_lib.unbox(boxed).replace(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -209,7 +213,7 @@ class Side:
       with sharding.use(mesh):
         on_mesh = sharding.put_batch(host, mesh)
         self._state, metrics = step(self._state, frozen, on_mesh)
-      return {"loss": float(metrics["loss"])}
+      return {"loss": averages.value(metrics["loss"])}
 
     self._run = run
     return run

@@ -58,7 +58,7 @@ def _llama(sizes: steps.Llama, tree):
 
 
 def _adamw(model):
-  """AdamW over what trains; matrices of layers and embedding decay."""
+  """AdamW over what trains; matrices of layers and the head decay."""
   decays, rest = [], []
   for name, parameter in model.named_parameters():
     if parameter.requires_grad:

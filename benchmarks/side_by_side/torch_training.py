@@ -13,14 +13,12 @@ from torch import nn
 from lavit_jax import images
 from side_by_side import steps, torch_tokenizer
 
-_UNDECAYED = ("embed", "head", "norm", "bias")
+_UNDECAYED = ("embed", "norm", "bias")
 
 
 def decays(name: str) -> bool:
-  """Whether a matrix decays: our "kernel" and "embedding"."""
-  if "embed_tokens" in name:
-    return True
-  return not any(word in name for word in _UNDECAYED) and "qkv" not in name
+  """Whether a matrix decays, as by `lavit_jax.train.optimizer.decays`."""
+  return not any(word in name for word in _UNDECAYED)
 
 
 def load(sizes: steps.Tokenizer, tree) -> "Stage":

@@ -1,6 +1,6 @@
 """Unified pretraining: one LLM reads and writes words and pictures.
 
-lavit tokenize --model runs/tiny/model --data shapes --out runs/tiny/codes/train
+lavit tokenize --model runs/tiny/model --data shapes --out runs/tiny/codes
 lavit train --config configs/tiny/pretrain.py --workdir runs/tiny/pretrain
 """
 

@@ -19,7 +19,7 @@ archive_command() {
 setup_command() {
   printf '%s' "rm -rf lavit/new && mkdir -p lavit/new &&\
  tar -xzf lavit-code.tar.gz -C lavit/new &&\
- bash lavit/new/$WORKER_PATH setup $REVISION"
+ bash lavit/new/$WORKER_PATH setup $(quote "$REVISION" "$WORKDIR")"
 }
 
 # Each attempt has a number of its own, so that its start can be repeated.
@@ -80,6 +80,7 @@ survey() {
 }
 
 install() {
+  local line
   say "copying commit ${REVISION:0:12} to $HOSTS host(s) and installing it"
   if [[ -z $ARCHIVE ]]; then
     ARCHIVE=$TMP/lavit-code.tar.gz
@@ -87,7 +88,11 @@ install() {
     "${CMD[@]}"
   fi
   persist 8 "copying the code" copy_all "$ARCHIVE" &&
-    persist 3 "installing" on_all "$TMP/out" "$(setup_command)"
+    persist 3 "installing" on_all "$TMP/out" "$(setup_command)" || return 1
+  sed -n "s/^LAVIT_VERSIONS //p" "$TMP/out" | sort -u |
+    while IFS= read -r line; do
+      say "versions: $line"
+    done
 }
 
 # follow: prints the log of the first host until the run ends there. Lines are

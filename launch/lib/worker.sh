@@ -3,7 +3,8 @@
 #   code/  the copied checkout       venv/  its Python
 #   run/   log, pid, status, key, attempt, boot, stopped: of the latest run
 #
-#   worker.sh setup REVISION              ~/lavit/new becomes code; install
+#   worker.sh setup REVISION WORKDIR      ~/lavit/new becomes code; install, in
+#                                         the versions the run there began with
 #   worker.sh start KEY ATTEMPT [NAME=VALUE...] -- COMMAND...
 #   worker.sh state                       one line: LAVIT_STATE host=... run=...
 #   worker.sh follow FROM                 the log from line FROM (-50: the last
@@ -37,8 +38,56 @@ alive() {
 # `kill -0` of a zombie succeeds, so status is what tells that a run ended.
 running() { [[ ! -e $run/status ]] && alive; }
 
+# For who started the launcher, on whose screen it ends.
+tell() { echo "LAVIT_VERSIONS $*"; }
+
+# fetch_versions WORKDIR: versions.txt of a run (train/versions.py), as
+# constraints for pip. Fails if there is none, which is so at its first start.
+fetch_versions() {
+  local from=${1%/}/versions.txt raw=$home/versions.raw why=$home/versions.err
+  rm -f "$raw" "$home/versions.txt"
+  if [[ $from == gs://* ]]; then
+    if ! gcloud storage cp "$from" "$raw" >"$why" 2>&1 </dev/null; then
+      if ! grep -q "matched no objects" "$why"; then
+        tell "$from cannot be read: $(tail -n 1 "$why")"
+      fi
+      return 1
+    fi
+  elif ! cp "$from" "$raw" 2>"$why"; then
+    if [[ -e $from ]]; then
+      tell "$from cannot be read: $(tail -n 1 "$why")"
+    fi
+    return 1
+  fi
+  # Names and numbers only: who can write to the workdir gives pip no address.
+  head -c 1000000 "$raw" | LC_ALL=C grep -E \
+    "^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!_-]+$" >"$home/versions.txt" ||
+    true
+}
+
+# install WORKDIR: the code and what it needs, as it was for that run.
+install() {
+  local pip=("$home/venv/bin/python" -m pip install --quiet)
+  local code="$home/code[tpu,gcs]" why=$home/versions.err
+  if fetch_versions "$1"; then
+    if "${pip[@]}" -c "$home/versions.txt" -e "$code" 2>"$why"; then
+      tell "as in $1/versions.txt, with which the run began"
+      return
+    fi
+    # Anything else, such as no network, is tried again as it is.
+    if ! grep -q -e ResolutionImpossible -e "No matching distribution" "$why"; then
+      cat "$why" >&2
+      return 1
+    fi
+    tell "those of $1/versions.txt cannot be installed" \
+      "($(grep ERROR "$why" | head -n 1)): the newest are, and the run will" \
+      "tell which differ"
+  fi
+  "${pip[@]}" -e "$code"
+}
+
 setup() {
-  local revision=$1 python candidate
+  local revision=$1 workdir=$2 python candidate
   rm -rf "$home/code"
   mv "$home/new" "$home/code"
   python=""
@@ -57,7 +106,7 @@ setup() {
       python3 -m uv venv --quiet --seed --python 3.12 "$home/venv"
     fi
   fi
-  "$home/venv/bin/python" -m pip install --quiet -e "$home/code[tpu,gcs]"
+  install "$workdir"
   printf '%s\n' "$revision" >"$home/code/.lavit-revision"
   echo "LAVIT_READY $(hostname)"
 }

@@ -6,12 +6,14 @@ import functools
 import json
 import os
 import pathlib
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
-from lavit_jax import errors
+from lavit_jax import errors, files
+from lavit_jax.commands import compiled
 
 FORMATTER = functools.partial(
   argparse.RawDescriptionHelpFormatter, max_help_position=28
@@ -33,13 +35,24 @@ def command(
   run: Callable[[argparse.Namespace], None],
   summary: str,
   details: str,
+  compiles: bool = False,
 ) -> argparse.ArgumentParser:
-  """The parser of a command that `run` carries out, with `--json`."""
+  """The parser of a command that `run` carries out, with `--json`.
+
+  Args:
+    subparsers: of `lavit`.
+    name: of the command.
+    run: what it does.
+    summary: of one line, in the list of commands too.
+    details: the end of its help.
+    compiles: whether the help says where compiled programs are kept.
+  """
   parser = subparsers.add_parser(
     name,
     help=summary,
     description=f"{summary[0].upper()}{summary[1:]}.",
-    epilog=textwrap.dedent(details),
+    epilog=textwrap.dedent(details)
+    + (f"\n{compiled.HELP}" if compiles else ""),
     formatter_class=FORMATTER,
   )
   json_help = "print one JSON document"
@@ -131,6 +144,35 @@ def add_images(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
   )
 
 
+def add_data_fields(parser: argparse.ArgumentParser) -> None:
+  """Adds the options of `--data`, for `data_fields`."""
+  parser.add_argument(
+    "--allow-absolute",
+    action="store_true",
+    default=None,
+    help="with --data: pictures may lie outside the file's folder",
+  )
+  parser.add_argument(
+    "--limit-share",
+    type=float,
+    metavar="X",
+    help="with --data: share of bad lines or pictures that is an error (0.05)",
+  )
+
+
+def data_fields(args: argparse.Namespace) -> dict[str, Any]:
+  """Fields of config.data that were given beside `--data`.
+
+  Raises:
+    errors.UsageError: they were given without `--data`.
+  """
+  fields = given(args, "allow_absolute", "limit_share")
+  if fields and not args.data:
+    flags = " and ".join(f"--{name.replace('_', '-')}" for name in fields)
+    raise errors.UsageError(f"{flags} goes with --data FILE.")
+  return fields
+
+
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
   """The named options that were given."""
   values = {name: getattr(args, name, None) for name in names}
@@ -151,15 +193,43 @@ def load(args: argparse.Namespace, **options):
   """The `LaVIT` of `--model`, with further options of `LaVIT.load`."""
   from lavit_jax.infer import pipeline
 
+  compiled.keep()
   return pipeline.LaVIT.load(
     args.model, dtype=args.dtype, quantize=args.quantize, **options
+  )
+
+
+def note_scenes(args: argparse.Namespace, paths: Sequence[str]) -> None:
+  """Says once, on stderr, that a model of drawn scenes knows no photographs.
+
+  What a model was trained on stands in its encoder. Nothing is said with
+  --json, nor of pictures that are exactly as large as its scenes.
+  """
+  if args.json or not paths:
+    return
+  from lavit_jax import checkpoints, images
+  from lavit_jax.infer import parts
+
+  meta = checkpoints.read_meta(parts.resolve(args.model), "encoder")
+  data = meta.get("config", {}).get("data", {})
+  if data.get("kind") != "shapes":
+    return
+  if all(images.size_of(p) == (data["image_size"],) * 2 for p in paths):
+    return
+  print(
+    f"lavit: {args.model} has seen nothing but drawn scenes of coloured shapes"
+    f" ({data['image_size']} x {data['image_size']} pixels) and takes whatever"
+    " it is shown for one. For photographs give another model: --model DIR"
+    " (one that was imported, see lavit port import --help, or that you have"
+    " trained).",
+    file=sys.stderr,
   )
 
 
 def require_files(paths: Sequence[str]) -> None:
   """FileNotFoundError for the first that is missing, before anything loads."""
   for path in paths:
-    if not os.path.exists(path):
+    if not files.place(path).exists():
       raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
@@ -169,6 +239,7 @@ def outputs(out: str, count: int) -> list[pathlib.Path]:
   Raises:
     errors.UsageError: the name does not end as a picture's.
   """
+  files.require_local(out, "a picture")
   path = pathlib.Path(out)
   if path.suffix.lower() not in SUFFIXES:
     raise errors.UsageError(

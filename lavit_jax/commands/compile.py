@@ -18,17 +18,21 @@ _HELP = """\
 usage: lavit compile --config FILE --topology CHIP:SHAPE [options]
                      [--config.FIELD=VALUE ...]
 
-Compile the exact training step of a config for a TPU topology, on any x86
-Linux machine, no TPU needed (pip install 'lavit_jax[tpu]'). Says what a chip's
-memory holds, what is sent, how many FLOPs are model and how many are executed,
-and what the chip's own figures make of it at best (a roofline, not a
-measurement). Exit status 0: it fits; 3: it does not.
+Compile the exact training step of a config for a TPU topology, and what is
+computed before its phase begins, on any x86 Linux machine, no TPU needed (pip
+install 'lavit_jax[tpu]'). Says what a device's memory holds, what is sent, how
+many FLOPs are model and how many are executed, and what the chip's own figures
+make of it at best (a roofline, not a measurement). A device is what JAX calls
+so: a chip, but for TPU7x, whose chips are two devices each. Exit status 0: it
+fits; 3: it does not.
 
   --config FILE          as of lavit train; its model_dir and data need not be
                          there (then config.assumed says their sizes)
-  --topology CHIP:SHAPE  v5e:16x16, v5p:4x4x8, v6e:16x16, v5e:2x4, ...
+  --topology CHIP:SHAPE  v5e:16x16, v5p:4x4x8, v6e:16x16, tpu7x:4x4x4, v5e:2x4,
+                         ...; the shape is in chips
   --slices N             that many of them, joined by the network
-  --phase NAME           whose step; the last phase by default
+  --phase NAME           whose step; the last phase by default. all: of every
+                         phase, one after the other
   --program NAME         prefill or decode (stage pretrain), unet (latents), in
                          place of the training step
   --sweep                try batches of half to four times the config's, and
@@ -41,7 +45,12 @@ measurement). Exit status 0: it fits; 3: it does not.
                          (lavit train --help), it saves the run the time to
                          compile. Where chips, versions, code, config or shapes
                          are not the same, the run compiles as ever
-  --json                 print one JSON document
+  --libtpu PATH          compile with this libtpu.so, or that of the folder of
+                         pip install --target PATH --no-deps libtpu==VERSION.
+                         By default TPU_LIBRARY_PATH, or the installed one,
+                         which should be the one that jax[tpu] asks for: a line
+                         on stderr says so if it is not
+  --json                 print one JSON document; with --phase all, a list
   --config.FIELD=VALUE   override any field of the config (after --config)
 
 examples:
@@ -70,14 +79,19 @@ def run(argv: Sequence[str]) -> int:
   os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU that is there is left alone
   keep_in(args.cache)
   from lavit_jax.train import compile as ahead
+  from lavit_jax.train import libtpu, phases
 
-  def one(config):
+  libtpu.use(args.libtpu)
+  if warning := libtpu.warning():
+    print(f"lavit compile: {warning}", file=sys.stderr)
+
+  def one(config, phase=args.phase):
     report, text = ahead.compile_for(
       config,
       args.topology,
       slices=args.slices,
       what=args.program,
-      phase=args.phase,
+      phase=phase,
     )
     if args.hlo and text:
       pathlib.Path(args.hlo).write_text(text)
@@ -85,10 +99,19 @@ def run(argv: Sequence[str]) -> int:
 
   if args.sweep:
     return _sweep(args, config, one)
-  report = one(config)
-  document = dataclasses.asdict(report)
-  print(json.dumps(document, indent=2) if args.json else _table(report))
-  return 0 if report.fits else DOES_NOT_FIT
+  if args.phase != "all":
+    return _told(args, [one(config)])
+  return _told(args, [one(config, x.name) for x in phases.phases_of(config)])
+
+
+def _told(args, reports) -> int:
+  """Prints reports; exit status."""
+  made = [dataclasses.asdict(report) for report in reports]
+  if args.json:
+    print(json.dumps(made if args.phase == "all" else made[0], indent=2))
+  else:
+    print("\n\n".join(map(_table, reports)))
+  return 0 if all(report.fits for report in reports) else DOES_NOT_FIT
 
 
 def _read(argv):
@@ -104,6 +127,7 @@ def _read(argv):
   parser.add_argument("--remats")
   parser.add_argument("--hlo")
   parser.add_argument("--cache")
+  parser.add_argument("--libtpu")
   parser.add_argument("--json", action="store_true")
   args, rest = parser.parse_known_args(argv)
   if not args.topology:
@@ -113,6 +137,12 @@ def _read(argv):
     )
   if args.slices < 1:
     raise errors.UsageError(f"--slices {args.slices}: expected 1 or more.")
+  one = [f"--{x}" for x in ("hlo", "sweep") if getattr(args, x)]
+  if args.phase == "all" and (one or args.program != "step"):
+    raise errors.UsageError(
+      f"--phase all is of several steps, but {(one or ['--program'])[0]} of one"
+      " program. Give the name of a phase."
+    )
   config, _ = train.read_config([*rest, "--workdir", "none"])
   return args, config
 
@@ -199,53 +229,24 @@ def _line(report, batch, remat) -> str:
 
 def _table(report) -> str:
   """The report for people."""
-  gb = lambda x: f"{x / 1e9:.2f} GB"
-  mesh = " x ".join(f"{axis} {n}" for axis, n in report.mesh.items() if n > 1)
-  lines = [
-    f"{report.program} on {report.topology}"
-    + (f" x {report.slices} slices" if report.slices > 1 else "")
-    + f", {report.chips} chips ({mesh or 'one chip'})",
-    f"batch {report.batch_size}, {report.tokens_per_chip:,.0f} tokens (or"
-    " pictures) a chip"
-    + ("; sizes from config.assumed" if report.assumed else ""),
-  ]
+  lines = _head(report)
   if not report.memory:
     return "\n".join([*lines, f"DOES NOT FIT: {report.why_not}"])
-  m, line = report.memory, report.roofline
-  whole = sum(report.model_flops.values())
-  shares = ", ".join(
-    f"{name} {value / whole:.0%}" for name, value in report.model_flops.items()
-  )
-  lines += [
-    f"HBM a chip: {gb(m['total'])} of {gb(m['of'])} ({m['share']:.0%}):"
-    f" arguments {gb(m['arguments'])}, temporaries {gb(m['temporaries'])},"
-    f" outputs {gb(m['outputs'])}, code {gb(m['code'])}, the next batch"
-    f" {gb(m['waiting'])}"
-    + (f"; on the host {gb(m['host'])}" if m["host"] else ""),
-    f"model FLOPs a step: {whole:.4g} ({shares})",
-  ]
+  lines += _sizes(report)
   if report.unread:
-    return "\n".join(
-      [
-        *lines,
-        f"XLA's program cannot be read back: {report.unread}",
-        _end(report),
-      ]
-    )
+    lines.append(f"XLA's program cannot be read back: {report.unread}")
+    return "\n".join([*lines, _end(report)])
+  line = report.roofline
   lines += [
     f"executed FLOPs: {report.executed_over_model:.2f} x model"
-    + (
-      f", {report.int8_flops / report.executed_flops:.0%} in int8"
-      if report.int8_flops
-      else ""
-    ),
+    + _narrow(report),
     f"kernels: {', '.join(report.kernels) or 'none'}",
-    "sent and received a step, a chip:",
+    "sent and received a step, a device:",
   ]
   for one in report.collectives[:8]:
     lines.append(
       f"  {one['kind']:<18} {one['dtype']:<5} groups of {one['group_size']:<5}"
-      f" {one['times']:>6} times  {gb(one['bytes'])}"
+      f" {one['times']:>6} times  {_gb(one['bytes'])}"
     )
   lines += [
     f"at best: compute {line['compute_s']:.3f} s, HBM {line['hbm_s']:.3f} s,"
@@ -259,5 +260,65 @@ def _table(report) -> str:
   return "\n".join(lines)
 
 
+def _gb(size) -> str:
+  return f"{size / 1e9:.2f} GB"
+
+
+def _head(report) -> list[str]:
+  """What was compiled, for what, by what."""
+  mesh = " x ".join(f"{axis} {n}" for axis, n in report.mesh.items() if n > 1)
+  per_chip = report.devices // report.chips
+  return [
+    f"{report.program} on {report.topology}"
+    + (f" x {report.slices} slices" if report.slices > 1 else "")
+    + f", {report.chips} chips"
+    + (f" of {per_chip} devices" if per_chip > 1 else "")
+    + f" ({mesh or 'one chip'})",
+    f"batch {report.batch_size}, {report.tokens_per_device:,.0f} tokens (or"
+    " pictures) a device"
+    + ("; sizes from config.assumed" if report.assumed else ""),
+    f"jax {report.versions['jax']}, libtpu"
+    f" {report.versions['libtpu'] or 'of unknown version'}",
+  ]
+
+
+def _sizes(report) -> list[str]:
+  """Memory, of the step and of what runs before its phase; model FLOPs."""
+  m = report.memory
+  whole = sum(report.model_flops.values())
+  shares = ", ".join(
+    f"{name} {value / whole:.0%}" for name, value in report.model_flops.items()
+  )
+  return [
+    f"HBM a device: {_gb(m['total'])} of {_gb(m['of'])} ({m['share']:.0%}):"
+    f" arguments {_gb(m['arguments'])}, temporaries {_gb(m['temporaries'])},"
+    f" outputs {_gb(m['outputs'])}, code {_gb(m['code'])}, the next batch"
+    f" {_gb(m['waiting'])}"
+    + (f"; on the host {_gb(m['host'])}" if m["host"] else ""),
+    *map(_boundary, report.boundaries),
+    f"model FLOPs a step: {whole:.4g} ({shares})",
+  ]
+
+
+def _boundary(one) -> str:
+  """A line of what runs before the phase."""
+  memory = one["memory"]
+  takes = (
+    f"{_gb(memory['total'])} ({memory['share']:.0%})"
+    if memory
+    else one["why_not"]
+  )
+  return f"  before the phase, {one['program']}: {takes}"
+
+
+def _narrow(report) -> str:
+  """Shares of the executed FLOPs that are in narrow formats."""
+  done = {"int8": report.int8_flops, "fp8": report.fp8_flops}
+  shares = {k: v / report.executed_flops for k, v in done.items() if v}
+  return "".join(f", {v:.0%} in {k}" for k, v in shares.items())
+
+
 def _end(report) -> str:
-  return "fits" if report.fits else f"DOES NOT FIT: {report.why_not}"
+  """The verdict, after what is odd."""
+  verdict = "fits" if report.fits else f"DOES NOT FIT: {report.why_not}"
+  return "\n".join([*(f"WARNING: {x}" for x in report.warnings), verdict])

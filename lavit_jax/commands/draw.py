@@ -194,6 +194,7 @@ def _add_generate(subparsers) -> None:
       lavit generate "a green star" --negative "a red star" --ids
       lavit generate "a cat" --model runs/lavit_7b --ratio 16:9 --solver dpm++
     """,
+    compiles=True,
   )
   common.add_model(parser)
   parser.add_argument("prompts", nargs="+", metavar="PROMPT")
@@ -226,6 +227,7 @@ def _add_synthesize(subparsers) -> None:
     A part that is a file, or ends as a picture's name does, is a picture;
     every other part is text.
     """,
+    compiles=True,
   )
   common.add_model(parser)
   parser.add_argument("parts", nargs="+", metavar="PART")
@@ -239,7 +241,9 @@ def _synthesize(args: argparse.Namespace) -> None:
     for part in args.parts
   ]
   pairs = list(zip(args.parts, pictures, strict=True))
-  common.require_files([part for part, picture in pairs if picture])
+  read = [part for part, picture in pairs if picture]
+  common.require_files(read)
+  common.note_scenes(args, read)
   parts = [pathlib.Path(part) if picture else part for part, picture in pairs]
   _drawn(args, [parts], [{"parts": args.parts}])
 
@@ -258,6 +262,7 @@ def _add_reconstruct(subparsers) -> None:
       lavit tokenize photo.jpg --json > words.json
       lavit reconstruct --codes words.json         from words alone
     """,
+    compiles=True,
   )
   common.add_model(parser)
   common.add_images(parser, nargs="*")
@@ -279,6 +284,7 @@ def _reconstruct(args: argparse.Namespace) -> None:
     shown, codes = _read_codes(args.codes)
   else:
     common.require_files(args.images)
+    common.note_scenes(args, args.images)
     shown = [{"image": image} for image in args.images]
   paths = common.outputs(args.out, len(shown))
   lavit, options = _load(args), common.given(args, *_PIXELS)
@@ -295,19 +301,30 @@ def _read_codes(path: str):
   common.require_files([path])
   try:
     rows = json.loads(pathlib.Path(path).read_text("utf-8"))
-    codes = [row["codes"] for row in rows]
-    good = codes and all(
-      isinstance(code, int) and abs(code) < 1 << 31
-      for row in codes
-      for code in [*row]
-    )
-  except (ValueError, TypeError, KeyError):
-    good = False
-  if not good:
+    wrong = _wrong_codes(rows)
+  except (ValueError, RecursionError) as error:
+    wrong = f"it is no JSON in UTF-8 ({error})"
+  if wrong:
     raise errors.UsageError(
-      f'--codes {path}: expected a JSON list of {{"codes": [numbers]}}, as'
-      " lavit tokenize --json prints it."
+      f'--codes {path}: {wrong}; expected a JSON list of {{"codes":'
+      " [numbers]}, as lavit tokenize --json prints it."
     )
+  codes = [row["codes"] for row in rows]
   names = ("image", "prompt", "parts")
   shown = [{k: row[k] for k in names if k in row} for row in rows]
   return shown, codes
+
+
+def _wrong_codes(rows) -> str:
+  """What is no list of rows with codes, and where; "" if nothing is wrong."""
+  if not isinstance(rows, list) or not rows:
+    return f"it holds {rows!r:.60}"
+  for number, row in enumerate(rows, start=1):
+    codes = row.get("codes") if isinstance(row, dict) else None
+    if not isinstance(codes, list) or not codes:
+      return f"row {number} has no codes: {row!r:.60}"
+    for code in codes:
+      whole = isinstance(code, int) and not isinstance(code, bool)
+      if not whole or not 0 <= code < 1 << 31:
+        return f"row {number} has a code {code!r:.40}"
+  return ""

@@ -1,8 +1,8 @@
 """The command that shows how a run went: report."""
 
 import argparse
-import pathlib
 
+from lavit_jax import files
 from lavit_jax.commands import common
 
 _FILE = "report.html"
@@ -43,9 +43,9 @@ def add(subparsers) -> None:
 def _report(args: argparse.Namespace) -> None:
   from lavit_jax.report import run_page
 
-  out = args.out or pathlib.Path(args.workdir) / _FILE
+  out = args.out or files.place(args.workdir) / _FILE
   path = run_page.write(args.workdir, out)
-  found = run_page.report(pathlib.Path(args.workdir))
+  found = run_page.report(files.place(args.workdir))
   document = {
     "report": str(path),
     "facts": dict(found.facts),

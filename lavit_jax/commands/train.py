@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from lavit_jax import errors
-from lavit_jax.commands import common
+from lavit_jax.commands import common, compiled
 
 _TRAIN_HELP = """\
 usage: lavit train --config FILE --workdir DIR [--config.FIELD=VALUE ...]
@@ -30,9 +30,7 @@ SIGTERM saves the step it comes in and ends with exit status 75. When another
 process of a run of several dies, all end, with status 69 or that of SIGABRT.
 
 DIR may be gs://BUCKET/FOLDER; pip install 'lavit_jax[gcs]' for it.
-Compiled programs are kept in ~/.cache/lavit_jax/compiled, with several
-processes in DIR/compiled, or where JAX_COMPILATION_CACHE_DIR says;
-JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
+With several processes compiled programs are kept in DIR/compiled.
 """
 
 
@@ -66,6 +64,7 @@ def add(subparsers) -> None:
   parser.add_argument(
     "--data", metavar="FILE", help="JSON lines with image and caption"
   )
+  common.add_data_fields(parser)
   parser.add_argument(
     "--evaluate-only", action="store_true", help="train nothing"
   )
@@ -87,14 +86,17 @@ def _quickstart(args: argparse.Namespace) -> None:
       f"--minutes {args.minutes:g}: the budget must be more than 0 minutes."
     )
   common.require_files([args.data] if args.data else [])
+  fields = common.data_fields(args)
   from lavit_jax import quickstart
 
+  compiled.keep(least=None)
   if not args.evaluate_only:
     use_cpu_cores(quickstart.common_batch())
   metrics = quickstart.run(
     args.workdir,
     minutes=args.minutes,
     data=args.data,
+    fields=fields,
     evaluate_only=args.evaluate_only,
     model=args.model,
   )
@@ -105,7 +107,11 @@ def _quickstart(args: argparse.Namespace) -> None:
 def train(argv: Sequence[str]) -> int:
   """Reads a config file and its overrides, trains that stage; exit status."""
   if not argv or {"-h", "--help"} & set(argv):
-    print(_TRAIN_HELP, end="", file=sys.stdout if argv else sys.stderr)
+    print(
+      _TRAIN_HELP + compiled.HELP,
+      end="",
+      file=sys.stdout if argv else sys.stderr,
+    )
     return 0 if argv else 2
   config, workdir = read_config(argv)
   from lavit_jax.train import distributed, loop
@@ -126,15 +132,14 @@ def keep_compiled(workdir: str) -> None:
   """
   import jax
 
-  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-    return
-  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  folder = str(pathlib.Path(caches) / "lavit_jax" / "compiled")
-  if os.environ.get("LAVIT_DISTRIBUTED") == "1" or (
-    "LAVIT_COORDINATOR" in os.environ
-  ):
+  alone = os.environ.get("LAVIT_DISTRIBUTED") != "1" and (
+    "LAVIT_COORDINATOR" not in os.environ
+  )
+  if alone:
+    compiled.keep(least=None)
+  elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = f"{workdir.rstrip('/')}/compiled"
-  jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def use_cpu_cores(batch_size: int) -> None:

@@ -12,6 +12,8 @@ from the centre.
 """
 
 import dataclasses
+import hashlib
+import io
 import itertools
 import json
 import os
@@ -19,11 +21,12 @@ import pathlib
 
 import numpy as np
 
-from lavit_jax import errors
+from lavit_jax import errors, fetched, files
 from lavit_jax.data import buckets as buckets_lib
 
 _FORMAT = 1
 _SEALED = 256  # pictures between two moments from which writing can go on
+_NOT_COMPARED = ("data", "model")
 _TYPE = np.dtype("<f2")
 
 
@@ -42,6 +45,8 @@ class Meta:
   scale: int
   channels: int
   format: int = _FORMAT
+  data: str = ""  # in words; "" in caches of earlier versions
+  model: str = ""
 
   def __post_init__(self):
     pairs = tuple((int(h), int(w)) for h, w in self.buckets)
@@ -58,11 +63,12 @@ class LatentCache:
   def __init__(self, directory, meta):
     self.directory, self.meta = directory, meta
     try:
-      self.assigned = np.load(directory / "assigned.npy")
+      data = (directory / "assigned.npy").read_bytes()
+      self.assigned = np.load(io.BytesIO(data))
       order = _order(self.assigned, meta)
-      good = np.fromfile(directory / "good.u1", np.uint8)
+      good = np.frombuffer((directory / "good.u1").read_bytes(), np.uint8)
       self._files = _open_files(directory, self.assigned, meta)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
       raise _damaged(directory, error) from error
     if len(self.assigned) != meta.num_images or len(good) != len(order):
       raise _damaged(directory, f"{len(good)} pictures")
@@ -77,7 +83,8 @@ class LatentCache:
     """Opens a finished cache.
 
     Args:
-      directory: what `write` was given.
+      directory: what `write` was given, or where that was copied on gs://:
+        latents are then read from there, one by one.
       source: expected fingerprint of the data, None for any.
       vae: expected fingerprint of the autoencoder, None for any.
       buckets: expected heights and widths, None for any.
@@ -86,24 +93,34 @@ class LatentCache:
       errors.DataError: missing, unfinished, damaged, or of other data, another
         autoencoder or other buckets.
     """
-    directory = pathlib.Path(directory)
+    directory = files.place(directory)
     meta = _read_meta(directory)
     if meta is None:
       state = "is not finished" if _partial(directory).exists() else "is none"
+      inside = [p.parent.name for p in sorted(directory.glob("*/meta.json"))]
       raise errors.DataError(
         f"{directory}: the latent cache there {state}; run `lavit latents`,"
         " the same command goes on where it stopped."
+        + (f" There are caches in it: {', '.join(inside)}." if inside else "")
       )
     wanted = {"source": source, "vae": vae, "buckets": buckets}
     if buckets is not None:
       wanted["buckets"] = tuple((int(h), int(w)) for h, w in buckets)
     for kind, ours in wanted.items():
       if ours is not None and ours != getattr(meta, kind):
-        raise _foreign(directory, kind, getattr(meta, kind), ours)
+        raise _foreign(directory, kind, _known(meta, kind), ours)
     return cls(directory, meta)
 
   def __len__(self):
     return self.meta.num_images
+
+  def fingerprint(self) -> str:
+    """Hex digest of what it was made of, and of which bucket has what."""
+    told = dataclasses.asdict(self.meta)
+    made = {k: v for k, v in told.items() if k not in _NOT_COMPARED}
+    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
+    digest.update(np.ascontiguousarray(self.assigned))
+    return digest.hexdigest()[:32]
 
   def good(self, i) -> bool:
     """Whether picture i could be read."""
@@ -137,6 +154,7 @@ def write(directory, records, meta, assigned) -> LatentCache:
       shape, too few of them, or the disk is full; what is written stays and is
       used by the next call.
   """
+  files.require_local(directory, "a latent cache")
   directory = pathlib.Path(directory)
   if (there := _read_meta(directory)) is not None:
     _check_same(directory, there, meta)
@@ -169,6 +187,7 @@ def resume_point(directory, meta) -> int:
   Raises:
     errors.DataError: the directory holds another cache.
   """
+  files.require_local(directory, "a latent cache")
   directory = pathlib.Path(directory)
   if (there := _read_meta(directory)) is not None:
     _check_same(directory, there, meta)
@@ -268,12 +287,34 @@ def _order(assigned, meta):
 
 def _open_files(directory, assigned, meta):
   """The mapped latents of each bucket; ValueError if one is too short."""
-  files = {}
+  opened = {}
   for b, chosen in enumerate(buckets_lib.members(assigned, len(meta.buckets))):
     if len(chosen):
       shape = (len(chosen), *meta.shape(meta.buckets[b]))
-      files[b] = np.memmap(directory / _file(b), _TYPE, "r", shape=shape)
-  return files
+      opened[b] = _open(directory / _file(b), shape)
+  return opened
+
+
+def _open(path, shape):
+  """An array in a file, by rows; ValueError if the file is too short."""
+  if not files.is_remote(path):
+    return np.memmap(path, _TYPE, "r", shape=shape)
+  return _Rows(path, shape)
+
+
+class _Rows:
+  """As `_open` gives it, of an object: each row is asked for by itself."""
+
+  def __init__(self, path, shape):
+    self._path, self._shape = path, shape[1:]
+    self._bytes = int(np.prod(self._shape)) * _TYPE.itemsize
+    if (length := path.stat().length) < shape[0] * self._bytes:
+      raise ValueError(f"{path} has {length} bytes")
+
+  def __getitem__(self, row):
+    start = int(row) * self._bytes
+    data = fetched.read_range(self._path, start, start + self._bytes)
+    return np.frombuffer(data, _TYPE).reshape(self._shape)
 
 
 def _file(bucket):
@@ -287,7 +328,7 @@ def _partial(directory):
 def _read_meta(directory):
   """The Meta of a finished cache, None if there is none."""
   path = directory / "meta.json"
-  if not path.is_file():
+  if not path.exists():
     return None
   try:
     fields = json.loads(path.read_text())
@@ -302,8 +343,16 @@ def _check_same(directory, there, meta):
   """Refuses to mix the latents of two datasets, autoencoders or buckets."""
   for field in dataclasses.fields(meta):
     old, new = getattr(there, field.name), getattr(meta, field.name)
-    if old != new:
-      raise _foreign(directory, field.name, old, new)
+    if old != new and field.name not in _NOT_COMPARED:
+      theirs, ours = _known(there, field.name), _known(meta, field.name)
+      raise _foreign(directory, field.name, theirs, ours)
+
+
+def _known(meta, kind):
+  """A field as a message has it: of a fingerprint, what it is of as well."""
+  value = getattr(meta, kind)
+  words = {"source": meta.data, "vae": meta.model}.get(kind, "")
+  return f"{words} ({value[:12]})" if words else value
 
 
 def _foreign(directory, kind, theirs, ours):

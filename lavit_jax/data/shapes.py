@@ -145,14 +145,6 @@ class ShapesSource:
     """Text number i, about the world or a scene, without any picture."""
     return self.example("text", i).parts[0].text
 
-  def corpus(self, count):
-    """Yields `count` texts of every task, to train a text tokenizer on."""
-    for n in range(count):
-      task = examples.TASKS[n % len(examples.TASKS)]
-      example = self.example(task, n * 7919 % self.num_examples(task))
-      parts = [p for p in example.parts if isinstance(p, examples.TextPart)]
-      yield " ".join(part.text.strip() for part in parts)
-
   def _image_text(self, key, i, rng):
     words = shapes_text.caption(self.scene(i), rng)
     return examples.image_text(key, i, words)

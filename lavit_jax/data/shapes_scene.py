@@ -165,17 +165,6 @@ def sample(split, seed, index):
   return scene, _to_edit(scene, results[rng.integers(len(results))])
 
 
-def all_edits(scene):
-  """Every edit of `scene` that stays in its split, as a list of Edit."""
-  split = split_of(scene.objects)
-  return [
-    _to_edit(scene, result)
-    for kind in EDITS
-    for result in _edits_of_kind(scene.objects, kind)
-    if split_of(result[3]) == split
-  ]
-
-
 def _sample_objects(rng, split):
   """Draws objects; for never_seen the first has one of its pairs."""
   u = rng.random(13)

@@ -32,7 +32,6 @@ RATIOS = {  # of the highres decoder; height, width
   "2:3": (1216, 832),
   "3:4": (1152, 896),
 }
-LOWRES_SIZE = (512, 512)
 LOWRES_GUIDANCE, HIGHRES_GUIDANCE = 5.0, 7.0  # the official defaults
 Denoise = Callable[[jax.Array, jax.Array, Any], jax.Array]
 

@@ -10,13 +10,12 @@ machine without accelerator does best with int8 and float32.
 """
 
 import functools
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from lavit_jax import checkpoints
+from lavit_jax import checkpoints, files
 from lavit_jax.infer import painters, safety
 from lavit_jax.infer import quantize as quantize_lib
 from lavit_jax.infer import rules as rules_lib
@@ -77,7 +76,7 @@ def needs(
   dtype = quantize_lib.check_dtype(dtype)
   if quantize is not None:
     quantize_lib.check_mode(quantize)
-  directory = pathlib.Path(directory)
+  directory = files.place(directory)
   stored = {
     name: checkpoints.StoredPart(directory, name)
     for name in checkpoints.parts_in(directory)
@@ -156,7 +155,7 @@ def _missing(directory, stored, task, parts) -> list[str]:
   missing = [name for name in parts if name not in stored]
   if "llm" not in parts:
     return missing
-  if not (directory / "tokenizer.model").is_file():
+  if not (directory / "tokenizer.model").exists():
     missing.append("tokenizer.model")
   if "llm" in stored and task in ("caption", "answer", "synthesize"):
     branches = ("merger", "projection")

@@ -11,14 +11,14 @@ import pathlib
 import jax
 import numpy as np
 
-from lavit_jax import checkpoints, errors, vocabulary
+from lavit_jax import checkpoints, errors, files, fingerprints, vocabulary
 from lavit_jax.infer import batches, rules, visual
 from lavit_jax.infer import quantize as int8
 from lavit_jax.models import llama, unified
 
 
 def resolve(model) -> pathlib.Path:
-  """The directory of a model: a path, or "tiny" for the shipped one.
+  """The directory of a model: a path, gs:// too, or "tiny", the shipped one.
 
   Raises:
     errors.CheckpointError: there is nothing of that name.
@@ -31,7 +31,7 @@ def resolve(model) -> pathlib.Path:
         f" ({path}). Reinstall lavit_jax, or train one: lavit quickstart."
       )
     return pathlib.Path(str(path))
-  path = pathlib.Path(model)
+  path = files.place(model)
   if (path / "model").is_dir() and not checkpoints.parts_in(path):
     path = path / "model"  # a quickstart workdir
   if not checkpoints.parts_in(path):
@@ -41,6 +41,31 @@ def resolve(model) -> pathlib.Path:
       " of a training run, or the workdir of lavit quickstart."
     )
   return path
+
+
+def text_tokenizer(directory) -> vocabulary.TextTokenizer:
+  """The SentencePiece model of a model directory, held to its LLM.
+
+  Raises:
+    errors.LavitError: there is none, or the LLM was trained on another: its
+      ids would be other words.
+  """
+  path = pathlib.Path(directory) / "tokenizer.model"
+  text = vocabulary.TextTokenizer.load(path)
+  if "llm" not in checkpoints.parts_in(directory):
+    return text
+  meta = checkpoints.read_meta(directory, "llm")
+  size = meta["vocabulary"]["text_size"]
+  told = meta.get("made_of", {}).get("text_tokenizer")
+  found = fingerprints.of_file(path)
+  if text.size != size or told not in (None, found):
+    raise errors.CheckpointError(
+      f"{path} ({text.size} pieces, {found[:12]}) is not what the llm of"
+      f" {directory} was trained with ({size} pieces"
+      f"{f', {told[:12]}' if told else ''}): its ids would be other words. Put"
+      " that file back, or train the LLM again."
+    )
+  return text
 
 
 class Language:

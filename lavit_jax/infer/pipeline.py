@@ -23,14 +23,13 @@ thing and `parity=True` does the same as the official code:
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
-from lavit_jax import checkpoints, errors, images, vocabulary
+from lavit_jax import checkpoints, errors, files, images, vocabulary
 from lavit_jax.infer import (
   arguments,
   batches,
@@ -64,7 +63,7 @@ class LaVIT:
     max_batch: int = batches.SIZES[-1],
     check_safety: bool = True,
   ):
-    self.directory = pathlib.Path(directory)
+    self.directory = files.place(directory)
     self.parts = checkpoints.parts_in(directory)
     arguments.check_options(dtype, quantize, manner, max_batch)
     self.max_batch = max_batch
@@ -108,8 +107,7 @@ class LaVIT:
   @functools.cached_property
   def text(self) -> vocabulary.TextTokenizer:
     """The SentencePiece model of the text half of the vocabulary."""
-    path = self.directory / "tokenizer.model"
-    return vocabulary.TextTokenizer.load(path)
+    return parts.text_tokenizer(self.directory)
 
   @functools.cached_property
   def _llm(self) -> parts.Language:

@@ -110,39 +110,32 @@ def _by_block(query, key, value, seen, policy):
   return out.transpose(0, 2, 1, 3)
 
 
-def library(implementation, query, key, value, seen, scale, is_causal):
-  """`jax.nn.dot_product_attention`, zeros where a query sees no key.
+def is_of_keys(mask, causal: bool, segment_ids) -> bool:
+  """Whether `segments`, and an order, say all of what is to be seen."""
+  if mask is None:
+    return True
+  return not causal and segment_ids is None and mask.shape[1:3] == (1, 1)
+
+
+def segments(query, key, mask, segment_ids):
+  """Ids whose equality says what is seen: int[B, L] and int[B, M], or None.
 
   Args:
-    implementation: "xla" or "cudnn".
     query: float[B, L, H, Dh].
     key: float[B, M, G, Dh].
-    value: float[B, M, G, Dh].
-    seen: bool[B | 1, H | 1, L | 1, M] or None.
-    scale: of the logits.
-    is_causal: besides `seen`; cuDNN then skips what is masked.
-
-  Returns:
-    float[B, L, H, Dh] of the query's dtype.
+    mask: bool[B | 1, 1, 1, M | 1] or None.
+    segment_ids: int[B, L], where there is no mask, or None.
   """
-  out = jax.nn.dot_product_attention(
-    query,
-    key,
-    value,
-    mask=seen,
-    scale=scale,
-    is_causal=is_causal,
-    implementation=implementation,
-  )
-  if seen is not None:  # [B, H | 1, L] -> [B, L, H | 1, 1]
-    any_key = jnp.broadcast_to(
-      seen.any(-1), (seen.shape[0], seen.shape[1], query.shape[1])
-    )
-    out = jnp.where(any_key.swapaxes(1, 2)[..., None], out, 0)
-  return out.astype(query.dtype)
+  if segment_ids is not None:
+    return segment_ids, segment_ids
+  if mask is None:
+    return None
+  batch, length = query.shape[:2]
+  keys = jnp.broadcast_to(mask[:, 0, 0], (batch, key.shape[1]))
+  return jnp.ones((batch, length), jnp.int32), keys.astype(jnp.int32)
 
 
-def combine(query, key, mask, causal, segment_ids, kv_segment_ids):
+def combine(query, key, mask, causal, segment_ids):
   """One bool mask [B | 1, H | 1, L | 1, M] or None."""
   length, keys = query.shape[1], key.shape[1]
   seen = mask
@@ -150,9 +143,7 @@ def combine(query, key, mask, causal, segment_ids, kv_segment_ids):
     order = jnp.tril(jnp.ones((length, keys), bool), keys - length)
     seen = order[None, None] if seen is None else seen & order
   if segment_ids is not None:
-    if kv_segment_ids is None:
-      kv_segment_ids = segment_ids
-    same = segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :]
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     seen = same if seen is None else seen & same
   return seen
 

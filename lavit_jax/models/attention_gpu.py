@@ -1,34 +1,52 @@
-"""Causal self-attention of packed rows on GPU: Pallas' kernel in Triton.
+"""Attention on GPU by cuDNN's flash kernel, through `jax.nn`.
 
-Like `attention_tpu` it never holds the logits and takes segment ids. It needs
-no GPU to be lowered, which cuDNN's (`implementation="cudnn"`) does; that one
-takes no segment ids, so it is for rows of one document each.
+It never holds float32 logits of all heads. Of packed rows and keys that are
+not to be seen it wants a mask, bool[B, 1, L, M], one for all heads. It is
+lowered only where JAX's CUDA plugin is installed; elsewhere, and for what it
+does not take, attention is that of einsums.
 """
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu import attention as pallas
 
 from lavit_jax.models import attention_mesh
 
-_BLOCK = 128
-_HEAD_DIMS = (16, 128)  # the least that the matrix units take; what is held
+_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+_DTYPES = ("bfloat16", "float16")
+_HEAD_DIM = 128  # the widest; on GPUs before Hopper for every shape
+_HEAD_STEP = 8
+_LEAST = 128  # places of a row from which it is worth a kernel
 
 
-def fits(query: jax.Array, key: jax.Array) -> bool:
-  """Whether the kernel takes float[B, L, H, Dh] and float[B, L, G, Dh].
+def fits(
+  query: jax.Array, key: jax.Array, *, causal: bool, masked: bool
+) -> bool:
+  """Whether cuDNN takes float[B, L, H, Dh] and float[B, M, G, Dh].
 
-  It sees whole rows only: a mesh that splits the sequence is left to XLA.
+  Args:
+    query: float[B, L, H, Dh].
+    key: float[B, M, G, Dh].
+    causal: whether places are compared; then L = M.
+    masked: whether there are segment ids.
   """
-  least, most = _HEAD_DIMS
+  length, keys, dim = query.shape[1], key.shape[1], query.shape[3]
+  parts = attention_mesh.ways()[1]
+  masked = masked or (causal and parts > 1)
   return (
-    attention_mesh.fits(query, key)
-    and attention_mesh.ways()[1] == 1
-    and query.shape[1] % _BLOCK == 0
-    and query.shape[1] > 0
-    and least <= query.shape[3] <= most
+    _has_cudnn()
+    and attention_mesh.divides(query)
+    and min(length, keys) >= _LEAST
+    and (length == keys or not causal)
+    and length % parts == 0
+    and keys % parts == 0
+    and not (masked and (length // parts % 2 or keys % 2))  # its gradient
+    and query.dtype == key.dtype
+    and query.dtype.name in _DTYPES
+    and dim <= _HEAD_DIM
+    and dim % _HEAD_STEP == 0
   )
 
 
@@ -36,38 +54,49 @@ def attend(
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
-  segment_ids: jax.Array | None,
+  segments: tuple[jax.Array, jax.Array] | None,
   *,
-  interpret: bool = False,
+  causal: bool,
 ) -> jax.Array:
-  """Causal self-attention inside segments; `fits` must be True.
+  """Attention inside segments; `fits` must be True.
 
   Args:
     query: float[B, L, H, Dh], times the scale.
-    key: float[B, L, G, Dh].
-    value: float[B, L, G, Dh].
-    segment_ids: int[B, L] or None.
-    interpret: run the kernel's Python, anywhere: for tests.
+    key: float[B, M, G, Dh].
+    value: float[B, M, G, Dh].
+    segments: int[B, L] and int[B, M], or None.
+    causal: whether query i sees only keys 0 ... i; then L = M.
 
   Returns:
-    float[B, L, H, Dh] of the query's dtype.
+    float[B, L, H, Dh] of the query's dtype; zeros where a query sees no key.
   """
-  form = functools.partial(_form, interpret)
-  return attention_mesh.attend(form, query, key, value, segment_ids)
+  form = functools.partial(_form, causal)
+  return attention_mesh.attend(form, query, key, value, segments)
 
 
-def _form(interpret, query, key, value, segments, every, index, axis):
+def _form(causal, query, key, value, segments, part, constants):
   """The kernel on one device's share; see `attention_mesh.attend`."""
-  del every, index, axis
-  repeats = query.shape[2] // key.shape[2]
-  if repeats > 1:  # the kernel has one key head a query head
-    key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
-  return pallas.mha(
+  del constants
+  seen = None if segments is None else attention_mesh.same(segments)
+  alone = causal and part.count == 1  # then blocks above it are skipped
+  if causal and not alone:
+    order = attention_mesh.causal(query.shape[1], key.shape[1], part)
+    seen = order if seen is None else seen & order
+  out = jax.nn.dot_product_attention(
     query,
     key,
     value,
-    segments,
-    sm_scale=1.0,
-    causal=True,
-    interpret=interpret,
+    mask=seen,
+    scale=1.0,
+    is_causal=alone,
+    implementation="cudnn",
   )
+  if segments is None or causal:  # each query sees a key, itself at least
+    return out
+  some = seen.any(-1)[:, 0, :, None, None]  # [B, L, 1, 1]
+  return jnp.where(some, out, 0)
+
+
+def _has_cudnn() -> bool:
+  """Whether JAX can lower cuDNN's calls: its CUDA plugin brings them."""
+  return any(importlib.util.find_spec(name) for name in _PLUGINS)

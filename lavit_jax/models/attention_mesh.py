@@ -6,8 +6,10 @@ Where the sequence is split, each device keeps its own queries and gathers all
 keys, values and segment ids.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -46,14 +48,34 @@ def ways() -> tuple[int, int, int]:
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """The part of the queries that a device has.
+
+  Attributes:
+    index: int32[], its number.
+    count: of all parts.
+    axis: the mesh axis over which the queries are split, None if they are not.
+  """
+
+  index: jax.Array | int = 0
+  count: int = 1
+  axis: str | None = None
+
+
+def divides(query: jax.Array) -> bool:
+  """Whether rows and heads of float[B, L, H, Dh] split evenly."""
+  rows, _, heads = ways()
+  return query.shape[0] % rows == 0 and query.shape[2] % heads == 0
+
+
 def fits(query: jax.Array, key: jax.Array) -> bool:
   """Whether self-attention of float[B, L, H, Dh] splits evenly."""
-  rows, parts, heads = ways()
+  _, parts, _ = ways()
   return (
-    query.shape[1] == key.shape[1]
-    and query.shape[0] % rows == 0
+    divides(query)
+    and query.shape[1] == key.shape[1]
     and query.shape[1] % parts == 0
-    and query.shape[2] % heads == 0
   )
 
 
@@ -62,18 +84,22 @@ def attend(
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
-  segment_ids: jax.Array | None,
+  segments: tuple[jax.Array, jax.Array] | None,
+  constants: Any = None,
+  specs: Callable[[str | None], Any] = lambda axis: None,
 ) -> jax.Array:
-  """Runs a form of causal self-attention on each device's share.
+  """Runs a form of attention on each device's share.
 
   Args:
-    form: maps (query [b, l, h, Dh], key and value [b, L, g, Dh], segment ids
-      [b, l] and [b, L] or None twice, the number of this part of the
-      sequence, and the axis over which it is split or None) to [b, l, h, Dh].
-    query: float[B, L, H, Dh], times the scale; `fits` is True.
-    key: float[B, L, G, Dh].
-    value: float[B, L, G, Dh].
-    segment_ids: int[B, L] or None.
+    form: maps (query [b, l, h, Dh], key and value [b, M, g, Dh], segments
+      ([b, l], [b, M]) or None, `Part`, constants) to [b, l, h, Dh].
+    query: float[B, L, H, Dh], times the scale; `divides` is True, and the
+      parts of the sequence divide L and M.
+    key: float[B, M, G, Dh].
+    value: float[B, M, G, Dh].
+    segments: int[B, L] and int[B, M]: a query sees keys of its own; or None.
+    constants: a tree of arrays that depend on no input, or None.
+    specs: their partition, given the axis over which queries are split.
 
   Returns:
     float[B, L, H, Dh] of the query's dtype.
@@ -83,40 +109,51 @@ def attend(
     repeats = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
   if math.prod(ways()) == 1:
-    return form(query, key, value, segment_ids, segment_ids, 0, None)
+    return form(query, key, value, segments, Part(), constants)
   spec = _specs()
   (axis,) = _axes(spec[1]) if parts > 1 else (None,)
 
-  def mine(query, key, value, segments):
-    every, index = segments, 0
+  def mine(query, key, value, segments, constants):
+    part = Part()
     if axis is not None:
       gather = lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True)
       key, value = gather(key), gather(value)
-      every = None if segments is None else gather(segments)
-      index = jax.lax.axis_index(axis)
-    return form(query, key, value, segments, every, index, axis)
+      if segments is not None:
+        segments = segments[0], gather(segments[1])
+      part = Part(jax.lax.axis_index(axis), parts, axis)
+    return form(query, key, value, segments, part, constants)
 
   heads_spec = jax.sharding.PartitionSpec(*spec)
   rows_spec = jax.sharding.PartitionSpec(*spec[:2])
+  ids_spec = None if segments is None else (rows_spec, rows_spec)
   run = jax.shard_map(
     mine,
-    in_specs=(heads_spec, heads_spec, heads_spec, rows_spec),
+    in_specs=(heads_spec, heads_spec, heads_spec, ids_spec, specs(axis)),
     out_specs=heads_spec,
     check_vma=False,  # Pallas calls do not say how their outputs vary
   )
-  return run(query, key, value, segment_ids)
+  return run(query, key, value, segments, constants)
 
 
-def einsums(query, key, value, segments, every, index, axis):
-  """A form for `attend`: the one XLA compiles for itself."""
-  del axis
-  length, keys = query.shape[1], key.shape[1]
-  place = index * length + jnp.arange(length)
-  seen = (place[:, None] >= jnp.arange(keys))[None, None]  # [1, 1, l, L]
+def einsums(query, key, value, segments, part, constants):
+  """A causal form for `attend`: the one XLA compiles for itself."""
+  del constants
+  seen = causal(query.shape[1], key.shape[1], part)
   if segments is not None:
-    same = segments[:, None, :, None] == every[:, None, None, :]
-    seen = seen & same
+    seen = seen & same(segments)
   return attention_forms.attend(query, key, value, seen, None, 0.0)
+
+
+def causal(length: int, keys: int, part: Part) -> jax.Array:
+  """bool[1, 1, l, M]: what a part's queries see of keys that are not later."""
+  place = part.index * length + jnp.arange(length)
+  return (place[:, None] >= jnp.arange(keys))[None, None]
+
+
+def same(segments: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """bool[B, 1, L, M] of int[B, L] and int[B, M]: where they are equal."""
+  queries, keys = segments
+  return queries[:, None, :, None] == keys[:, None, None, :]
 
 
 def _specs():

@@ -1,8 +1,8 @@
-"""Causal self-attention of packed rows on TPU: Pallas' splash kernel.
+"""Attention on TPU: Pallas' splash kernel.
 
-The kernel never holds the logits, skips blocks above the diagonal, and takes
-segment ids. It is written for one example on one device: `vmap` over rows,
-`attention_mesh` over devices.
+The kernel never holds the logits, skips blocks that a causal mask hides, and
+takes segment ids. It is written for one example on one device: `vmap` over
+rows, `attention_mesh` over devices. Rows are padded to its blocks.
 """
 
 import functools
@@ -19,11 +19,13 @@ from lavit_jax.models import attention_mesh
 RESIDUALS = "attention_out"
 
 _LANES = 128
-_HEAD_DIMS = (64, 256)
+_HEAD_DIMS = (32, 512)  # the compiler fills up narrow ones in its registers
+_WIDE = 256  # from here on blocks must be smaller to fit
 # Queries and keys of a block, by the kind of device. Chosen by size alone: no
 # chip was there to measure them on.
 _BLOCKS = {"TPU v6 lite": (1024, 1024)}
 _BLOCK = (512, 1024)
+_BLOCK_OF_WIDE = (256, 512)
 # Of a row: a causal block on the diagonal computes twice what is needed.
 _LARGEST_SHARE = 4
 _ENOUGH = 512
@@ -31,14 +33,24 @@ _ENOUGH = 512
 _MOST_FUSED = 4
 
 
-def fits(query: jax.Array, key: jax.Array) -> bool:
-  """Whether the kernel takes float[B, L, H, Dh] and float[B, L, G, Dh]."""
+def fits(
+  query: jax.Array, key: jax.Array, *, causal: bool, masked: bool = False
+) -> bool:
+  """Whether the kernel takes float[B, L, H, Dh] and float[B, M, G, Dh].
+
+  Args:
+    query: float[B, L, H, Dh].
+    key: float[B, M, G, Dh].
+    causal: whether places are compared; then L = M.
+    masked: whether there are segment ids: it takes both.
+  """
+  del masked
   least, most = _HEAD_DIMS
-  own = query.shape[1] // attention_mesh.ways()[1]
+  length, keys = query.shape[1], key.shape[1]
   return (
-    attention_mesh.fits(query, key)
-    and own % _LANES == 0
-    and own > 0
+    attention_mesh.divides(query)
+    and min(length, keys) >= _LANES
+    and (length == keys or not causal)
     and least <= query.shape[3] <= most
   )
 
@@ -47,65 +59,111 @@ def attend(
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
-  segment_ids: jax.Array | None,
+  segments: tuple[jax.Array, jax.Array] | None,
   *,
+  causal: bool,
   interpret: bool = False,
 ) -> jax.Array:
-  """Causal self-attention inside segments; `fits` must be True.
+  """Attention inside segments; `fits` must be True.
 
   Args:
     query: float[B, L, H, Dh], times the scale.
-    key: float[B, L, G, Dh].
-    value: float[B, L, G, Dh].
-    segment_ids: int[B, L] or None.
+    key: float[B, M, G, Dh].
+    value: float[B, M, G, Dh].
+    segments: int[B, L] and int[B, M], at least 0, or None.
+    causal: whether query i sees only keys 0 ... i; then L = M.
     interpret: run the kernel's Python, anywhere: for tests.
 
   Returns:
-    float[B, L, H, Dh] of the query's dtype.
+    float[B, L, H, Dh] of the query's dtype; zeros where a query sees no key.
   """
-  form = functools.partial(_form, interpret)
-  return attention_mesh.attend(form, query, key, value, segment_ids)
+  _, parts, ways = attention_mesh.ways()
+  (batch, length, heads, dim), keys = query.shape, key.shape[1]
+  queries, places = _padded(length, parts), _padded(keys, parts)
+  some = None
+  if segments is not None and not causal:
+    some = attention_mesh.same(segments).any(-1)[:, 0, :, None, None]
+  if places > keys and not causal and segments is None:
+    segments = jnp.zeros((batch, length), int), jnp.zeros((batch, keys), int)
+  if segments is not None:
+    segments = _pad(segments[0], queries, -2), _pad(segments[1], places, -1)
+  trade = causal and parts > 1 and queries // parts % (2 * _LANES) == 0
+  kernel = _kernel(
+    heads // ways, dim, (queries, places), parts, causal, trade, interpret
+  )
+  out = attention_mesh.attend(
+    functools.partial(_form, trade),
+    _pad(query, queries),
+    _pad(key, places),
+    _pad(value, places),
+    segments,
+    kernel,
+    functools.partial(_specs, kernel, causal),
+  )[:, :length]
+  return out if some is None else jnp.where(some, out, 0)
 
 
-def _form(interpret, query, key, value, segments, every, index, axis):
+def _specs(kernel, causal, axis):
+  """The kernel's masks, split over the queries' axis where they differ."""
+  mesh = jax.sharding.get_abstract_mesh()
+  spec = jax.sharding.PartitionSpec(None, axis if causal else None)
+  return kernel.manual_sharding_spec(jax.sharding.NamedSharding(mesh, spec))
+
+
+def _form(trade, query, key, value, segments, part, kernel):
   """The kernel on one device's share; see `attention_mesh.attend`."""
-  parts = key.shape[1] // query.shape[1]
-  trade = parts > 1 and query.shape[1] % (2 * _LANES) == 0
   if trade:
-    query = _trade(query, axis, parts)
-    segments = None if segments is None else _trade(segments, axis, parts)
-  kernel = _kernel(query.shape, key.shape[1], trade, interpret)
-  if parts > 1:
-    kernel = _part(kernel, index, parts)
+    query = _trade(query, part)
+    if segments is not None:
+      segments = _trade(segments[0], part), segments[1]
   heads_first = lambda x: x.swapaxes(1, 2)
-  ids = None if segments is None else splash.SegmentIds(segments, every)
+  ids = None if segments is None else splash.SegmentIds(*segments)
   out = jax.vmap(kernel)(
     heads_first(query), heads_first(key), heads_first(value), ids
   )
   out = heads_first(out)
-  return _trade(out, axis, parts, back=True) if trade else out
+  return _trade(out, part, back=True) if trade else out
 
 
-def _kernel(shape, keys, trade, interpret):
-  """The kernel for queries [b, l, h, Dh] of rows of `keys` places."""
-  _, length, heads, _ = shape
-  parts = keys // length
-  mask = splash.CausalMask((keys, keys))
-  if trade:
-    mask.q_sequence = _traded(keys, parts)
+def _kernel(heads, dim, lengths, parts, causal, trade, interpret):
+  """The kernel for `heads` heads of rows of L queries and M keys."""
+  queries, keys = lengths
+  own = queries // parts
+  mask = splash.FullMask((own, keys))  # the same for each part
+  if causal and parts == 1:
+    mask = splash.CausalMask(lengths)
+  elif causal:
+    mask = _CausalParts(keys, parts, trade)
   return splash.make_splash_mha(
     splash.MultiHeadMask([mask] * heads),
-    block_sizes=block_sizes(length // (1 + trade), keys),
+    block_sizes=block_sizes(own // (1 + trade), keys, dim),
     head_shards=1,
-    q_seq_shards=parts,
+    q_seq_shards=parts if causal else 1,
     residual_checkpoint_name=RESIDUALS,
     interpret=interpret,
   )
 
 
-def block_sizes(length: int, keys: int) -> splash.BlockSizes:
+def _padded(length, parts):
+  """The next length whose parts are made of blocks that are not small."""
+  own = -(-length // parts)
+  step = _LANES if own <= 2 * _ENOUGH else _ENOUGH
+  return -(-own // step) * step * parts
+
+
+def _pad(x, length, value=0):
+  """[B, L, ...] filled up with a value to [B, length, ...]."""
+  if x.shape[1] == length:
+    return x
+  widths = [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+  return jnp.pad(x, widths, constant_values=value)
+
+
+def block_sizes(length: int, keys: int, dim: int = 128) -> splash.BlockSizes:
   """Blocks for `length` queries in a piece and rows of `keys` places."""
   queries, block = _BLOCKS.get(attention_mesh.device_kind(), _BLOCK)
+  if dim > _WIDE:
+    queries, block = _BLOCK_OF_WIDE
   most = max(keys // _LARGEST_SHARE, _ENOUGH)
   queries = _divisor(length, min(queries, most))
   block = _divisor(keys, min(block, most))
@@ -130,27 +188,7 @@ def _divisor(length, most):
   return size * _LANES
 
 
-def _part(kernel, index, parts):
-  """The kernel of one part of the sequence, whose masks are their own."""
-
-  def own(axis, array):
-    if array is None:
-      return None
-    size = array.shape[axis] // parts
-    return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
-
-  def cut(info):
-    return info and info._replace(
-      data_next=own(1, info.data_next),
-      block_mask=own(1, info.block_mask),
-      q_sequence=own(0, info.q_sequence),
-    )
-
-  infos = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
-  return type(kernel)(*map(cut, infos), **kernel.kwargs)
-
-
-def _trade(x, axis, parts, back=False):
+def _trade(x, part, back=False):
   """Evens out the work of a causal mask over the parts of the sequence.
 
   Of 2 n halves of parts, part i has the halves 2 i and 2 i + 1, and would
@@ -160,8 +198,7 @@ def _trade(x, axis, parts, back=False):
 
   Args:
     x: [b, l, ...] of this part.
-    axis: the mesh axis over which the sequence is split.
-    parts: its size.
+    part: the `attention_mesh.Part`.
     back: the other way round.
 
   Returns:
@@ -170,9 +207,9 @@ def _trade(x, axis, parts, back=False):
   halves = jnp.split(x, 2, axis=1)
   moved = []
   for odd, half in enumerate(halves):
-    pairs = [(i, _owner(2 * i + odd, parts)) for i in range(parts)]
+    pairs = [(i, _owner(2 * i + odd, part.count)) for i in range(part.count)]
     pairs = [pair[::-1] for pair in pairs] if back else pairs
-    moved.append(jax.lax.ppermute(half, axis, pairs))
+    moved.append(jax.lax.ppermute(half, part.axis, pairs))
   return jnp.concatenate(moved, axis=1)
 
 
@@ -185,3 +222,26 @@ def _traded(length, parts):
   halves = np.arange(length, dtype=np.int32).reshape(2 * parts, -1)
   order = sorted(range(2 * parts), key=lambda h: (_owner(h, parts), h % 2))
   return halves[order].reshape(-1)
+
+
+class _CausalParts(splash.Mask):
+  """The causal mask of rows of L places in parts, which may have traded."""
+
+  def __init__(self, length, parts, trade):
+    self._given = length, parts, trade
+    self._places = _traded(length, parts) if trade else np.arange(length)
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    return self._given[:1] * 2
+
+  def __getitem__(self, index) -> np.ndarray:
+    rows, columns = index
+    keys = np.arange(self._given[0])[columns]
+    return self._places[rows][:, None] >= keys[None]
+
+  def __eq__(self, other) -> bool:
+    return isinstance(other, _CausalParts) and self._given == other._given
+
+  def __hash__(self) -> int:
+    return hash((type(self), self._given))

@@ -34,7 +34,7 @@ class SelfAttention(nn.Module):
     boxed = nn.with_logical_partitioning
     kernel = self.param(
       "qkv_kernel",
-      boxed(_QKV_INIT, ("embed", None, "heads")),
+      boxed(_QKV_INIT, ("embed", "qkv", "heads")),
       (width, 3, width),
     )
     dtype = jnp.dtype(self.dtype)
@@ -52,7 +52,7 @@ class SelfAttention(nn.Module):
     boxed, zeros = nn.with_logical_partitioning, nn.initializers.zeros
     if self.key_bias:
       shape = (3, width)
-      bias = self.param("qkv_bias", boxed(zeros, (None, "heads")), shape)
+      bias = self.param("qkv_bias", boxed(zeros, ("qkv", "heads")), shape)
       return bias.reshape(-1)
     q, v = (
       self.param(name, boxed(zeros, ("heads",)), (width,))

@@ -39,8 +39,8 @@ REMAT = {
   "full": _POLICIES.nothing_saveable,  # keep only what goes into a layer
 }
 
-_IMPLEMENTATIONS = (None, "xla", "cudnn")
 _LONG = 128  # places of a row from which a kernel would matter
+_KERNELS = {"tpu": attention_tpu, "gpu": attention_gpu}
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,9 +55,6 @@ def attention(
   policy_eps: float = 0.0,
   causal: bool = False,
   segment_ids: jax.Array | None = None,
-  kv_segment_ids: jax.Array | None = None,
-  scale: float | None = None,
-  implementation: str | None = None,
 ) -> jax.Array:
   """Attention of queries to keys; softmax in float32.
 
@@ -65,21 +62,18 @@ def attention(
   allow it. A query that sees no key gives zeros. With a `policy` the softmax
   is LaVIT's (`attention_forms.policy_softmax`) and only `causal` may be added.
 
-  Causal self-attention of whole rows, packed or not, has a form of its own by
-  the platform of the current mesh; if that does not fit, it has that of all
-  else (masks, policies, caches, cross-attention):
+  Rows that see all keys, all but some keys (a mask of [B, 1, 1, M]), or those
+  before them, packed or not, are computed by a library's kernel on the
+  platform of the current mesh. It never holds the logits, float32[B, H, L, M]:
 
-    platform  causal rows                        where it fits    all else
-    tpu       `attention_tpu`, splash kernel     L % 128 == 0,    einsums
-                                                 Dh 64 ... 256
-    gpu       `attention_gpu`, Triton kernel     L % 128 == 0,    einsums
-                                                 Dh 16 ... 128
-    cpu       einsums                            always           einsums, by
-                                                                  row or block
-                                                                  if large
+    tpu  `attention_tpu`, splash kernel   L and M from 128, Dh 32 ... 512
+    gpu  `attention_gpu`, cuDNN's kernel  L and M from 128, Dh to 128 in steps
+                                          of 8, bfloat16 or float16
+    cpu  none: einsums, by row or block if the logits are large
 
-  Where the mesh splits L over `context`, each device gathers the keys and
-  values: in the kernel on TPU, in `attention_mesh.einsums` elsewhere.
+  What does not fit, policies, and other masks (a cache's) are einsums. Where
+  the mesh splits L over `context`, each device gathers the keys and values of
+  what the kernels compute and of causal rows.
 
   Args:
     query: float[B, L, H, Dh].
@@ -89,12 +83,8 @@ def attention(
     policy: float, broadcastable to [B, H, L, M], factor of each weight.
     policy_eps: the eps of `policy_softmax`.
     causal: query i sees keys 0 ... i + M - L.
-    segment_ids: int[B, L]; a query sees keys of its own segment.
-    kv_segment_ids: int[B, M], by default `segment_ids`.
-    scale: of the logits, Dh**-0.5 by default.
-    implementation: None to choose as the table says; "xla" or "cudnn" for
-      `jax.nn.dot_product_attention` (no policy). cuDNN's is for rows that are
-      not packed; it needs a GPU to be lowered, and bfloat16.
+    segment_ids: int[B, L], at least 0; L = M, and a query sees keys of its
+      own segment.
 
   Returns:
     float[B, L, H, Dh] of the query's dtype.
@@ -108,62 +98,47 @@ def attention(
       f"query {query.shape}, key {key.shape}, value {value.shape}: key and"
       " value must be equal in shape and their heads must divide the query's."
     )
-  if implementation not in _IMPLEMENTATIONS:
+  if policy is not None and (mask is not None or segment_ids is not None):
     raise ValueError(
-      f"implementation={implementation!r}: expected one of {_IMPLEMENTATIONS}."
+      "policy cannot be combined with mask or segment_ids: multiply the mask"
+      " into the policy instead."
     )
-  if policy is not None and (
-    implementation or mask is not None or segment_ids is not None
-  ):
-    raise ValueError(
-      "policy cannot be combined with mask, segment_ids or implementation:"
-      " multiply the mask into the policy instead."
-    )
-  scale = query.shape[-1] ** -0.5 if scale is None else scale
-  plain = causal and mask is None and policy is None and not implementation
-  if plain and kv_segment_ids is None:
-    form = _of_packed_rows(query, key)
+  query = query * query.shape[-1] ** -0.5
+  if policy is None and attention_forms.is_of_keys(mask, causal, segment_ids):
+    segments = attention_forms.segments(query, key, mask, segment_ids)
+    form = _form(query, key, causal, segments is not None)
     if form is not None:
-      return form(query * scale, key, value, segment_ids)
-  seen = attention_forms.combine(
-    query, key, mask, causal, segment_ids, kv_segment_ids
-  )
-  if implementation is not None:
-    plain = causal and mask is None and segment_ids is None
-    plain = plain and query.shape[1] == key.shape[1]
-    return attention_forms.library(
-      implementation, query, key, value, None if plain else seen, scale, plain
-    )
-  return attention_forms.attend(
-    query * scale, key, value, seen, policy, policy_eps
-  )
+      return form(query, key, value, segments)
+  seen = attention_forms.combine(query, key, mask, causal, segment_ids)
+  return attention_forms.attend(query, key, value, seen, policy, policy_eps)
 
 
-def _of_packed_rows(query, key):
-  """The form of causal self-attention that the current mesh asks for."""
+def _form(query, key, causal, masked):
+  """The form that the current mesh asks for, None: einsums of whole arrays."""
   platform = attention_mesh.platform()
-  if platform == "tpu" and attention_tpu.fits(query, key):
-    return attention_tpu.attend
-  if platform == "gpu" and attention_gpu.fits(query, key):
-    return attention_gpu.attend
-  if platform != "cpu" and query.shape[1] == key.shape[1] >= _LONG:
-    _say_no_kernel(platform, query.shape, key.shape, attention_mesh.ways())
+  kernel = _KERNELS.get(platform)
+  if kernel and kernel.fits(query, key, causal=causal, masked=masked):
+    return functools.partial(kernel.attend, causal=causal)
+  if kernel and min(query.shape[1], key.shape[1]) >= _LONG:
+    shapes = (query.shape, key.shape, query.dtype.name)
+    _say_no_kernel(platform, *shapes, attention_mesh.ways())
   split = max(attention_mesh.ways()) > 1
-  if split and attention_mesh.fits(query, key):
+  if causal and split and attention_mesh.fits(query, key):
     return functools.partial(attention_mesh.attend, attention_mesh.einsums)
   return None
 
 
 @functools.cache  # once for each shape
-def _say_no_kernel(platform, query, key, ways):
+def _say_no_kernel(platform, query, key, dtype, ways):
   """Logs that long rows go without a kernel: slow, and large in memory."""
   _LOG.warning(
-    "Causal attention of %s over keys %s takes no kernel on this %s, but"
+    "Attention of %s over keys %s in %s takes no kernel on this %s, but"
     " einsums that hold all logits: see the table of layers.attention. The"
     " mesh splits rows, places and heads %d, %d and %d ways, which must divide"
     " them.",
     query,
     key,
+    dtype,
     platform,
     *ways,
   )
@@ -303,20 +278,3 @@ class Mlp(nn.Module):
     h = activations.gelu(h)  # [B, L, F]
     h = nn.with_logical_constraint(h, ("act_batch", "act_len", "act_mlp"))
     return dense(x.shape[-1], down, dtype=self.dtype, name="fc2")(h)
-
-
-class GatedMlp(nn.Module):
-  """SwiGLU block of hidden size F, no biases."""
-
-  hidden_dim: int
-  dtype: Any = "float32"
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps float[B, L, D] to float[B, L, D]."""
-    linear = functools.partial(dense, use_bias=False, dtype=self.dtype)
-    up, down = ("embed", "mlp"), ("mlp", "embed")
-    gate = activations.silu(linear(self.hidden_dim, up, name="gate")(x))
-    h = gate * linear(self.hidden_dim, up, name="up")(x)  # [B, L, F]
-    h = nn.with_logical_constraint(h, ("act_batch", "act_len", "act_mlp"))
-    return linear(x.shape[-1], down, name="down")(h)

@@ -329,16 +329,19 @@ class Llama(nn.Module):
 
   def setup(self):
     c = self.config
-    table = ("vocab", "embed")
     shape = (c.padded_vocab, c.width)
     self.embedding = self.param(
       "embedding",
-      nn.with_logical_partitioning(nn.initializers.normal(1.0), table),
+      nn.with_logical_partitioning(
+        nn.initializers.normal(1.0), ("lookup", "embed")
+      ),
       shape,
     )
     self.head = self.param(
       "head",
-      nn.with_logical_partitioning(nn.initializers.normal(0.02), table),
+      nn.with_logical_partitioning(
+        nn.initializers.normal(0.02), ("vocab", "embed")
+      ),
       shape,
     )
     self.embedding_scale = self.get_variable("params", "embedding_scale")

@@ -70,8 +70,9 @@ class _Sight:
   """What the tokens of a form may see, the same in every block."""
 
   origin: jax.Array  # float[B, N, D], keys of the cross-attention
-  among: jax.Array  # [B, 1, L, L]: bool mask or float policy
-  dropped: jax.Array  # [B, 1, 1, N]: bool mask or float policy
+  # float[B, 1, L, L], a policy; compact int[B, L], segments of causal rows.
+  among: jax.Array
+  dropped: jax.Array  # [B, 1, 1, N]: float policy; compact a bool mask
   all_kept: jax.Array | None = None  # bool[B], compact only
   eps: float | None = None  # None: compact
 
@@ -100,7 +101,7 @@ class Block(nn.Module):
       c.num_heads, dtype=c.dtype, name="token_cross_attn"
     )
     if sight.eps is None:
-      see_kept = {"mask": sight.among}
+      see_kept = {"causal": True, "segment_ids": sight.among}
       see_dropped = {"mask": sight.dropped, "mean_if_none": sight.all_kept}
     else:
       see_kept = {"policy": sight.among, "policy_eps": sight.eps}
@@ -167,7 +168,7 @@ class TokenMerger(nn.Module):
     x, valid, index = gather_kept(features, keep, capacity)
     sight = _Sight(
       origin=self.ln_vision(features),
-      among=jnp.tril(valid[:, None, None, :] & valid[:, None, :, None]),
+      among=valid.astype(jnp.int32),
       dropped=~keep[:, None, None, :],
       all_kept=keep.all(1),
     )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from lavit_jax.models import layers
 
-_BLOCK = 1024  # codes at once, see `_nearest_in_blocks`
+_BLOCK = 1024  # codes at once, see `lookup`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,27 +63,16 @@ class VectorQuantizer(nn.Module):
 def lookup(z: jax.Array, codes: jax.Array) -> jax.Array:
   """Ids int32[...] of the nearest codes; z float[..., dim] is normalised.
 
-  The codes float[Kc, dim] are not: |z|^2 + |e|^2 - 2 z e, as LaVIT has it.
+  The codes float[Kc, dim] are not: |z|^2 + |e|^2 - 2 z e, as LaVIT has it. One
+  block of codes is compared after the other, and no array is larger than
+  vectors x `_BLOCK`: 16,384 distances of each vector of a batch would be the
+  largest array of training. It is three times faster on a CPU, too.
   """
   z = layers.l2_normalize(z.astype(jnp.float32))
-  ids = jax.lax.platform_dependent(
-    z, codes, cpu=_nearest_in_blocks, default=_nearest
-  )
-  return ids.astype(jnp.int32)
-
-
-def _nearest(z, codes):
-  product = jnp.einsum("...d,kd->...k", z, codes)
-  # |z|^2 is the same for every code.
-  distance = jnp.square(codes).sum(-1) - 2.0 * product
-  return jnp.argmin(distance, axis=-1)
-
-
-def _nearest_in_blocks(z, codes):
-  """The same, a block of codes after the other: 3 times faster on a CPU."""
   size = min(_BLOCK, len(codes))
   blocks = -(-len(codes) // size)
   pad = blocks * size - len(codes)
+  # |z|^2 is the same for every code.
   lengths = jnp.pad(
     jnp.square(codes).sum(-1), (0, pad), constant_values=jnp.inf
   )
@@ -94,7 +83,7 @@ def _nearest_in_blocks(z, codes):
     codes, lengths, first = block
     distance = lengths - 2.0 * jnp.einsum("...d,kd->...k", z, codes)
     least = distance.min(-1)
-    # XLA's argmin is slow there.
+    # XLA's argmin is slow on a CPU.
     place = jnp.where(distance == least[..., None], places, size).min(-1)
     nearer = least < best[0]  # of equal ones the first
     ids = jnp.where(nearer, first + place, best[1])
@@ -107,7 +96,7 @@ def _nearest_in_blocks(z, codes):
     jnp.arange(blocks) * size,
   )
   (_, ids), _ = jax.lax.scan(look, start, parts)
-  return ids
+  return ids.astype(jnp.int32)
 
 
 def quantize(z: jax.Array, codes: jax.Array):
@@ -142,24 +131,37 @@ def _stats(codes, counts):
   return {"codes": codes, "counts": counts, "sums": codes * counts[:, None]}
 
 
-def ema_update(stats, z, ids, weights, decay: float = 0.99):
+def assigned(z, ids, weights, num_codes: int):
+  """What a batch adds to the statistics; of parts of it, the sum.
+
+  Args:
+    z: float[..., dim], normalised here; no gradient passes.
+    ids: int[...], the code of each vector.
+    weights: float[...], 0 for padding.
+    num_codes: Kc.
+
+  Returns:
+    {"counts": float[Kc], "sums": float[Kc, dim]}.
+  """
+  z = layers.l2_normalize(jax.lax.stop_gradient(z)).reshape(-1, z.shape[-1])
+  weights = weights.reshape(-1).astype(jnp.float32)
+  counts, sums = _assigned(z, ids.reshape(-1), weights, num_codes)
+  return {"counts": counts, "sums": sums}
+
+
+def ema_update(stats, batch, decay: float = 0.99):
   """Moves the codes towards the mean direction of what chose them.
 
   Args:
     stats: see the module.
-    z: float[..., dim], normalised here; no gradient passes.
-    ids: int[...], the code of each vector.
-    weights: float[...], 0 for padding.
+    batch: of `assigned`.
     decay: of the moving averages.
 
   Returns:
     The new statistics; `codes` among them. A code nobody chose stays.
   """
-  num_codes, dim = stats["codes"].shape
-  z = layers.l2_normalize(jax.lax.stop_gradient(z)).reshape(-1, dim)
-  weights = weights.reshape(-1).astype(jnp.float32)
-  counts, sums = _assigned(z, ids.reshape(-1), weights, num_codes)
-  sums = decay * stats["sums"] + (1.0 - decay) * sums
+  counts = batch["counts"]
+  sums = decay * stats["sums"] + (1.0 - decay) * batch["sums"]
   codes = jnp.where(counts[:, None] > 0, _unit(sums, stats), stats["codes"])
   return {
     "codes": codes,
@@ -176,14 +178,8 @@ def _unit(sums, stats):
 
 def _assigned(z, ids, weights, num_codes):
   """Weighted counts float[Kc] and sums float[Kc, dim] of each code."""
-  chosen = jax.nn.one_hot(ids, num_codes) * weights[:, None]  # [M, Kc]
-  return chosen.sum(0), jnp.einsum("mk,md->kd", chosen, z)
-
-
-def code_counts(ids, weights, num_codes: int) -> jax.Array:
-  """float[Kc]: how often each code was chosen; a scatter, ids int[...]."""
-  zeros = jnp.zeros((num_codes,), jnp.float32)
-  return zeros.at[ids.reshape(-1)].add(weights.reshape(-1).astype(jnp.float32))
+  add = lambda x: jax.ops.segment_sum(x, ids, num_segments=num_codes)
+  return add(weights), add(z * weights[:, None])
 
 
 def usage(counts: jax.Array):
@@ -194,30 +190,61 @@ def usage(counts: jax.Array):
   return share, jnp.exp(entropy)
 
 
-def revive_dead(stats, z, weights, rng: jax.Array, threshold: float):
+def candidates(z, order, weights, num_codes: int):
+  """Vectors that may take the place of dead codes, by lot.
+
+  Those of a batch are `merge_candidates` of those of its parts.
+
+  Args:
+    z: float[..., dim], normalised here; no gradient passes.
+    order: int[...], a random permutation of 1, 2, ... over the whole batch.
+    weights: float[...], 0 for padding, which is never drawn.
+    num_codes: Kc, as many as could be needed.
+
+  Returns:
+    {"order": int[Kc], "vectors": float[Kc, dim]}, highest `order` first, 0
+    where there was no vector.
+  """
+  z = layers.l2_normalize(jax.lax.stop_gradient(z)).reshape(-1, z.shape[-1])
+  order = jnp.where(weights.reshape(-1) > 0, order.reshape(-1), 0)
+  lacking = max(num_codes - len(order), 0)
+  pad = lambda x: jnp.pad(x, ((0, lacking),) + ((0, 0),) * (x.ndim - 1))
+  return _first({"order": pad(order), "vectors": pad(z)}, num_codes)
+
+
+def merge_candidates(a, b):
+  """`candidates` of two parts of a batch together."""
+  both = jax.tree.map(lambda *x: jnp.concatenate(x), a, b)
+  return _first(both, len(a["order"]))
+
+
+def _first(found, count):
+  order, index = jax.lax.top_k(found["order"], count)
+  return {"order": order, "vectors": jnp.take(found["vectors"], index, axis=0)}
+
+
+def revive_dead(stats, fresh, threshold: float):
   """Codes whose moving count fell below the threshold start anew.
 
-  Each takes the place of a vector of the batch, drawn by weight, and counts
-  twice the threshold, so that it has time to be chosen.
+  Each takes the place of a vector of the batch, another one as long as there
+  are enough, and counts twice the threshold, so that it has time to be chosen.
 
   Args:
     stats: see the module.
-    z: float[..., dim], normalised here.
-    weights: float[...], 0 for padding; all zero: nothing is revived.
-    rng: a key.
+    fresh: of `candidates`; nothing is revived where there are none.
     threshold: on `counts`, vectors a step.
 
   Returns:
     (the new statistics, float[] how many codes were revived).
   """
-  num_codes, dim = stats["codes"].shape
-  z = layers.l2_normalize(jax.lax.stop_gradient(z)).reshape(-1, dim)
-  weights = weights.reshape(-1).astype(jnp.float32)
-  dead = (stats["counts"] < threshold) & (weights.sum() > 0)
-  drawn = jnp.take(z, _draw(rng, weights, (num_codes,)), axis=0)
-  fresh = _stats(drawn, jnp.full((num_codes,), 2.0 * threshold))
+  num_codes = len(stats["counts"])
+  there = (fresh["order"] > 0).sum()
+  dead = (stats["counts"] < threshold) & (there > 0)
+  number = (jnp.cumsum(dead) - 1) % jnp.maximum(there, 1)  # of dead ones
+  drawn = jnp.take(fresh["vectors"], number, axis=0)
+  new = _stats(drawn, jnp.full((num_codes,), 2.0 * threshold))
   rows = {"codes": dead[:, None], "counts": dead, "sums": dead[:, None]}
-  stats = jax.tree.map(jnp.where, rows, fresh, dict(stats))
+  stats = jax.tree.map(jnp.where, rows, new, dict(stats))
   return stats, dead.sum().astype(jnp.float32)
 
 
@@ -236,8 +263,9 @@ def kmeans_init(rng: jax.Array, z, weights, num_codes: int, iters: int):
 
   Args:
     rng: a key.
-    z: float[M, dim], normalised here.
-    weights: float[M], 0 for padding.
+    z: float[M, dim], normalised here; or float[T, M, dim], T batches that are
+      assigned to codes one after the other.
+    weights: float[M] or float[T, M], 0 for padding.
     num_codes: Kc.
     iters: steps of Lloyd's algorithm.
 
@@ -245,32 +273,67 @@ def kmeans_init(rng: jax.Array, z, weights, num_codes: int, iters: int):
     Statistics as `init_stats` gives; the mean of `counts` is one.
   """
   z = layers.l2_normalize(jax.lax.stop_gradient(z).astype(jnp.float32))
-  weights = weights.astype(jnp.float32)
+  z = z.reshape(-1, *z.shape[-2:])  # [T, M, dim]
+  weights = weights.astype(jnp.float32).reshape(z.shape[:-1])
   seed_rng, rng = jax.random.split(rng)
   codes = _seeds(seed_rng, z, weights, num_codes)
 
   def step(codes, rng):
-    ids = lookup(z, codes)
-    counts, sums = _assigned(z, ids, weights, num_codes)
-    again = jnp.take(z, _draw(rng, weights, (num_codes,)), axis=0)
+    counts, sums = _assigned_in_turn(z, weights, codes)
+    again = _rows(z, _draw(rng, weights.reshape(-1), (num_codes,)))
     centres = layers.l2_normalize(sums)
     return jnp.where(counts[:, None] > 0, centres, again), None
 
   codes, _ = jax.lax.scan(step, codes, jax.random.split(rng, iters))
-  counts, _ = _assigned(z, lookup(z, codes), weights, num_codes)
+  counts, _ = _assigned_in_turn(z, weights, codes)
   return _stats(codes, counts / jnp.maximum(counts.mean(), 1e-12))
+
+
+def _assigned_in_turn(z, weights, codes):
+  """`_assigned` to the nearest codes, of all batches float[T, M, dim]."""
+
+  def add(carry, batch):
+    z, weights = batch
+    more = _assigned(z, lookup(z, codes), weights, len(codes))
+    return jax.tree.map(jnp.add, carry, more), None
+
+  start = jnp.zeros(codes.shape[:1]), jnp.zeros(codes.shape)
+  return jax.lax.scan(add, start, (z, weights))[0]
+
+
+def _rows(z, index):
+  """Vectors [Kc, dim] of z float[T, M, dim] by their numbers int[Kc] in T x M.
+
+  Each is sent by who has it. To a gather, XLA brings all of z to every device.
+  """
+  wanting = len(index)
+  numbers = jnp.arange(wanting, dtype=jnp.int32)
+  nobody = jnp.full(z.shape[0] * z.shape[1], wanting, jnp.int32)
+  first = nobody.at[index].min(numbers)  # who wants a vector, of several one
+
+  def send(found, batch):
+    z, to = batch
+    return found + jax.ops.segment_sum(z, to, num_segments=wanting + 1), None
+
+  start = jnp.zeros((wanting + 1, z.shape[-1]))
+  found, _ = jax.lax.scan(send, start, (z, first.reshape(z.shape[:-1])))
+  return found[first[index]]
+
+
+def _row(z, index):
+  """One vector [dim] of z, as `_rows` gives several."""
+  numbers = jnp.arange(z.shape[0] * z.shape[1]).reshape(z.shape[:-1])
+  return jnp.where((numbers == index)[..., None], z, 0.0).sum((0, 1))
 
 
 def _seeds(rng, z, weights, num_codes):
   """num_codes vectors of z, each drawn by its distance to the others."""
 
-  def step(carry, rng):
-    distance, _ = carry
-    index = _draw(rng, distance * weights, ())
-    seed = z[index]
+  def step(distance, rng):
+    index = _draw(rng, (distance * weights).reshape(-1), ())
+    seed = _row(z, index)
     away = jnp.maximum(2.0 - 2.0 * (z @ seed), 0.0)  # |a - b|^2, unit norm
-    return (jnp.minimum(distance, away), None), seed
+    return jnp.minimum(distance, away), seed
 
-  start = (jnp.full(weights.shape, 4.0), None)
-  _, seeds = jax.lax.scan(step, start, jax.random.split(rng, num_codes))
-  return seeds
+  start = jnp.full(weights.shape, 4.0)
+  return jax.lax.scan(step, start, jax.random.split(rng, num_codes))[1]

@@ -72,8 +72,13 @@ def sample_mask(
   log_probs: jax.Array, rng: jax.Array, temperature: float = 1.0
 ) -> jax.Array:
   """A mask float[B, N] of zeros and ones; its gradient is the soft mask's."""
-  noise = jax.random.gumbel(rng, log_probs.shape, log_probs.dtype)
+  noise = gumbel(rng, log_probs.shape[:-1])
   return mask_from_noise(log_probs, noise, temperature)
+
+
+def gumbel(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Noise float32[B, N, 2] of `mask_from_noise`, for a shape (B, N)."""
+  return jax.random.gumbel(rng, (*shape, 2))
 
 
 def mask_from_noise(
@@ -95,11 +100,6 @@ def mask_from_noise(
   hard = (margin >= 0).astype(soft.dtype)
   # (hard - soft) + soft may round to 1 - 2^-24; this order never does.
   return hard + (soft - jax.lax.stop_gradient(soft))
-
-
-def argmax_mask(log_probs: jax.Array) -> jax.Array:
-  """bool[B, N]: patches more likely kept than dropped."""
-  return log_probs[..., KEEP] >= log_probs[..., 1 - KEEP]
 
 
 def expected_count(log_probs: jax.Array) -> jax.Array:

@@ -251,12 +251,11 @@ class AutoencoderKL(nn.Module):
 
 
 def sample(
-  mean: jax.Array, logvar: jax.Array, key: jax.Array | None = None
+  mean: jax.Array, logvar: jax.Array, noise: jax.Array | None = None
 ) -> jax.Array:
-  """Latents drawn from `AutoencoderKL.encode`'s; without a key their means."""
-  if key is None:
+  """Latents of `AutoencoderKL.encode`'s by normal noise; without it, means."""
+  if noise is None:
     return mean
-  noise = jax.random.normal(key, mean.shape, mean.dtype)
   return mean + jnp.exp(0.5 * logvar) * noise
 
 

@@ -172,7 +172,7 @@ class EvaVit(nn.Module):
     axes = ("patch", "embed")
     embed = layers.dense(c.width, axes, dtype=c.dtype, name="patch_embed")
     x = embed(patchify(pixels, c.patch_size))  # [B, N, D]
-    token = boxed(small, (None, None, "embed"))
+    token = boxed(small, (None, "position", "embed"))
     if c.mask_token:
       hidden = self.param("mask_token", token, (1, 1, c.width))
       if patch_mask is not None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax import checkpoints, errors, progress
+from lavit_jax import checkpoints, errors, files, progress
 from lavit_jax.infer import pipeline
 from lavit_jax.port import folder, names, writing
 
@@ -93,6 +93,7 @@ def run(
     errors.UsageError: arguments that do not fit, `destination` is taken.
     errors.CheckpointError: the format cannot hold this model.
   """
+  files.require_local(destination, "an export")
   from lavit_jax.port import hugging_face, official_files
 
   writers = {

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax import checkpoints, errors, progress
+from lavit_jax import checkpoints, errors, files, progress
 from lavit_jax.port import (
   folder,
   hub,
+  looks,
   names,
   official,
   plan,
@@ -72,6 +73,8 @@ def run(
       f"--dtype {dtype}: expected one of {', '.join(DTYPES)}."
     )
   _check_only(only)
+  files.require_local(destination, "an imported model")
+  files.check_arrays_folder(destination, write=True)
   place = hub.resolve(source, only)
   made = _plan(place, only, heads, allow_missing, codes, seed)
   chosen = [part.name for part in made.parts]
@@ -126,6 +129,8 @@ def _plan(place, only, heads, allow, codes, seed) -> plan.Plan:
   hint = ""
   if place.is_dir() and official.is_layout(place / "checkpoint"):
     hint = f" Did you mean {place / 'checkpoint'}?"
+  elif said := looks.of_path(place):
+    hint = f" It looks like {said}."
   raise errors.CheckpointError(
     f"{place} is no checkpoint that can be imported: expected a directory with"
     " visual_tokenizer/ and language_model/ (official layout), a Hugging Face"

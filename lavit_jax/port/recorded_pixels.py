@@ -14,13 +14,19 @@ from lavit_jax.models import unet, vae
 from lavit_jax.port import names, pixel_folders, recordings
 
 _PARTS = {"sd": "lowres_pixels", "sdxl": "highres_pixels"}
-_STEPS = 5  # of all recorded pictures
+_STEPS = 5  # of recorded pictures, where no info_steps says another number
 # What the pictures were drawn with beside the defaults, by kind and by size;
 # no array tells it.
 _TOLD = {
   ("highres", "1"): {"original_size": (768, 512), "crop": (16, 8)},
 }
 _DETOKENIZE = ("highres", {"decoder_guidance_scale": 5.0})
+
+
+def _kinds(a):
+  """{"sd": its part, ...} of those of which there are recordings."""
+  ends = {n.rpartition("_")[2] for n in a if n.startswith("out_")}
+  return {name: part for name, part in _PARTS.items() if name in ends}
 
 
 def _nchw(x):
@@ -102,7 +108,7 @@ def _autoencoded(a, config, params):
 
 def _vae(a, parts):
   made = {}
-  for name, part in _PARTS.items():
+  for name, part in _kinds(a).items():
     stored = parts.part(part)
     config = vae.VaeConfig(**stored.meta["vae"])
     found = _autoencoded(a, config, stored.params["vae"])
@@ -126,7 +132,7 @@ def deprecated_names(a, folder):
 
 def _ddim(a, parts):
   made, counts = {}, {}
-  for name, part in _PARTS.items():
+  for name, part in _kinds(a).items():
     schedule = schedules.Schedule(**parts.part(part).meta["schedule"])
     prefix = "out_timesteps_"
     for array in [n for n in a if n.startswith(prefix)]:
@@ -170,12 +176,13 @@ def _vectors(parts, rows):
   return vectors, valid
 
 
-def _drawn(parts, kind, vectors, latents, told):
+def _drawn(a, parts, kind, vectors, latents, told):
   """Pictures of vectors from recorded noise, as floats and as uint8."""
   painter = parts.painter(kind)
   noise = recordings.nhwc(latents)
   height, width = (side * painter.factor for side in noise.shape[1:3])
-  how = painting.Painting(steps=_STEPS, size=(height, width), **told)
+  steps = int(a.get("info_steps", _STEPS))
+  how = painting.Painting(steps=steps, size=(height, width), **told)
   seeds = np.zeros(len(noise), np.int32)
   image = painter.draw(*vectors, seeds, how, noise=noise)
   return image, (np.asarray(image) * 255).round().astype(np.uint8)
@@ -193,7 +200,7 @@ def _pictures(kind, said):
     for size in [n.removeprefix(prefix) for n in a if n.startswith(prefix)]:
       numbers = _TOLD.get((kind, size), {})
       noise = a[f"{prefix}{size}"]
-      image, levels = _drawn(parts, kind, vectors, noise, numbers)
+      image, levels = _drawn(a, parts, kind, vectors, noise, numbers)
       made[f"out_image_{size}"] = (image, "picture")
       made[f"out_uint8_{size}"] = (levels, "levels")
     return made
@@ -209,7 +216,7 @@ def _detokenize(a, parts):
   rows = [row[seen] for row, seen in zip(ids, valid, strict=True)]
   vectors = _vectors(parts, rows)
   kind, told = _DETOKENIZE
-  image, levels = _drawn(parts, kind, vectors, a["in_latents"], told)
+  image, levels = _drawn(a, parts, kind, vectors, a["in_latents"], told)
   return recordings.floats(clip=_nchw(pixels)) | {
     "out_image": (image, "picture"),
     "out_uint8": (levels, "levels"),

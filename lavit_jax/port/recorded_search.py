@@ -2,6 +2,11 @@
 
 Prompts are built, embedded, searched and drawn from as the official code does
 (`infer/official.py`), so that the ids, beams and scores must come out again.
+
+How long a search or a drawing ran, and of how many beams, is told by the sizes
+of its recorded arrays: what ended before the longest length that was allowed,
+or was given another, stops at the same step here. What no size tells is read
+from the .json beside the arrays (`_SAID`), and is the release's default else.
 """
 
 import json
@@ -14,7 +19,12 @@ from lavit_jax import vocabulary
 from lavit_jax.infer import beam, decode, official
 
 _EOS, _BOS = vocabulary.EOS_ID, vocabulary.BOS_ID
-_STEPS = 5  # of which processed scores are recorded
+_SAID = {  # names of the official classes' arguments
+  "num_beams": "num_beams",
+  "min_length": "min_new_tokens",
+  "max_length": "max_new_tokens",
+  "length_penalty": "length_penalty",
+}
 
 
 def caption(a, parts):
@@ -31,7 +41,8 @@ def caption(a, parts):
     suffix = name.removeprefix("caption")
     ids = [official.encode(model.text, row["prompt"])] * len(pixels)
     rows = model.reading_rows(pixels, gumbel, ids)
-    made |= _searched(a, model, rows, suffix, official.CAPTION)
+    settings = _settings(a, suffix, row, official.CAPTION)
+    made |= _searched(a, model, rows, suffix, settings)
     if suffix:
       made["out_prompt_ids"] = np.array(ids), "exact"
   return made
@@ -49,7 +60,8 @@ def answer(a, parts):
   # Pictures and questions are padded apart, so that rows are longer than any.
   alone = model.prompt(model.reading_rows(pixels, gumbel))
   length = alone["tokens"].shape[1] + padded["tokens"].shape[1]
-  return _searched(a, model, rows, "", official.ANSWER, length) | {
+  settings = _settings(a, "", recorded, official.ANSWER)
+  return _searched(a, model, rows, "", settings, length) | {
     "out_prompt_ids": (padded["tokens"], "exact"),
     "out_prompt_mask": (padded["mask"], "exact"),
   }
@@ -57,6 +69,16 @@ def answer(a, parts):
 
 def _nhwc(recorded):
   return jnp.asarray(recorded.transpose(0, 2, 3, 1))
+
+
+def _settings(a, suffix, said, usual):
+  """Of a beam search: as recorded, else as `said`, else as usual."""
+  found = usual | {_SAID[n]: said[n] for n in _SAID if n in said}
+  steps = a.get(f"out_step_scores{suffix}")
+  if steps is not None:
+    found |= {"max_new_tokens": len(steps), "num_beams": steps.shape[2] // 2}
+  longest = found["max_new_tokens"]
+  return found | {"min_new_tokens": min(found["min_new_tokens"], longest)}
 
 
 def _searched(a, model, rows, suffix, settings, length=None):
@@ -89,8 +111,8 @@ def _searched(a, model, rows, suffix, settings, length=None):
 def _steps(a, suffix, found, name, done):
   """Candidates of every step; those of a prompt that is done mean nothing."""
   ours = np.asarray(getattr(found, f"step_{name}"))
-  theirs = dict.__getitem__(a, f"out_step_{name}{suffix}")
-  if ours.shape != theirs.shape:
+  theirs = a.get(f"out_step_{name}{suffix}")
+  if theirs is None or ours.shape != theirs.shape:
     return ours
   return np.where(done[..., None], theirs, ours)
 
@@ -110,39 +132,61 @@ def _sequences(a, name, found, first):
 
 def draw(a, parts):
   """Ids of pictures, guided and not, from texts and from token prompts."""
-  model, vocab = parts.model, parts.model.vocab
+  model = parts.model
   recorded = json.loads((a.folder / "t2i_tokens.json").read_text("utf-8"))
   texts = [official.encode(model.text, text) for text in recorded["prompts"]]
   padded = decode.left_pad(texts, pad_id=_EOS)
-  mixed = _mixed_prompt(a, model, recorded)
   made = {
     "out_prompt_ids": (padded["tokens"], "exact"),
     "out_prompt_mask": (padded["mask"], "exact"),
-    "out_mm_ids": (np.array(mixed), "exact"),
-    "out_mm_max_new_tokens": (np.array(len(mixed)), "exact"),
   }
-  negative = [row[-3:] for row in texts]
-  pair = _prompts_of(a, model, "tok")
+  mixed = []
+  if "in_mm_gumbel" in a:
+    mixed = _mixed_prompt(a, model, recorded)
+    made |= {
+      "out_mm_ids": (np.array(mixed), "exact"),
+      "out_mm_max_new_tokens": (np.array(len(mixed)), "exact"),
+    }
+  shortest = drawing_defaults(recorded)["min_length"]
+  for suffix, (rows, settings) in _cases(a, model, recorded, mixed).items():
+    rows = [[*row, model.vocab.image_begin] for row in rows]
+    made |= _drawn(a, model, rows, suffix, shortest=shortest, **settings)
+  return made | _warped(a)
+
+
+def drawing_defaults(recorded) -> dict:
+  """Lengths and guidance of the recorded drawings, by their official names.
+
+  Args:
+    recorded: the content of t2i_tokens.json; the release's where it says
+      nothing.
+  """
+  usual = {
+    "min_length": official.DRAW["min_new_tokens"],
+    "max_length": official.DRAW["max_new_tokens"],
+    "guidance_scale_for_llm": official.GUIDANCE_MULTIMODAL,
+  }
+  return usual | recorded.get("mm_defaults", {})
+
+
+def _cases(a, model, recorded, mixed):
+  """{suffix: (prompts, guidance and what guides)} of what was recorded."""
+  texts = [official.encode(model.text, text) for text in recorded["prompts"]]
   guided = {"guidance": official.GUIDANCE_TEXT}
-  by_tokens = {"max_new_tokens": len(mixed)}
+  by_tokens = {"guidance": drawing_defaults(recorded)["guidance_scale_for_llm"]}
   cases = {
     "": (texts, guided),
     "_single": (texts[1:], guided),
-    "_neg": (texts, guided | {"uncond": negative}),
+    "_neg": (texts, guided | {"uncond": [row[-3:] for row in texts]}),
     "_nocfg": (texts, {"guidance": 1.0}),
-    "_mm": ([mixed], {"guidance": official.GUIDANCE_MULTIMODAL} | by_tokens),
-    "_tok": (pair, guided | {"max_new_tokens": max(map(len, pair))}),
+    "_mm": ([mixed], by_tokens),
+    "_mm60": ([mixed], by_tokens),
+    "_tok": (None, guided),
   }
-  for suffix, (rows, settings) in cases.items():
-    rows = [[*row, vocab.image_begin] for row in rows]
-    made |= _drawn(a, model, rows, suffix, **settings)
-  rows = [[*mixed, vocab.image_begin]]
-  longer = {"guidance": official.GUIDANCE_MULTIMODAL, "max_new_tokens": 60}
-  made["out_sequences_mm60"] = (
-    _written(a, model, rows, "_mm60", **longer),
-    "exact",
-  )
-  return made | _warped(a)
+  found = {n: cases[n] for n in cases if f"out_sequences{n}" in a}
+  if "_tok" in found:
+    found["_tok"] = _prompts_of(a, model, "tok"), guided
+  return found
 
 
 def _mixed_prompt(a, model, recorded):
@@ -174,18 +218,20 @@ def _uncond(model, uncond, count):
   return decode.left_pad(rows, pad_id=_EOS)
 
 
-def _written(
-  a, model, rows, suffix, *, guidance, uncond=None, max_new_tokens=None
-):
-  """Greedy ids after each prompt, behind a column of [IMG]."""
-  longest = max_new_tokens or official.DRAW["max_new_tokens"]
+def _written(a, model, rows, suffix, *, guidance, shortest, uncond=None):
+  """Greedy ids after each prompt, behind a column of [IMG].
+
+  As many as were recorded: rows that had ended by then go on as padding, and
+  those that had not were cut there.
+  """
+  longest = a.get(f"out_sequences{suffix}").shape[1] - 1
   found = decode.generate(
     model.llm,
     model.language["llm"],
     prompt=decode.left_pad(rows, pad_id=_EOS),
     uncond=_uncond(model, uncond, len(rows)),
     guidance_scale=guidance,
-    min_new_tokens=official.DRAW["min_new_tokens"],
+    min_new_tokens=min(shortest, longest),
     max_new_tokens=longest,
     suppress=official.suppress_for_image(model.vocab),
     eos_id=model.vocab.image_end,
@@ -198,34 +244,36 @@ def _drawn(a, model, rows, suffix, **settings):
   """Prompt, ids, and processed scores of the first steps of one case."""
   prompt = decode.left_pad(rows, pad_id=_EOS)
   ids = _written(a, model, rows, suffix, **settings)
-  scores = _scores(model, rows, ids[:, 1:], settings)
   made = {
     "attention_mask": (prompt["mask"], "exact"),
     "inputs_embeds": (model.embedded(prompt), "float"),
     "sequences": (ids, "exact"),
-    "scores5": (scores[..., a["in_cols"]], "float"),
   }
+  recorded = a.get(f"out_scores5{suffix}")
+  if recorded is not None:
+    scores = _scores(model, rows, ids[:, 1:], len(recorded), settings)
+    made["scores5"] = scores[..., a["in_cols"]], "float"
   return {f"out_{name}{suffix}": value for name, value in made.items()}
 
 
-def _scores(model, rows, written, settings):
-  """Processed scores float[5, B, rows of the head] under the written ids."""
+def _scores(model, rows, written, steps, settings):
+  """Processed scores float[steps, B, rows of the head] under written ids."""
   params, guidance = model.language["llm"], settings["guidance"]
   uncond = _uncond(model, settings.get("uncond"), len(rows))
   streams = [decode.left_pad(rows, pad_id=_EOS), uncond]
   streams = [
-    decode.prefill(model.llm, params, decode.arrays_of(stream), _STEPS)
+    decode.prefill(model.llm, params, decode.arrays_of(stream), steps)
     for stream in streams
   ]
   scalars = {
     "eos_id": model.vocab.image_end,
-    "min_new_tokens": official.DRAW["min_new_tokens"],
+    "min_new_tokens": settings["shortest"],
   }
   ruled_out = decode.never_written(
     model.llama_config, official.suppress_for_image(model.vocab)
   )
   out = []
-  for step in range(_STEPS):
+  for step in range(steps):
     plain, other = (logits for logits, _ in streams)
     scores = jax.nn.log_softmax(plain)
     if guidance != 1:
@@ -242,6 +290,8 @@ def _scores(model, rows, written, settings):
 
 def _warped(a):
   """Logits after the filters of sampling, what they cut at -inf."""
+  if "in_warp_logits" not in a:
+    return {}
   logits = a["in_warp_logits"]
   cases = {
     "topk50": (1.0, 50, None),

@@ -124,23 +124,9 @@ def _vqa(recorded, folder, parts):
 
 
 def _t2i_tokens(recorded, folder, parts):
-  """Prompts and defaults: what `recordings` draws from; checked there."""
-  del folder, parts
-  defaults = recorded["mm_defaults"]
-  return {
-    "mm_defaults": (
-      [
-        official.DRAW["min_new_tokens"],
-        official.DRAW["max_new_tokens"],
-        official.GUIDANCE_MULTIMODAL,
-      ],
-      [
-        defaults["min_length"],
-        defaults["max_length"],
-        defaults["guidance_scale_for_llm"],
-      ],
-    )
-  }
+  """Nothing: prompts and settings, by which `recorded_search` draws."""
+  del recorded, folder, parts
+  return {}
 
 
 CHECKS = {

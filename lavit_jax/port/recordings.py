@@ -152,25 +152,37 @@ def _tokenize(a, parts):
 
 
 def _decoder(a, parts):
-  low, high = parts.part("lowres"), parts.part("highres")
-  lowres = latent.semantic("lowres", low.meta)
-  highres = latent.semantic("highres", high.meta)
-  config = lowres.config
+  """The semantic decoders of which there are recordings."""
   made = {}
-  for case in [n.removeprefix("in_quantized") for n in a if n[:6] == "in_qua"]:
-    codes = _padded(a, case, config.num_patches)
-    condition, pooled = highres.apply({"params": high.params}, *codes)
-    made |= floats(
-      **{
-        f"lowres{case}": lowres.apply({"params": low.params}, *codes),
-        f"prompt_embeds{case}": condition,
-        f"pooled{case}": pooled,
-      }
-    )
-  codes = _padded(a, "", config.num_patches)
+  prefix = "in_quantized"
+  cases = [n.removeprefix(prefix) for n in a if n.startswith(prefix)]
+  if any(n.startswith("out_lowres") for n in a):
+    part = parts.part("lowres")
+    net = latent.semantic("lowres", part.meta)
+    for case in cases:
+      codes = _padded(a, case, net.config.num_patches)
+      outputs = net.apply({"params": part.params}, *codes)
+      made |= floats(**{f"lowres{case}": outputs})
+    codes = _padded(a, "", net.config.num_patches)
+    made |= _decoder_blocks(net.config, part.params["decoder"], codes)
+  if any(n.startswith(("out_prompt_embeds", "out_pooled")) for n in a):
+    part = parts.part("highres")
+    net = latent.semantic("highres", part.meta)
+    for case in cases:
+      codes = _padded(a, case, net.config.num_patches)
+      condition, pooled = net.apply({"params": part.params}, *codes)
+      made |= floats(
+        **{f"prompt_embeds{case}": condition, f"pooled{case}": pooled}
+      )
+  return made
+
+
+def _decoder_blocks(config, params, codes):
+  """What each block of the decoder of lowres gives for the first case."""
+  made = {}
   for i in range(config.depth):
     net = decoder.SemanticDecoder(dataclasses.replace(config, depth=i + 1))
-    some = first_layers(low.params["decoder"], "blocks", i + 1)
+    some = first_layers(params, "blocks", i + 1)
     block = before_norm(net, {"params": some}, ("norm",), *codes)
     made |= floats(**{f"lowres_block_{i}": block})
   return made

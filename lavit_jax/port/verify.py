@@ -4,8 +4,10 @@ A directory of recordings has a file a module (`encoder.npz`, ...), whose
 arrays `in_*` are inputs, `out_*` what the official module made of them, and
 `info_*` remarks; strings are in the `.json` of the same name. Every `out_*`
 array gives one row, with the tolerances of TOLERANCES; whatever is in the
-directory and is not known here is a failure. The folder `extra` has the weights
-of `pixel_decoding/vae` once more, under older names.
+directory and is not known here is a failure. What is not there is not asked
+for: lengths, numbers of beams and which decoders there are come from the
+arrays. The folder `extra` has the weights of `pixel_decoding/vae` once more,
+under older names.
 
 The numbers themselves are made in `recordings.py`, `recorded_text.py` and
 `recorded_pixels.py`.

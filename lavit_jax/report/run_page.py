@@ -1,6 +1,7 @@
 """The report of one run: what its workdir says, on one page."""
 
 import datetime
+import io
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lavit_jax import errors, progress
+from lavit_jax import errors, files, log_files, progress
 from lavit_jax.report import page, plots
-from lavit_jax.train import writers
+from lavit_jax.train import run_checkpoints, writers
 
 _PICTURES = 4  # shown at most
 # Metric of metrics.jsonl -> what it is called: series, then chart.
@@ -59,7 +60,7 @@ def write(workdir, out) -> pathlib.Path:
   Raises:
     errors.UsageError: `workdir` is not one, or `out` is a folder.
   """
-  workdir, out = pathlib.Path(workdir), pathlib.Path(out)
+  workdir, out = files.place(workdir), files.path_of(out)
   if out.is_dir():
     raise errors.UsageError(
       f"--out {out} is a folder; expected a file to write. Try --out"
@@ -67,9 +68,7 @@ def write(workdir, out) -> pathlib.Path:
     )
   text = page.render(report(workdir))
   out.parent.mkdir(parents=True, exist_ok=True)
-  partial = out.with_name(f"{out.name}.partial")
-  partial.write_text(text, encoding="utf-8")
-  partial.replace(out)
+  files.write_whole(out, text.encode())
   return out
 
 
@@ -87,8 +86,10 @@ def report(workdir: pathlib.Path) -> page.Report:
   sections = [_time(kept), _checkpoints(workdir, found), _pictures(workdir)]
   sections.append(_settings(config))
   return page.Report(
-    title=f"Run {workdir.resolve().name}",
-    subtitle=f"Stage {config.get('stage', 'unknown')}, in {workdir.resolve()}.",
+    title=f"Run {files.absolute(workdir).name}",
+    subtitle=(
+      f"Stage {config.get('stage', 'unknown')}, in {files.absolute(workdir)}."
+    ),
     metrics=[
       page.Metric(name=label, value=found[name][-1][1])
       for name, label in _CARDS.items()
@@ -103,13 +104,14 @@ def report(workdir: pathlib.Path) -> page.Report:
 def _config(workdir: pathlib.Path) -> Mapping[str, Any]:
   """The config of a run; raises UsageError where there is none."""
   path = workdir / "config.json"
-  if path.is_file():
+  if path.exists():
     return json.loads(path.read_text())
   if not workdir.is_dir():
     raise errors.UsageError(
       f"{workdir} is no directory. Give the --workdir of a `lavit train`."
     )
-  inside = sorted(p.parent.name for p in workdir.glob("*/config.json"))
+  folders = sorted(p for p in workdir.iterdir() if p.is_dir())
+  inside = [p.name for p in folders if (p / "config.json").exists()]
   hint = f"It holds those of {', '.join(inside)}: give one." if inside else ""
   raise errors.UsageError(
     f"{workdir} is no workdir of a run: it has no config.json."
@@ -118,7 +120,7 @@ def _config(workdir: pathlib.Path) -> Mapping[str, Any]:
 
 
 def _read(path: pathlib.Path) -> list[dict[str, Any]]:
-  return writers.read_json_lines(path) if path.exists() else []
+  return writers.read_json_lines(path) if log_files.pieces(path) else []
 
 
 def _facts(config, rows, kept) -> dict[str, Any]:
@@ -203,9 +205,8 @@ def _time(kept: Sequence[Mapping[str, Any]]) -> page.Section | None:
 def _checkpoints(workdir, found) -> page.Section | None:
   """Checkpoints that are there, and the held-out metrics of their steps."""
   folder = workdir / "checkpoints"
-  steps = sorted(
-    int(path.name) for path in folder.glob("*") if path.name.isdecimal()
-  )
+  names = [path.name for path in folder.iterdir()] if folder.exists() else []
+  steps = sorted(int(name) for name in names if name.isdecimal())
   if not steps:
     return None
   names = [name for name in sorted(found) if name.startswith("held_out/")][:6]
@@ -222,19 +223,20 @@ def _checkpoints(workdir, found) -> page.Section | None:
 
 
 def _megabytes(folder: pathlib.Path) -> float:
-  files = (path for path in folder.rglob("*") if path.is_file())
-  return sum(path.stat().st_size for path in files) / 1e6
+  return sum(run_checkpoints.sizes(folder).values()) / 1e6
 
 
 def _pictures(workdir) -> page.Section | None:
   """Some of the pictures of evaluations, the first and the last among them."""
-  paths = sorted((workdir / "pictures").glob("*.png"))
+  folder = workdir / "pictures"
+  there = folder.iterdir() if folder.exists() else ()
+  paths = sorted(path for path in there if path.suffix == ".png")
   if not paths:
     return None
   places = np.linspace(0, len(paths) - 1, min(len(paths), _PICTURES))
   blocks = []
   for place in places.round().astype(int):
-    with Image.open(paths[place]) as image:
+    with Image.open(io.BytesIO(paths[place].read_bytes())) as image:
       picture = image.convert("RGB")
     caption = f"step {int(paths[place].stem)}"
     blocks.append(page.Figure(image=picture, caption=caption))

@@ -1,8 +1,16 @@
 """Gradients of a batch that is too large to be held at once.
 
 The batch is cut into `config.accumulate` parts that are run one after the
-other. Each part's loss is a weighted mean; parts are weighted alike, so that
-the sum is the gradient of the whole batch's loss, whatever padding they hold.
+other. That changes memory alone: an objective gives *sums* over a part, which
+add up to those of the batch, and `combine` makes the loss of them, whatever it
+is. By the chain rule
+
+  d combine(S) / d params = sum over parts of (d combine / d S)(S) d S_part,
+
+where S are the sums of the whole batch. So S has to be known first, but only
+as far as the slopes d combine / d S depend on it: these sums are `norms`, most
+often counts that need no network. What is random is drawn for the whole batch
+before it is cut.
 """
 
 import jax
@@ -15,49 +23,81 @@ def value_and_grad(objective, phase, parts: int):
   """`jax.value_and_grad` of an objective's loss over a batch in parts.
 
   Args:
-    objective: its `weight` says how much a batch counts. What it changes
-      without a gradient goes from part to part.
+    objective: see `objectives.base.Objective`; of it `draws`, `norms`, `sums`,
+      `combine` and `merge_seen`.
     phase: of the run.
     parts: in how many a batch is cut; 1 for none.
 
   Returns:
-    (merge, trainable, frozen, extra, batch, rng) -> ((loss, (extra, metrics)),
-    grads), where `merge` makes the parameters of the trainable ones.
+    (merge, trainable, frozen, extra, batch, rng) -> ((loss, (seen, metrics)),
+    grads), where `merge` makes the parameters of the trainable ones, and
+    `seen` is what `Objective.update_extra` asks for.
   """
 
   def whole(merge, trainable, frozen, extra, batch, rng):
+    draws = objective.draws(phase, batch, rng)
+
     def loss(trainable):
-      params = merge(trainable)
-      return objective.loss(phase, params, frozen, extra, batch, rng)
+      sums, seen = objective.sums(
+        phase, merge(trainable), frozen, extra, batch, draws
+      )
+      value, metrics = objective.combine(phase, sums)
+      return value, (seen, metrics)
 
     return jax.value_and_grad(loss, has_aux=True)(trainable)
 
   def in_parts(merge, trainable, frozen, extra, batch, rng):
-    batch = {name: cut(name, x, parts) for name, x in batch.items()}
-    weights = jax.vmap(objective.weight)(batch).astype(jnp.float32)
-    shares = weights / jnp.maximum(weights.sum(), 1e-9)
+    given = batch, objective.draws(phase, batch, rng)
+    given = jax.tree_util.tree_map_with_path(
+      lambda path, x: cut(jax.tree_util.keystr(path), x, parts), given
+    )
+    run = lambda part, params: objective.sums(
+      phase, merge(params), frozen, extra, *part
+    )
+    norms = _added(
+      lambda part: objective.norms(
+        phase, merge(trainable), frozen, extra, *part
+      ),
+      given,
+    )
+    first = jax.tree.map(lambda x: x[0], given)
+    sums, seen = _zeros(run, first, trainable)
+    slopes = jax.grad(lambda sums: objective.combine(phase, sums)[0])(
+      sums | norms
+    )
 
-    def one(carry, given):
-      extra, grads = carry
-      number, share, batch = given
-      key = jax.random.fold_in(rng, number)
-      (loss, (extra, metrics)), more = whole(
-        merge, trainable, frozen, extra, batch, key
+    def one(carry, part):
+      grads, sums, seen = carry
+      more, pull, found = jax.vjp(
+        lambda params: run(part, params), trainable, has_aux=True
       )
-      grads = jax.tree.map(lambda a, b: a + share * b, grads, more)
-      return (extra, grads), (share * loss, _scale(metrics, share))
+      grads = jax.tree.map(jnp.add, grads, *pull(slopes))
+      sums = jax.tree.map(jnp.add, sums, more)
+      return (grads, sums, objective.merge_seen(seen, found)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, trainable)
-    given = (jnp.arange(parts), shares, batch)
-    (extra, grads), (loss, metrics) = jax.lax.scan(one, (extra, zeros), given)
-    metrics = jax.tree.map(lambda x: x.sum(0), metrics)
-    return (loss.sum(), (extra, metrics)), grads
+    start = jax.tree.map(jnp.zeros_like, trainable), sums, seen
+    (grads, sums, seen), _ = jax.lax.scan(one, start, given)
+    loss, metrics = objective.combine(phase, sums)
+    return (loss, (seen, metrics)), grads
 
   return whole if parts == 1 else in_parts
 
 
-def _scale(metrics, share):
-  return jax.tree.map(lambda x: x * share, metrics)
+def _zeros(function, *args):
+  """Zeros in the shapes that a function gives."""
+  return jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args)
+  )
+
+
+def _added(function, given):
+  """The sum of a function's trees over the parts."""
+  zeros = _zeros(function, jax.tree.map(lambda x: x[0], given))
+  add = lambda total, part: (
+    jax.tree.map(jnp.add, total, function(part)),
+    None,
+  )
+  return jax.lax.scan(add, zeros, given)[0]
 
 
 def cut(name: str, x: jax.Array, parts: int) -> jax.Array:

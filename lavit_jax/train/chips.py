@@ -1,19 +1,30 @@
 """What accelerators can do at most, by the makers' own tables.
 
-TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} (peak bf16 FLOP/s, HBM, ICI)
-and "How to Scale Your Model", jax-ml.github.io/scaling-book/tpus. An ICI port
-carries the half of the "bidirectional ICI bandwidth per chip" over the number
-of ports, each way: v4 and v5e 50 GB/s, v5p and v6e 100 GB/s nominal, of which
-the book finds 45 and 90 in use; these stand here. DCN is the sum of a host's
-network cards (v5e: 2 x 100 Gbit/s, v6e: 4 x 200 Gbit/s, v4 and v5p: 200).
+All figures are of one JAX device: the whole chip, but for TPU7x, whose chips
+are two devices each (two dies, no "megacore").
+
+TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, as of 2026. Peak
+bf16, int8 and fp8 FLOP/s, HBM and its bandwidth, "bidirectional ICI bandwidth
+per chip", "DCN bandwidth per chip" (v5p 50 Gbit/s, v6e and TPU7x 100; v5e has
+two cards of 100 Gbit/s for 8 chips). Held against these pages: v5e, v5p, v6e,
+TPU7x, and of v4 the FLOP/s and HBM (the page has 1200 GB/s, JAX's own table
+1230). int8 of v5p and v6e, which the pages leave out, is that of JAX
+(jax.experimental.pallas.tpu.get_tpu_info) and of "How to Scale Your Model",
+jax-ml.github.io/scaling-book/tpus. For TPU7x neither has a figure of int8: it
+counts as bf16. The page gives v5p and v6e in fp8 what they have in bf16.
+
+An ICI port carries the half of the bandwidth of a chip over the number of its
+ports, each way: v4 and v5e 50 GB/s, the others 100 nominal, of which the book
+finds 45 and 90 in use for v4, v5e and v5p (a newer edition has 45 for v4 alone,
+and the nominal ones); 90 % stands here for all.
 
 GPUs: NVIDIA's data sheets "A100 Tensor Core GPU" (SXM, 80 and 40 GB), "H100
-Tensor Core GPU" and "H200 Tensor Core GPU" (SXM), dense bf16. NVLink is a
-switched network: one axis, of which each way has half of the "NVLink
-bandwidth" (600 and 900 GB/s). DCN is a DGX's: 8 cards of 200 or 400 Gbit/s.
+Tensor Core GPU" and "H200 Tensor Core GPU" (SXM), dense. NVLink is a switched
+network: one axis, of which each way has half of the "NVLink bandwidth" (600 and
+900 GB/s). DCN is a DGX's: 8 cards of 200 or 400 Gbit/s for 8 devices.
 
-Not held against their sources at all: `int8`. Not held against them again:
-what ICI gives in use, all of v4, DCN of v4 and v6e, and the GPUs.
+Not held against their sources again: what ICI gives in use, ICI and DCN of v4,
+`die_links` of TPU7x (its page tells of six times a link), and the GPUs.
 """
 
 import dataclasses
@@ -24,19 +35,21 @@ _GIB = float(1 << 30)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-  """One accelerator.
+  """One device of an accelerator.
 
   Attributes:
-    name: as in topology names, "v5e".
-    kinds: JAX's `device.device_kind`, as `kind_of` cuts it.
+    name: of the chip, as in topology names, "v5e".
+    kinds: JAX's `device.device_kind`.
     flops: peak of bf16 products, FLOP/s.
     int8: how many products in int8 take the time of one in bf16.
+    fp8: likewise in fp8.
     hbm_bytes: memory.
     hbm_bandwidth: bytes/s.
     link_bandwidth: bytes/s of one link between chips, one way.
     torus_axes: axes of the torus; a chip has two links on each. 1: a switch.
-    dcn_bandwidth: bytes/s of a host's network, one way.
-    chips_per_host: chips that share it.
+    dcn_bandwidth: bytes/s of its share of a host's network, one way.
+    devices_per_chip: devices that share the links of a chip.
+    die_links: links that would carry what devices of one chip send each other.
   """
 
   name: str
@@ -47,8 +60,10 @@ class Chip:
   link_bandwidth: float
   torus_axes: int
   dcn_bandwidth: float
-  chips_per_host: int
   int8: float = 2.0
+  fp8: float = 1.0
+  devices_per_chip: int = 1
+  die_links: float = 1.0
 
 
 CHIPS = {
@@ -62,8 +77,7 @@ CHIPS = {
       hbm_bandwidth=1228 * _GB,
       link_bandwidth=45 * _GB,
       torus_axes=3,
-      dcn_bandwidth=25 * _GB,
-      chips_per_host=4,
+      dcn_bandwidth=25 / 4 * _GB,
       int8=1.0,
     ),
     Chip(
@@ -74,8 +88,7 @@ CHIPS = {
       hbm_bandwidth=819 * _GB,
       link_bandwidth=45 * _GB,
       torus_axes=2,
-      dcn_bandwidth=25 * _GB,
-      chips_per_host=8,
+      dcn_bandwidth=25 / 8 * _GB,
     ),
     Chip(
       name="v5p",
@@ -85,8 +98,7 @@ CHIPS = {
       hbm_bandwidth=2765 * _GB,
       link_bandwidth=90 * _GB,
       torus_axes=3,
-      dcn_bandwidth=25 * _GB,
-      chips_per_host=4,
+      dcn_bandwidth=25 / 4 * _GB,
     ),
     Chip(
       name="v6e",
@@ -96,8 +108,21 @@ CHIPS = {
       hbm_bandwidth=1638 * _GB,
       link_bandwidth=90 * _GB,
       torus_axes=2,
-      dcn_bandwidth=100 * _GB,
-      chips_per_host=8,
+      dcn_bandwidth=100 / 8 * _GB,
+    ),
+    Chip(
+      name="tpu7x",
+      kinds=("TPU7x",),
+      flops=2307e12 / 2,
+      hbm_bytes=192 / 2 * _GIB,
+      hbm_bandwidth=7380 / 2 * _GB,
+      link_bandwidth=90 * _GB,
+      torus_axes=3,
+      dcn_bandwidth=12.5 / 2 * _GB,
+      int8=1.0,
+      fp8=2.0,
+      devices_per_chip=2,
+      die_links=6.0,
     ),
     Chip(
       name="a100",
@@ -107,8 +132,7 @@ CHIPS = {
       hbm_bandwidth=2039 * _GB,
       link_bandwidth=300 * _GB,
       torus_axes=1,
-      dcn_bandwidth=200 * _GB,
-      chips_per_host=8,
+      dcn_bandwidth=200 / 8 * _GB,
     ),
     Chip(
       name="a100-40gb",
@@ -118,8 +142,7 @@ CHIPS = {
       hbm_bandwidth=1555 * _GB,
       link_bandwidth=300 * _GB,
       torus_axes=1,
-      dcn_bandwidth=200 * _GB,
-      chips_per_host=8,
+      dcn_bandwidth=200 / 8 * _GB,
     ),
     Chip(
       name="h100",
@@ -129,8 +152,8 @@ CHIPS = {
       hbm_bandwidth=3350 * _GB,
       link_bandwidth=450 * _GB,
       torus_axes=1,
-      dcn_bandwidth=400 * _GB,
-      chips_per_host=8,
+      dcn_bandwidth=400 / 8 * _GB,
+      fp8=2.0,
     ),
     Chip(
       name="h200",
@@ -140,8 +163,8 @@ CHIPS = {
       hbm_bandwidth=4800 * _GB,
       link_bandwidth=450 * _GB,
       torus_axes=1,
-      dcn_bandwidth=400 * _GB,
-      chips_per_host=8,
+      dcn_bandwidth=400 / 8 * _GB,
+      fp8=2.0,
     ),
   )
 }

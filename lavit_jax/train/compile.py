@@ -15,11 +15,13 @@ import jax
 
 from lavit_jax import checkpoints, errors, sharding
 from lavit_jax.train import (
+  boundaries,
   chips,
   collectives,
   executed,
   flops,
   hlo,
+  libtpu,
   objectives,
   phases,
   program,
@@ -29,7 +31,7 @@ from lavit_jax.train import (
   topology,
 )
 
-FULLEST = 0.95  # of a chip's HBM: the rest is for the runtime
+FULLEST = 0.95  # of a device's HBM: the rest is for the runtime
 _NEEDS = {  # parts that each stage reads from model_dir
   "tokenizer": ("encoder",),
   "pixels": ("encoder", "tokenizer"),
@@ -40,29 +42,38 @@ _NEEDS = {  # parts that each stage reads from model_dir
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """One program on one topology; sizes are of one chip, in bytes."""
+  """One program on one topology; sizes are of one JAX device, in bytes.
+
+  A chip of TPU7x is two devices, of all others one. MFU is the same of both.
+  """
 
   program: str
   topology: str
   slices: int
   chips: int
+  devices: int
   mesh: dict[str, int]
   assumed: bool  # shapes from config.assumed, not from model_dir
   batch_size: int
-  tokens_per_chip: float
+  tokens_per_device: float
   fits: bool
   why_not: str = ""
   unread: str = ""  # why XLA's program could not be read back
   memory: dict[str, float] = dataclasses.field(default_factory=dict)
+  # Of a step: what is computed before its phase, each with its memory.
+  boundaries: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  warnings: list[str] = dataclasses.field(default_factory=list)
   model_flops: dict[str, float] = dataclasses.field(default_factory=dict)
-  executed_flops: float = 0.0  # of one chip
+  executed_flops: float = 0.0  # of one device
   int8_flops: float = 0.0  # of these
+  fp8_flops: float = 0.0  # of these
   executed_over_model: float = 0.0
   collectives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   kernels: list[str] = dataclasses.field(default_factory=list)
   roofline: dict[str, float] = dataclasses.field(default_factory=dict)
   lower_s: float = 0.0
-  compile_s: float = 0.0
+  compile_s: float = 0.0  # of the program alone
+  versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def objective_of(config):
@@ -83,6 +94,8 @@ def compile_for(
 ) -> tuple[Report, str]:
   """Compiles one program of a config for a TPU topology.
 
+  With a step, what is computed before its phase is compiled too.
+
   Args:
     config: see `configs/`.
     topology_name: "v5e:16x16".
@@ -96,50 +109,125 @@ def compile_for(
   Raises:
     errors.LavitError: the config, the mesh or the topology is wrong.
   """
-  devices = topology.devices(topology_name, slices)
-  chip = topology.chip_of(devices[0])
-  mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
-  objective = objective_of(config)
-  start = time.monotonic()
-  waiting = 0.0
+  target = _Target.of(config, topology_name, slices)
   if what == "step":
-    chosen = _phase(config, phase)
-    lowered, (*_, batch) = program.lower(objective, config, chosen, mesh)
-    waiting = program.bytes_a_device(batch)
-    model = flops.of_step(objective, chosen)
-  else:
-    lowered, model = serving.lower(what, objective, mesh)
-  lowered_s = time.monotonic() - start
-  common = {
-    "program": what
-    if what != "step"
-    else f"step of {config.stage}/{chosen.name}",
-    "topology": topology_name,
-    "slices": slices,
-    "chips": len(devices),
-    "mesh": dict(mesh.shape),
-    "assumed": objective.stored.outline,
-    "batch_size": config.batch_size,
-    "tokens_per_chip": _tokens(objective) / len(devices),
+    return _step(target, phase_of(config, phase))
+  start = time.monotonic()
+  lowered, model = serving.lower(what, target.objective, target.mesh)
+  return _program(target, lowered, what, model, time.monotonic() - start)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+  """A config and the devices that it is compiled for."""
+
+  config: Any
+  objective: Any
+  mesh: jax.sharding.Mesh
+  chip: chips.Chip
+  told: dict[str, Any]  # what every report of it has
+
+  @classmethod
+  def of(cls, config, topology_name, slices):
+    devices = topology.devices(topology_name, slices)
+    chip = topology.chip_of(devices[0])
+    mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
+    objective = objective_of(config)
+    told = {
+      "topology": topology_name,
+      "slices": slices,
+      "chips": len(devices) // chip.devices_per_chip,
+      "devices": len(devices),
+      "mesh": dict(mesh.shape),
+      "assumed": objective.stored.outline,
+      "batch_size": config.batch_size,
+      "tokens_per_device": _tokens(objective) / len(devices),
+      "versions": libtpu.versions(),
+    }
+    return cls(config, objective, mesh, chip, told)
+
+
+def _step(target, phase) -> tuple[Report, str]:
+  """The step of a phase, and what is computed before it."""
+  objective, mesh, start = target.objective, target.mesh, time.monotonic()
+  lowered, given = program.lower(objective, target.config, phase, mesh)
+  report, text = _program(
+    target,
+    lowered,
+    f"step of {target.config.stage}/{phase.name}",
+    flops.of_step(objective, phase),
+    time.monotonic() - start,
+    waiting=program.bytes_a_device(given[-1]),
+  )
+  if not report.memory:
+    return report, text
+  with sharding.use(mesh):
+    before = boundaries.lower(objective, phase, *given, mesh)
+  made = [_boundary(name, x, target.chip) for name, x in before.items()]
+  most = report.memory["total"]
+  over = [one for one in made if one["memory"].get("total", most + 1) > most]
+  bad = [one for one in made if not one["fits"]]
+  return dataclasses.replace(
+    report,
+    boundaries=made,
+    warnings=[_more(one, most) for one in over],
+    fits=report.fits and not bad,
+    why_not=report.why_not
+    or "; ".join(f"{one['program']}: {one['why_not']}" for one in bad),
+  ), text
+
+
+def _boundary(name, lowered, chip) -> dict[str, Any]:
+  """What XLA says of a program that runs before a phase."""
+  start, memory = time.monotonic(), {}
+  try:
+    memory = _memory(lowered.compile(), chip)
+    fits, why = _fits(memory)
+  except jax.errors.JaxRuntimeError as e:
+    fits, why = False, _too_large(e)
+  return {
+    "program": name,
+    "fits": fits,
+    "why_not": why,
+    "memory": memory,
+    "compile_s": time.monotonic() - start,
+  }
+
+
+def _more(one, most) -> str:
+  """That a program takes more than the step."""
+  total = one["memory"].get("total")
+  takes = f"takes {total / 1e9:.2f} GB" if total else "does not fit"
+  return (
+    f"{one['program']}, before the phase, {takes}; the step takes"
+    f" {most / 1e9:.2f} GB"
+  )
+
+
+def _program(
+  target, lowered, name, model, lower_s, waiting=0.0
+) -> tuple[Report, str]:
+  """Compiles a lowered program; (its report, its HLO)."""
+  start = time.monotonic()
+  common = target.told | {
+    "program": name,
     "model_flops": model,
-    "lower_s": lowered_s,
+    "lower_s": lower_s,
   }
   try:
     compiled, text, unread = _compiled(lowered)
   except jax.errors.JaxRuntimeError as e:
-    if "hbm" not in str(e).lower():
-      raise
-    return Report(fits=False, why_not=_short(e), **common), ""
-  common["compile_s"] = time.monotonic() - start - lowered_s
+    return Report(fits=False, why_not=_too_large(e), **common), ""
+  common["compile_s"] = time.monotonic() - start
   if unread:
-    memory = _memory(compiled, chip, waiting)
+    memory = _memory(compiled, target.chip, waiting)
     fits, why = _fits(memory)
     report = Report(
       fits=fits, why_not=why, unread=unread, memory=memory, **common
     )
     return report, ""
-  memory = _memory(compiled, chip, waiting)
-  return _report(common, memory, text, chip, mesh), text
+  memory = _memory(compiled, target.chip, waiting)
+  return _report(common, memory, text, target.chip, target.mesh), text
 
 
 def _compiled(lowered):
@@ -165,14 +253,15 @@ def _fits(memory) -> tuple[bool, str]:
   share = memory["share"]
   if share <= FULLEST:
     return True, ""
-  return False, f"{share:.0%} of a chip's HBM, more than {FULLEST:.0%}"
+  return False, f"{share:.0%} of a device's HBM, more than {FULLEST:.0%}"
 
 
 def _report(common, memory, text, chip: chips.Chip, mesh) -> Report:
   """What a compiled program says of itself."""
   read = hlo.read(text)
-  done, int8 = executed.flops(read), executed.int8_flops(read)
-  model = sum(common["model_flops"].values()) / common["chips"]
+  done = executed.flops(read)
+  int8, fp8 = executed.int8_flops(read), executed.fp8_flops(read)
+  model = sum(common["model_flops"].values()) / common["devices"]
   sent = collectives.of_program(read)
   line = roofline.estimate(
     done,
@@ -181,6 +270,7 @@ def _report(common, memory, text, chip: chips.Chip, mesh) -> Report:
     chip,
     model_flops=model,
     int8_flops=int8,
+    fp8_flops=fp8,
     routes=topology.routes(mesh, chip),
   )
   fits, why = _fits(memory)
@@ -190,6 +280,7 @@ def _report(common, memory, text, chip: chips.Chip, mesh) -> Report:
     memory=memory,
     executed_flops=done,
     int8_flops=int8,
+    fp8_flops=fp8,
     executed_over_model=done / model,
     collectives=_summed(sent),
     kernels=executed.kernels(read),
@@ -198,8 +289,8 @@ def _report(common, memory, text, chip: chips.Chip, mesh) -> Report:
   )
 
 
-def _memory(compiled, chip: chips.Chip, waiting: float) -> dict[str, float]:
-  """HBM of one chip by XLA's account, and the batch that waits its turn."""
+def _memory(compiled, chip: chips.Chip, waiting=0.0) -> dict[str, float]:
+  """HBM of one device by XLA's account, and the batch that waits its turn."""
   m = compiled.memory_analysis()
   fresh = m.output_size_in_bytes - m.alias_size_in_bytes
   parts = {
@@ -238,7 +329,7 @@ def _summed(sent) -> list[dict[str, Any]]:
   return sorted(made.values(), key=lambda entry: -entry["bytes"])
 
 
-def _phase(config, name):
+def phase_of(config, name):
   """The phase of a name, or the last."""
   found = phases.phases_of(config)
   if name is None:
@@ -260,8 +351,10 @@ def _tokens(objective) -> float:
   return float(objective.config.batch_size)
 
 
-def _short(error) -> str:
-  """What XLA says of memory, in a line."""
+def _too_large(error) -> str:
+  """What XLA says of memory, in a line; raises an error of another kind."""
+  if "hbm" not in str(error).lower():
+    raise error
   text = " ".join(str(error).split())
   match = re.search(r"Used [\d.]+[KMGT] of [\d.]+[KMGT] hbm[^.]*", text)
   return f"XLA: {match[0] if match else text[:300]}"

@@ -21,15 +21,16 @@ def check(name: str, phase) -> None:
     )
 
 
-def words(model, frozen, image, rng=None):
+def words(model, frozen, image, gumbel=None):
   """The words of pictures.
 
   Args:
     model: a `tokenizer.DynamicVisualTokenizer`.
     frozen: {"encoder": params, "tokenizer": {"params", "codebook"}}.
     image: uint8[B, H, W, 3].
-    rng: of the selection, which is sampled as in the tokenizer's training;
-      None: the patches of highest p(keep), as many as expected.
+    gumbel: float[B, N, 2], noise of the selection, which is sampled as in the
+      tokenizer's training; None: the patches of highest p(keep), as many as
+      expected.
 
   Returns:
     (ids int32[B, N], valid bool[B, N]), kept patches first; every picture
@@ -40,10 +41,10 @@ def words(model, frozen, image, rng=None):
     config, frozen["encoder"], images.normalize(image)
   )
   log_probs = model.apply(variables, features, method="select")
-  if rng is None:
+  if gumbel is None:
     keep = selector.expected_count_mask(log_probs)
   else:
-    keep = selector.sample_mask(log_probs, rng) > 0.5
+    keep = selector.mask_from_noise(log_probs, gumbel) > 0.5
     best = selector.budget_mask(log_probs, 1)
     keep = jnp.where(keep.any(1, keepdims=True), keep, best)
   _, ids, valid = model.apply(
@@ -52,13 +53,13 @@ def words(model, frozen, image, rng=None):
   return jax.lax.stop_gradient((ids, valid))
 
 
-def reconstructed_features(model, frozen, image, rng=None):
+def reconstructed_features(model, frozen, image, gumbel=None):
   """What the tokenizer makes of pictures with a semantic decoder of its own.
 
   Returns:
     x_rec float[B, N, D]; arguments are those of `words`.
   """
-  ids, valid = words(model, frozen, image, rng)
+  ids, valid = words(model, frozen, image, gumbel)
   x_rec = model.apply(frozen["tokenizer"], ids, valid, method="decode_codes")
   return jax.lax.stop_gradient(x_rec)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lavit_jax import errors
 from lavit_jax.infer import schedules
+from lavit_jax.train import averages
 
 WEIGHTINGS = ("none", "min_snr", "picture", "output")
 Predict = Callable[[jax.Array, jax.Array, Any, jax.Array], jax.Array]
@@ -106,10 +107,37 @@ def steps_of_strata(schedule: schedules.Schedule, count: int, rng):
   return jnp.minimum(t, schedule.num_steps - 1)
 
 
-def eps_loss(
-  predict: Predict, schedule, x, condition, valid, rng, phase
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The loss and its metrics, every picture at `phase["draws"]` noise levels.
+def draws(schedule, rows: int, phase, rng) -> dict[str, jax.Array]:
+  """What is random of a whole batch, by its rows: it can be cut like them.
+
+  Args:
+    schedule: a `schedules.Schedule`.
+    rows: B, of the whole batch, whose steps are one of each stratum.
+    phase: `draws` and `condition_dropout`, see `eps_sums`.
+    rng: a key.
+
+  Returns:
+    {"t": int[B, draws] steps, "drop": bool[B, draws] untold, "noise": key[B]}.
+  """
+  shape = (rows, int(phase["draws"]))
+  t_key, noise_key, drop_key = jax.random.split(rng, 3)
+  steps = steps_of_strata(schedule, rows * shape[1], t_key)
+  return {
+    "t": steps.reshape(shape),
+    "drop": jax.random.bernoulli(drop_key, phase["condition_dropout"], shape),
+    "noise": jax.random.split(noise_key, rows),
+  }
+
+
+def normal(keys: jax.Array, shape) -> jax.Array:
+  """Standard normal float32[B, *shape] of one key a row."""
+  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def eps_sums(
+  predict: Predict, schedule, x, condition, valid, drawn, phase
+) -> dict[str, jax.Array]:
+  """Sums over rows of a batch, every picture at `phase["draws"]` noise levels.
 
   Args:
     predict: (z [B, ...], t int[B], condition, drop bool[B]) -> the network's
@@ -118,24 +146,21 @@ def eps_loss(
     x: float[B, ...], clean pictures or latents.
     condition: tree of arrays [B, ...].
     valid: float[B], the weight of each picture.
-    rng: a key.
-    phase: `condition_dropout`, `weighting` (see `loss_weights`), `min_snr`
-      (its bound) and `draws` (noisy versions of each picture a step).
+    drawn: of `draws`, of these rows.
+    phase: `weighting` (see `loss_weights`), `min_snr` (its bound) and `draws`
+      (noisy versions of each picture a step).
 
   Returns:
-    (loss float32[], {"eps_mse": ..., "eps_mse_noisy": ...}), the second
-    over the noisier half of the steps.
+    For `combine`: each float32[].
   """
-  draws = int(phase["draws"])
-  if draws > 1:
+  repeats = int(phase["draws"])
+  eps = normal(drawn["noise"], (repeats, *x.shape[1:]))
+  eps = eps.reshape(-1, *x.shape[1:])  # [B * draws, ...]
+  if repeats > 1:
     x, condition, valid = jax.tree.map(
-      lambda v: jnp.repeat(v, draws, axis=0), (x, condition, valid)
+      lambda v: jnp.repeat(v, repeats, axis=0), (x, condition, valid)
     )
-  count = x.shape[0]
-  t_key, noise_key, drop_key = jax.random.split(rng, 3)
-  t = steps_of_strata(schedule, count, t_key)
-  eps = jax.random.normal(noise_key, x.shape)
-  drop = jax.random.bernoulli(drop_key, phase["condition_dropout"], (count,))
+  t, drop = drawn["t"].reshape(-1), drawn["drop"].reshape(-1)
   z = schedules.add_noise(schedule, x, eps, t)
   output = predict(z, t, condition, drop)
   a = jnp.asarray(schedules.alphas_cumprod(schedule))[t]
@@ -143,8 +168,42 @@ def eps_loss(
   weights = loss_weights(schedule, phase["weighting"], a, phase["min_snr"])
   error = schedules.eps_error(schedule, output, x, eps, a)
   noisy = valid * (t >= schedule.num_steps // 2)
-  metrics = {"eps_mse": mean(error, valid), "eps_mse_noisy": mean(error, noisy)}
-  return mean(own * weights, valid), metrics
+  return {
+    "loss": (own * weights * valid).sum(),
+    "eps_mse": (error * valid).sum(),
+    "eps_mse_noisy": (error * noisy).sum(),
+    "noisy": noisy.sum(),
+    "shown": valid.sum(),
+  }
+
+
+def norms(valid: jax.Array, phase) -> dict[str, jax.Array]:
+  """What the loss of `eps_sums` is divided by, of float[B] weights."""
+  return {"shown": valid.sum() * int(phase["draws"])}
+
+
+def combine(sums) -> tuple[jax.Array, averages.Metrics]:
+  """The loss float32[] of sums over a batch, and its metrics.
+
+  `eps_mse_noisy` is over the noisier half of the steps.
+  """
+  metrics = {
+    "loss": averages.mean(sums["loss"], sums["shown"]),
+    "eps_mse": averages.mean(sums["eps_mse"], sums["shown"]),
+    "eps_mse_noisy": averages.mean(sums["eps_mse_noisy"], sums["noisy"]),
+  }
+  return averages.ratio(sums["loss"], sums["shown"]), metrics
+
+
+def eps_loss(
+  predict: Predict, schedule, x, condition, valid, rng, phase
+) -> tuple[jax.Array, averages.Metrics]:
+  """Loss and metrics of a whole batch; arguments as of `eps_sums`, and a key.
+
+  `phase` has `condition_dropout` too.
+  """
+  drawn = draws(schedule, x.shape[0], phase, rng)
+  return combine(eps_sums(predict, schedule, x, condition, valid, drawn, phase))
 
 
 def start_ema(params) -> dict[str, Any]:
@@ -154,7 +213,14 @@ def start_ema(params) -> dict[str, Any]:
 
 
 def update_ema(state, params, decay: float) -> dict[str, Any]:
-  """The exponential mean after one more step; young means forget faster."""
+  """The exponential mean after one more step; young means forget faster.
+
+  Args:
+    state: of `start_ema`.
+    params: after the step's update: with a decay of 0 the mean is the newest
+      model.
+    decay: share of the old mean that stays.
+  """
   updates = state["updates"]
   decay = jnp.minimum(decay, (1.0 + updates) / (10.0 + updates))
   ema = jax.tree.map(
@@ -165,6 +231,6 @@ def update_ema(state, params, decay: float) -> dict[str, Any]:
   return {"ema": ema, "updates": updates + 1}
 
 
-def mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-  """Weighted mean of float[B]; 0 where all weights are."""
-  return (values * weights).sum() / jnp.maximum(weights.sum(), 1.0)
+def mean(values: jax.Array, weights: jax.Array):
+  """Weighted mean of float[B], as a metric."""
+  return averages.mean((values * weights).sum(), weights.sum())

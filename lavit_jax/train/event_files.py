@@ -18,14 +18,17 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from lavit_jax import files
+from lavit_jax import files, log_files
+from lavit_jax.train import crc32c
 
 _SERIAL = itertools.count()  # two writers in one second get two names
+_SEGMENT = 4 << 20  # bytes of a file in an object store
 
 
 class TensorBoardWriter:
   """One event file in `directory`, readable by TensorBoard as it grows.
 
+  In an object store a new one is begun every few MB: see `log_files`.
   With `resume_step`, the file begins with a marker on which TensorBoard drops
   what earlier files hold of later steps.
   """
@@ -35,18 +38,27 @@ class TensorBoardWriter:
   ):
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    stamp = f"{int(time.time()):010d}.{socket.gethostname()}"
     mark = "events.out.tfevents."
     first = not any(p.name.startswith(mark) for p in directory.iterdir())
-    # TensorBoard reads files in the order of their names: numbers are padded.
-    name = f"events.out.tfevents.{stamp}.{os.getpid()}.{next(_SERIAL):06d}"
-    self._file = files.open_log(directory / name)
-    self._event(0, _bytes(3, b"brain.Event:2"))
+    self._directory = directory
+    self._before = []  # what is still being stored of earlier files
+    self._begin()
     if first or resume_step is not None:
       start = _int(1, 1)  # SessionLog.status = START; the second one purges
       self._event(0 if first else resume_step + 1, _bytes(7, start))
 
+  def _begin(self) -> None:
+    """Another file, which TensorBoard reads after those before it."""
+    stamp = f"{int(time.time()):010d}.{socket.gethostname()}"
+    # TensorBoard reads files in the order of their names: numbers are padded.
+    name = f"events.out.tfevents.{stamp}.{os.getpid()}.{next(_SERIAL):06d}"
+    self._file = log_files.open_object(self._directory / name)
+    self._event(0, _bytes(3, b"brain.Event:2"))
+
   def _event(self, step: int, payload: bytes) -> None:
+    if files.is_remote(self._directory) and self._file.size > _SEGMENT:
+      self._before.append(self._file.finish())
+      self._begin()
     head = _double(1, time.time()) + _int(2, int(step))
     self._file.write(frame(head + payload))
 
@@ -97,10 +109,14 @@ class TensorBoardWriter:
   def flush(self) -> None:
     """See `writers.MetricWriter`."""
     self._file.flush()
+    while self._before and self._before[0].done():
+      self._before.pop(0).result()  # raises what storing it met
 
   def close(self) -> None:
     """See `writers.MetricWriter`; a second call does nothing."""
     self._file.close()
+    while self._before:
+      self._before.pop(0).result()
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -163,27 +179,6 @@ def _plain_value(value: Any) -> bytes:
   return _bytes(3, str(value).encode())
 
 
-def _crc_table() -> tuple[int, ...]:
-  table = []
-  for byte in range(256):
-    for _ in range(8):
-      byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-    table.append(byte)
-  return tuple(table)
-
-
-_CRC_TABLE = _crc_table()
-
-
-def crc32c(data: bytes) -> int:
-  """CRC-32C (Castagnoli): `b"123456789"` gives 0xE3069283."""
-  crc = 0xFFFFFFFF
-  table = _CRC_TABLE
-  for byte in data:
-    crc = table[(crc ^ byte) & 0xFF] ^ crc >> 8
-  return crc ^ 0xFFFFFFFF
-
-
 def frame(data: bytes) -> bytes:
   """One TFRecord: length, masked crc of it, data, masked crc of it."""
   length = struct.pack("<Q", len(data))
@@ -191,6 +186,6 @@ def frame(data: bytes) -> bytes:
 
 
 def _masked_crc(data: bytes) -> bytes:
-  crc = crc32c(data)
+  crc = crc32c.crc32c(data)
   rotated = (crc >> 15 | crc << 17) & 0xFFFFFFFF
   return struct.pack("<I", (rotated + 0xA282EAD8) & 0xFFFFFFFF)

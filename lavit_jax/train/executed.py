@@ -49,7 +49,12 @@ def flops(program: hlo.Program) -> float:
 
 def int8_flops(program: hlo.Program) -> float:
   """Those of `flops` that are products of two int8 arrays."""
-  return program.total(_int8_products)
+  return program.total(lambda *line: _narrow_products(*line, "s8"))
+
+
+def fp8_flops(program: hlo.Program) -> float:
+  """Those of `flops` that are products of two fp8 arrays, of any kind."""
+  return program.total(lambda *line: _narrow_products(*line, "f8"))
 
 
 def kernels(program: hlo.Program) -> list[str]:
@@ -108,13 +113,13 @@ def _products(one: hlo.Instruction, beside) -> float:
   return _convolution(one.rest, left, right, out)
 
 
-def _int8_products(one: hlo.Instruction, beside) -> float:
-  """`_products` of an instruction, if both its operands are int8."""
+def _narrow_products(one: hlo.Instruction, beside, dtype: str) -> float:
+  """`_products` of an instruction, if the dtypes of both operands begin so."""
   if one.operation not in ("convolution", "dot"):
     return 0.0
   operands = [beside.get(name) for name in one.operands[:2]]
-  narrow = all(x and x.arrays and x.arrays[0].dtype == "s8" for x in operands)
-  return _products(one, beside) if narrow else 0.0
+  is_so = lambda x: x and x.arrays and x.arrays[0].dtype.startswith(dtype)
+  return _products(one, beside) if all(map(is_so, operands)) else 0.0
 
 
 def _shape(one: hlo.Instruction | None) -> tuple[int, ...]:

@@ -14,7 +14,9 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPERATION = re.compile(r"(?:^|[\s)}\]])([a-z][a-z\-]*)\(")
 _OPERANDS = re.compile(r"\(([^()]*)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
+_ARRAY = re.compile(  # of fp8 the dtype goes on, f8e4m3fn
+  r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z0-9]*)?)\[([0-9,]*)\](\{[^}]*\})?"
+)
 _CALLED = re.compile(
   r"(?:calls|to_apply|body|condition|true_computation|false_computation)="
   r"%?([\w.\-]+)"

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lavit_jax import images, progress
+from lavit_jax import files, images, progress
 from lavit_jax.data import bucket_rows, examples, faults, latent_cache, sources
 from lavit_jax.data import buckets as buckets_lib
 from lavit_jax.train import conditions, latent_parts
@@ -47,6 +47,7 @@ def write_cache(
   Raises:
     errors.LavitError: as of the data, the model and `latent_cache.write`.
   """
+  files.require_local(out, "a latent cache")
   source = sources.build(data, split)
   net, params = latent_parts.load_vae(model, kind)
   latent_parts.check_buckets(data["buckets"], net.config)
@@ -57,9 +58,11 @@ def write_cache(
     buckets=data["buckets"],
     scale=net.config.scale,
     channels=net.config.latent_channels,
+    data=sources.describe(data, split, source),
+    model=str(model),
   )
   assigned = buckets_lib.assign(buckets_lib.sizes_of(source), meta.buckets)
-  log = faults.FaultLog("pictures", 0.2)
+  log = faults.FaultLog("pictures", faults.share_of(data))
   encode = _encoder(net, params)
   with progress.Progress(
     int((assigned != buckets_lib.NONE).sum()),

@@ -10,6 +10,8 @@ then start from nothing.
 import dataclasses
 import hashlib
 import json
+import logging
+import os
 import pathlib
 from typing import Any
 
@@ -18,13 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from lavit_jax import checkpoints, errors
-from lavit_jax.infer import latents
+from lavit_jax import agreement, checkpoints, errors, files, fingerprints
+from lavit_jax.infer import latents, schedules
 from lavit_jax.models import decoder, tokenizer, unet, vae
 from lavit_jax.train import branches
 
 KINDS = ("lowres", "highres")
+_LOG = logging.getLogger(__name__)
 _SIZE_NUMBERS = 6  # of SDXL
+_GROUPS = 32
+# Fields of a schedule that a network does not learn by.
+_SAMPLING = ("spacing", "steps_offset", "alpha_to_one", "clip")
 
 
 def read_words(directory) -> tokenizer.TokenizerConfig:
@@ -33,9 +39,11 @@ def read_words(directory) -> tokenizer.TokenizerConfig:
   Raises:
     errors.CheckpointError: one of them is missing.
   """
-  checkpoints.read_meta(directory, "encoder")
+  encoder = checkpoints.read_meta(directory, "encoder")
   meta = checkpoints.read_meta(directory, "tokenizer")
-  return tokenizer.config_from_dict(meta["tokenizer"])
+  config = tokenizer.config_from_dict(meta["tokenizer"])
+  tokenizer.check_encoder(config, encoder["vit"], directory)
+  return config
 
 
 def used_words(variables):
@@ -163,12 +171,22 @@ def check_buckets(buckets, config: vae.VaeConfig) -> None:
       )
 
 
-def check_start(folder, part: str, config: unet.UNetConfig) -> None:
-  """Whether a model directory has a U-Net of a config to start from.
+def check_start(
+  run, config: unet.UNetConfig, schedule: schedules.Schedule
+) -> None:
+  """Whether the model directory that a run starts from has its U-Net.
+
+  Args:
+    run: its config; `accept` names differences that are meant, say a change
+      to velocities without a signal at the last step (arXiv 2305.08891).
+    config: of its U-Net.
+    schedule: of the run; what the U-Net was trained to predict, and at which
+      levels of noise, must be the same. How it is sampled need not.
 
   Raises:
     errors.ConfigError: none is given, or there is none, or it is another.
   """
+  folder, part = run.start_from, f"{run.model.kind}_pixels"
   if folder is None:
     raise errors.ConfigError(
       "start_from is not set. This run starts from Stable Diffusion's weights:"
@@ -191,16 +209,25 @@ def check_start(folder, part: str, config: unet.UNetConfig) -> None:
       " U-Net to start from. Give another, or leave start_from empty and set"
       f" vae_from={folder}."
     )
-  theirs = dataclasses.asdict(unet.UNetConfig(**fields))
-  ours = dataclasses.asdict(config)
-  theirs |= {name: ours[name] for name in ("dtype", "remat", "scan")}
-  if wrong := [name for name in ours if ours[name] != theirs[name]]:
-    name = wrong[0]
-    raise errors.ConfigError(
-      f"The U-Net of start_from={folder} has {name}={theirs[name]}, but"
-      f" model.unet.{name}={ours[name]}: weights of one are not those of the"
-      f" other. Set model.unet to what {part}/part.json says."
-    )
+  what = f"The U-Net of start_from={folder}"
+  theirs = unet.UNetConfig(**fields)
+  differ = agreement.fields(theirs, config, "model.unet.")
+  told = checkpoints.read_meta(folder, part).get("schedule")
+  if told is not None:
+    differ += _of_schedule(schedules.Schedule(**told), schedule)
+  else:
+    _LOG.warning("%s does not say its noise schedule", what)
+  agreement.settle(differ, agreement.accepted(run), what=what)
+
+
+def _of_schedule(theirs, ours):
+  """Differences of two schedules in what a network learns by them."""
+  found = agreement.fields(theirs, ours, "model.schedule.", _SAMPLING)
+  tables = [schedules.alphas_cumprod(s) for s in (theirs, ours)]
+  if len(tables[0]) == len(tables[1]) and np.allclose(*tables, rtol=1e-5):
+    # The same levels of noise, told in other words.
+    found = [d for d in found if d.name == "model.schedule.prediction"]
+  return found
 
 
 def init_unet(net: unet.UNet, rng):
@@ -297,11 +324,36 @@ def read_vae(directory, kind: str) -> vae.VaeConfig:
 def fingerprint(params, config: vae.VaeConfig) -> str:
   """Hex digest of what makes latents: the encoder's weights and its sizes."""
   digest = hashlib.sha256(repr(config.channels).encode())
+  if config.groups != _GROUPS:  # as every published one; told by no weight
+    digest.update(f"{config.groups} groups".encode())
   made_by = {name: params[name] for name in ("encoder", "quant_conv")}
   for path, leaf in jax.tree_util.tree_leaves_with_path(made_by):
     digest.update(jax.tree_util.keystr(path).encode())
     digest.update(np.asarray(leaf).tobytes())
   return digest.hexdigest()[:32]
+
+
+def made_of(config, semantic_is_part: bool) -> dict[str, str]:
+  """Fingerprints of what stage latents takes frozen, words apart.
+
+  Args:
+    config: of a run.
+    semantic_is_part: whether the semantic decoder is a part of model_dir; else
+      it is the tokenizer's own.
+  """
+  kind, of = config.model.kind, fingerprints.of_part
+  part = f"{kind}_pixels"
+  folder = config.vae_from or config.start_from or config.model_dir
+  branch = ("tokenizer", "params/decoder")
+  if semantic_is_part:
+    branch = (kind, "decoder")
+  found = {
+    "semantic_decoder": of(config.model_dir, *branch),
+    "autoencoder": of(folder, part, "vae"),
+  }
+  if config.model.lora.rank:
+    found["unet"] = of(config.start_from, part, "unet")
+  return found
 
 
 def with_port(meta, folder, part: str) -> dict[str, Any]:
@@ -348,5 +400,12 @@ def check_directories(config, *, starts: bool) -> None:
 
 def same_directory(a, b) -> bool:
   """Whether two paths, not empty, mean one directory."""
-  paths = [pathlib.Path(p).resolve() if p else None for p in (a, b)]
+  paths = [_resolved(p) if p else None for p in (a, b)]
   return None not in paths and paths[0] == paths[1]
+
+
+def _resolved(path):
+  """One form of all that mean the same."""
+  if files.is_remote(path):
+    return os.fspath(path).rstrip("/")
+  return pathlib.Path(path).resolve()

@@ -11,14 +11,15 @@ its share of each batch, and the first one writes logs and pictures.
 import io
 import json
 import logging
-import math
 
 import jax
 import numpy as np
 
 from lavit_jax import checkpoints, errors, hosts, images, progress, sharding
 from lavit_jax.train import (
+  averages,
   batch_log,
+  boundaries,
   chips,
   distributed,
   meter,
@@ -27,6 +28,7 @@ from lavit_jax.train import (
   optimizer,
   position,
   program,
+  provenance,
   run_checkpoints,
   tracing,
   writers,
@@ -116,6 +118,7 @@ class _Run:
 
   def train(self, stop_at):
     last = self.phases[-1].stop
+    self.made_of = provenance.of(self.objective)
     with sharding.use(self.mesh):
       state = self._first_state()
       self.frozen = self.objective.load_frozen(
@@ -147,7 +150,7 @@ class _Run:
     def abstract_at(step):
       phase = next((p for p in self.phases if step <= p.stop), self.phases[-1])
       labels = self.objective.labels(phase, abstract.params)
-      tx = optimizer.make(self.config.optimizer, phase, labels)
+      tx = optimizer.make(self.config.optimizer, phase, labels, boxed.params)
       opt = program.optimizer_state(tx, boxed.params, labels, self.mesh)
       return abstract.replace(opt_state=opt)
 
@@ -157,6 +160,7 @@ class _Run:
         lambda: state_lib.unbox(init()), out_shardings=self.layout
       )
       return fresh()
+    provenance.check(found, self.made_of, self.config)
     self.position = position.resume(
       found.meta,
       found.step,
@@ -190,22 +194,14 @@ class _Run:
     """Fresh moments, and what the objective does between phases."""
     if int(state.step) != phase.start:
       return state
-    params, extra = self.objective.begin_phase(
-      phase, state, self.frozen, self._device_batch
+    return boundaries.begin(
+      self.objective, phase, state, self.frozen, self._device_batch, self.mesh
     )
-    params = hosts.put(params, self.layout.params)
-    extra = hosts.put(extra, self.layout.extra)
-    boxed = jax.eval_shape(
-      state_lib.init_fn(self.objective, self.config.seed)
-    ).params
-    labels = self.objective.labels(phase, params)
-    tx = optimizer.make(self.config.optimizer, phase, labels)
-    opt = program.optimizer_state(tx, boxed, labels, self.mesh)
-    init = jax.jit(
-      lambda p: tx.init(optimizer.select(p, labels)),
-      out_shardings=program.layout_of(opt),
-    )
-    return state.replace(params=params, extra=extra, opt_state=init(params))
+
+  def _boxed(self):
+    """The parameters' shapes with their logical axes."""
+    init = state_lib.init_fn(self.objective, self.config.seed)
+    return jax.eval_shape(init).params
 
   def _device_batch(self, index: int):
     """Global batch `index`, on the mesh (for what happens between steps)."""
@@ -219,7 +215,7 @@ class _Run:
   def _train_phase(self, phase, state, end):
     state = self._begin_phase(phase, state)
     labels = self.objective.labels(phase, state.params)
-    tx = optimizer.make(self.config.optimizer, phase, labels)
+    tx = optimizer.make(self.config.optimizer, phase, labels, self._boxed())
     step_fn = program.step(
       self.objective, phase, labels, tx, self.mesh, program.layout_of(state)
     )
@@ -228,7 +224,7 @@ class _Run:
     self.meter.begin_phase(self.objective, phase)
     batches = self.objective.batches(first, self.position.skip, self.rows)
     before = None  # the last step's metrics, read one step late
-    window: list[dict[str, jax.Array]] = []
+    window: list[averages.Metrics] = []
     with progress.Progress(
       phase.stop - phase.start,
       start=first - phase.start,
@@ -243,12 +239,16 @@ class _Run:
         self.tracer.before(step)
         self._hash(step, batch)
         on_mesh = self._put(batch)
+        if step == first:
+          bar.compiling()
         state, metrics = step_fn(state, self.frozen, on_mesh)
         self.meter.enter("step")
         self.tracer.after(step, metrics)
         window.append(metrics)
+        shown = {}
         if before is not None:
-          self.watch.check(step - 1, before)
+          self.watch.check(step - 1, _watched(before))
+          shown = {"loss": averages.value(before["loss"])}
         before = metrics
         tokens = self.objective.count_tokens(batch)
         self.meter.count(batch, tokens)
@@ -256,14 +256,14 @@ class _Run:
           step + 1 - phase.start,
           examples=self.objective.batch_examples,
           tokens=tokens,
-          metrics={"loss": float(window[max(len(window) - 2, 0)]["loss"])},
+          metrics=shown,
         )
         if self._is_due(step + 1, stop):
-          self.watch.check(step, metrics)
+          self.watch.check(step, _watched(metrics))
           with bar.paused():
-            self._after_step(phase, step + 1, stop, state, window, bar)
+            self._after_step(step + 1, stop, state, window, bar)
         if self.stop_signal.after(step + 1):
-          self.watch.check(step, metrics)
+          self.watch.check(step, _watched(metrics))
           self._save_and_leave(step + 1, state)
         self.checkpoints.seal()
     self.meter.enter("start")
@@ -284,11 +284,10 @@ class _Run:
     intervals = (config.log.every, config.eval.every, config.checkpoint.every)
     return step == stop or any(step % every == 0 for every in intervals)
 
-  def _after_step(self, phase, step, stop, state, window, bar):
+  def _after_step(self, step, stop, state, window, bar):
     config = self.config
     if window and (step % config.log.every == 0 or step == stop):
-      rate = optimizer.schedule(phase)(step - 1 - phase.start)
-      found = _means(window) | {"learning_rate": float(rate)}
+      found = averages.merged(window, finite=True)
       found |= bar.rates() | self.meter.rates()
       self.writer.write_scalars(step, found)
       self.writer.flush()
@@ -330,6 +329,7 @@ class _Run:
     meta = {
       "config": json.loads(self.config.to_json_best_effort()),
       "data": self.position.meta(step),
+      "made_of": self.made_of,
       "stage": self.config.stage,
     }
     self.meter.enter("checkpoint")
@@ -369,6 +369,7 @@ class _Run:
       meta = {
         **meta,
         "config": json.loads(self.config.to_json_best_effort()),
+        "made_of": self.made_of,
         "metrics": self.evaluated,
         "step": int(state.step),
         "parameters": checkpoints.count_params(params),
@@ -376,17 +377,6 @@ class _Run:
       checkpoints.save_part(self.config.model_dir, part, params, meta)
 
 
-def _means(window) -> dict[str, float]:
-  """Means of the metrics of several steps, of those that are finite.
-
-  `skipped`, where it is, is a sum: so many steps were left out.
-  """
-  rows = jax.device_get(window)
-  found = {}
-  for name in rows[0]:
-    values = [float(row[name]) for row in rows]
-    finite = [value for value in values if math.isfinite(value)]
-    found[name] = sum(finite) / len(finite) if finite else math.nan
-  if "skipped" in found:
-    found["skipped"] *= len(rows)
-  return found
+def _watched(metrics) -> dict[str, jax.Array]:
+  """What `nonfinite` judges: sums, finite if what they are of is."""
+  return {name: metrics[name].total for name in ("loss", "grad_norm")}

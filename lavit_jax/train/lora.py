@@ -60,9 +60,9 @@ def init(rng, boxed, rank: int, targets=ATTENTION):
     *layers, into, out_of = box.names
     key = jax.random.fold_in(rng, number)
     a = jax.random.normal(key, (*stack, rows, rank)) * rows**-0.5
-    out[*path, "a"] = nn.LogicallyPartitioned(a, (*layers, into, None))
+    out[*path, "a"] = nn.LogicallyPartitioned(a, (*layers, into, "rank"))
     b = jnp.zeros((*stack, rank, columns))
-    out[*path, "b"] = nn.LogicallyPartitioned(b, (*layers, None, out_of))
+    out[*path, "b"] = nn.LogicallyPartitioned(b, (*layers, "rank", out_of))
   return traverse_util.unflatten_dict(out)
 
 

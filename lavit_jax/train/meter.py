@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
+from lavit_jax import log_files
 from lavit_jax.train import chips, flops, writers
 
 ACTIVITIES = (
@@ -106,8 +107,9 @@ class Meter:
 
     Names: time/step_s and time/data_wait_s, means of a step; time/compile_s,
     time/evaluation_s and time/checkpoint_s, in all; tokens_per_second and
-    tokens_per_second_per_chip, padding left out; mfu, where the chip is known;
-    goodput; memory/*_gb.
+    tokens_per_second_per_chip, padding left out (a chip of TPU7x is two
+    devices); mfu, where the chip is known, of all devices' peak; goodput;
+    memory/*_gb, of a device.
     """
     self.enter(self._activity)
     new = {k: v - self._reported[k] for k, v in self._spent.items()}
@@ -123,7 +125,8 @@ class Meter:
     busy = max(new["step"] + new["data_wait"], 1e-9)
     if self._tokens:
       found["tokens_per_second"] = self._tokens / busy
-      found["tokens_per_second_per_chip"] = self._tokens / busy / self._devices
+      chips = self._devices / (self._chip.devices_per_chip if self._chip else 1)
+      found["tokens_per_second_per_chip"] = self._tokens / busy / chips
     if self._chip is not None and self._useful is not None:
       most = self._chip.flops * self._devices
       found["mfu"] = self._flops / busy / most
@@ -162,7 +165,7 @@ class _Before:
   @classmethod
   def read(cls, path, step: int, now: float) -> "_Before":
     """The totals of the checkpoint of `step`; see `Meter.saved`."""
-    rows = writers.read_json_lines(path) if path.exists() else []
+    rows = writers.read_json_lines(path) if log_files.pieces(path) else []
     rows = [row for row in rows if "kept_s" in row]
     if not rows:
       return cls(now)

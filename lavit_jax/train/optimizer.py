@@ -1,15 +1,18 @@
 """AdamW with warm-up, cosine decay and learning-rate groups."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 
 from lavit_jax import errors
 
 FROZEN = "frozen"
 MOMENTS = ("float32", "bfloat16", "factored")
+STACKS = ("layers", "qkv")  # axes along which whole matrices lie side by side
 
 
 def schedule(phase) -> optax.Schedule:
@@ -30,23 +33,75 @@ def schedule(phase) -> optax.Schedule:
   )
 
 
-def _decays(path) -> bool:
-  """Weight decay is for matrices, not for norms, biases and positions."""
-  return jax.tree_util.keystr(path[-1:], simple=True) in ("kernel", "embedding")
+def learning_rate(phase, opt_state) -> jax.Array:
+  """The phase's rate float[] that the next update uses, before its groups.
+
+  Updates are counted by the optimizer: one that was left out is none.
+  """
+  of_schedule = lambda path, _: (
+    getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
+  )
+  counts = optax.tree.get_all_with_path(opt_state, "count", of_schedule)
+  return jnp.asarray(schedule(phase)(counts[0][1]), jnp.float32)
 
 
-def make(config: Mapping[str, Any], phase, labels):
+def decays(names: Sequence[str | None], config: Mapping[str, Any]) -> bool:
+  """Whether a parameter is pulled towards zero.
+
+  All matrices are, also those that lie in one array (`STACKS`); norms, biases
+  and what stands at a position (position and query embeddings, class tokens)
+  are not. Rows of a look-up table get no gradient while their word is not met,
+  and would only shrink (they are left out in OLMo 2, arXiv 2501.00656, too).
+
+  Args:
+    names: logical axes of the parameter.
+    config: `decay_embeddings` for look-up tables and `decay_lora` for low-rank
+      changes, whose decay is towards the model they change; False if absent.
+  """
+  axes = [name for name in names if name not in STACKS]
+  if len(axes) < 2 or not {"norm", "position"}.isdisjoint(axes):
+    return False
+  if "lookup" in axes:
+    return bool(config.get("decay_embeddings", False))
+  if "rank" in axes:
+    return bool(config.get("decay_lora", False))
+  return True
+
+
+def decayed(config, boxed):
+  """`decays` of a tree of boxed parameters, as a tree of bools.
+
+  Raises:
+    errors.ConfigError: a parameter without logical axes.
+  """
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+
+  def one(path, box):
+    if not is_box(box):
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      raise errors.ConfigError(
+        f"Parameter {name} has no logical axes, by which weight decay goes."
+        " Make it with nn.with_logical_partitioning."
+      )
+    return decays(box.names, config)
+
+  return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
+
+
+def make(config: Mapping[str, Any], phase, labels, boxed):
   """The optimizer of one phase.
 
   Args:
-    config: fields b1, b2, weight_decay, clip_norm and `groups`, a mapping
-      group name -> factor on the phase's learning rate; `moments`, one of
-      `MOMENTS`, if it is there.
+    config: fields b1, b2, weight_decay (see `decays`), clip_norm and `groups`,
+      a mapping group name -> factor on the phase's learning rate; `moments`,
+      one of `MOMENTS`, if it is there.
     phase: the phase's fields; see `schedule`.
     labels: tree of group names like the params; `FROZEN` is not trained.
+    boxed: (abstract) parameters with their logical axes.
 
   Raises:
-    errors.ConfigError: a label without a group in config.
+    errors.ConfigError: a label without a group in config, a parameter without
+      logical axes, or unknown moments.
   """
   groups = dict(config["groups"])
   used = {label for label in jax.tree.leaves(labels) if label != FROZEN}
@@ -56,15 +111,14 @@ def make(config: Mapping[str, Any], phase, labels):
       f" only {sorted(groups)}. Give each group a learning-rate factor."
     )
   base = schedule(phase)
+  mask = select(decayed(config, boxed), labels)
 
   def adamw(factor):
     return optax.chain(
       _moments(config),
       optax.add_decayed_weights(
         config["weight_decay"],
-        mask=lambda tree: jax.tree_util.tree_map_with_path(
-          lambda path, _: _decays(path), tree
-        ),
+        mask=mask,
       ),
       optax.scale_by_learning_rate(lambda step: base(step) * factor),
     )

@@ -124,7 +124,7 @@ def trace(objective, config, phase, mesh):
     boxed = jax.eval_shape(state_lib.init_fn(objective, config.seed))
     state = abstract(boxed, mesh)
     labels = objective.labels(phase, state.params)
-    tx = optimizer.make(config.optimizer, phase, labels)
+    tx = optimizer.make(config.optimizer, phase, labels, boxed.params)
     opt = optimizer_state(tx, boxed.params, labels, mesh)
     state = state.replace(opt_state=opt)
     frozen = abstract(objective.frozen_shapes(), mesh)

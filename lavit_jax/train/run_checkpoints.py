@@ -9,38 +9,25 @@ A damaged checkpoint is never deleted. It is moved to `damaged/` beside the
 others, and only once an older one has been read in its place.
 """
 
-import contextlib
+import concurrent.futures
 import dataclasses
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers
 
-from lavit_jax import errors, files, hosts
+from lavit_jax import checkpoints, errors, files, hosts
 
 _LOG = logging.getLogger(__name__)
 _SEAL = "files.json"
 _DAMAGED = "damaged"
-
-
-@contextlib.contextmanager
-def _writing(directory):
-  """Names the disk when a write fails: full, over quota, not writable."""
-  try:
-    yield
-  except (OSError, ValueError) as e:  # Orbax reports a full disk as ValueError
-    raise errors.CheckpointError(
-      f"A checkpoint could not be written under {directory}:"
-      f" {str(e).splitlines()[0][:400]} Make room, then give the same command"
-      " again: training goes on from the newest checkpoint that is complete."
-    ) from e
+_METRICS = "held_out"  # in the JSON part: what the best one is chosen by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,33 +43,68 @@ class RunCheckpoints:
   """Keeps the last `keep` checkpoints of a run and the best one.
 
   `best` is a metric name of the held-out evaluation; `best_mode` is "min" or
-  "max". Saving is asynchronous; `close` waits for it. With several processes
-  all of them call every method, but for `seal`, which need not be in step.
+  "max". A checkpoint that was not evaluated, or whose metric is not finite, is
+  never the best one. Saving is asynchronous; `close` waits for it. With several
+  processes all of them call every method, but for `seal`, which need not be in
+  step.
   """
 
   def __init__(
     self, directory, *, keep: int = 2, best: str = "loss", best_mode="min"
   ):
+    """Opens or makes the folder.
+
+    Raises:
+      errors.ConfigError: `keep` is less than 1.
+      errors.CheckpointError: a name that Orbax cannot keep arrays under.
+    """
+    if keep < 1:
+      raise errors.ConfigError(
+        f"checkpoint.keep={keep}: a run resumes from its newest checkpoint, so"
+        " at least 1 is kept. Set checkpoint.keep=1 or more."
+      )
+    files.check_arrays_folder(directory, write=True)
     self._unsealed: int | None = None
-    self.directory = directory = _absolute(directory)
-    sign = -1.0 if best_mode == "min" else 1.0
-
-    def score(metrics):
-      return sign * float((metrics or {}).get(best, -sign * math.inf))
-
-    policy = checkpoint_managers.AnyPreservationPolicy(
-      [
-        checkpoint_managers.LatestN(keep),
-        checkpoint_managers.BestN(get_metric_fn=score, n=1),
-      ]
-    )
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "lavit_seal")
+    self._sealing: concurrent.futures.Future | None = None
+    self.directory = directory = files.absolute(directory)
+    self._keep, self._best = keep, best
+    self._sign = -1.0 if best_mode == "min" else 1.0
     self._manager = ocp.CheckpointManager(
       directory,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=policy, cleanup_tmp_directories=True
+        preservation_policy=self, cleanup_tmp_directories=True
       ),
       item_names=("state", "meta"),
     )
+    self._scores = {
+      step: self._score(self._stored_metrics(step))
+      for step in self._manager.all_steps()
+    }
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    """Orbax's question which checkpoints stay.
+
+    Not its BestN: that one keeps all that were not evaluated, and knows no
+    metrics of before a restart unless a damaged file of them ends the run.
+    """
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    left = kept(steps, self._keep, self._scores)
+    return [step in left for step in steps]
+
+  def _score(self, metrics) -> float:
+    """More is better; what is not there or not finite is the least of all."""
+    value = (metrics or {}).get(self._best)
+    value = math.nan if value is None else self._sign * float(value)
+    return value if math.isfinite(value) else -math.inf
+
+  def _stored_metrics(self, step):
+    """Those that `save` was given; None if a checkpoint has none."""
+    try:
+      return self._stored_meta(step).get(_METRICS)
+    except (OSError, ValueError):  # damaged, which `restore_newest` tells
+      return None
 
   def latest_step(self) -> int | None:
     """The newest complete checkpoint's step, None for a new run."""
@@ -97,32 +119,49 @@ class RunCheckpoints:
     """
     if step == self._manager.latest_step():
       return
+    meta = dict(meta)
+    if metrics:
+      meta[_METRICS] = {
+        name: float(value) if math.isfinite(value) else None
+        for name, value in metrics.items()
+      }
     args = ocp.args.Composite(
-      state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
+      state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
     )
-    with _writing(self.directory):
+    with checkpoints.writing(self.directory):
       self._manager.wait_until_finished()
       self.seal()
-      self._manager.save(step, args=args, metrics=metrics, force=True)
+      self._sealed()
+      self._scores[step] = self._score(metrics)
+      self._manager.save(step, args=args, force=True)
       self._unsealed = step
 
   def seal(self) -> None:
     """Lists the files of a save that has become complete; cheap if none has.
 
     To be called often: a checkpoint without a list is as good, but damage to
-    it is noticed only when its arrays are read.
+    it is noticed only when its arrays are read. A thread asks for the sizes:
+    in an object store that is hundreds of questions.
     """
     if self._unsealed is None or self._manager.is_saving_in_progress():
       return
     step, self._unsealed = self._unsealed, None
-    folder = self.directory / str(step)
-    if hosts.first() and folder.exists():
-      sizes = _sizes(folder)
-      text = json.dumps(sizes, indent=0, sort_keys=True)
-      files.write_whole(folder / _SEAL, text.encode())
+    self._sealed()
+    if hosts.first():
+      self._sealing = self._thread.submit(_seal, self.directory / str(step))
+
+  def _sealed(self) -> None:
+    """Waits for the list: Orbax must not remove what is being listed."""
+    sealing, self._sealing = self._sealing, None
+    if sealing is not None:
+      sealing.result()
 
   def meta(self, step: int) -> dict[str, Any]:
     """The JSON part of a checkpoint: config, data position, stage."""
+    found = self._stored_meta(step)
+    return {k: v for k, v in found.items() if k != _METRICS}
+
+  def _stored_meta(self, step):
     handler = ocp.JsonCheckpointHandler()
     folder = self.directory / str(step) / "meta"
     return handler.restore(folder, args=ocp.args.JsonRestore())
@@ -238,19 +277,28 @@ class RunCheckpoints:
 
   def wait(self):
     """Returns once everything saved so far is on disk."""
-    with _writing(self.directory):
+    with checkpoints.writing(self.directory):
       self._manager.wait_until_finished()
       self.seal()
+      self._sealed()
 
   def close(self):
     """Waits for pending saves and closes."""
     self.wait()
     self._manager.close()
+    self._thread.shutdown()
 
 
-def _absolute(directory) -> epath.Path:
-  path = epath.Path(directory)
-  return path if files.is_remote(path) else path.absolute()
+def kept(
+  steps: Sequence[int], keep: int, scores: Mapping[int, float]
+) -> set[int]:
+  """The last `keep` of steps, and the one of the highest score.
+
+  Of equals the latest; a step without a score, or with -inf, is never best.
+  """
+  scored = [s for s in steps if scores.get(s, -math.inf) > -math.inf]
+  best = sorted(scored, key=lambda s: (scores[s], s))[-1:]
+  return {*sorted(steps)[-keep:], *best}
 
 
 def _first_line(error) -> str:
@@ -258,8 +306,9 @@ def _first_line(error) -> str:
   return f"{type(error).__name__}: {lines[0][:300]}"
 
 
-def _sizes(folder) -> dict[str, int]:
-  """Bytes of every file below a folder, by its path there."""
+def sizes(folder) -> dict[str, int]:
+  """Bytes of every file of a checkpoint by its path there; the list's apart."""
+  folder = epath.Path(folder)
   found, todo = {}, [folder]
   while todo:
     for path in todo.pop().iterdir():
@@ -269,6 +318,13 @@ def _sizes(folder) -> dict[str, int]:
         name = str(path)[len(str(folder)) :].lstrip("/")
         found[name] = path.stat().length
   return found
+
+
+def _seal(folder) -> None:
+  """Lists the files of a complete checkpoint in it."""
+  if folder.exists():
+    text = json.dumps(sizes(folder), indent=0, sort_keys=True)
+    files.write_whole(folder / _SEAL, text.encode())
 
 
 def fault(folder) -> str | None:
@@ -288,10 +344,10 @@ def fault(folder) -> str | None:
     wanted = json.loads((folder / _SEAL).read_text())
   except (OSError, ValueError) as e:
     return _first_line(e)
-  sizes = _sizes(folder)
+  found = sizes(folder)
   for name, size in sorted(wanted.items()):
-    if name not in sizes:
+    if name not in found:
       return f"{name} is missing"
-    if sizes[name] != size:
-      return f"{name} has {sizes[name]} bytes in place of {size}"
+    if found[name] != size:
+      return f"{name} has {found[name]} bytes in place of {size}"
   return None

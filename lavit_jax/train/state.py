@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lavit_jax import sharding
-from lavit_jax.train import accumulation, nonfinite, optimizer
+from lavit_jax.train import accumulation, averages, nonfinite, optimizer
 
 
 @flax.struct.dataclass
@@ -55,14 +54,10 @@ def init_fn(objective, seed: int) -> Callable[[], TrainState]:
   return init
 
 
-def shardings(abstract: TrainState, mesh) -> TrainState:
-  """Shardings of a boxed abstract state, checked against the rules."""
-  return sharding.param_shardings(abstract, mesh)
-
-
 def make_step(objective, phase, labels, tx):
   """The pure update of one phase: (state, frozen, batch) -> state, metrics.
 
+  Metrics are those of `averages`; `learning_rate` is what the optimizer used.
   Only parameters whose label is not `optimizer.FROZEN` are differentiated, so
   that XLA never builds a backward graph for the others. Under the policy "skip"
   (see `nonfinite`) a step that is not finite changes nothing but the count of
@@ -77,21 +72,23 @@ def make_step(objective, phase, labels, tx):
     trainable = optimizer.select(state.params, labels)
 
     merge = lambda trainable: optimizer.merge(trainable, state.params)
-    (loss, (extra, metrics)), grads = differentiate(
+    (loss, (seen, metrics)), grads = differentiate(
       merge, trainable, frozen, state.extra, batch, rng
     )
     updates, opt_state = tx.update(grads, state.opt_state, trainable)
-    trainable = optax.apply_updates(trainable, updates)
-    metrics = metrics | {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    params = merge(optax.apply_updates(trainable, updates))
+    extra, more = objective.update_extra(phase, state.extra, seen, params)
+    norm = optax.tree.norm(grads)
+    rate = optimizer.learning_rate(phase, state.opt_state)
+    metrics = metrics | more
+    metrics["grad_norm"] = averages.of_step(norm)
+    metrics["learning_rate"] = averages.last(rate)
     new = state.replace(
-      step=state.step + 1,
-      params=optimizer.merge(trainable, state.params),
-      opt_state=opt_state,
-      extra=extra,
+      step=state.step + 1, params=params, opt_state=opt_state, extra=extra
     )
     if skips:
-      good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
-      metrics["skipped"] = 1.0 - good
+      good = jnp.isfinite(loss) & jnp.isfinite(norm)
+      metrics["skipped"] = averages.Sum(1.0 - good)
       kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
       new = kept.replace(step=new.step)
     return new, metrics

@@ -25,8 +25,7 @@ class Stored:
 
   def sources(self, config):
     """The (train, held-out) sources of config.data."""
-    data = config.data.to_dict()
-    return sources.build(data, "train"), sources.build(data, "held_out")
+    return sources.pair(config.data.to_dict())
 
 
 class Outline:
@@ -92,6 +91,6 @@ class Outline:
     del found, layout
     return wanted
 
-  def check_start(self, folder, part, config):
+  def check_start(self, run, config, schedule):
     """Nothing to check."""
-    del folder, part, config
+    del run, config, schedule

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from lavit_jax import errors
-from lavit_jax.train import chips
+from lavit_jax.train import chips, libtpu
 
 # What libtpu asks of a TPU's metadata server, which no other machine has; and
 # its lock, which is of the hardware that nobody touches here.
@@ -28,19 +28,14 @@ def devices(name: str, slices: int = 1) -> Sequence[jax.Device]:
   """Devices of a topology: programs can be compiled for them, not run.
 
   Args:
-    name: chip and shape, "v5e:16x16", "v5p:4x4x8".
+    name: chip and shape in chips, "v5e:16x16", "v5p:4x4x8", "tpu7x:4x4x4". A
+      chip of TPU7x is two devices.
     slices: how many of them, joined by the data-centre network.
 
   Raises:
     errors.UsageError: libtpu is not installed, or knows no such topology.
   """
-  try:
-    import libtpu  # noqa: F401
-  except ImportError as e:
-    raise errors.UsageError(
-      "Compiling for TPUs needs libtpu, on x86 Linux: pip install"
-      " 'lavit_jax[tpu]'"
-    ) from e
+  libtpu.library()
   from jax.experimental import topologies
 
   for key, value in _ENVIRONMENT.items():
@@ -54,7 +49,7 @@ def devices(name: str, slices: int = 1) -> Sequence[jax.Device]:
     raise errors.UsageError(
       f"--topology {name}: libtpu knows no such topology"
       f" ({str(e).splitlines()[0][:200]}). Give chip and shape, such as"
-      " v5e:4x4, v5p:4x4x8 or v6e:16x16."
+      " v5e:4x4, v5p:4x4x8, v6e:16x16 or tpu7x:4x4x4."
     ) from e
   return found.devices
 
@@ -76,10 +71,11 @@ def chip_of(device: jax.Device) -> chips.Chip:
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-  """How the chips of a group reach each other.
+  """How the devices of a group reach each other.
 
   Attributes:
-    links: of ICI, over which each sends; 1 if a switch joins them.
+    links: of ICI, over which each sends; 1 if a switch joins them. Devices of
+      one chip share its links.
     slices: over which the group is spread evenly, joined by the network.
   """
 
@@ -88,30 +84,44 @@ class Route:
 
 
 def routes(mesh: jax.sharding.Mesh, chip: chips.Chip) -> Mapping[int, Route]:
-  """By the size of a group, how its chips reach each other.
+  """By the size of a group, how its devices reach each other.
 
   A group is what some axes of the mesh span. A torus axis along which it has
   several chips gives two links if it is a whole ring, one if it is a part.
   Where two choices of axes make groups of one size, the slower counts: more
   slices, then fewer links.
   """
-  coords = np.array(
-    [
-      (*device.coords, getattr(device, "slice_index", 0) or 0)
-      for device in mesh.devices.flat
-    ]
-  ).reshape(*mesh.devices.shape, -1)
+  places = np.array([_place(device) for device in mesh.devices.flat])
+  places = places.reshape(*mesh.devices.shape, -1)
   made: dict[int, Route] = {}
   count = mesh.devices.ndim
   for chosen in range(1, 2**count):
     axes = [i for i in range(count) if chosen >> i & 1]
     index = tuple(slice(None) if i in axes else 0 for i in range(count))
-    group = coords[index].reshape(-1, coords.shape[-1])
-    spans = [len(set(group[:, i])) for i in range(coords.shape[-1] - 1)]
-    ring = _RINGS.get(chip.torus_axes, math.inf)
-    total = sum(2 if n >= ring else 1 for n in spans if n > 1)
-    route = Route(max(total, 1), len(set(group[:, -1])))
+    group = places[index].reshape(-1, places.shape[-1])
+    route = Route(_links(group, chip), len(set(group[:, -1])))
     slower = lambda route: (-route.slices, route.links)
     size = len(group)
     made[size] = min(made.get(size, route), route, key=slower)
   return made
+
+
+def _place(device):
+  """(x, y, z of its chip, number of its slice)."""
+  return (*device.coords, getattr(device, "slice_index", 0) or 0)
+
+
+def _links(group, chip: chips.Chip) -> float:
+  """Links of a device of a group, of which each row is a `_place`.
+
+  If the group has both devices of each chip, what comes over the chip's links
+  is for both, and goes on to the other between the dies: each has as if all
+  of them. If it has one of them, the other one's group uses the links too.
+  """
+  own = len(np.unique(group, axis=0))  # chips
+  if own == 1 and len(group) > 1:
+    return chip.die_links
+  spans = [len(set(group[:, i])) for i in range(group.shape[1] - 1)]
+  ring = _RINGS.get(chip.torus_axes, math.inf)
+  total = sum(2 if n >= ring else 1 for n in spans if n > 1)
+  return max(total, 1) * len(group) / own / chip.devices_per_chip

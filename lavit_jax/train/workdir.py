@@ -6,6 +6,7 @@ import logging
 from etils import epath
 
 from lavit_jax import errors, files, hosts
+from lavit_jax.train import versions
 
 # What may change when a run goes on: lengths of logs, where and how fast it
 # runs, and the size of its batches (see `position`).
@@ -18,8 +19,10 @@ _LOOSE = (
   "batch_size",
   "accumulate",
   "compiler_options",
+  "accept",
 )
-_LOOSE_ANYWHERE = ("remat", "unroll")  # of every network
+# Of every network, and of data: how many bad samples are allowed.
+_LOOSE_ANYWHERE = ("remat", "unroll", "limit_share")
 _USUAL = {"dtype": "float32"}  # of every network whose config has none
 
 _LOG = logging.getLogger(__name__)
@@ -27,6 +30,8 @@ _LOG = logging.getLogger(__name__)
 
 def check(config, workdir) -> epath.Path:
   """The workdir as a path, made if it is missing, its config stored in it.
+
+  The versions of the libraries too: a run that goes on with others is warned.
 
   With several processes all of them call this.
 
@@ -36,7 +41,11 @@ def check(config, workdir) -> epath.Path:
 
   Raises:
     errors.ConfigError: it holds a run with another config.
+    errors.CheckpointError: it or config.model_dir has a name that Orbax cannot
+      keep arrays under.
   """
+  for folder in (workdir, config.model_dir):
+    files.check_arrays_folder(folder, write=True)
   workdir = files.path_of(workdir)
   path = workdir / "config.json"
   ours = json.loads(config.to_json_best_effort())
@@ -54,6 +63,7 @@ def check(config, workdir) -> epath.Path:
     text = json.dumps(ours, indent=1, sort_keys=True) + "\n"
     files.write_whole(path, text.encode())
   hosts.barrier("lavit_workdir_made")
+  versions.check(workdir)
   return workdir
 
 

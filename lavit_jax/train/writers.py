@@ -4,6 +4,7 @@ The methods are those of clu's `MetricWriter`, whose own implementation imports
 TensorFlow. Only one process of a run may write; the caller sees to that.
 """
 
+import errno
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
-from lavit_jax import files
+from lavit_jax import files, log_files
 from lavit_jax.train import event_files
 
 GOODPUT = "goodput.jsonl"  # beside metrics.jsonl; see `meter`
@@ -109,18 +110,25 @@ class JsonLinesWriter:
   ):
     self._path = epath.Path(path)
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    if self._path.exists():
-      self._drop_after(math.inf if resume_step is None else resume_step)
-    self._file = files.open_log(self._path)
+    self._drop_after(math.inf if resume_step is None else resume_step)
+    self._file = log_files.open_log(self._path)
 
   def _drop_after(self, step: float) -> None:
-    kept = [
-      line
-      for line in self._path.read_bytes().splitlines(keepends=True)
-      if (row := _parse_line(line)) is not None
-      and ("step" not in row or row["step"] <= step)
-    ]
-    files.write_whole(self._path, b"".join(kept))
+    """Steps only grow: nothing is to be dropped before a piece that is kept."""
+    for piece in reversed(log_files.pieces(self._path)):
+      data = piece.read_bytes()
+      kept = [
+        line
+        for line in data.splitlines(keepends=True)
+        if (row := _parse_line(line)) is not None
+        and ("step" not in row or row["step"] <= step)
+      ]
+      if len(whole := b"".join(kept)) == len(data) > 0:
+        return
+      if kept:
+        files.write_whole(piece, whole)
+      else:
+        piece.unlink()
 
   def _write(self, row: Mapping[str, Any]) -> None:
     self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
@@ -144,7 +152,7 @@ class JsonLinesWriter:
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
     """See `MetricWriter`; at the head of a new file only."""
-    if self._file.tell() == 0:
+    if self._file.empty:
       plain = json.loads(json.dumps(dict(hparams), default=str))
       self._write({"hparams": _finite(plain)})
 
@@ -179,13 +187,16 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The whole rows of a metrics file, a torn last line left out.
+  """The whole rows of a metrics file or its segments, torn lines left out.
 
   Raises:
     FileNotFoundError: `path` does not exist.
   """
-  rows = map(_parse_line, epath.Path(path).read_bytes().splitlines(True))
-  return [row for row in rows if row is not None]
+  pieces = log_files.pieces(path)
+  if not pieces:
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+  lines = (line for p in pieces for line in p.read_bytes().splitlines(True))
+  return [row for row in map(_parse_line, lines) if row is not None]
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple]]:

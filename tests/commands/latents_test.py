@@ -31,9 +31,22 @@ def test_the_config_says_what_is_cached(written, capsys):
   assert data["path"] == "x.jsonl"
   assert len(data["buckets"]) == 3
   assert options == {"split": "held_out", "batch": 2}
-  cli.main([*argv, "--config.vae_from=vae"])
+  cli.main([*argv, "--config.vae_from=vae", "--split", "train"])
   assert written[1][0] == "vae"
   assert "pictures: 3" in capsys.readouterr().out
+
+
+def test_both_parts_are_written_and_a_run_told_of_them(written, capsys):
+  argv = ["latents", "--config", "tiny/latents.py", "--out", "cache"]
+  assert cli.main(argv) == 0
+  assert [call[3] for call in written] == ["cache/train", "cache/held_out"]
+  splits = [call[4]["split"] for call in written]
+  assert splits == ["train", "held_out"]
+  out = capsys.readouterr().out
+  assert "--config.data.latents_dir=cache/train" in out
+  assert "--config.data.held_out_latents_dir=cache/held_out" in out
+  assert cli.main([*argv, "--json"]) == 0
+  assert set(json.loads(capsys.readouterr().out)) == {"train", "held_out"}
 
 
 @pytest.mark.parametrize(

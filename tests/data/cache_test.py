@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import json
 import os
+import string
 
 import hypothesis
 import numpy as np
@@ -58,6 +59,19 @@ def test_what_was_written_is_read_back(tmp_path, monkeypatch, in_memory):
   )
   _check(made)
   assert [p.name for p in tmp_path.iterdir()] == ["codes"]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_no_sign_in_a_name_means_more_than_itself(
+  tmp_path, monkeypatch, in_memory
+):
+  """ArrayRecord reads file[0:3] as a part of a file, file@3 as three."""
+  if not in_memory:
+    monkeypatch.setattr(cache, "_IN_MEMORY", 0)
+  signs = "".join(c for c in string.punctuation if c != "/")
+  for name in (f"{signs}[0:3]", "codes@3", "**"):
+    _check(cache.write(tmp_path / name, _records, _META))
+    _check(cache.CodeCache.load(tmp_path / name))
 
 
 @hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
@@ -212,6 +226,10 @@ def _spoil_counts(directory):
   np.save(directory / "counts.npy", np.zeros(3, np.int32))
 
 
+def _empty_counts(directory):
+  (directory / "counts.npy").write_bytes(b"")
+
+
 def _spoil_meta(directory):
   (directory / "meta.json").write_text("{")
 
@@ -227,7 +245,14 @@ def _drop_shard(directory):
 
 @pytest.mark.parametrize(
   "spoil",
-  [_spoil_shard, _spoil_counts, _spoil_meta, _spoil_format, _drop_shard],
+  [
+    _spoil_shard,
+    _spoil_counts,
+    _empty_counts,
+    _spoil_meta,
+    _spoil_format,
+    _drop_shard,
+  ],
 )
 def test_a_damaged_cache_is_named_and_refused(tmp_path, spoil):
   cache.write(tmp_path / "codes", _records, _META)

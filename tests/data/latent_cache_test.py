@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import string
 from unittest import mock
 
 import numpy as np
@@ -55,6 +56,12 @@ def test_what_is_written_is_read_back(tmp_path):
   _check(_write(tmp_path / "a"))
   _check(latent_cache.LatentCache.load(tmp_path / "a"))
   assert not (tmp_path / "a.partial").exists()
+
+
+def test_no_sign_in_a_name_means_more_than_itself(tmp_path):
+  folder = tmp_path / "".join(c for c in string.punctuation if c != "/")
+  _check(_write(folder))
+  _check(latent_cache.LatentCache.load(folder))
 
 
 @pytest.mark.parametrize("stop_at", [0, 2, 5, 1, 6])
@@ -134,6 +141,10 @@ def test_damage_and_absence_are_named(tmp_path):
   (tmp_path / "a" / "latents-1.f16").write_bytes(b"")
   with pytest.raises(errors.DataError, match="damaged"):
     latent_cache.LatentCache.load(tmp_path / "a")
+  _write(tmp_path / "b")
+  (tmp_path / "b" / "assigned.npy").write_bytes(b"")
+  with pytest.raises(errors.DataError, match="damaged"):
+    latent_cache.LatentCache.load(tmp_path / "b")
   (tmp_path / "c").mkdir()
   with pytest.raises(errors.DataError, match="no latent cache"):
     _write(tmp_path / "c")

@@ -84,11 +84,20 @@ def test_an_instruction_names_one_object_by_attributes():
         assert getattr(said, attribute) == getattr(edit.subject, attribute)
 
 
+def _edits(scene):
+  """Every edit of a scene."""
+  return [
+    shapes_scene._to_edit(scene, result)
+    for kind in shapes_scene.EDITS
+    for result in shapes_scene._edits_of_kind(scene.objects, kind)
+  ]
+
+
 def test_instructions_read_like_this():
   scene = scene_of(RED_CIRCLE, RED_RING)
   told = {
     edit.kind: shapes_text.instruction(scene, edit)
-    for edit in shapes_scene.all_edits(scene)
+    for edit in _edits(scene)
     if edit.subject == RED_RING
   }
   assert told["remove"] == "remove the small red ring"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax import checkpoints, errors, vocabulary
+from lavit_jax import checkpoints, errors, mapped_arrays, vocabulary
 from lavit_jax.data import sequences, shapes
 from lavit_jax.infer import (
   beam,
@@ -230,7 +230,7 @@ def _save_mapped(folder, params, config):
 
 @pytest.fixture
 def pieces(small, tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpoints, "_CHUNK_BYTES", 1024)
+  monkeypatch.setattr(mapped_arrays, "CHUNK_BYTES", 1024)
   return _save_mapped(tmp_path, small[1], SMALL)
 
 

@@ -167,7 +167,25 @@ def ssh(argv, fault):
   return 255 if fault == "drop after" else status
 
 
+def storage(source, target):
+  """`gcloud storage cp` from gs://, which is the folder `bucket` here."""
+  with open(STUB / "storage_calls", "a") as calls:
+    calls.write(f"{source}\n")
+  path = STUB / "bucket" / source.removeprefix("gs://")
+  if (STUB / "bucket_denied").exists():
+    fail(f"ERROR: (gcloud.storage.cp) HTTPError 403: no access to {source}")
+  if not path.is_file():
+    fail(
+      "ERROR: (gcloud.storage.cp) The following URLs matched no objects or"
+      f" files:\n-{source}"
+    )
+  shutil.copy(path, target)
+
+
 def main(argv):
+  if argv[:2] == ["storage", "cp"]:
+    storage(*argv[2:])
+    return
   with open(STUB / "calls.jsonl", "a") as calls:
     calls.write(json.dumps(argv) + "\n")
   with world() as state:

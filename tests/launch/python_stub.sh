@@ -18,6 +18,10 @@ case "$*" in
     echo "Could not fetch URL https://pypi.org/simple/" >&2
     exit 1
   fi
+  if [[ -e $LAVIT_STUB/withdrawn && $* == *" -c "* ]]; then
+    echo "ERROR: No matching distribution found for jax==0.9.1" >&2
+    exit 1
+  fi
   ;;
 *) exit 9 ;;
 esac

@@ -236,6 +236,89 @@ def test_hosts_with_an_old_python_get_another_one(world):
   assert "python3 -m uv venv --quiet --seed --python 3.12 " in calls
 
 
+# TPU: which versions a run goes on with
+
+_VERSIONS = "# python==3.12\njax==0.10.2\nnumpy==2.4.0\n"
+
+
+def _installs(world):
+  """What pip was asked to install the code with, on each host."""
+  calls = (world.path / "python_calls").read_text().splitlines()
+  return [c for c in calls if "code[tpu,gcs]" in c]
+
+
+def _begun(world, place, text=_VERSIONS):
+  """The flags of a run with `versions.txt` in its workdir."""
+  if place == "bucket":
+    folder, workdir = world.path / "bucket/b/run 1", "gs://b/run 1"
+  else:
+    folder = world.path / "shared it's"
+    workdir = str(folder)
+  folder.mkdir(parents=True)
+  (folder / "versions.txt").write_text(text)
+  return (*worlds.TPU, "--config", "configs/run.py", "--workdir", workdir)
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_a_run_goes_on_with_the_versions_that_it_began_with(world, place):
+  """On a TPU that is made anew after a preemption."""
+  line = _begun(world, place)
+  world.set(faults={"ssh:follow": ["preempt"]})
+  status, _, err = world.run("tpu_pod.sh", *line)
+  assert status == 0, err
+  assert len(_installs(world)) == 4  # two hosts, two lives
+  for call in _installs(world):
+    assert re.search(r" -c \S+/lavit/versions\.txt -e ", call)
+  for home in world.path.glob("tpus/pod/*"):
+    pinned = (home / "lavit/versions.txt").read_text()
+    assert pinned == "jax==0.10.2\nnumpy==2.4.0\n"
+  assert "with which the run began" in err
+
+
+def test_a_first_start_takes_the_newest_versions_and_says_nothing(world):
+  for workdir in ("gs://b/new", "/mnt/shared/new"):
+    line = [*worlds.TPU, "--config", "configs/run.py", "--workdir", workdir]
+    status, _, err = world.run("tpu_pod.sh", *line)
+    assert status == 0, err
+    assert "versions" not in err
+    world.run("tpu_pod.sh", "delete", *worlds.TPU[:4])
+  assert len(_installs(world)) == 4
+  assert not any(" -c " in call for call in _installs(world))
+
+
+def test_versions_that_cannot_be_had_are_told_and_do_not_end_the_run(world):
+  line = _begun(world, "bucket")
+  (world.path / "withdrawn").touch()
+  status, _, err = world.run("tpu_pod.sh", *line)
+  assert status == 0, err
+  assert "for jax==0.9.1): the newest are" in err
+  (world.path / "bucket_denied").touch()
+  world.run("tpu_pod.sh", "delete", *worlds.TPU[:4])
+  status, _, err = world.run("tpu_pod.sh", *line)
+  assert status == 0, err
+  assert "gs://b/run 1/versions.txt cannot be read: ERROR" in err
+  assert " -c " not in _installs(world)[-1]
+
+
+def test_no_network_is_no_reason_for_other_versions(world):
+  line = _begun(world, "disk")
+  (world.path / "broken_pip").touch()
+  status, _, err = world.run("tpu_pod.sh", *line)
+  assert status == 0, err
+  assert "installing failed on pod (READY)" in err
+  assert all(" -c " in call for call in _installs(world))
+
+
+def test_a_list_of_versions_holds_names_and_numbers_alone(world):
+  evil = (
+    "--index-url https://evil.example\n-r /etc/passwd\njax @ https://evil\n"
+    "a==1 --hash=x\n$(touch pwned)==1\n../x==1\njax==0.10.2\n"
+  )
+  world.run("tpu_pod.sh", *_begun(world, "disk", evil))
+  for home in world.path.glob("tpus/pod/*"):
+    assert (home / "lavit/versions.txt").read_text() == "jax==0.10.2\n"
+
+
 # TPU: how a run ends
 
 

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from lavit_jax import sharding
-from lavit_jax.models import attention_mesh, attention_tpu, layers, llama
+from lavit_jax.models import (
+  attention_mesh,
+  attention_tpu,
+  blocks,
+  layers,
+  llama,
+  unet_blocks,
+)
 from lavit_jax.train import state as state_lib
 from lavit_jax.train import topology
 
@@ -40,20 +47,24 @@ def _with_gradients(form):
   return jax.jit(run)
 
 
-def _einsums(arrays):
+def _einsums(arrays, **options):
+  """The same by `layers.attention`; its scale is in the query already."""
   query, key, value, segments = arrays
-  form = functools.partial(
-    layers.attention, causal=True, segment_ids=segments, scale=1.0
-  )
-  return _with_gradients(form)(query, key, value)
+  form = functools.partial(layers.attention, segment_ids=segments, **options)
+  scale = query.shape[-1] ** 0.5
+  out, gradients = _with_gradients(form)(query * scale, key, value)
+  return out, (gradients[0] * scale, *gradients[1:])
 
 
-def _kernel(arrays, sizes):
-  query, key, value, segments = arrays
+def _kernel(arrays, sizes, causal=True, segments=None):
+  query, key, value, own = arrays
+  segments = segments if own is None else (own, own)
   count = int(np.prod([*sizes.values(), 1]))
   with sharding.use(sharding.make_mesh(sizes, jax.devices()[:count])):
-    assert attention_tpu.fits(query, key)
-    form = lambda *rest: attention_tpu.attend(*rest, segments, interpret=True)
+    assert attention_tpu.fits(query, key, causal=causal)
+    form = lambda *rest: attention_tpu.attend(
+      *rest, segments, causal=causal, interpret=True
+    )
     return jax.device_get(_with_gradients(form)(query, key, value))
 
 
@@ -66,16 +77,16 @@ def _assert_close(got, want):
   ("length", "groups", "packed", "sizes"),
   [
     (256, 4, True, {}),
-    (384, 2, True, {"fsdp": 2, "tensor": 2}),
+    (200, 2, True, {}),  # filled up
     (256, 1, False, {"data": 2, "tensor": 2}),  # one key head for two devices
     (512, 2, True, {"data": 2, "context": 2, "tensor": 2}),
-    (1024, 4, True, {"context": 4}),
-    (256, 4, True, {"context": 2}),  # halves of 64 places cannot trade
+    (1000, 4, True, {"context": 4}),
+    (768, 4, True, {"context": 2}),  # halves of 192 places cannot trade
   ],
 )
 def test_kernel_equals_the_einsums(length, groups, packed, sizes):
   arrays = _arrays(length, groups, packed=packed)
-  _assert_close(_kernel(arrays, sizes), _einsums(arrays))
+  _assert_close(_kernel(arrays, sizes), _einsums(arrays, causal=True))
 
 
 def test_both_backward_kernels_give_the_gradients(monkeypatch):
@@ -84,7 +95,42 @@ def test_both_backward_kernels_give_the_gradients(monkeypatch):
   assert attention_tpu.block_sizes(256, 256).use_fused_bwd_kernel
   monkeypatch.setattr(attention_tpu, "_MOST_FUSED", 0)
   assert not attention_tpu.block_sizes(256, 256).use_fused_bwd_kernel
-  _assert_close(_kernel(arrays, {"context": 2}), _einsums(arrays))
+  want = _einsums(arrays, causal=True)
+  _assert_close(_kernel(arrays, {"context": 2}), want)
+
+
+@pytest.mark.parametrize(
+  ("length", "keys", "dim", "masked", "sizes"),
+  [
+    (257, 257, 88, False, {}),  # ViT-g
+    (192, 256, 40, True, {"fsdp": 2}),  # as the merger's, kept to dropped
+    (257, 257, 64, False, {"context": 2, "tensor": 2}),
+  ],
+)
+def test_rows_that_see_later_keys_equal_the_einsums(
+  length, keys, dim, masked, sizes
+):
+  """Padding is not seen, nor masked keys; a row without any gives zeros."""
+  query = _arrays(length, _HEADS, dim)[0]
+  _, key, value, _ = _arrays(keys, _HEADS, dim)
+  arrays = query, key, value, None
+  mask = segments = None
+  if masked:
+    mask = jax.random.bernoulli(jax.random.key(3), 0.5, (_ROWS, 1, 1, keys))
+    mask = mask.at[1].set(False)
+    ones = jnp.ones((_ROWS, length), jnp.int32)
+    segments = ones, mask[:, 0, 0].astype(jnp.int32)
+  want = _einsums(arrays, mask=mask)
+  assert not masked or not want[0][1].any()
+  _assert_close(_kernel(arrays, sizes, False, segments), want)
+
+
+def test_half_precision_stays_half():
+  arrays = [x.astype(jnp.bfloat16) for x in _arrays(257, 4, 88)[:3]]
+  out = attention_tpu.attend(*arrays, None, causal=False, interpret=True)
+  assert out.dtype == jnp.bfloat16
+  want = _einsums([*[x.astype(jnp.float32) for x in arrays], None])[0]
+  np.testing.assert_allclose(out.astype(jnp.float32), want, atol=2e-2)
 
 
 def test_parts_of_the_sequence_get_equal_work():
@@ -109,14 +155,18 @@ def test_blocks_divide_the_row(length):
 
 
 def test_rows_that_do_not_fit_are_left_to_the_einsums():
-  fits = lambda *shape: attention_tpu.fits(jnp.zeros(shape), jnp.zeros(shape))
+  def fits(*shape, keys=None, causal=True):
+    key = jnp.zeros((shape[0], keys or shape[1], *shape[2:]))
+    return attention_tpu.fits(jnp.zeros(shape), key, causal=causal)
+
   assert fits(4, 256, 4, 128)
-  assert not fits(4, 200, 4, 128)
-  assert not fits(4, 256, 4, 32)
+  assert fits(4, 200, 4, 128)
+  assert not fits(4, 100, 4, 128)
+  assert not fits(4, 256, 4, 16)
   assert not fits(4, 0, 4, 128)
-  assert not attention_tpu.fits(
-    jnp.zeros((4, 128, 4, 128)), jnp.zeros((4, 256, 4, 128))
-  )
+  assert not fits(4, 128, 4, 128, keys=256)
+  assert fits(4, 128, 4, 128, keys=256, causal=False)
+  assert not fits(4, 4096, 4, 40, keys=77, causal=False)  # few logits
   with sharding.use(sharding.make_mesh({"data": 8})):
     assert not fits(4, 256, 4, 128)  # fewer rows than devices
     assert fits(8, 256, 4, 128)
@@ -171,11 +221,11 @@ def _compiled(sizes, remat):
     return step.lower(variables, ids, ids).compile().as_text()
 
 
-def _calls(hlo, phase):
+def _calls(hlo, phase, kind="_segmented"):
   """How often the kernel of a phase is called in an HLO text."""
   lines = hlo.splitlines()
   return sum(
-    f"%splash_mha_{phase}_segmented" in line.split("=")[0]
+    f"%splash_mha_{phase}{kind}" in line.split("=")[0]
     for line in lines
     if 'custom_call_target="tpu_custom_call"' in line
   )
@@ -201,3 +251,33 @@ def test_the_train_step_for_v5e_holds_the_kernel(
   assert not re.search(rf"\[\d+,\d+,\d{{3,}},{_LENGTH}\]", hlo), (
     "logits are there"
   )
+
+
+@pytest.mark.parametrize(
+  ("net", "length", "width"),
+  [
+    (blocks.SelfAttention(16, key_bias=False, dtype="bfloat16"), 257, 1408),
+    (unet_blocks.Attention(10, "bfloat16"), 4096, 640),
+  ],
+  ids=["ViT-g", "SDXL"],
+)
+def test_full_size_attention_for_v5e_holds_no_logits(net, length, width):
+  """Two rows a chip, and their gradients."""
+  pytest.importorskip("libtpu")
+  mesh = sharding.make_mesh({"fsdp": 4}, topology.devices("v5e:2x2"))
+  with sharding.use(mesh):
+    rows = sharding.batch_sharding(mesh)
+    x = jax.ShapeDtypeStruct((8, length, width), jnp.bfloat16, sharding=rows)
+    boxed = jax.eval_shape(lambda: net.init(jax.random.key(0), x))
+    variables = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      state_lib.unbox(boxed),
+      sharding.param_shardings(boxed, mesh),
+    )
+    loss = lambda *args: net.apply(*args).astype(jnp.float32).sum()
+    made = jax.jit(jax.grad(loss, (0, 1))).lower(variables, x).compile()
+  hlo = made.as_text()
+  for phase in ("fwd", "dkv"):
+    assert _calls(hlo, phase, "") == 1
+  assert not re.search(rf"\[\d+,{length},{length}\]", hlo)
+  assert not re.search(rf"\[\d+,\d+,{length},{length}\]", hlo)

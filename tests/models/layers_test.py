@@ -46,19 +46,12 @@ def test_causal_queries_are_the_last_ones():
   )
 
 
-@pytest.mark.parametrize("implementation", [None, "xla"])
-def test_masks_combine_and_a_blind_query_gives_zeros(implementation):
+def test_masks_combine_and_a_blind_query_gives_zeros():
   query, key, value = qkv()
   segments = jnp.array([[1, 1, 2, 2, 2], [1, 2, 2, 3, 3]])
   mask = jnp.ones((2, 1, 1, 5), bool).at[0, 0, 0, 2].set(False)
   out = layers.attention(
-    query,
-    key,
-    value,
-    mask=mask,
-    causal=True,
-    segment_ids=segments,
-    implementation=implementation,
+    query, key, value, mask=mask, causal=True, segment_ids=segments
   )
   same = np.equal(segments[:, :, None], segments[:, None])
   seen = same & np.tril(np.ones((5, 5), bool)) & np.asarray(mask[:, 0])
@@ -111,21 +104,14 @@ def test_policy_eps_is_the_official_formula():
   np.testing.assert_allclose(out[0], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-  "kwargs",
-  [
-    {"implementation": "flash"},
-    {"policy": 1.0, "mask": True},
-    {"policy": 1.0, "implementation": "xla"},
-  ],
-)
-def test_attention_refuses_what_it_cannot_do(kwargs):
-  kwargs = {
-    name: jnp.full((1, 1, 1, 1), x) if not isinstance(x, str) else x
-    for name, x in kwargs.items()
-  }
-  with pytest.raises(ValueError, match=r"implementation|policy"):
-    layers.attention(*qkv(), **kwargs)
+@pytest.mark.parametrize("other", ["mask", "segment_ids"])
+def test_a_policy_and_a_mask_are_refused(other):
+  arrays = {"mask": jnp.ones((2, 1, 1, 5), bool)}
+  arrays["segment_ids"] = jnp.ones((2, 5), jnp.int32)
+  with pytest.raises(ValueError, match="policy"):
+    layers.attention(
+      *qkv(), policy=jnp.ones((2, 1, 1, 5)), **{other: arrays[other]}
+    )
 
 
 def test_attention_refuses_heads_that_do_not_divide():

@@ -137,6 +137,12 @@ def test_a_place_that_is_taken_is_refused(source, tmp_path):
     imported(source, tmp_path / "file", only=["lowres"])
 
 
+def test_a_name_under_which_arrays_would_be_lost_is_refused_at_once(tmp_path):
+  with pytest.raises(errors.CheckpointError, match=r"out\[1\] has \["):
+    importing.run(tmp_path / "not read yet", tmp_path / "out[1]")
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_numbers_are_cast_on_request(source, tmp_path, dtype):
   target = tmp_path / "model"

@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 
 from lavit_jax import cli, errors, sharding
+from lavit_jax.commands import compile as command
 from lavit_jax.models import llama
 from lavit_jax.train import (
+  boundaries,
   collectives,
   executed,
   hlo,
+  libtpu,
   program,
   shapes,
   topology,
 )
 from lavit_jax.train import compile as ahead
+from lavit_jax.train import state as state_lib
 from tests import micro
 from tests.train import processes
 
@@ -59,8 +63,10 @@ def test_the_step_fits_and_is_told_in_full(compiled):
   assert report.fits
   assert not report.assumed
   assert report.mesh == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
-  assert report.chips == 8
-  assert report.tokens_per_chip == cfg.batch_size * cfg.data.length / 8
+  assert report.chips == report.devices == 8
+  assert report.tokens_per_device == cfg.batch_size * cfg.data.length / 8
+  assert report.versions["libtpu"] == libtpu.version()
+  assert report.versions["jax"] == jax.__version__
   memory = report.memory
   parts = ("arguments", "outputs", "temporaries", "code", "waiting")
   assert memory["total"] == sum(memory[name] for name in parts)
@@ -134,44 +140,101 @@ def test_batched_products_are_counted_as_products():
   assert executed.flops(made) == 2 * 2 * 4 * 256 * 256 * 128
 
 
-def test_links_count_whole_rings_twice():
-  devices = topology.devices("v5e:16x16")
-  chip = topology.chip_of(devices[0])
-  links = lambda mesh: {
-    size: route.links for size, route in topology.routes(mesh, chip).items()
-  }
-  mesh = sharding.make_mesh({"data": 2, "fsdp": 128}, devices)
-  assert links(mesh) == {1: 1, 2: 1, 128: 3, 256: 4}
-  mesh = sharding.make_mesh({"data": 16, "fsdp": 16}, devices)
-  assert links(mesh)[256] == 4
-  small = topology.devices("v5e:2x4")
-  mesh = sharding.make_mesh({"fsdp": 8}, small)
-  assert links(mesh) == {1: 1, 8: 2}
+@pytest.fixture(scope="module")
+def tokenizer():
+  """(config, report) of the tokenizer's last phase for v5e:2x4."""
+  cfg = micro.assumed_tokenizer()
+  cfg.mesh = dict(data=-1, fsdp=2, context=1, tensor=1)
+  return cfg, ahead.compile_for(cfg, "v5e:2x4")[0]
 
 
-def test_slices_are_crossed_by_data_alone():
-  devices = topology.devices("v5e:2x2", slices=2)
-  mesh = sharding.make_mesh({"data": 2, "fsdp": 4}, devices)
-  slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
-  for number in (0, 1):
-    assert set(slices[number].flat) == {slices[number].flat[0]}
-  assert slices[0].flat[0] != slices[1].flat[0]
-  routes = topology.routes(mesh, topology.chip_of(devices[0]))
-  assert {size: one.slices for size, one in routes.items()} == {
-    1: 1,
-    2: 2,
-    4: 1,
-    8: 2,
-  }
-  with pytest.raises(errors.ConfigError, match="2 slices"):
-    sharding.make_mesh({"data": 1, "fsdp": 8}, devices)
+def test_what_runs_before_a_phase_is_compiled_and_measured(tokenizer):
+  cfg, report = tokenizer
+  assert report.fits
+  made = {one["program"]: one for one in report.boundaries}
+  count = cfg.phases.codes.kmeans_batches
+  each = f"kmeans, each of {count} batches"
+  assert list(made) == [each, "kmeans, at the end", "moments"]
+  for one in made.values():
+    assert one["fits"]
+    memory = one["memory"]
+    parts = ("arguments", "outputs", "temporaries", "code")
+    assert memory["total"] == sum(memory[name] for name in parts)
+  # Frozen parameters are in memory, whatever a program reads.
+  objective = ahead.objective_of(cfg)
+  frozen = jax.tree.leaves(state_lib.unbox(objective.frozen_shapes()))
+  sizes = [x.size * x.dtype.itemsize for x in frozen]
+  at_end = made["kmeans, at the end"]["memory"]
+  assert at_end["arguments"] > sum(sizes) / 2  # two ways of fsdp
+  # The vectors so far are written in place.
+  rows, dim = cfg.batch_size * cfg.data.capacity, 8
+  assert made[each]["memory"]["outputs"] < 4 * count * rows * dim / 8
 
 
-def test_a_wrong_topology_is_told(capsys):
-  with pytest.raises(errors.UsageError, match="v5e:4x4, v5p:4x4x8"):
-    topology.devices("v9:1x1")
-  assert cli.main(["compile", "--config", "tiny/pretrain.py"]) == 2
-  assert "--topology" in capsys.readouterr().err
+def test_a_boundary_that_takes_more_than_the_step_is_told(
+  tokenizer, monkeypatch
+):
+  cfg, _ = tokenizer
+  lower = boundaries.lower
+
+  def larger(*args):
+    mesh = args[-1]
+    place = sharding.replicated(mesh)
+    x = jax.ShapeDtypeStruct((1 << 28,), jnp.float32, sharding=place)
+    grown = jax.jit(lambda x: x + 1).lower(x)
+    return {"moments": lower(*args)["moments"], "growth": grown}
+
+  monkeypatch.setattr(boundaries, "lower", larger)
+  warned, _ = ahead.compile_for(cfg, "v5e:2x4")
+  assert warned.fits
+  (line,) = (one for one in warned.warnings if "growth" in one)
+  assert re.search(r"growth, before the phase, takes 2\.\d+ GB; the step", line)
+  monkeypatch.setattr(ahead, "FULLEST", 0.1)
+  full, _ = ahead.compile_for(cfg, "v5e:2x4")
+  assert not full.fits
+  assert re.match("growth: 1[23]% of a device's HBM", full.why_not)
+
+
+def test_a_program_for_chips_of_two_devices_counts_both():
+  cfg = micro.assumed_tokenizer()
+  report, _ = ahead.compile_for(cfg, "tpu7x:2x2x1", phase="random")
+  assert (report.chips, report.devices) == (4, 8)
+  assert report.tokens_per_device == cfg.batch_size / 8
+  assert report.memory["of"] == 96 * 2**30
+  assert [one["program"] for one in report.boundaries] == [
+    "feature_mean, each of 8 batches",
+    "feature_mean, at the end",
+    "moments",
+  ]
+  line = report.roofline
+  least = sum(report.model_flops.values()) / 8 / (2307e12 / 2)
+  assert line["mfu"] == pytest.approx(least / line["step_s"])
+
+
+def test_all_phases_are_compiled_one_after_the_other(monkeypatch, capsys):
+  """The command: a list, and a wrong one of them is a failure."""
+  cfg = micro.assumed_tokenizer()
+  monkeypatch.setattr(command.train, "read_config", lambda _: (cfg, None))
+
+  def report(config, topology_name, *, slices, what, phase):
+    assert (config, topology_name, slices, what) == (cfg, "v5e:2x4", 1, "step")
+    versions = libtpu.versions()
+    return ahead.Report(
+      **{"program": phase, "topology": topology_name, "slices": 1},
+      **{"chips": 8, "devices": 8, "mesh": {}, "assumed": True},
+      **{"batch_size": 8, "tokens_per_device": 1.0, "versions": versions},
+      fits=phase != "joint",
+      why_not="too large" if phase == "joint" else "",
+    ), ""
+
+  monkeypatch.setattr(ahead, "compile_for", report)
+  words = ["compile", "--topology", "v5e:2x4", "--phase", "all"]
+  with micro.own_cache():
+    assert cli.main([*words, "--json"]) == command.DOES_NOT_FIT
+    found = json.loads(capsys.readouterr().out)
+    assert [one["program"] for one in found] == list(cfg.schedule)
+    assert cli.main([*words, "--hlo", "x"]) == 2
+  assert "--phase all" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_says_so_and_exits_with_3(
@@ -198,7 +261,7 @@ def test_int8_products_are_int8_on_the_chip_and_their_kernels_are_sent_so(
   llm = cfg.model.llm
   kernels = llm.depth * (4 * llm.width**2 + 3 * llm.width * llm.mlp_dim)
   # Two FLOPs a weight, forward and by x.
-  assert report.int8_flops == 2 * 2 * report.tokens_per_chip * kernels
+  assert report.int8_flops == 2 * 2 * report.tokens_per_device * kernels
   assert report.roofline["compute_s"] < plain.roofline["compute_s"]
   assert "s8" in {one["dtype"] for one in report.collectives}
 

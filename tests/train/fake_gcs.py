@@ -170,6 +170,14 @@ class _Server(http.server.BaseHTTPRequestHandler):
       self._send(404)
 
 
+def upload(fs, folder, target) -> None:
+  """Copies a folder of the disk to `gs://…`."""
+  for path in sorted(folder.rglob("*")):
+    if path.is_file():
+      name = f"{target}/{path.relative_to(folder).as_posix()}"
+      fs.pipe_file(name, path.read_bytes())
+
+
 @contextlib.contextmanager
 def serving(monkeypatch):
   """Inside, `gs://` is here; yields what fsspec sees of it."""

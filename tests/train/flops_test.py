@@ -27,13 +27,13 @@ from lavit_jax.models import (
 from lavit_jax.train import (
   flops,
   latent_parts,
-  losses,
   objectives,
   optimizer,
   stored,
 )
 from lavit_jax.train import network_flops as net
 from lavit_jax.train import state as state_lib
+from tests.train import plain_losses
 
 _TOLERANCE = 0.05
 _LLAMA = llama.LlamaConfig(
@@ -128,7 +128,8 @@ def test_llama():
 def test_the_head():
   def run(head, hidden):
     targets = jnp.zeros((2, 64), jnp.int32)
-    return losses.next_token(hidden, head, targets, jnp.ones((2, 64)))[0]
+    weights = jnp.ones((2, 64))
+    return plain_losses.next_token(hidden, head, targets, weights)[0]
 
   cost = net.llama_head(_LLAMA, 128)
   _assert_both_ways(run, _float(1000, 256), cost, _float(2, 64, 256))
@@ -184,7 +185,7 @@ def test_selector_and_quantizer():
   params = _params(model, jnp.zeros(x.shape))
   run = lambda p, x: model.apply({"params": p}, x)
   _assert_both_ways(run, params, net.quantize(config, 128), x)
-  found = _counted(quantizer._nearest, _float(128, 256), _float(512, 256))
+  found = _counted(quantizer.lookup, _float(128, 256), _float(512, 256))
   config = dataclasses.replace(config, code_dim=256)
   _assert_agrees(found, net.lookup(config, 128).forward)
 

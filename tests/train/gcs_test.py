@@ -1,12 +1,12 @@
 """Runs whose workdir is in Google Cloud Storage: one of this process."""
 
-import types
-
+import jax
 import numpy as np
 import pytest
 from etils import epath
 
-from lavit_jax import errors, files
+from lavit_jax import checkpoints, errors
+from lavit_jax.report import run_page
 from lavit_jax.train import loop, run_checkpoints, workdir, writers
 from tests import micro
 from tests.train import fake_gcs, latent_micro
@@ -42,25 +42,22 @@ def test_checkpoints_are_saved_checked_and_restored(store):
   assert _checkpoints(folder).meta(3) == {"data": 33}
 
 
-def test_lines_are_written_anew_and_nothing_is_appended(store):
-  path = epath.Path("gs://bucket/run/metrics.jsonl")
-  for start in (0, 3):
-    writer = writers.JsonLinesWriter(path, resume_step=start or None)
-    for step in range(start, start + 5):
-      writer.write_scalars(step, {"loss": step})
-    writer.close()
-  rows = writers.read_json_lines(path)
-  assert [row["step"] for row in rows] == [0, 1, 2, 3, 3, 4, 5, 6, 7]
-
-
-def test_a_run_in_the_store_is_the_run_on_a_disk(store, micro_runs, tmp_path):
+def test_a_run_in_the_store_is_the_run_on_a_disk(
+  store, micro_runs, tmp_path, monkeypatch
+):
+  """Its model directory and code caches too."""
+  monkeypatch.setenv("LAVIT_FETCHED", str(tmp_path / "fetched"))
   here, there = micro.branch(micro_runs, tmp_path, 2)
-  work = "gs://bucket/runs/one"
+  work, away = "gs://bucket/runs/one", "gs://bucket/there"
+  fake_gcs.upload(store, there, away)
   with latent_micro.quick(), micro.one_device():
     cfg = micro.config("pretrain", here)
     loop.train(cfg, here / "run", quiet=True)
     for stop in (1, None):
       cfg = micro.config("pretrain", there)
+      cfg.model_dir = f"{away}/model"
+      cfg.data.cache_dir = f"{away}/codes/train"
+      cfg.data.held_out_cache_dir = f"{away}/codes/held_out"
       loop.train(cfg, work, stop_at=stop, quiet=True)
   crcs = [
     {row["step"]: row["crc32"] for row in writers.read_json_lines(path)}
@@ -79,6 +76,13 @@ def test_a_run_in_the_store_is_the_run_on_a_disk(store, micro_runs, tmp_path):
     for path in (here / "run/metrics.jsonl", f"{work}/metrics.jsonl")
   ]
   assert losses[0] == losses[1][-1:]
+  ours = checkpoints.load_part(f"{away}/model", "llm")
+  theirs = checkpoints.load_part(here / "model", "llm")
+  assert ours.meta["step"] == theirs.meta["step"]
+  jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+  found = run_page.report(epath.Path(work))  # `lavit report gs://…`
+  assert found.facts["step"] == 2
+  assert {"Checkpoints", "Config"} <= {s.title for s in found.sections}
 
 
 def test_other_stores_and_missing_packages_are_named(tmp_path, monkeypatch):
@@ -94,22 +98,3 @@ def test_other_stores_and_missing_packages_are_named(tmp_path, monkeypatch):
   with pytest.raises(errors.ConfigError, match=r"lavit_jax\[gcs\]"):
     workdir.check(cfg, "gs://bucket/run")
   assert not list(tmp_path.iterdir())
-
-
-def test_a_log_is_stored_now_and_then(store, monkeypatch):
-  """Each upload is of the whole, and a store takes one version a second."""
-  now, naps = [0.0], []
-  clock = types.SimpleNamespace(monotonic=lambda: now[0], sleep=naps.append)
-  monkeypatch.setattr(files, "time", clock)
-  path = epath.Path("gs://bucket/log")
-  log = files.open_log(path)
-  for second, stored in ((1, None), (5, None), (11, b"xxx"), (12, b"xxx")):
-    now[0] = float(second)
-    log.write(b"x")
-    log.flush()
-    assert (path.read_bytes() if path.exists() else None) == stored
-  assert set(naps) == {0.0}
-  now[0] = 11.25  # a quarter of a second after the upload
-  log.close()
-  assert path.read_bytes() == b"xxxx"
-  assert naps[-1] == 0.75

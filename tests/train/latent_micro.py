@@ -55,6 +55,13 @@ SIZES = {
   "highres": {"dims": (8, 12), "pooled": 10},
 }
 UNCOND = 3
+SCHEDULE = schedules.Schedule(  # of configs/tiny/latents.py
+  spacing="trailing",
+  steps_offset=0,
+  alpha_to_one=True,
+  prediction="velocity",
+  zero_snr=True,
+)
 
 
 def unet_config(kind, **changes):
@@ -155,7 +162,7 @@ def save_model(directory, kinds=("lowres", "highres"), *, unets=True):
     save_kind(directory, kind, unets)
 
 
-def save_kind(directory, kind, unets=True):
+def save_kind(directory, kind, unets=True, schedule=SCHEDULE):
   """Writes the parts `kind` and `kind`_pixels with random weights."""
   sizes, grid = SIZES[kind], TOKENIZER.num_patches
   if kind == "lowres":
@@ -171,7 +178,7 @@ def save_kind(directory, kind, unets=True):
   tree = {"vae": _init(net.init, 3, jnp.zeros((1, 8, 8, 3)))["params"]}
   meta = {
     "vae": dataclasses.asdict(VAE),
-    "schedule": dataclasses.asdict(schedules.STABLE_DIFFUSION),
+    "schedule": dataclasses.asdict(schedule),
   }
   if unets:
     net = unet.UNet(unet_config(kind))

@@ -9,6 +9,7 @@ import pytest
 
 from lavit_jax import sharding
 from lavit_jax.train import losses
+from tests.train import plain_losses
 
 B, L, D, V = 2, 11, 8, 128
 
@@ -33,7 +34,7 @@ def _value_and_grad(loss, hidden, head, targets, weights, **kwargs):
 
 @pytest.mark.parametrize("block", [3, 64])
 def test_blocked_loss_and_gradients_equal_the_plain_ones(data, block):
-  plain = _value_and_grad(losses.next_token, *data, vocab_size=100)
+  plain = _value_and_grad(plain_losses.next_token, *data, vocab_size=100)
   blocked = _value_and_grad(
     losses.next_token_blocked, *data, block=block, vocab_size=100
   )
@@ -46,7 +47,7 @@ def test_blocked_loss_and_gradients_equal_the_plain_ones(data, block):
 
 def test_plain_loss_is_the_log_softmax_at_the_target(data):
   hidden, head, targets, weights = data
-  total, nll = losses.next_token(*data, vocab_size=100)
+  total, nll = plain_losses.next_token(*data, vocab_size=100)
   scores = jax.nn.log_softmax((hidden @ head.T)[..., :100])
   expected = -jnp.take_along_axis(scores, targets[..., None], -1)[..., 0]
   np.testing.assert_allclose(nll, expected * (weights > 0), rtol=1e-5)
@@ -85,7 +86,7 @@ def test_bfloat16_hidden_states_still_sum_in_float32(data):
   hidden, head, targets, weights = data
   low = hidden.astype(jnp.bfloat16)
   total, nll = losses.next_token_blocked(low, head, targets, weights, block=4)
-  exact, _ = losses.next_token(hidden, head, targets, weights)
+  exact, _ = plain_losses.next_token(hidden, head, targets, weights)
   assert total.dtype == nll.dtype == jnp.float32
   np.testing.assert_allclose(total, exact, rtol=2e-2)
 
@@ -121,7 +122,10 @@ def test_no_buffer_holds_all_the_logits():
       any(f"f32{shape}" in compiled for shape in shapes),
     )
 
-  assert largest(losses.next_token) == (whole, True)  # the test can see it
+  assert largest(plain_losses.next_token) == (
+    whole,
+    True,
+  )  # the test can see it
   size, in_hlo = largest(losses.next_token_blocked, block=8)
   assert size <= whole // 8
   assert not in_hlo
@@ -158,7 +162,7 @@ def test_the_vocabulary_may_be_split_over_a_mesh(sizes):
   targets = jax.random.randint(keys[2], (rows, length), 0, 100)
   weights = jnp.ones((rows, length)).at[3, 2:].set(0.0)
   data = hidden, head, targets, weights
-  plain = _value_and_grad(losses.next_token, *data, vocab_size=100)
+  plain = _value_and_grad(plain_losses.next_token, *data, vocab_size=100)
   loss = functools.partial(losses.next_token_blocked, block=3, vocab_size=100)
   mesh = sharding.make_mesh(sizes)
   with sharding.use(mesh):

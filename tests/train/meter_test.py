@@ -71,6 +71,18 @@ def test_every_second_belongs_to_one_activity(clock, tmp_path):
     measured.enter("lunch")
 
 
+def test_mfu_is_of_all_devices_and_rates_are_of_a_chip(clock, tmp_path):
+  """Eight devices of TPU7x are four chips."""
+  chip = chips.CHIPS["tpu7x"]
+  measured = meter.Meter(tmp_path, clock=clock, chip=chip, num_devices=8)
+  measured._useful = lambda batch: 2307e12  # a chip's second
+  clock.spend(measured, "step", 2)
+  measured.count({}, 400)
+  found = measured.rates()
+  assert found["mfu"] == pytest.approx(1 / 2 / 4)
+  assert found["tokens_per_second_per_chip"] == 400 / 2 / 4
+
+
 def test_goodput_leaves_out_what_a_kill_lost(clock, tmp_path):
   first = meter.Meter(tmp_path, clock=clock)
   clock.spend(first, "step", 30)

@@ -1,5 +1,6 @@
 """Optimizers: what their moments cost, and that all of them learn."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +20,20 @@ _CONFIG = {
 _PHASE = {"steps": 200, "lr": 0.05, "warmup": 5}
 
 
+def _boxed(params):
+  """Parameters with axes: of matrices rows and columns, the rest stacks."""
+
+  def box(x):
+    stacks = ("layers",) * (x.ndim - 2)
+    return nn.LogicallyPartitioned(x, (*stacks, "embed", "mlp")[-x.ndim :])
+
+  return jax.tree.map(box, params)
+
+
 def _make(kind, params):
   labels = jax.tree.map(lambda _: "base", params)
   config = _CONFIG | ({"moments": kind} if kind else {})
-  return optimizer.make(config, _PHASE, labels)
+  return optimizer.make(config, _PHASE, labels, _boxed(params))
 
 
 def _bytes(tx, params):
@@ -66,7 +77,7 @@ def test_absent_moments_are_those_of_optax_adamw():
   grads = jax.tree.map(lambda x: 0.01 * x, params)
   config = _CONFIG | {"weight_decay": 0.1}
   labels = jax.tree.map(lambda _: "base", params)
-  tx = optimizer.make(config, _PHASE, labels)
+  tx = optimizer.make(config, _PHASE, labels, _boxed(params))
   ours, _ = tx.update(grads, tx.init(params), params)
   reference = optax.adamw(
     optimizer.schedule(_PHASE),

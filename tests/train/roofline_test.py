@@ -172,7 +172,8 @@ def test_between_slices_each_chip_sends_its_share_over_the_network():
   v5e = chips.CHIPS["v5e"]
   one = collectives.Collective("all-gather", "f32", 8e9, 8)
   within = collectives.Collective("all-gather", "f32", 8e9, 4)
-  network = v5e.dcn_bandwidth / v5e.chips_per_host
+  network = v5e.dcn_bandwidth
+  assert network == 2 * 100e9 / 8 / 8  # two cards of 100 Gbit/s, 8 chips
   assert roofline.seconds(one, v5e, topology.Route(2, slices=2)) == (
     pytest.approx(roofline.seconds(within, v5e) + 0.5 * 8e9 / 4 / network)
   )
@@ -216,6 +217,69 @@ def test_a_loop_runs_its_bound_over_the_step_of_its_counter():
   program = hlo.read(_UNROLLED)
   assert program.runs() == {"main": 1, "body": 4, "cond": 4}
   assert executed.flops(program) == 4 * 2 * (2 * 8 * 8 * 8)
+
+
+# As libtpu writes a product of fp8 arrays.
+_FP8 = """\
+HloModule jit_f
+
+ENTRY %main (x: f8e4m3fn[8,16], y: f8e5m2[16,4]) -> f32[8,4] {
+  %x = f8e4m3fn[8,16]{1,0:T(8,128)(4,1)} parameter(0)
+  %y = f8e5m2[16,4]{1,0} parameter(1)
+  %g = f8e4m3fn[32,16]{1,0} all-gather(%x), channel_id=1, \
+replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %r = f32[8,4]{1,0} dot(%x, %y), lhs_contracting_dims={1}, \
+rhs_contracting_dims={0}
+}
+"""
+
+
+def test_fp8_products_are_counted_and_their_arrays_sent():
+  program = hlo.read(_FP8)
+  assert (
+    executed.flops(program) == executed.fp8_flops(program) == 2 * 8 * 4 * 16
+  )
+  assert executed.int8_flops(program) == 0
+  (one,) = collectives.of_program(program)
+  assert (one.dtype, one.bytes) == ("f8e4m3fn", 32 * 16)
+  tpu7x = chips.CHIPS["tpu7x"]
+  line = roofline.estimate(1e15, 0, [], tpu7x, model_flops=1, fp8_flops=1e15)
+  assert line.compute_s == pytest.approx(1e15 / (4614e12 / 2))
+
+
+def test_a_chip_of_two_devices_is_told_by_the_device():
+  """Both together have what Google's page gives for a TPU7x chip."""
+  one = chips.of_device(types.SimpleNamespace(device_kind="TPU7x"))
+  both = one.devices_per_chip
+  assert both * one.flops == 2307e12
+  assert both * one.hbm_bytes == 192 * 2**30
+  assert both * one.hbm_bandwidth == pytest.approx(7380e9)
+  assert both * one.dcn_bandwidth == 100e9 / 8
+  # Six links of a chip, both ways: 1,200 GB/s, of which nine tenths are used.
+  assert 6 * 2 * one.link_bandwidth == pytest.approx(0.9 * 1200e9)
+  # Alone in its group, it shares a ring's two links with the other device.
+  gather = collectives.Collective("all-gather", "bf16", 4e9, 4)
+  assert roofline.seconds(gather, one) == pytest.approx(3e9 / 90e9)
+
+
+def test_the_figures_are_those_of_jax():
+  """Where JAX's kernels have a figure, within 3 %: HBM is told roughly."""
+  pltpu = pytest.importorskip("jax.experimental.pallas.tpu")
+  names = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1, "7x": 1}
+  for version, cores in names.items():
+    theirs = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(version), cores)
+    ours = chips.CHIPS["tpu7x" if version == "7x" else version]
+    wide = theirs.bf16_ops_per_second * cores
+    assert ours.flops == pytest.approx(wide, rel=0.03)
+    assert ours.hbm_bytes == pytest.approx(
+      theirs.hbm_capacity_bytes * cores, rel=0.03
+    )
+    if theirs.int8_ops_per_second:
+      narrow = theirs.int8_ops_per_second * cores / wide
+      assert ours.int8 == pytest.approx(narrow, rel=0.03)
+    if theirs.fp8_ops_per_second:
+      narrow = theirs.fp8_ops_per_second * cores / wide
+      assert ours.fp8 == pytest.approx(narrow, rel=0.03)
 
 
 def test_chips_are_known_by_what_jax_calls_them():

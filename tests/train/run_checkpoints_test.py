@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+import threading
+import time
 
 import jax
 import numpy as np
@@ -124,6 +126,86 @@ def test_another_model_is_no_damage(whole):
     run.restore_newest(lambda step: _place(other))
   run.close()
   assert (whole / "3").exists()
+
+
+_NAN = float("nan")
+
+
+def _model_of_keeping(losses, keep, sign=1):
+  """Which steps are to be left: the last `keep`, and the best of all so far."""
+  left = []
+  for step in range(1, len(losses) + 1):
+    left.append(step)
+    finite = [s for s in left if np.isfinite(losses[s - 1])]
+    best = min(finite, key=lambda s: (sign * losses[s - 1], -s), default=None)
+    left = [s for s in left if s in left[-keep:] or s == best]
+  return left
+
+
+@pytest.mark.parametrize(
+  "losses",
+  [
+    [None] * 7,
+    [None, 0.5, None, None, 0.4, None, None, None],
+    [None, 0.3, None, None, 0.4, None, None, None],
+    [1.0, _NAN, 2.0, 3.0],
+    [_NAN, 1.0, _NAN, None, _NAN, None],
+    [float("-inf"), 1.0, float("inf"), 2.0, None, None],
+    [_NAN] * 5,
+  ],
+)
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_last_ones_and_the_best_one_are_kept(tmp_path, losses, mode):
+  """Evaluated or not, finite or not, and over a restart of the run."""
+
+  def opened():
+    folder = tmp_path / "checkpoints"
+    return run_checkpoints.RunCheckpoints(folder, keep=2, best_mode=mode)
+
+  run = opened()
+  for step, loss in enumerate(losses, start=1):
+    metrics = None if loss is None else {"loss": loss, "other": -step}
+    run.save(step, {"w": np.zeros(2)}, {"data": {}}, metrics)
+    if step % 3 == 1:
+      run.close()
+      run = opened()
+  run.close()
+  found = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+  numbers = [_NAN if loss is None else loss for loss in losses]
+  sign = 1 if mode == "min" else -1
+  assert found == _model_of_keeping(numbers, keep=2, sign=sign)
+
+
+def test_training_waits_for_no_list_of_files(tmp_path, monkeypatch):
+  """Sizes are asked for by a thread, and before anything is removed."""
+  sizes, askers, slow = run_checkpoints.sizes, [], threading.Event()
+
+  def asked(folder):
+    askers.append(threading.current_thread())
+    slow.wait(0.2)
+    return sizes(folder)
+
+  monkeypatch.setattr(run_checkpoints, "sizes", asked)
+  folder = tmp_path / "checkpoints"
+  run = run_checkpoints.RunCheckpoints(folder, keep=1)
+  for step in (1, 2, 3):
+    run.save(step, _state(step), {"data": step})
+    run._manager.wait_until_finished()
+    start = time.monotonic()
+    run.seal()
+    assert time.monotonic() - start < 0.1
+  run.close()
+  assert len(askers) == 3
+  assert threading.main_thread() not in askers
+  assert [path.name for path in folder.iterdir()] == ["3"]
+  assert (folder / "3" / "files.json").exists()
+
+
+@pytest.mark.parametrize("keep", [0, -1])
+def test_a_run_keeps_at_least_one_checkpoint(tmp_path, keep):
+  with pytest.raises(errors.ConfigError, match=f"checkpoint.keep={keep}"):
+    run_checkpoints.RunCheckpoints(tmp_path / "checkpoints", keep=keep)
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_new_run_has_no_checkpoint(tmp_path):

@@ -90,7 +90,7 @@ class _Case:
     """((loss, (extra, metrics)), gradients), and the parameters' layout."""
     mesh = sharding.make_mesh(sizes, jax.devices()[:count])
     with sharding.use(mesh):
-      layout = state_lib.shardings(self.boxed, mesh)
+      layout = sharding.param_shardings(self.boxed, mesh)
       state = jax.device_put(self.first, layout)
       whole = sharding.replicated(mesh)
       frozen = jax.device_put(self.objective.frozen, whole)

@@ -32,10 +32,26 @@ def test_how_a_step_is_computed_may_change_and_what_it_does_may_not(tmp_path):
   cfg.compiler_options = {"xla_tpu_scoped_vmem_limit_kib": "16384"}
   cfg.model.llm.unroll += 1
   cfg.mesh.fsdp = 2
+  cfg.data.limit_share = 0.2  # what a run that stopped for it is told
   workdir.check(cfg, tmp_path)
   cfg.model.llm.depth += 1
   with pytest.raises(errors.ConfigError, match=r"model\.llm\.depth"):
     workdir.check(cfg, tmp_path)
+
+
+@pytest.mark.parametrize("field", ["workdir", "model_dir"])
+def test_names_under_which_arrays_would_be_lost_are_refused_at_once(
+  tmp_path, field
+):
+  cfg = pretrain.get_config()
+  cfg.model_dir, work = str(tmp_path / "model"), tmp_path / "run"
+  if field == "workdir":
+    work = tmp_path / "run[1]"
+  else:
+    cfg.model_dir = str(tmp_path / "model[1]")
+  with pytest.raises(errors.CheckpointError, match=r"has \[ in its name"):
+    workdir.check(cfg, work)
+  assert not list(tmp_path.iterdir())
 
 
 def _older(cfg, folder):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lavit_jax import errors
 from lavit_jax.models import vae
-from lavit_jax.train import conditions, denoising
+from lavit_jax.train import averages, conditions, denoising
 from lavit_jax.train.objectives import base
 
 _FORGET = 0.05  # of the running moments of the latents
@@ -51,21 +51,64 @@ class AutoencoderObjective(base.Objective):
     """Pictures alone."""
     return self.image_shapes()
 
-  def loss(self, phase, params, frozen, state, batch, rng):
-    """Weighted mean over valid pictures."""
-    del frozen
+  def draws(self, phase, batch, rng):
+    """A key of the latents a row."""
+    del phase
+    return {"latents": jax.random.split(rng, len(batch["image"]))}
+
+  def norms(self, phase, params, frozen, state, batch, draws):
+    """Pictures."""
+    del phase, params, frozen, state, draws
+    return {"pictures": batch["valid"].sum()}
+
+  def sums(self, phase, params, frozen, state, batch, draws):
+    """Error and divergence of valid pictures; moments of their latents."""
+    del phase, frozen, state
     x, variables = conditions.to_unit(batch["image"]), {"params": params}
+    valid = batch["valid"]
     mean, logvar = self.vae.apply(variables, x, method="encode")
-    z = vae.sample(mean, logvar, rng)
+    noise = denoising.normal(draws["latents"], mean.shape[1:])
+    z = vae.sample(mean, logvar, noise)
     made = self.vae.apply(variables, z, method="decode")
-    error = jnp.abs(made - x).mean((1, 2, 3))
     spread = jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar
-    kl = 0.5 * spread.mean((1, 2, 3))
-    loss = denoising.mean(error + phase["kl_weight"] * kl, batch["valid"])
-    moments = {"mean": mean.mean(), "square": jnp.square(mean).mean()}
-    moments = jax.lax.stop_gradient(moments)
-    state = {k: v + _FORGET * (moments[k] - v) for k, v in state.items()}
-    return loss, (state, {"kl": denoising.mean(kl, batch["valid"])})
+    total = lambda x: (x.mean((1, 2, 3)) * valid).sum()
+    pictures = valid.sum()
+    seen = {
+      "mean": total(mean),
+      "square": total(jnp.square(mean)),
+      "pictures": pictures,
+    }
+    sums = {
+      "error": total(jnp.abs(made - x)),
+      "kl": 0.5 * total(spread),
+      "pictures": pictures,
+    }
+    return sums, jax.lax.stop_gradient(seen)
+
+  def combine(self, phase, sums):
+    """The error and a little of the divergence, means over pictures."""
+    total, count = (
+      sums["error"] + phase["kl_weight"] * sums["kl"],
+      sums["pictures"],
+    )
+    metrics = {
+      "loss": averages.mean(total, count),
+      "kl": averages.mean(sums["kl"], count),
+    }
+    return averages.ratio(total, count), metrics
+
+  def update_extra(self, phase, state, seen, params):
+    """The running moments move towards those of the batch."""
+    del phase, params
+    count = seen["pictures"]
+    move = lambda name: (
+      state[name]
+      + _FORGET * (seen[name] / jnp.maximum(count, 1.0) - state[name])
+    )
+    moved = {name: move(name) for name in state}
+    return jax.tree.map(
+      lambda new, old: jnp.where(count > 0, new, old), moved, state
+    ), {}
 
   def held_out_metrics(self, params, frozen, state, batch):
     """Error of pictures made again from their latents' means."""

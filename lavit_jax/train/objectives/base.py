@@ -1,15 +1,25 @@
 """What every stage shares: its data, its held-out loop, its default hooks."""
 
-import pathlib
+import functools
+import math
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import errors, hosts, sharding, vocabulary
-from lavit_jax.data import pipeline, sources
-from lavit_jax.train import lora, optimizer, stored
+from lavit_jax import (
+  agreement,
+  checkpoints,
+  errors,
+  files,
+  fingerprints,
+  hosts,
+  sharding,
+  vocabulary,
+)
+from lavit_jax.data import contents, examples, faults, pipeline, sources
+from lavit_jax.train import averages, boundaries, lora, optimizer, stored
 from lavit_jax.train import state as state_lib
 
 
@@ -17,12 +27,12 @@ class Objective:
   """A stage: what is learned, from which batches, and how it is judged.
 
   Subclasses set `part`, `best_metric`, `best_mode` and implement `init`,
-  `loss`, `batch_shapes` (abstract arrays of a global batch; of the largest, if
-  they differ), `held_out_metrics` and `export`. What the step takes as an
-  argument and never differentiates, they describe: `frozen_shapes` says what
-  it looks like, `frozen_branches` where it lies. An objective itself holds no
-  weights. Made of a `stored.Outline` it has no data either: enough to compile
-  its step.
+  `norms`, `sums`, `combine`, `batch_shapes` (abstract arrays of a global batch;
+  of the largest, if they differ), `held_out_metrics` (of `averages`) and
+  `export`. What the step takes as an argument and never differentiates, they
+  describe: `frozen_shapes` says what it looks like, `frozen_branches` where it
+  lies. An objective itself holds no weights. Made of a `stored.Outline` it has
+  no data either: enough to compile its step.
   """
 
   part: str
@@ -134,25 +144,120 @@ class Objective:
       shapes["text_mask"] = ((count, text_length), bool)
     return abstract(shapes)
 
-  def weight(self, batch):
-    """How much a batch counts beside others, float32[]: valid pictures.
+  def draws(self, phase, batch, rng):
+    """What is random of a whole batch: {name: [B, ...]}, cut as its rows are.
 
-    Losses are means over what this counts. See `train/accumulation.py`.
+    So the loss does not depend on `config.accumulate`. Nothing by default.
     """
-    return batch["valid"].sum()
+    del phase, batch, rng
+    return {}
 
-  def begin_phase(self, phase, state, frozen, batch_at):
-    """Changes (params, extra) between phases; nothing by default."""
-    del phase, frozen, batch_at
+  def norms(self, phase, params, frozen, state, batch, draws):
+    """The sums that the loss is not linear in: {name: float[]}.
+
+    Names are some of `sums`. Asked of each part of a batch before the sums,
+    where a batch is run in parts; no gradient passes. See
+    `train/accumulation.py`.
+    """
+    raise NotImplementedError
+
+  def sums(self, phase, params, frozen, state, batch, draws):
+    """Sums over rows, of which `combine` makes the loss.
+
+    Args:
+      phase: of the run, or a mapping of its settings.
+      params: of the stage.
+      frozen: as the attribute.
+      state: what changes without a gradient.
+      batch: of arrays [B, ...], a part of a batch too.
+      draws: of these rows.
+
+    Returns:
+      ({name: float[]}, seen); `seen` is a tree for `update_extra`.
+    """
+    raise NotImplementedError
+
+  def combine(self, phase, sums):
+    """(loss float[], its metrics, "loss" among them) of a batch's sums."""
+    raise NotImplementedError
+
+  def merge_seen(self, a, b):
+    """What two parts of a batch have seen; zeros are nothing seen."""
+    return jax.tree.map(jnp.add, a, b)
+
+  def update_extra(self, phase, state, seen, params):
+    """(state after a step, metrics of it); `params` are the updated ones."""
+    del phase, seen, params
+    return state, {}
+
+  def loss(self, phase, params, frozen, state, batch, rng):
+    """(loss, (state, metrics)) of a whole batch, parameters as they are."""
+    draws = self.draws(phase, batch, rng)
+    sums, seen = self.sums(phase, params, frozen, state, batch, draws)
+    loss, metrics = self.combine(phase, sums)
+    state, more = self.update_extra(phase, state, seen, params)
+    return loss, (state, metrics | more)
+
+  def begin_phase(self, phase, state):
+    """(params, extra) that a phase starts from, read from files.
+
+    Those of the state by default. What is computed comes after: `folds`.
+    """
+    del phase
     return state.params, state.extra
+
+  def folds(self, phase) -> tuple[boundaries.Fold, ...]:
+    """What is computed of batches before a phase; nothing by default."""
+    del phase
+    return ()
 
   def exports(self, params, state):
     """What the stage writes when it ends: {part: (params, meta)}."""
     return {self.part: self.export(params, state)}
 
+  def made_of(self) -> dict[str, str]:
+    """{name: fingerprint} of all that this run takes; see `provenance.of`.
+
+    Here its data; stages add the caches and the frozen weights they use.
+    """
+    return {
+      "train_data": contents.of(self.source),
+      "held_out_data": contents.of(self.held_out),
+    }
+
+  @functools.cached_property
+  def pictures_of(self) -> tuple[str, str]:
+    """What caches know the (train, held-out) pictures by."""
+    found = examples.fingerprint(self.source)
+    return found, examples.fingerprint(self.held_out)
+
+  def words_made_of(self) -> dict[str, str]:
+    """Fingerprints of model_dir's encoder and tokenizer, which fit together.
+
+    Raises:
+      errors.CheckpointError: the tokenizer was trained on another encoder.
+    """
+    folder = self.config.model_dir
+    found = {"encoder": fingerprints.of_part(folder, "encoder")}
+    told = checkpoints.read_meta(folder, "tokenizer").get("made_of", {})
+    agreement.settle(
+      agreement.prints(
+        told, found, "train the tokenizer again, or put its encoder back"
+      ),
+      agreement.accepted(self.config),
+      what=f"What the tokenizer of {folder} was trained on",
+      error=errors.CheckpointError,
+    )
+    return found | {"tokenizer": fingerprints.of_words(folder)}
+
+  def text_made_of(self) -> dict[str, str]:
+    """The fingerprint of model_dir's text tokenizer."""
+    path = files.place(self.config.model_dir) / "tokenizer.model"
+    return {"text_tokenizer": fingerprints.of_file(path)}
+
   def text_tokenizer(self) -> vocabulary.TextTokenizer:
     """The model directory's SentencePiece model, trained if there is none."""
-    path = pathlib.Path(self.config.model_dir) / "tokenizer.model"
+    path = files.place(self.config.model_dir) / "tokenizer.model"
     if hosts.first() and not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
       sentences = sources.sentences(self.source, limit=20_000)
@@ -173,6 +278,7 @@ class Objective:
       seed=self.config.seed,
       tokenizer=text,
       text_length=text_length,
+      limit_share=faults.share_of(self.config.data),
     )
     self._train_data = make(self.source)
     self._held_out_data = make(self.held_out)
@@ -208,14 +314,14 @@ class Objective:
       yield next(data)
 
   def _compiled_held_out(self, mesh):
-    """The jitted `held_out_metrics`, made once; and `valid` of the batch."""
+    """The jitted (`held_out_metrics`, `valid` of the batch), made once."""
     made = vars(self).setdefault("_held_out_steps", {})
     if mesh in made:
       return made[mesh]
 
     def metrics(params, frozen, state, batch):
       found = self.held_out_metrics(params, frozen, state, batch)
-      return found | {"valid": batch.get("valid", jnp.ones(1))}
+      return found, batch.get("valid", jnp.ones(1))
 
     # Whole on every process, which reads them.
     out = None if mesh is None else sharding.replicated(mesh)
@@ -223,34 +329,28 @@ class Objective:
     return made[mesh]
 
   def evaluate(self, params, frozen, state, mesh=None) -> dict[str, float]:
-    """Means of `held_out_metrics` over the held-out batches.
+    """`held_out_metrics` over all held-out batches together.
 
-    A batch counts as many times as it has valid pictures. What the metrics of
-    the fullest hold as `pictures` is kept in `self.pictures`. With a mesh every
-    process brings its share of each batch, and all get the same means.
+    A metric of which they have nothing is left out; the best one is NaN then.
+    What the metrics of the fullest batch hold as `pictures` is kept in
+    `self.pictures`. With a mesh every process brings its share of each batch,
+    and all get the same.
     """
-    rows, counts, mine = [], [], None
+    rows, most, mine = [], 0, None
     size = self.config.batch_size
     if mesh is not None:
       mine = sharding.rows_of_process(mesh, size)
     for batch in self.held_out_batches(mine):
       if mesh is not None:
         batch = sharding.put_batch(batch, mesh, size)
-      row = jax.device_get(
+      row, valid = jax.device_get(
         self._compiled_held_out(mesh)(params, frozen, state, batch)
       )
-      made, valid = row.pop("pictures", None), row.pop("valid")
-      if made is not None and valid.sum() > max(counts, default=0):
-        self.pictures = made[valid[: len(made)] > 0]
+      made = row.pop("pictures", None)
+      if made is not None and valid.sum() > most:
+        self.pictures, most = made[valid[: len(made)] > 0], valid.sum()
       rows.append(row)
-      counts.append(valid.sum())
-    total = max(sum(counts), 1)
-    return {
-      name: float(
-        sum(n * row[name] for n, row in zip(counts, rows, strict=True)) / total
-      )
-      for name in rows[0]
-    }
+    return {self.best_metric: math.nan} | averages.merged(rows)
 
 
 def abstract(shapes) -> dict[str, jax.ShapeDtypeStruct]:

@@ -15,6 +15,7 @@ import optax
 
 from lavit_jax import errors, images
 from lavit_jax.models import contrastive, llama, vision
+from lavit_jax.train import averages
 from lavit_jax.train.objectives import base
 
 
@@ -51,11 +52,20 @@ class EncoderObjective(base.Objective):
     )
     return variables["params"], {}
 
+  def made_of(self):
+    """Data and text tokenizer."""
+    return super().made_of() | self.text_made_of()
+
   def batch_shapes(self):
     """Pictures with captions."""
     return self.image_shapes(self.config.data.text_length)
 
-  def weight(self, batch):
+  def draws(self, phase, batch, rng):
+    """Which patches are hidden from the ViT."""
+    shape = (len(batch["image"]), self.model_config.vit.num_patches)
+    return {"hidden": jax.random.uniform(rng, shape) < phase["mask_share"]}
+
+  def norms(self, phase, params, frozen, state, batch, draws):
     """ConfigError: contrast within parts of a batch is another loss."""
     raise errors.ConfigError(
       f"config.accumulate={self.config.accumulate}: the encoder's contrast is"
@@ -63,83 +73,110 @@ class EncoderObjective(base.Objective):
       " 1, and a smaller config.batch_size or remat."
     )
 
-  def loss(self, phase, params, frozen, state, batch, rng):
-    """Contrast + captions + pixels of every patch, hidden too + whitening."""
-    del frozen
-    vit = self.model_config.vit
-    pixels = images.normalize(batch["image"])
-    shape = (pixels.shape[0], vit.num_patches)
-    hidden = jax.random.uniform(rng, shape) < phase["mask_share"]
+  def sums(self, phase, params, frozen, state, batch, draws):
+    """Each term of a whole batch; they do not add up over parts of it."""
+    del phase, frozen, state
+    pixels, valid = images.normalize(batch["image"]), batch["valid"]
     out = self.model.apply(
       {"params": params},
       pixels,
       batch["text"],
       batch["text_mask"],
-      hidden,
+      draws["hidden"],
     )
-    valid = batch["valid"]
-    contrast, accuracy = contrast_loss(out, valid)
-    target = vision.patchify(pixels, vit.patch_size)
-    error = jnp.square(out["patches"] - target).mean((1, 2))
-    pixel = (error * valid).sum() / jnp.maximum(valid.sum(), 1.0)
-    white = whitening_loss(out["features"])
-    caption = caption_loss(out["caption"], batch)
-    loss = (
-      phase["contrast_weight"] * contrast
-      + phase["caption_weight"] * caption
-      + phase["pixel_weight"] * pixel
-      + phase["whitening_weight"] * white
-    )
-    metrics = {
-      "caption": caption,
+    pairs = valid * batch["text_mask"].any(-1)
+    contrast, accuracy = contrast_loss(out, pairs)
+    target = vision.patchify(pixels, self.model_config.vit.patch_size)
+    words = batch["text_mask"] * valid[:, None]
+    return {
       "contrast": contrast,
       "retrieval": accuracy,
-      "pixel_mse": pixel,
-      "whitening": white,
+      "pairs": pairs.sum(),
+      "pixel_mse": pixel_loss(out["patches"], target, valid),
+      "whitening": whitening_loss(out["features"], valid),
+      "pictures": valid.sum(),
+      "caption": caption_loss(out["caption"], batch["text"], words),
+      "words": words.sum(),
+    }, {}
+
+  def combine(self, phase, sums):
+    """Contrast + captions + pixels of every patch, hidden too + whitening."""
+    loss = (
+      phase["contrast_weight"] * sums["contrast"]
+      + phase["caption_weight"] * sums["caption"]
+      + phase["pixel_weight"] * sums["pixel_mse"]
+      + phase["whitening_weight"] * sums["whitening"]
+    )
+    weighed = lambda value, by: averages.mean(value * sums[by], sums[by])
+    counts = {
+      "contrast": "pairs",
+      "retrieval": "pairs",
+      "caption": "words",
+      "pixel_mse": "pictures",
+      "whitening": "pictures",
     }
-    return loss, (state, metrics)
+    metrics = {name: weighed(sums[name], by) for name, by in counts.items()}
+    return loss, metrics | {"loss": weighed(loss, "pictures")}
 
   def held_out_metrics(self, params, frozen, state, batch):
     """The loss with nothing hidden, and retrieval within a batch."""
     phase = dict(self.last_phase) | {"mask_share": 0.0}
     rng = jax.random.key(0)
-    loss, (_, metrics) = self.loss(phase, params, frozen, state, batch, rng)
-    return metrics | {"loss": loss}
+    return self.loss(phase, params, frozen, state, batch, rng)[1][1]
 
   def export(self, params, state):
     """The ViT alone; towers and heads have served."""
     return params["vit"], {"vit": dataclasses.asdict(self.model_config.vit)}
 
 
-def contrast_loss(out, valid):
-  """Symmetric InfoNCE over the global batch; returns loss and accuracy."""
+def contrast_loss(out, pairs):
+  """Symmetric InfoNCE over the pairs of a global batch.
+
+  Args:
+    out: `image` and `text` float[B, E] of unit norm, `scale` float[].
+    pairs: float[B], 1 where there is a picture with a caption, else 0: what is
+      no pair is no negative of another either.
+
+  Returns:
+    (loss float[], share of pictures whose own text is the nearest float[]).
+  """
   logits = out["scale"] * out["image"] @ out["text"].T  # [B, B]
-  logits = jnp.where(valid[None, :] > 0, logits, -1e9)
+  both = (pairs[:, None] > 0) & (pairs[None, :] > 0)
+  logits = jnp.where(both, logits, -1e9)
   labels = jnp.arange(logits.shape[0])
   cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-  both = cross_entropy(logits, labels) + cross_entropy(logits.T, labels)
-  count = jnp.maximum(valid.sum(), 1.0)
-  hits = (jnp.argmax(logits, axis=1) == labels) * valid
-  return (0.5 * both * valid).sum() / count, hits.sum() / count
+  total = cross_entropy(logits, labels) + cross_entropy(logits.T, labels)
+  hits = (jnp.argmax(logits, axis=1) == labels) * pairs
+  ratio, count = averages.ratio, pairs.sum()
+  return ratio((0.5 * total * pairs).sum(), count), ratio(hits.sum(), count)
 
 
-def caption_loss(logits, batch):
-  """Mean nll of the caption tokens."""
-  nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["text"])
-  weights = batch["text_mask"] * batch["valid"][:, None]
-  return (nll * weights).sum() / jnp.maximum(weights.sum(), 1.0)
+def caption_loss(logits, text, weights):
+  """Mean nll of float[B, T, V] for int[B, T], weighted by float[B, T]."""
+  nll = optax.softmax_cross_entropy_with_integer_labels(logits, text)
+  return averages.ratio((nll * weights).sum(), weights.sum())
 
 
-def whitening_loss(features):
+def pixel_loss(patches, target, valid):
+  """Mean squared error of float[B, N, P], pictures weighted by float[B]."""
+  error = jnp.square(patches - target).mean((1, 2))
+  return averages.ratio((error * valid).sum(), valid.sum())
+
+
+def whitening_loss(features, valid):
   """How far float[B, N, D] features are from white round each position's mean.
 
   Mean squared entry of (covariance - identity) over batch and patches, plus
   the squared channel means (VICReg's variance and covariance terms, Bardes et
-  al. 2022, with both sides of the variance).
+  al. 2022, with both sides of the variance). Pictures of which float[B] is 0
+  are left out.
   """
   width = features.shape[-1]
-  centred = features - features.mean(0, keepdims=True)
-  flat = centred.reshape(-1, width).astype(jnp.float32)
-  covariance = flat.T @ flat / flat.shape[0]
+  features = features.astype(jnp.float32)
+  weights = valid[:, None, None]
+  count = jnp.maximum(valid.sum(), 1.0)
+  usual = (features * weights).sum(0) / count  # [N, D]
+  flat = ((features - usual) * jnp.sqrt(weights)).reshape(-1, width)
+  covariance = flat.T @ flat / (count * features.shape[1])
   excess = jnp.square(covariance - jnp.eye(width)).sum() / width
-  return excess + jnp.square(features.mean((0, 1))).mean()
+  return excess + jnp.square(usual.mean(0)).mean()

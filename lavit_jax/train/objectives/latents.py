@@ -12,7 +12,7 @@ A phase has, beside what every phase has:
   train              groups of `unet` (or its LoRA), `projection`, and `uncond`
   selection          "expected" or "sampled", as in the tokenizer's training
   sample_latents     draw latents from what the autoencoder gives; else means
-  condition_dropout, weighting, min_snr, draws    see `denoising.eps_loss`
+  condition_dropout, weighting, min_snr, draws    see `denoising.eps_sums`
   ema_decay          of the mean weights, which are evaluated and exported
 """
 
@@ -25,11 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lavit_jax import errors
-from lavit_jax.data import bucket_rows, examples, latent_cache
+from lavit_jax.data import bucket_rows, faults
 from lavit_jax.infer import latents, schedules
-from lavit_jax.models import tokenizer, unet, vae
+from lavit_jax.models import selector, tokenizer, unet, vae
 from lavit_jax.train import (
   branches,
+  caches,
   conditions,
   denoising,
   latent_parts,
@@ -38,18 +39,16 @@ from lavit_jax.train import (
   shapes,
 )
 from lavit_jax.train import state as state_lib
-from lavit_jax.train.objectives import base
+from lavit_jax.train.objectives import base, diffusion
 
 
-class LatentsObjective(base.Objective):
+class LatentsObjective(diffusion.DiffusionObjective):
   """Trains a `unet.UNet`, or its LoRA, in the latents of pictures.
 
   Parameters are `unet` (the whole, or its LoRA), `projection` and, for lowres,
   `uncond`; `state` has their exponential mean.
   """
 
-  best_metric = "loss"
-  best_mode = "min"
   free_rows = False  # all pictures of a batch are of one bucket
 
   def __init__(self, config, where=None):
@@ -100,7 +99,7 @@ class LatentsObjective(base.Objective):
           f"phases.{name}.sample_latents=True draws anew each time, but"
           " data.latents_dir holds the same always. Change one of them."
         )
-    self.stored.check_start(config.start_from, self.part, self.unet.config)
+    self.stored.check_start(config, self.unet.config, self.schedule)
     starts = bool(config.start_from or self.stored.outline)
     latent_parts.check_directories(config, starts=starts)
 
@@ -125,18 +124,14 @@ class LatentsObjective(base.Objective):
 
   def _batches(self, source, seed):
     """Batches of a source: the endless ones with a seed, else once each."""
-    data = self.config.data
-    training, stored = seed is not None, None
-    where = data.latents_dir if training else data.held_out_latents_dir
-    if where:
-      stored = latent_cache.LatentCache.load(
-        where,
-        source=examples.fingerprint(source),
-        vae=latent_parts.fingerprint(
-          latent_parts.read_tree(self._vae_branch), self._vae_config
-        ),
-        buckets=data.buckets,
-      )
+    data, training = self.config.data, seed is not None
+    stored = caches.latents(
+      data,
+      training,
+      self.pictures_of,
+      self._vae_config,
+      lambda: latent_parts.read_tree(self._vae_branch),
+    )
     return bucket_rows.batches(
       source,
       data.buckets,
@@ -144,7 +139,14 @@ class LatentsObjective(base.Objective):
       seed=seed,
       crop=data.crop if training else "center",
       latents=stored,
+      limit_share=faults.share_of(data),
     )
+
+  def made_of(self):
+    """Data, caches, all that is frozen."""
+    found = super().made_of() | self.words_made_of()
+    found |= latent_parts.made_of(self.config, self._told.meta is not None)
+    return found | caches.made_of_latents(self.config.data)
 
   def init(self, rng):
     """Boxed parameters; extra: their exponential mean and its updates."""
@@ -218,7 +220,7 @@ class LatentsObjective(base.Objective):
       made["latents"] = ((count, *size), np.float16)
     return base.abstract(made)
 
-  def begin_phase(self, phase, state, frozen, batch_at):
+  def begin_phase(self, phase, state):
     """The weights of config.start_from, and of the part `kind` if it is."""
     if phase.start:
       return state.params, state.extra
@@ -240,24 +242,28 @@ class LatentsObjective(base.Objective):
     params = state.params | start
     return params, denoising.start_ema(params)
 
-  def loss(self, phase, params, frozen, state, batch, rng):
-    """Weighted mean of the squared error over valid pictures."""
+  def draws(self, phase, batch, rng):
+    """Noise of latents, of the selection and of the steps."""
     x_key, select_key, loss_key = jax.random.split(rng, 3)
-    x = self._latents(frozen, batch, x_key if phase["sample_latents"] else None)
-    sampled = phase["selection"] == "sampled"
-    told = self._condition(
-      params, frozen, batch, select_key if sampled else None
-    )
-    predict = self._predict(params, frozen)
-    valid = batch["valid"]
-    loss, metrics = denoising.eps_loss(
-      predict, self.schedule, x, told, valid, loss_key, phase
-    )
-    state = denoising.update_ema(state, params, phase["ema_decay"])
-    return loss, (state, metrics)
+    rows = len(batch["image"])
+    drawn = denoising.draws(self.schedule, rows, phase, loss_key)
+    if phase["sample_latents"]:
+      drawn["latents"] = jax.random.split(x_key, rows)
+    if phase["selection"] == "sampled":
+      shape = (rows, self.tokenizer.config.num_patches)
+      drawn["gumbel"] = selector.gumbel(select_key, shape)
+    return drawn
 
-  def _latents(self, frozen, batch, rng=None):
-    """float32[B, h, w, C] as the U-Net sees them; means without an rng."""
+  def sums(self, phase, params, frozen, state, batch, draws):
+    """The weighted squared error of valid pictures."""
+    del state
+    x = self._latents(frozen, batch, draws.get("latents"))
+    told = self._condition(params, frozen, batch, draws.get("gumbel"))
+    given = self._predict(params, frozen), self.schedule, x, told
+    return denoising.eps_sums(*given, batch["valid"], draws, phase), {}
+
+  def _latents(self, frozen, batch, keys=None):
+    """float32[B, h, w, C] as the U-Net sees them; means without keys [B]."""
     factor = self.vae.config.scaling_factor
     if "latents" in batch:
       return batch["latents"].astype(jnp.float32) * factor
@@ -266,11 +272,14 @@ class LatentsObjective(base.Objective):
       conditions.to_unit(batch["target"]),
       method="encode",
     )
-    return jax.lax.stop_gradient(vae.sample(mean, logvar, rng) * factor)
+    noise = None if keys is None else denoising.normal(keys, mean.shape[1:])
+    return jax.lax.stop_gradient(vae.sample(mean, logvar, noise) * factor)
 
-  def _condition(self, params, frozen, batch, rng=None):
+  def _condition(self, params, frozen, batch, gumbel=None):
     """What the U-Net is told of each picture: `tokens`, `pooled`, `sizes`."""
-    ids, valid = conditions.words(self.tokenizer, frozen, batch["image"], rng)
+    ids, valid = conditions.words(
+      self.tokenizer, frozen, batch["image"], gumbel
+    )
     codes = frozen["tokenizer"]["codebook"]["codes"]
     told = self._told.model.apply(
       {"params": {"decoder": frozen["semantic"]} | params["projection"]},
@@ -283,7 +292,7 @@ class LatentsObjective(base.Objective):
     return {"tokens": tokens, "pooled": pooled, "sizes": batch["sizes"]}
 
   def _predict(self, params, frozen):
-    """The function that `denoising.eps_loss` asks for."""
+    """The function that `denoising.eps_sums` asks for."""
 
     def predict(z, t, told, drop):
       uncond = params.get("uncond")
@@ -313,13 +322,13 @@ class LatentsObjective(base.Objective):
     told = self._condition(ema, frozen, batch)
     phase = dict(self.last_phase) | {"condition_dropout": 0.0, "draws": 1}
     predict, valid = self._predict(ema, frozen), batch["valid"]
-    loss, metrics = denoising.eps_loss(
+    _, metrics = denoising.eps_loss(
       predict, self.schedule, x, told, valid, rng, phase
     )
     if shown := self.config.eval.sample_pictures:
       x, told, valid = jax.tree.map(lambda v: v[:shown], (x, told, valid))
       metrics |= self._drawn_metrics(ema, frozen, x, told, valid)
-    return metrics | {"loss": loss}
+    return metrics
 
   def _drawn_metrics(self, params, frozen, x, told, valid):
     """What is drawn with some weights, beside latents x and their pictures."""

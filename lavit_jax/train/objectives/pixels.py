@@ -21,19 +21,17 @@ from lavit_jax.train import (
   precision,
   shapes,
 )
-from lavit_jax.train.objectives import base
+from lavit_jax.train.objectives import diffusion
 
 
-class PixelsObjective(base.Objective):
+class PixelsObjective(diffusion.DiffusionObjective):
   """Trains a `pixels.PixelDecoder` on what the tokenizer reconstructs.
 
-  A phase has, beside what every phase has, what `denoising.eps_loss` reads
+  A phase has, beside what every phase has, what `denoising.eps_sums` reads
   (the draws of a picture share one pass of the tokenizer), and `ema_decay`.
   """
 
   part = "pixels"
-  best_metric = "loss"
-  best_mode = "min"
 
   def __init__(self, config, where=None):
     super().__init__(config, where)
@@ -66,6 +64,10 @@ class PixelsObjective(base.Objective):
           f" --config.model.pixels.{name}={value}."
         )
     denoising.check(self.schedule, self.last_phase)
+
+  def made_of(self):
+    """Data, encoder and tokenizer."""
+    return super().made_of() | self.words_made_of()
 
   def init(self, rng):
     """Boxed parameters; extra: their exponential mean and its updates."""
@@ -102,27 +104,31 @@ class PixelsObjective(base.Objective):
     """x_rec float[B, N, D] of uint8[B, H, W, 3]; no gradient."""
     return conditions.reconstructed_features(self.tokenizer, frozen, image)
 
-  def _eps_loss(self, params, frozen, batch, rng, phase):
-    """`denoising.eps_loss` of the decoder with these weights."""
+  def draws(self, phase, batch, rng):
+    """Steps, noise, and which conditions are dropped."""
+    return denoising.draws(self.schedule, len(batch["image"]), phase, rng)
 
-    def predict(z, t, x_rec, drop):
-      return self.decoder.apply({"params": params}, z, t, x_rec, drop=drop)
-
-    return denoising.eps_loss(
-      predict,
+  def sums(self, phase, params, frozen, state, batch, draws):
+    """The weighted squared error of eps of valid pictures."""
+    del state
+    sums = denoising.eps_sums(
+      self._predict(params),
       self.schedule,
       conditions.to_unit(batch["image"]),
       self.features(frozen, batch["image"]),
       batch["valid"],
-      rng,
+      draws,
       phase,
     )
+    return sums, {}
 
-  def loss(self, phase, params, frozen, state, batch, rng):
-    """Weighted mean of the squared error of eps over valid pictures."""
-    loss, metrics = self._eps_loss(params, frozen, batch, rng, phase)
-    state = denoising.update_ema(state, params, phase["ema_decay"])
-    return loss, (state, metrics)
+  def _predict(self, params):
+    """The function that `denoising.eps_sums` asks for."""
+
+    def predict(z, t, x_rec, drop):
+      return self.decoder.apply({"params": params}, z, t, x_rec, drop=drop)
+
+    return predict
 
   def held_out_metrics(self, params, frozen, state, batch):
     """Error of the mean weights, always under the same noise.
@@ -132,17 +138,24 @@ class PixelsObjective(base.Objective):
     """
     rng = jax.random.key(0)
     phase = dict(self.last_phase) | {"condition_dropout": 0.0, "draws": 1}
-    loss, metrics = self._eps_loss(state["ema"], frozen, batch, rng, phase)
     x = conditions.to_unit(batch["image"])
     x_rec = self.features(frozen, batch["image"])
+    _, metrics = denoising.eps_loss(
+      self._predict(state["ema"]),
+      self.schedule,
+      x,
+      x_rec,
+      batch["valid"],
+      rng,
+      phase,
+    )
     z = jax.random.normal(jax.random.fold_in(rng, 1), x.shape)
     last = jnp.full(x.shape[:1], self.schedule.num_steps - 1)
     output = self.decoder.apply({"params": state["ema"]}, z, last, x_rec)
     a = jnp.asarray(schedules.alphas_cumprod(self.schedule))[-1]
     guess = schedules.to_picture(self.schedule, output, z, a)
     error = jnp.square(jnp.clip(guess, -1.0, 1.0) - x).mean((1, 2, 3))
-    metrics["picture_mse"] = denoising.mean(error, batch["valid"])
-    return metrics | {"loss": loss}
+    return metrics | {"picture_mse": denoising.mean(error, batch["valid"])}
 
   def export(self, params, state):
     """The mean weights; their config and schedule describe them."""

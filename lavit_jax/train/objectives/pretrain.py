@@ -11,17 +11,32 @@ changes of its matrices train in its place: fine-tuning on a single host.
 """
 
 import dataclasses
-import pathlib
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import errors, images, vocabulary
-from lavit_jax.data import cache, pipeline
+from lavit_jax import (
+  agreement,
+  checkpoints,
+  errors,
+  files,
+  fingerprints,
+  images,
+  vocabulary,
+)
+from lavit_jax.data import faults, pipeline
 from lavit_jax.models import llama, tokenizer, unified
-from lavit_jax.train import branches, lora, losses, precision, shapes
+from lavit_jax.train import (
+  averages,
+  branches,
+  caches,
+  lora,
+  losses,
+  precision,
+  shapes,
+)
 from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base
 
@@ -48,6 +63,7 @@ class PretrainObjective(base.Objective):
     self.llama_config = llama.LlamaConfig(
       **config.model.llm.to_dict() | {"vocab_size": self.vocabulary.size}
     )
+    self._check_start()
     self.capacity = self._use_caches()
     self.model = unified.UnifiedModel(
       self.llama_config, self.tokenizer_config, self.capacity
@@ -65,9 +81,47 @@ class PretrainObjective(base.Objective):
     config = self.config
     if self.stored.outline:
       return config.assumed.capacity
-    folders = (config.data.cache_dir, config.data.held_out_cache_dir)
-    self._caches = tuple(cache.CodeCache.load(folder) for folder in folders)
+    self._caches = caches.codes(
+      config, (self.source, self.held_out), self.pictures_of
+    )
     return int(max(c.counts.max() for c in self._caches))
+
+  def made_of(self):
+    """Data, caches, text tokenizer, encoder, tokenizer; under LoRA the LLM."""
+    found = super().made_of() | self.words_made_of() | self.text_made_of()
+    train, held_out = self._caches
+    found |= {
+      "train_cache": train.fingerprint(),
+      "held_out_cache": held_out.fingerprint(),
+    }
+    if self.lora["rank"]:
+      folder = self.config.start_from
+      found["llm"] = fingerprints.of_part(folder, self.part, "llm")
+    return found
+
+  def _check_start(self):
+    """Whether weights of config.start_from mean under this config what there.
+
+    Raises:
+      errors.ConfigError: a field of the network differs.
+    """
+    folder = self.config.start_from
+    if self.stored.outline or not folder:
+      return
+    if self.part not in checkpoints.parts_in(folder):
+      return  # said where it is read; a run that goes on need not have it
+    meta = checkpoints.read_meta(folder, self.part)
+    if "llama" not in meta:
+      return  # shapes are all that can be compared
+    theirs = llama.LlamaConfig(**meta["llama"])
+    agreement.settle(
+      # Rotary positions have no table: max_len is no property of weights.
+      agreement.fields(
+        theirs, self.llama_config, "model.llm.", ("max_len", "vocab_size")
+      ),
+      agreement.accepted(self.config),
+      what=f"The {self.part} of start_from={folder}",
+    )
 
   def _check_llm(self):
     """Whether config.start_from has the LLM that a LoRA is to change."""
@@ -132,6 +186,7 @@ class PretrainObjective(base.Objective):
       seed=self.config.seed,
       batch_size=self.config.batch_size,
       window=data.window,
+      limit_share=faults.share_of(data),
     )
     self._train_data = make(self.source, self._caches[0])
     self._held_out_data = make(self.held_out, self._caches[1])
@@ -159,7 +214,7 @@ class PretrainObjective(base.Objective):
       params["lora"] = lora.init(key, llm, rank, targets)
     return params, {}
 
-  def begin_phase(self, phase, state, frozen, batch_at):
+  def begin_phase(self, phase, state):
     """Starts from the LLM of config.start_from, or stage 1's merger alone."""
     if phase.start:
       return state.params, state.extra
@@ -176,21 +231,34 @@ class PretrainObjective(base.Objective):
 
   def _check_same_words(self, folder):
     """Raises CheckpointError unless its text ids mean what ours mean."""
-    theirs = pathlib.Path(folder) / "tokenizer.model"
-    ours = pathlib.Path(self.config.model_dir) / "tokenizer.model"
-    if not theirs.is_file() or theirs.read_bytes() != ours.read_bytes():
+    theirs = files.place(folder) / "tokenizer.model"
+    ours = files.place(self.config.model_dir) / "tokenizer.model"
+    if not theirs.exists() or theirs.read_bytes() != ours.read_bytes():
       raise errors.CheckpointError(
         f"{theirs} is missing or is not {ours}, byte for byte: ids of the LLM"
         " in config.start_from would be other words here. Copy that file to"
         " config.model_dir before the first stage is trained."
       )
 
-  def loss(self, phase, params, frozen, state, batch, rng):
-    """Weighted mean next-token nll; text and visual targets reported apart."""
+  def draws(self, phase, batch, rng):
+    """Which input words are hidden, and by what."""
+    share = phase["word_dropout"]
+    if not share:
+      return {}
+    return word_draws(self.vocabulary, batch["tokens"].shape, share, rng)
+
+  def norms(self, phase, params, frozen, state, batch, draws):
+    """Positions that teach, weighted."""
+    del phase, params, frozen, state, draws
+    return {"weights": batch["weights"].sum()}
+
+  def sums(self, phase, params, frozen, state, batch, draws):
+    """Next-token nll, weighted; that of text and visual targets apart."""
+    del phase, state
     features = self._features(frozen["encoder"], batch["pixels"])
     tokens = batch["tokens"]
-    if phase["word_dropout"]:
-      tokens = drop_words(self.vocabulary, tokens, phase["word_dropout"], rng)
+    if draws:
+      tokens = drop_words(self.vocabulary, tokens, draws)
     variables, head = self._variables(params, frozen)
     hidden = self.model.apply(
       variables,
@@ -210,17 +278,33 @@ class PretrainObjective(base.Objective):
       weights,
       vocab_size=self.vocabulary.size,
     )
-    count = weights.sum()
-    loss = total / jnp.maximum(count, 1.0)
     learnt = weights > 0
     visual = learnt & (batch["targets"] >= self.vocabulary.image_begin)
+    text, used = learnt & ~visual, batch["segments"] > 0
+    count = lambda mask: mask.sum().astype(jnp.float32)
+    return {
+      "nll": total,
+      "weights": weights.sum(),
+      "text": (nll * text).sum(),
+      "text_targets": count(text),
+      "visual": (nll * visual).sum(),
+      "visual_targets": count(visual),
+      "tokens": count(used),
+      "places": jnp.float32(used.size),
+    }, {}
+
+  def combine(self, phase, sums):
+    """Weighted mean nll; text and visual targets are reported apart."""
+    del phase
+    mean = averages.mean
     metrics = {
-      "text_loss": _mean(nll, learnt & ~visual),
-      "visual_loss": _mean(nll, visual),
-      "tokens": (batch["segments"] > 0).sum().astype(jnp.float32),
-      "fill": (batch["segments"] > 0).mean(),
+      "loss": mean(sums["nll"], sums["weights"]),
+      "text_loss": mean(sums["text"], sums["text_targets"]),
+      "visual_loss": mean(sums["visual"], sums["visual_targets"]),
+      "tokens": averages.Sum(sums["tokens"]),
+      "fill": mean(sums["tokens"], sums["places"]),
     }
-    return loss, (state, metrics)
+    return averages.ratio(sums["nll"], sums["weights"]), metrics
 
   def _variables(self, params, frozen):
     """What the model is applied to, and the head float[V, D]."""
@@ -230,10 +314,6 @@ class PretrainObjective(base.Objective):
     params = {name: params[name] for name in ("merger", "projection")}
     whole = {"params": params | {"llm": frozen["llm"]}, "lora": {"llm": low}}
     return whole, frozen["llm"]["head"]
-
-  def weight(self, batch):
-    """Positions that teach, weighted."""
-    return batch["weights"].sum()
 
   def _features(self, encoder, pixels):
     """float[B, S, N, D] of uint8[B, S, H, W, 3]; no gradient."""
@@ -248,10 +328,8 @@ class PretrainObjective(base.Objective):
   def held_out_metrics(self, params, frozen, state, batch):
     """The training loss on held-out rows, no word dropped."""
     phase = dict(self.last_phase) | {"word_dropout": 0.0}
-    loss, (_, metrics) = self.loss(phase, params, frozen, state, batch, None)
-    return {k: metrics[k] for k in ("text_loss", "visual_loss")} | {
-      "loss": loss
-    }
+    _, (_, metrics) = self.loss(phase, params, frozen, state, batch, None)
+    return {k: metrics[k] for k in ("loss", "text_loss", "visual_loss")}
 
   def export(self, params, state):
     """LLM, merger and projection, with what is needed to use them."""
@@ -268,8 +346,28 @@ class PretrainObjective(base.Objective):
     return params, meta
 
 
-def drop_words(vocab, tokens, share: float, rng):
-  """Hides a share of the visual words the LLM is given from it.
+def word_draws(vocab, shape, share: float, rng) -> dict[str, jax.Array]:
+  """What `drop_words` asks of chance.
+
+  Args:
+    vocab: a vocabulary.Vocabulary.
+    shape: (B, L).
+    share: of the visual words, in [0, 1].
+    rng: a key.
+
+  Returns:
+    {"chosen": bool[B, L], "words": int32[B, L]}.
+  """
+  chosen_rng, word_rng = jax.random.split(rng)
+  first, end = vocab.code_offset, vocab.size
+  return {
+    "chosen": jax.random.bernoulli(chosen_rng, share, shape),
+    "words": jax.random.randint(word_rng, shape, first, end, jnp.int32),
+  }
+
+
+def drop_words(vocab, tokens, drawn):
+  """Hides some of the visual words the LLM is given from it.
 
   Input words alone, targets stay: what a picture is to show must then be read
   off the prompt, not guessed from the words before. (Word dropout of Bowman et
@@ -278,19 +376,11 @@ def drop_words(vocab, tokens, share: float, rng):
   Args:
     vocab: a vocabulary.Vocabulary.
     tokens: int[B, L].
-    share: of the visual words, in [0, 1].
-    rng: a key.
+    drawn: of `word_draws`, of these rows.
 
   Returns:
     int[B, L]; text and image marks are as they were.
   """
-  chosen_rng, word_rng = jax.random.split(rng)
-  first, end = vocab.code_offset, vocab.size
-  words = jax.random.randint(word_rng, tokens.shape, first, end, tokens.dtype)
-  chosen = jax.random.bernoulli(chosen_rng, share, tokens.shape)
-  visual = (tokens >= first) & (tokens < end)
-  return jnp.where(chosen & visual, words, tokens)
-
-
-def _mean(values, mask):
-  return (values * mask).sum() / jnp.maximum(mask.sum(), 1)
+  visual = (tokens >= vocab.code_offset) & (tokens < vocab.size)
+  words = drawn["words"].astype(tokens.dtype)
+  return jnp.where(drawn["chosen"] & visual, words, tokens)

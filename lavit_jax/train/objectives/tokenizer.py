@@ -14,12 +14,20 @@ its mask comes from and whether codes are on:
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lavit_jax import errors, images
+from lavit_jax import errors, fingerprints, images
 from lavit_jax.models import quantizer, selector, tokenizer, vision
-from lavit_jax.train import branches, losses, precision, shapes
+from lavit_jax.train import (
+  averages,
+  boundaries,
+  branches,
+  losses,
+  precision,
+  shapes,
+)
 from lavit_jax.train.objectives import base
 
 MASKS = ("random", "gumbel", "sampled", "expected")
@@ -64,6 +72,11 @@ class TokenizerObjective(base.Objective):
     dtype = self.config.model.get("frozen_dtype", "float32")
     return {"encoder": shapes.encoder(self.model_config.vit, dtype)}
 
+  def made_of(self):
+    """Data and encoder."""
+    encoder = fingerprints.of_part(self.config.model_dir, "encoder")
+    return super().made_of() | {"encoder": encoder}
+
   def frozen_branches(self):
     """The encoder."""
     return {"encoder": branches.Branch(self.config.model_dir, "encoder")}
@@ -72,46 +85,79 @@ class TokenizerObjective(base.Objective):
     """Pictures alone."""
     return self.image_shapes()
 
-  def begin_phase(self, phase, state, frozen, batch_at):
+  def folds(self, phase):
     """Mean features before the first phase; k-means before codes come on."""
-    extra = dict(state.extra)
+    found = []
     if phase.start == 0:
-      features = self._some_features(phase, frozen, batch_at, 8)
-      extra["feature_mean"] = jnp.concatenate(features).mean(0)
+      found.append(self._mean_features())
     if phase.get("kmeans_iters", 0):
-      features = self._some_features(
-        phase, frozen, batch_at, phase["kmeans_batches"]
-      )
-      extra["codebook"] = self._kmeans(phase, state, features)
-    return state.params, extra
+      found.append(self._kmeans(phase))
+    return tuple(found)
 
-  def _some_features(self, phase, frozen, batch_at, count):
-    encode = jax.jit(self._features)
-    return [
-      encode(frozen["encoder"], batch_at(phase.start + i)["image"])
-      for i in range(count)
-    ]
+  def _mean_features(self):
+    """The mean over pictures, float[N, D], of some batches."""
+    config = self.model_config
+    grid, width = config.num_patches, config.width
 
-  def _kmeans(self, phase, state, features):
-    """Codebook statistics from the projections of kept tokens."""
+    def start():
+      return {"sums": jnp.zeros((grid, width)), "pictures": jnp.zeros(())}
 
-    @jax.jit
-    def project(params, features):
-      mask = self._mask("expected", phase, params, features, None)[0]
-      return self._project_compact(params, features, mask)
+    def add(carried, number, state, frozen, batch):
+      del number, state
+      features = self._features(frozen["encoder"], batch["image"])
+      valid = batch["valid"]
+      sums = (features * valid[:, None, None]).sum(0, dtype=jnp.float32)
+      more = {"sums": sums, "pictures": valid.sum()}
+      return jax.tree.map(jnp.add, carried, more)
 
-    found = [project(state.params, chunk) for chunk in features]
-    z, valid = (jnp.concatenate(x) for x in zip(*found, strict=True))
-    rng = jax.random.fold_in(
-      jax.random.wrap_key_data(state.rng), phase.start + 1
+    def finish(carried, state):
+      del state
+      count = jnp.maximum(carried["pictures"], 1.0)
+      return {"feature_mean": carried["sums"] / count}
+
+    return boundaries.Fold(
+      name="feature_mean", batches=8, start=start, add=add, finish=finish
     )
+
+  def _kmeans(self, phase):
+    """Codebook statistics from the projections of kept tokens."""
     config = self.model_config.quantizer
-    return quantizer.kmeans_init(
-      rng,
-      z.reshape(-1, config.code_dim),
-      valid.reshape(-1).astype(jnp.float32),
-      config.num_codes,
-      phase["kmeans_iters"],
+    batches, pictures = phase["kmeans_batches"], self.config.batch_size
+    shape = (batches, pictures, self.config.data.capacity)
+    axes = (None, "act_batch", None)
+
+    def start():
+      z, weights = jnp.zeros((*shape, config.code_dim)), jnp.zeros(shape)
+      return {
+        "z": nn.LogicallyPartitioned(z, (*axes, None)),
+        "weights": nn.LogicallyPartitioned(weights, axes),
+      }
+
+    def add(carried, number, state, frozen, batch):
+      features = self._features(frozen["encoder"], batch["image"])
+      mask = self._mask("expected", phase, state.params, features, None)[0]
+      z, valid = self._project_compact(state.params, features, mask)
+      more = {"z": z, "weights": valid * batch["valid"][:, None]}
+      put = lambda whole, x: jax.lax.dynamic_update_index_in_dim(
+        whole, x.astype(whole.dtype), number, 0
+      )
+      return jax.tree.map(put, carried, more)
+
+    def finish(carried, state):
+      rng = jax.random.fold_in(
+        jax.random.wrap_key_data(state.rng), phase.start + 1
+      )
+      codebook = quantizer.kmeans_init(
+        rng,
+        carried["z"].reshape(batches, -1, config.code_dim),
+        carried["weights"].reshape(batches, -1),
+        config.num_codes,
+        phase["kmeans_iters"],
+      )
+      return {"codebook": codebook}
+
+    return boundaries.Fold(
+      name="kmeans", batches=batches, start=start, add=add, finish=finish
     )
 
   def _features(self, encoder, image):
@@ -122,19 +168,42 @@ class TokenizerObjective(base.Objective):
       )
     )
 
-  def _mask(self, kind, phase, params, features, rng):
-    """(mask float[B, N], log_probs float[B, N, 2] or None) of a phase."""
-    shape = features.shape[:2]
-    if kind == "random":
-      share_rng, rng = jax.random.split(rng)
+  def draws(self, phase, batch, rng):
+    """The random mask, or the noise of the selector's; a lot of each token."""
+    rows, grid = len(batch["image"]), self.model_config.num_patches
+    mask_rng, revive_rng = jax.random.split(rng)
+    drawn = {}
+    if phase["mask"] == "random":
+      share_rng, mask_rng = jax.random.split(mask_rng)
       low, high = phase["keep_range"]
-      share = jax.random.uniform(share_rng, shape[:1], minval=low, maxval=high)
-      return selector.random_mask(rng, shape, share).astype(jnp.float32), None
+      share = jax.random.uniform(share_rng, (rows,), minval=low, maxval=high)
+      drawn["mask"] = selector.random_mask(mask_rng, (rows, grid), share)
+    elif phase["mask"] in ("gumbel", "sampled"):
+      drawn["gumbel"] = selector.gumbel(mask_rng, (rows, grid))
+    if self._revives(phase):
+      soft = phase["mask"] == "gumbel"
+      shape = rows, grid if soft else self.config.data.capacity
+      lots = jax.random.permutation(revive_rng, shape[0] * shape[1])
+      drawn["lot"] = 1 + lots.reshape(shape)
+    return drawn
+
+  @staticmethod
+  def _revives(phase):
+    return phase.get("quantize", False) and phase["revive_below"] > 0
+
+  def _mask(self, kind, phase, params, features, draws):
+    """(mask float[B, N], log_probs float[B, N, 2] or None) of a phase."""
+    if kind == "random":
+      return draws["mask"].astype(jnp.float32), None
     log_probs = self.model.apply({"params": params}, features, method="select")
     if kind == "gumbel":
-      mask = selector.sample_mask(log_probs, rng, phase["temperature"])
+      mask = selector.mask_from_noise(
+        log_probs, draws["gumbel"], phase["temperature"]
+      )
     elif kind == "sampled":
-      mask = jax.lax.stop_gradient(selector.sample_mask(log_probs, rng))
+      mask = jax.lax.stop_gradient(
+        selector.mask_from_noise(log_probs, draws["gumbel"])
+      )
     elif kind == "expected":
       mask = selector.expected_count_mask(log_probs).astype(jnp.float32)
     else:
@@ -175,81 +244,97 @@ class TokenizerObjective(base.Objective):
       x_rec = self.model.apply(variables, vectors, valid, method="decode")
     return x_rec, z, ids, weights
 
-  def loss(self, phase, params, frozen, state, batch, rng):
-    """Cosine reconstruction + rate + entropy + commitment, by phase."""
-    valid = batch["valid"]
-    mask_rng, revive_rng = jax.random.split(rng)
+  def norms(self, phase, params, frozen, state, batch, draws):
+    """What the loss is not linear in; the encoder is run for it, and again."""
     features = self._features(frozen["encoder"], batch["image"])
-    mask, log_probs = self._mask(
-      phase["mask"], phase, params, features, mask_rng
-    )
-    soft = phase["mask"] == "gumbel"
+    mask, _ = self._mask(phase["mask"], phase, params, features, draws)
+    found = self._norms(state, features, mask, batch["valid"])
+    if phase.get("quantize", False):
+      count = mask.sum(1)
+      if phase["mask"] != "gumbel":  # gathered
+        count = jnp.minimum(count, self.config.data.capacity)
+      found["tokens"] = (count * batch["valid"]).sum()
+    return found
+
+  def _norms(self, state, features, mask, valid):
+    """Sums over valid pictures: their number, kept share, and variance."""
+    usual = jnp.square(features - state["feature_mean"]).mean((1, 2))
+    return {
+      "pictures": valid.sum(),
+      "kept": (mask.mean(1) * valid).sum(),
+      "variance": (usual * valid).sum(),
+    }
+
+  def sums(self, phase, params, frozen, state, batch, draws):
+    """The terms of the loss over valid pictures; what chose the codes."""
+    valid, soft = batch["valid"], phase["mask"] == "gumbel"
+    features = self._features(frozen["encoder"], batch["image"])
+    mask, log_probs = self._mask(phase["mask"], phase, params, features, draws)
     x_rec, z, ids, weights = self._reconstruct(
       phase, params, state["codebook"], features, mask, soft
     )
-    recon = self._recon_loss(phase, state, features, x_rec, valid)
-    metrics = {"recon_loss": recon, "kept_share": mask.mean()}
-    loss = recon
+    sums = self._norms(state, features, mask, valid)
+    sums |= reconstruction_sums(features, x_rec, valid)
     if soft:
-      extra, more = self._selection_loss(phase, mask, log_probs, valid)
-      loss, metrics = loss + extra, metrics | more
-    if ids is not None:
-      weights = weights * valid[:, None]
-      codes = state["codebook"]["codes"]
-      commit = quantizer.commitment(z, codes, ids) * weights
-      commit = commit.sum() / jnp.maximum(weights.sum(), 1.0)
-      loss = loss + phase["commitment"] * commit
-      state, more = self._update_codes(
-        phase, state, z, ids, weights, revive_rng
-      )
-      metrics |= more | {"commitment": commit}
-    return loss, (state, metrics)
+      sums |= selection_sums(log_probs, valid)
+    if ids is None:
+      return sums, {}
+    weights = weights * valid[:, None]
+    codes = state["codebook"]["codes"]
+    commitment = quantizer.commitment(z, codes, ids) * weights
+    sums |= {"commitment": commitment.sum(), "tokens": weights.sum()}
+    seen = {"assigned": quantizer.assigned(z, ids, weights, len(codes))}
+    if self._revives(phase):
+      seen["fresh"] = quantizer.candidates(z, draws["lot"], weights, len(codes))
+    return sums, seen
 
-  def _recon_loss(self, phase, state, features, x_rec, valid):
-    """1 - cos over patches (paper), and the detail term, weighted.
-
-    The detail term is the squared error relative to the features' variance
-    round each position's mean. On raw features a constant scores a high
-    cosine, and every patch counts alike; here patches count by how far they
-    are from what is usual at their place, which is where objects are.
-    """
-    mean = state["feature_mean"]
-    cosine = 1.0 - losses.cosine(features, x_rec)  # [B, N]
-    error = jnp.square(features - x_rec).mean(-1)
-    usual = jnp.square(features - mean).mean()
-    detail = error / jax.lax.stop_gradient(usual)
-    each = (cosine + phase["detail_weight"] * detail).mean(1)
-    return (each * valid).sum() / jnp.maximum(valid.sum(), 1.0)
-
-  def _selection_loss(self, phase, mask, log_probs, valid):
-    """The rate term over the batch mean, and the entropy of pi."""
-    count = jnp.maximum(valid.sum(), 1.0)
-    p_keep = jnp.exp(log_probs[..., selector.KEEP])
-    rate = (mask.mean(1) * valid).sum() / count
-    entropy = -(jnp.exp(log_probs) * log_probs).sum(-1).mean(1)
-    entropy = (entropy * valid).sum() / count
-    loss = (
-      phase["rate_weight"] * jnp.square(phase["rate"] - rate)
-      + phase["entropy_weight"] * entropy
+  def combine(self, phase, sums):
+    """Cosine reconstruction + rate + entropy + commitment, by phase."""
+    mean, count = averages.mean, sums["pictures"]
+    recon = reconstruction_loss(sums, phase["detail_weight"])
+    loss, metrics = (
+      recon,
+      {
+        "recon_loss": mean(recon * count, count),
+        "kept_share": mean(sums["kept"], count),
+      },
     )
-    return loss, {"entropy": entropy, "p_keep_std": p_keep.std()}
+    if "entropy" in sums:
+      loss = loss + selection_loss(sums, phase)
+      metrics |= {
+        "entropy": mean(sums["entropy"], count),
+        "p_keep_std": _spread(sums),
+      }
+    if "commitment" in sums:
+      commitment = averages.ratio(sums["commitment"], sums["tokens"])
+      loss = loss + phase["commitment"] * commitment
+      metrics["commitment"] = mean(sums["commitment"], sums["tokens"])
+    return loss, metrics | {"loss": mean(loss * count, count)}
 
-  def _update_codes(self, phase, state, z, ids, weights, rng):
+  def merge_seen(self, a, b):
+    """Sums add up; of the candidates for dead codes the first are kept."""
+    add = lambda x, y: jax.tree.map(jnp.add, x, y)
+    merges = {"assigned": add, "fresh": quantizer.merge_candidates}
+    return {name: merges[name](a[name], b[name]) for name in a}
+
+  def update_extra(self, phase, state, seen, params):
     """EMA of the codebook, and new places for codes that died."""
-    config = self.model_config.quantizer
+    del params
+    if not seen:
+      return state, {}
     stats = quantizer.ema_update(
-      state["codebook"], z, ids, weights, config.decay
+      state["codebook"], seen["assigned"], self.model_config.quantizer.decay
     )
-    stats, revived = quantizer.revive_dead(
-      stats, z, weights, rng, phase["revive_below"]
-    )
-    counts = quantizer.code_counts(ids, weights, config.num_codes)
-    share, perplexity = quantizer.usage(counts)
+    share, perplexity = quantizer.usage(seen["assigned"]["counts"])
     metrics = {
-      "codes_in_batch": share,
-      "perplexity_in_batch": perplexity,
-      "codes_revived": revived,
+      "codes_in_batch": averages.of_step(share),
+      "perplexity_in_batch": averages.of_step(perplexity),
     }
+    if "fresh" in seen:
+      stats, revived = quantizer.revive_dead(
+        stats, seen["fresh"], phase["revive_below"]
+      )
+      metrics["codes_revived"] = averages.Sum(revived)
     return dict(state) | {"codebook": stats}, metrics
 
   def held_out_metrics(self, params, frozen, state, batch):
@@ -257,21 +342,23 @@ class TokenizerObjective(base.Objective):
 
     Before codes come on the reconstruction is from the vectors themselves.
     """
+    valid = batch["valid"]
     features = self._features(frozen["encoder"], batch["image"])
     mask, log_probs = self._mask("expected", {}, params, features, None)
-    mean = state["feature_mean"]
-    cos_mean = losses.cosine(features, jnp.broadcast_to(mean, features.shape))
-    gain = lambda cos: (cos.mean() - cos_mean.mean()) / (1 - cos_mean.mean())
+    total = lambda x: (x.mean(1) * valid).sum()  # of float[B, N]
+    usual = jnp.broadcast_to(state["feature_mean"], features.shape)
+    pictures, cos_mean = valid.sum(), total(losses.cosine(features, usual))
     metrics = {
-      "kept_share": mask.mean(),
-      "cos_mean": cos_mean.mean(),
-      "p_keep_std": jnp.exp(log_probs[..., selector.KEEP]).std(),
+      "kept_share": averages.mean(total(mask), pictures),
+      "cos_mean": averages.mean(cos_mean, pictures),
+      "p_keep_std": _spread(selection_sums(log_probs, valid)),
     }
     for name, quantize in (("gain_no_codes", False), ("recon_gain", True)):
       x_rec, _, _, _ = self._reconstruct(
         {"quantize": quantize}, params, state["codebook"], features, mask, False
       )
-      metrics[name] = gain(losses.cosine(features, x_rec))
+      gained = total(losses.cosine(features, x_rec)) - cos_mean
+      metrics[name] = averages.mean(gained, pictures - cos_mean)
     return metrics
 
   def export(self, params, state):
@@ -282,3 +369,72 @@ class TokenizerObjective(base.Objective):
       "feature_mean": state["feature_mean"],
     }
     return stored, {"tokenizer": dataclasses.asdict(self.model_config)}
+
+
+def reconstruction_sums(features, x_rec, valid):
+  """Sums over valid pictures of the mean over patches.
+
+  Args:
+    features: float[B, N, D] of the encoder.
+    x_rec: float[B, N, D].
+    valid: float[B].
+
+  Returns:
+    {"cosine": of 1 - cos (paper), "error": of the mean squared error}.
+  """
+  cosine = 1.0 - losses.cosine(features, x_rec)  # [B, N]
+  error = jnp.square(features - x_rec).mean(-1)
+  return {
+    "cosine": (cosine.mean(1) * valid).sum(),
+    "error": (error.mean(1) * valid).sum(),
+  }
+
+
+def reconstruction_loss(sums, detail_weight: float):
+  """1 - cos over patches (paper), and the detail term, weighted: float[].
+
+  The detail term is the squared error relative to the features' variance
+  round each position's mean. On raw features a constant scores a high cosine,
+  and every patch counts alike; here patches count by how far they are from
+  what is usual at their place, which is where objects are.
+  """
+  detail = sums["error"] / jnp.maximum(sums["variance"], 1e-12)
+  return averages.ratio(sums["cosine"], sums["pictures"]) + (
+    detail_weight * detail
+  )
+
+
+def selection_sums(log_probs, valid):
+  """Sums over valid pictures for float[B, N, 2] of the selector.
+
+  Returns:
+    {"entropy": of pi, its mean over patches; "p", "p_squared": of p(keep) over
+    patches; "patches": their number}.
+  """
+  p_keep = jnp.exp(log_probs[..., selector.KEEP])
+  entropy = -(jnp.exp(log_probs) * log_probs).sum(-1).mean(1)
+  return {
+    "entropy": (entropy * valid).sum(),
+    "p": (p_keep.sum(1) * valid).sum(),
+    "p_squared": (jnp.square(p_keep).sum(1) * valid).sum(),
+    "patches": valid.sum() * p_keep.shape[1],
+  }
+
+
+def selection_loss(sums, phase):
+  """The rate term lambda (rho - mean(M))^2 (paper), and the entropy of pi."""
+  kept = averages.ratio(sums["kept"], sums["pictures"])
+  entropy = averages.ratio(sums["entropy"], sums["pictures"])
+  return (
+    phase["rate_weight"] * jnp.square(phase["rate"] - kept)
+    + phase["entropy_weight"] * entropy
+  )
+
+
+def _spread(sums):
+  """Standard deviation of p(keep) over patches."""
+  return averages.Std(
+    total=jax.lax.stop_gradient(sums["p"]),
+    sum_of_squares=jax.lax.stop_gradient(sums["p_squared"]),
+    count=sums["patches"],
+  )

@@ -195,7 +195,7 @@ def _one_step(objective, phase, first, sizes, count):
   batch = next(objective.batches(0))
   with sharding.use(mesh):
     init = state_lib.init_fn(objective, 0)
-    layout = state_lib.shardings(jax.eval_shape(init), mesh)
+    layout = sharding.param_shardings(jax.eval_shape(init), mesh)
     state = jax.device_put(first, layout)
     labels = objective.labels(phase, state.params)
     # Plain gradient steps: Adam's would turn rounding into whole steps.
@@ -255,7 +255,7 @@ def test_the_kind_of_sdxl_draws_and_is_written_as_imported(source, tmp_path):
   assert metrics["pictures"].shape == (2, 2 * height, width, 3)
   assert {"loss", "eps_mse", "latent_mse", "picture_mse"} <= set(metrics)
   phase = phases_lib.phases_of(objective.config)[0]
-  started = objective.begin_phase(phase, state, objective.frozen, None)
+  started = objective.begin_phase(phase, state)
   middle = started[0]["unet"]["mid_block"]["attentions_0"]
   assert "transformer_blocks" in middle  # its layers are one scan here
   made = objective.exports(*started)
@@ -271,7 +271,7 @@ def test_every_axis_of_every_network_has_a_rule(highres):
   init = state_lib.init_fn(objective, 0)
   mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   boxed = jax.eval_shape(init)
-  state_lib.shardings(boxed, mesh)  # an axis without a rule would raise
+  sharding.param_shardings(boxed, mesh)  # an axis without a rule would raise
   boxes = jax.tree.leaves(
     boxed.params["unet"],
     is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
@@ -362,6 +362,14 @@ _WRONG = {
     {"model__unet__details__freq_shift": 1.0},
     errors.ConfigError,
     "freq_shift",
+  ),
+  "other prediction": (
+    {
+      "model__schedule__prediction": "sample",
+      "phases__train__weighting": "none",
+    },
+    errors.ConfigError,
+    r"schedule\.prediction is 'velocity' there, 'sample' here",
   ),
   "alpha": (
     {"model__lora": {"rank": 2, "alpha": 0.0}},

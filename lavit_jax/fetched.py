@@ -1,0 +1,115 @@
+"""Files of an object store for libraries that read from a disk alone.
+
+Copies lie under $LAVIT_FETCHED (by default ~/.cache/lavit_jax/fetched), each
+in a folder named by what was copied: where from, how large and which version.
+A copy is there whole or not at all, and is used again; it may be deleted when
+nothing runs. What does not fit the disk is refused before any byte is copied.
+"""
+
+import concurrent.futures
+import hashlib
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Sequence
+
+from etils import epath
+
+from lavit_jax import errors, files
+
+_AT_ONCE = 8  # files
+_SPARE = 1 << 30  # bytes of the disk that copies leave free
+_VERSION = ("size", "generation", "etag", "mtime", "created")
+
+
+def folder(path, names: Sequence[str]) -> pathlib.Path:
+  """A folder on this disk that has these files of the folder `path`.
+
+  Args:
+    path: a folder here, which is given back, or in an object store.
+    names: of its files, without folders.
+
+  Raises:
+    FileNotFoundError: one of them is not there.
+    errors.DataError: they do not fit the disk, or change while they are read.
+  """
+  if not files.is_remote(path):
+    return pathlib.Path(path)
+  place = files.path_of(path)
+  with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+    found = list(pool.map(lambda name: _information(place / name), names))
+    digest = hashlib.sha256(repr([os.fspath(place), *names, found]).encode())
+    target = _root() / digest.hexdigest()[:32]
+    target.mkdir(parents=True, exist_ok=True)
+    missing = [
+      (place / name, target / name, int(told["size"]))
+      for name, told in zip(names, found, strict=True)
+      if not _is_whole(target / name, int(told["size"]))
+    ]
+    _check_room(place, target, sum(size for _, _, size in missing))
+    list(pool.map(lambda one: _copy(*one), missing))
+  return target
+
+
+def read_range(path, start: int, stop: int) -> bytes:
+  """Bytes start to stop of a file here or in an object store; thread-safe."""
+  if not files.is_remote(path):
+    with open(path, "rb") as file:
+      file.seek(start)
+      return file.read(stop - start)
+  system, name = _system(path)
+  return system.cat_file(name, start=start, end=stop)
+
+
+def _system(path):
+  """Gives the file system that fsspec has for a path, and its path there."""
+  import fsspec.core  # a dependency of gcsfs, not of this package
+
+  return fsspec.core.url_to_fs(os.fspath(path))
+
+
+def _information(path: epath.Path) -> dict[str, str]:
+  """Size and version of an object."""
+  system, name = _system(path)
+  found = system.info(name)
+  return {
+    key: str(found[key]) for key in _VERSION if found.get(key) is not None
+  }
+
+
+def _root() -> pathlib.Path:
+  if told := os.environ.get("LAVIT_FETCHED"):
+    return pathlib.Path(told)
+  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(caches) / "lavit_jax" / "fetched"
+
+
+def _is_whole(path: pathlib.Path, size: int) -> bool:
+  return path.is_file() and path.stat().st_size == size
+
+
+def _check_room(place, target, needed):
+  free = shutil.disk_usage(target).free
+  if needed and needed + _SPARE > free:
+    raise errors.DataError(
+      f"{place} is copied to {target} to be read, {needed / 1e9:.1f} GB, but"
+      f" only {free / 1e9:.1f} GB are free there. Set LAVIT_FETCHED to a folder"
+      " on a larger disk, or make room."
+    )
+
+
+def _copy(source: epath.Path, target: pathlib.Path, size: int) -> None:
+  """Copies one object; several processes of a machine may do so at once."""
+  partial = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
+  try:
+    with source.open("rb") as there, partial.open("wb") as here:
+      shutil.copyfileobj(there, here, 1 << 22)
+    if (found := partial.stat().st_size) != size:
+      raise errors.DataError(
+        f"{source} had {size} bytes and now has {found}: it was changed or cut"
+        " while it was copied. Give the same command again."
+      )
+    os.replace(partial, target)
+  finally:
+    partial.unlink(missing_ok=True)

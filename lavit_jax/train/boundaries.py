@@ -1,0 +1,169 @@
+"""What is computed between phases: pure programs, the same for run and report.
+
+`lavit train` runs them on its mesh; `lavit compile` lowers them for chips that
+are not there, beside the step. Each takes all that lies in a device's memory
+then, used or not, so that XLA's account of a program is of the whole.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lavit_jax import hosts
+from lavit_jax.train import optimizer, program
+from lavit_jax.train import state as state_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fold:
+  """Something in `state.extra` that is computed of batches, one after another.
+
+  All functions are pure. The state they get has no moments.
+
+  Attributes:
+    name: for reports, "kmeans".
+    batches: how many, from the phase's first on.
+    start: () -> what is carried, boxed as parameters are.
+    add: (carried, the batch's number int32[], state, frozen, batch) -> carried.
+    finish: (carried, state) -> the new values of some names of `state.extra`.
+  """
+
+  name: str
+  batches: int
+  start: Callable[[], Any]
+  add: Callable[..., Any]
+  finish: Callable[..., dict[str, Any]]
+
+
+def begin(objective, phase, state, frozen, batch_at, mesh):
+  """The state that a phase begins with: `begin_phase`, `folds`, then moments.
+
+  Args:
+    objective: a stage.
+    phase: that begins.
+    state: `TrainState` on the mesh. Its moments, of the phase before, are
+      deleted: they would lie beside what is computed.
+    frozen: the objective's, on the mesh.
+    batch_at: index of a global batch to the batch, on the mesh.
+    mesh: whose devices compute.
+  """
+  for moment in jax.tree.leaves(state.opt_state):
+    moment.delete()
+  state = state.replace(opt_state=None)
+  layout = program.layout_of(state)
+  params, extra = objective.begin_phase(phase, state)
+  state = state.replace(
+    params=hosts.put(params, layout.params),
+    extra=hosts.put(extra, layout.extra),
+  )
+  for fold in objective.folds(phase):
+    programs = _programs(objective, fold, state, mesh)
+    carried = programs.start()
+    for number in range(fold.batches):
+      batch = batch_at(phase.start + number)
+      carried = programs.add(carried, np.int32(number), state, frozen, batch)
+    made = programs.finish(carried, state, frozen)
+    state = state.replace(extra=state.extra | made)
+  init = _moments(objective, phase, state.params, mesh)
+  return state.replace(opt_state=init(state, frozen))
+
+
+def lower(objective, phase, state, frozen, batch, mesh):
+  """Lowers the programs of `begin`, by shapes alone.
+
+  Args:
+    objective: a stage.
+    phase: that begins.
+    state: abstract and sharded; see `program.lower`, also for the next two.
+    frozen: likewise.
+    batch: likewise.
+    mesh: current, of devices that may be a topology which is not there.
+
+  Returns:
+    {name: jax.stages.Lowered}.
+  """
+  state = state.replace(opt_state=None)
+  found = {}
+  for fold in objective.folds(phase):
+    programs = _programs(objective, fold, state, mesh)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    carried = programs.carried
+    found |= {
+      f"{fold.name}, each of {fold.batches} batches": programs.add.lower(
+        carried, number, state, frozen, batch
+      ),
+      f"{fold.name}, at the end": programs.finish.lower(carried, state, frozen),
+    }
+  init = _moments(objective, phase, state.params, mesh)
+  return found | {"moments": init.lower(state, frozen)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+  """A fold, compiled for a mesh; `carried` is abstract and sharded."""
+
+  carried: Any
+  start: Callable
+  add: Callable
+  finish: Callable
+
+
+def _programs(objective, fold, state, mesh) -> _Programs:
+  carried = program.abstract(jax.eval_shape(fold.start), mesh)
+  jit = functools.partial(
+    jax.jit,
+    keep_unused=True,
+    compiler_options=program.options(mesh, objective.config),
+  )
+
+  def start():
+    return state_lib.unbox(fold.start())
+
+  def finish(carried, state, frozen):
+    del frozen  # in memory beside it
+    return fold.finish(carried, state)
+
+  made = jax.eval_shape(fold.finish, carried, state)
+  layout = program.layout_of({name: state.extra[name] for name in made})
+  over = program.layout_of(carried)
+  return _Programs(
+    carried,
+    jit(_named(start, fold), out_shardings=over),
+    jit(_named(fold.add, fold), out_shardings=over, donate_argnums=0),
+    jit(_named(finish, fold), out_shardings=layout),
+  )
+
+
+def _named(function, fold):
+  """The function under a name that traces and caches show."""
+
+  def named(*args):
+    return function(*args)
+
+  named.__name__ = f"{fold.name}_{function.__name__.strip('_')}"
+  return named
+
+
+def _moments(objective, phase, params, mesh):
+  """The jitted (state, frozen) -> fresh moments of a phase."""
+  config = objective.config
+  labels = objective.labels(phase, params)
+  boxed = jax.eval_shape(state_lib.init_fn(objective, config.seed)).params
+  tx = optimizer.make(config.optimizer, phase, labels, boxed)
+  made = program.optimizer_state(tx, boxed, labels, mesh)
+
+  def moments(state, frozen):
+    del frozen  # in memory beside them
+    return tx.init(optimizer.select(state.params, labels))
+
+  return jax.jit(
+    moments,
+    keep_unused=True,
+    out_shardings=program.layout_of(made),
+    compiler_options=program.options(mesh, config),
+  )

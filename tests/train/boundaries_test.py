@@ -1,0 +1,190 @@
+"""What is computed between phases, on one device, on eight, and by shapes."""
+
+import dataclasses
+import functools
+import importlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lavit_jax import sharding
+from lavit_jax.models import quantizer
+from lavit_jax.train import boundaries, objectives, phases, program, stored
+from lavit_jax.train import state as state_lib
+from tests import micro
+
+
+def _random(rng, tree):
+  """Arrays in place of shapes."""
+  leaves, form = jax.tree.flatten(tree)
+  keys = jax.random.split(rng, len(leaves))
+  made = [
+    0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
+    for key, leaf in zip(keys, leaves, strict=True)
+  ]
+  return jax.tree.unflatten(form, made)
+
+
+@pytest.fixture(scope="module")
+def run():
+  """A tokenizer with a random encoder, its first state, its batches.
+
+  Of one phase, before which both its folds are computed.
+  """
+  cfg = micro.assumed_tokenizer()
+  cfg.schedule = ("codes",)
+  objective = objectives.build(cfg, stored.Outline(cfg))
+  shapes = state_lib.unbox(objective.frozen_shapes())
+  frozen = _random(jax.random.key(1), shapes)
+  init = state_lib.init_fn(objective, 0)
+  state = jax.jit(lambda: state_lib.unbox(init()))()
+
+  def batch_at(index):
+    rng = np.random.default_rng(index)
+    shapes = objective.batch_shapes()
+    valid = np.ones(cfg.batch_size, np.float32)
+    valid[index % cfg.batch_size] = 0.0
+    return {
+      "image": rng.integers(0, 255, shapes["image"].shape, np.uint8),
+      "valid": valid,
+      "index": np.arange(cfg.batch_size),
+    }
+
+  return types.SimpleNamespace(
+    config=cfg,
+    objective=objective,
+    frozen=frozen,
+    state=state,
+    batch_at=batch_at,
+    phase=phases.phases_of(cfg)[0],
+  )
+
+
+def _begin(run, sizes, devices, opt_state=None):
+  """The state that the phase begins with, on a mesh."""
+  mesh = sharding.make_mesh(sizes, devices)
+  with sharding.use(mesh):
+    boxed = jax.eval_shape(state_lib.init_fn(run.objective, 0))
+    layout = program.layout_of(program.abstract(boxed, mesh))
+    state = jax.device_put(run.state, layout).replace(opt_state=opt_state)
+    frozen = program.abstract(run.objective.frozen_shapes(), mesh)
+    frozen = jax.device_put(run.frozen, program.layout_of(frozen))
+    put = functools.partial(sharding.put_batch, mesh=mesh)
+    return boundaries.begin(
+      run.objective,
+      run.phase,
+      state,
+      frozen,
+      lambda index: put(run.batch_at(index)),
+      mesh,
+    )
+
+
+@pytest.fixture(scope="module")
+def begun(run):
+  """The state that the phase begins with, on one device."""
+  return _begin(run, {}, jax.devices()[:1])
+
+
+def _features(run, index):
+  """(float[B, N, D], float[B]) of a batch, by the objective's encoder."""
+  batch = run.batch_at(index)
+  encode = jax.jit(run.objective._features)
+  return encode(run.frozen["encoder"], batch["image"]), batch["valid"]
+
+
+def test_the_first_phase_begins_with_the_mean_features_of_whole_pictures(
+  run, begun
+):
+  found = [_features(run, index) for index in range(8)]
+  kept = [np.asarray(x)[valid > 0] for x, valid in found]
+  mean = np.concatenate(kept).mean(0)
+  np.testing.assert_allclose(begun.extra["feature_mean"], mean, atol=1e-5)
+
+
+def test_codes_begin_with_kmeans_of_the_kept_tokens_of_whole_pictures(
+  run, begun
+):
+  phase, params = run.phase, run.state.params
+
+  @jax.jit
+  def project(features):
+    mask = run.objective._mask("expected", phase, params, features, None)[0]
+    return run.objective._project_compact(params, features, mask)
+
+  z, weights = [], []
+  for index in range(phase["kmeans_batches"]):
+    features, whole = _features(run, phase.start + index)
+    vectors, valid = project(features)
+    z.append(vectors)
+    weights.append(valid * whole[:, None])
+  config = run.objective.model_config.quantizer
+  kmeans = jax.jit(quantizer.kmeans_init, static_argnums=(3, 4))
+  codebook = kmeans(
+    jax.random.fold_in(
+      jax.random.wrap_key_data(run.state.rng), phase.start + 1
+    ),
+    jnp.concatenate(z).reshape(-1, config.code_dim),
+    jnp.concatenate(weights).reshape(-1),
+    config.num_codes,
+    phase["kmeans_iters"],
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+    begun.extra["codebook"],
+    codebook,
+  )
+
+
+def test_a_phase_begins_on_eight_devices_as_on_one(run, begun):
+  eight = _begin(run, {"data": 4, "fsdp": 2}, jax.devices()[:8])
+  assert jax.tree.leaves(eight.opt_state)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), begun, eight
+  )
+
+
+def test_the_moments_of_the_phase_before_are_gone_while_codes_are_made(
+  run, monkeypatch
+):
+  moment, seen = jnp.ones(3), []
+  folds = type(run.objective).folds
+
+  def watched(objective, phase):
+    seen.append(moment.is_deleted())
+    return folds(objective, phase)[:0]  # nothing to compile
+
+  monkeypatch.setattr(type(run.objective), "folds", watched)
+  _begin(run, {}, jax.devices()[:1], opt_state=(moment,))
+  assert seen == [True]
+
+
+def test_no_array_before_a_full_size_phase_is_larger_than_a_block():
+  """Mean features: encoder's; k-means: a batch's vectors x a block of codes."""
+  module = importlib.import_module("lavit_jax.configs.lavit_7b.tokenizer")
+  cfg = module.get_config()
+  objective = objectives.build(cfg, stored.Outline(cfg))
+  boxed = jax.eval_shape(state_lib.init_fn(objective, 0))
+  state = state_lib.unbox(boxed)
+  first, *_, last = phases.phases_of(cfg)
+  (mean,) = objective.folds(first)
+  (kmeans,) = objective.folds(last)
+  assert not objective.folds(dataclasses.replace(first, start=1))
+  carried = state_lib.unbox(jax.eval_shape(kmeans.start))
+  jaxpr = jax.make_jaxpr(kmeans.finish)(carried, state)
+  words = cfg.batch_size * cfg.data.capacity
+  assert micro.largest_array(jaxpr) == words * quantizer._BLOCK
+  number = jax.ShapeDtypeStruct((), jnp.int32)
+  frozen = state_lib.unbox(objective.frozen_shapes())
+  batch = objective.batch_shapes()
+  vit = objective.model_config.vit
+  # The widest of the encoder: hidden layer, or attention of every head.
+  tokens = vit.num_patches + 1
+  widest = max(vit.mlp_dim, vit.num_heads * tokens)
+  for fold in (mean, kmeans):
+    carried = state_lib.unbox(jax.eval_shape(fold.start))
+    jaxpr = jax.make_jaxpr(fold.add)(carried, number, state, frozen, batch)
+    assert micro.largest_array(jaxpr) <= cfg.batch_size * tokens * widest
