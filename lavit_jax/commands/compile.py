@@ -292,7 +292,8 @@ def _sizes(report) -> list[str]:
   return [
     f"HBM a device: {_gb(m['total'])} of {_gb(m['of'])} ({m['share']:.0%}):"
     f" arguments {_gb(m['arguments'])}, temporaries {_gb(m['temporaries'])},"
-    f" outputs {_gb(m['outputs'])}, code {_gb(m['code'])}"
+    f" outputs {_gb(m['outputs'])}, code {_gb(m['code'])}, the next batch"
+    f" {_gb(m['waiting'])}"
     + (f"; on the host {_gb(m['host'])}" if m["host"] else ""),
     *map(_boundary, report.boundaries),
     f"model FLOPs a step: {whole:.4g} ({shares})",

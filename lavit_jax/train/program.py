@@ -103,8 +103,8 @@ def optimizer_state(tx, boxed_params, labels, mesh):
 def lower(objective, config, phase, mesh):
   """Lowers the step of a phase for a mesh: `trace`, and then that."""
   with sharding.use(mesh):
-    traced, arguments = trace(objective, config, phase, mesh)
-    return traced.lower(), arguments
+    traced, given = trace(objective, config, phase, mesh)
+    return traced.lower(), given
 
 
 def trace(objective, config, phase, mesh):
@@ -119,6 +119,22 @@ def trace(objective, config, phase, mesh):
   Returns:
     `jax.stages.Traced`, and the abstract (state, frozen, batch).
   """
+  given, labels, tx = _prepared(objective, config, phase, mesh)
+  with sharding.use(mesh):
+    made = step(objective, phase, labels, tx, mesh, layout_of(given[0]))
+    return made.trace(*given), given
+
+
+def arguments(objective, config, phase, mesh):
+  """The abstract, sharded (state, frozen, batch) of a step; see `trace`.
+
+  With what the step makes of them, they are all that lives through a run.
+  """
+  return _prepared(objective, config, phase, mesh)[0]
+
+
+def _prepared(objective, config, phase, mesh):
+  """What a step takes, the groups of its parameters, and its optimizer."""
   sharding.check_batch(mesh, config.batch_size)
   with sharding.use(mesh):
     boxed = jax.eval_shape(state_lib.init_fn(objective, config.seed))
@@ -133,8 +149,7 @@ def trace(objective, config, phase, mesh):
       name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
       for name, x in objective.batch_shapes().items()
     }
-    made = step(objective, phase, labels, tx, mesh, layout_of(state))
-    return made.trace(state, frozen, batch), (state, frozen, batch)
+    return (state, frozen, batch), labels, tx
 
 
 def bytes_a_device(tree) -> int:

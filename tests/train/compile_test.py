@@ -68,7 +68,7 @@ def test_the_step_fits_and_is_told_in_full(compiled):
   assert report.versions["libtpu"] == libtpu.version()
   assert report.versions["jax"] == jax.__version__
   memory = report.memory
-  parts = ("arguments", "outputs", "temporaries", "code")
+  parts = ("arguments", "outputs", "temporaries", "code", "waiting")
   assert memory["total"] == sum(memory[name] for name in parts)
   assert 0 < memory["share"] < 0.1
   assert {"encoder", "merger", "llm", "head"} <= set(report.model_flops)

@@ -96,9 +96,9 @@ class Objective:
     wanted = state_lib.unbox(self.frozen_shapes())
     return self.stored.load(self.frozen_branches(), wanted, layout)
 
-  @property
+  @functools.cached_property
   def frozen(self):
-    """`load_frozen()`, read anew each time: for small models and tests."""
+    """`load_frozen()` on one device and kept: for small models and tests."""
     return self.load_frozen()
 
   def load_start(self, branches, params):
