@@ -37,14 +37,13 @@ def check(config, workdir) -> epath.Path:
   workdir = files.path_of(workdir)
   path = workdir / "config.json"
   ours = json.loads(config.to_json_best_effort())
-  if path.exists():
-    theirs = json.loads(path.read_text())
-    if changed := _differences(_identity(theirs), _identity(ours)):
-      raise errors.ConfigError(
-        f"{workdir} holds a run with another config; it differs in"
-        f" {', '.join(changed[:6])}. Use another --workdir, or the config"
-        f" stored in {path}."
-      )
+  theirs = json.loads(path.read_text()) if path.exists() else ours
+  if changed := differences(theirs, ours):
+    raise errors.ConfigError(
+      f"{workdir} holds a run with another config; it differs in"
+      f" {', '.join(changed[:6])}. Use another --workdir, or the config"
+      f" stored in {path}."
+    )
   hosts.barrier("lavit_workdir")  # nobody reads what is being written
   if hosts.first():
     workdir.mkdir(parents=True, exist_ok=True)
@@ -52,6 +51,11 @@ def check(config, workdir) -> epath.Path:
     files.write_whole(path, text.encode())
   hosts.barrier("lavit_workdir_made")
   return workdir
+
+
+def differences(theirs: dict, ours: dict) -> list[str]:
+  """Fields of two configs, as JSON has them, by which runs are not the same."""
+  return _differences(_identity(theirs), _identity(ours))
 
 
 def _identity(config: dict) -> dict:
