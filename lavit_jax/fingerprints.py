@@ -23,6 +23,7 @@ def of_part(directory, name: str, branch: str = "") -> str:
     directory: a model directory.
     name: of checkpoints.PARTS.
     branch: path of a branch of the weights, such as "decoder"; "" for all.
+      The same wherever it is kept: only paths within it count.
 
   Raises:
     errors.CheckpointError: there is no such part, or it is damaged.
@@ -71,8 +72,9 @@ def _digested(directory, parts, stamps):
   for path in stored.arrays:
     if branch and path != branch and not path.startswith(f"{branch}/"):
       continue
+    keys = path.removeprefix(branch).strip("/").split("/")
     # As JAX writes a path of names in a tree.
-    digest.update("".join(f"[{key!r}]" for key in path.split("/")).encode())
+    digest.update("".join(f"[{key!r}]" for key in keys).encode())
     array = np.ascontiguousarray(stored.read(path))
     digest.update(array.reshape(-1).view(np.uint8))
   return digest

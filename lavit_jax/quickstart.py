@@ -13,12 +13,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from lavit_jax import errors, files
+from lavit_jax import agreement, checkpoints, errors, files
+from lavit_jax.data import contents, sources
 from lavit_jax.evaluate import suite
 from lavit_jax.infer import pipeline, tokenize_data
 from lavit_jax.report import build as report_build
 from lavit_jax.train import loop
 from lavit_jax.train import phases as phases_lib
+from lavit_jax.train import workdir as workdir_lib
 
 STAGES = ("encoder", "tokenizer", "codes", "pixels", "pretrain")
 # Minutes of the committed steps on two idle cores; --minutes scales the steps.
@@ -112,6 +114,8 @@ def train(
   stages = _configs(workdir, configs or _committed, minutes, data, fields)
   share = 1.0 if minutes is None else minutes / sum(MINUTES.values())
   _print_budget(stages, share)
+  for stage, config in stages.items():
+    _check_unchanged(workdir / stage, config)
   for stage in STAGES:
     _once(workdir, stage, lambda s=stage: _run_stage(s, stages, quiet))
 
@@ -160,6 +164,40 @@ def _configs(workdir, make, minutes, data, fields=None):
       config.data.held_out_cache_dir = str(workdir / "codes" / "held_out")
     configs[stage] = config
   return configs
+
+
+def _check_unchanged(folder, config):
+  """Refuses to take a stage for done that was trained otherwise.
+
+  Raises:
+    errors.LavitError: its config, or the data under it, have changed.
+  """
+  if not (folder / "config.json").exists():
+    return
+  theirs = json.loads((folder / "config.json").read_text())
+  ours = json.loads(config.to_json_best_effort())
+  for told in (theirs, ours):  # a workdir may be moved as a whole
+    told.pop("model_dir")
+    for name in ("cache_dir", "held_out_cache_dir"):
+      told["data"].pop(name, None)
+  if changed := workdir_lib.differences(theirs, ours):
+    raise errors.ConfigError(
+      f"{folder} was trained otherwise: {', '.join(changed[:6])}. Give another"
+      " --workdir, or the options it was trained with."
+    )
+  part = {"pretrain": "llm"}.get(config.stage, config.stage)
+  if part not in checkpoints.parts_in(config.model_dir):
+    return
+  told = checkpoints.read_meta(config.model_dir, part).get("made_of", {})
+  pair = sources.pair(config.data.to_dict())
+  names = ("train_data", "held_out_data")
+  found = {n: contents.of(s) for n, s in zip(names, pair, strict=True)}
+  if differ := agreement.prints(told, found, ""):
+    raise errors.DataError(
+      f"{folder} was trained on other data than these:"
+      f" {'; '.join(map(str, differ))}. Give another --workdir, or the data"
+      " that it was trained on."
+    )
 
 
 def _print_budget(configs, share):

@@ -59,6 +59,14 @@ def test_a_branch_is_known_by_its_own_arrays(tmp_path):
   assert fingerprints.of_part(tmp_path, "encoder", "b") != found[2]
 
 
+def test_a_branch_is_the_same_wherever_it_is_kept(tmp_path):
+  """A tokenizer's own decoder becomes a part of its own."""
+  checkpoints.save_part(tmp_path, "tokenizer", {"params": _tree(0)}, {})
+  checkpoints.save_part(tmp_path, "lowres", _tree(0), {})
+  own = fingerprints.of_part(tmp_path, "tokenizer", "params/a")
+  assert own == fingerprints.of_part(tmp_path, "lowres", "a")
+
+
 def test_a_part_that_is_not_there_is_named(tmp_path):
   with pytest.raises(errors.CheckpointError, match="no part 'encoder'"):
     fingerprints.of_part(tmp_path, "encoder")

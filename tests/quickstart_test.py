@@ -75,6 +75,46 @@ def test_quickstart_again_skips_what_is_done(run, capsys):
   assert again["t2i_attributes"] == metrics["t2i_attributes"]
 
 
+_OTHERWISE = {
+  "other data": (
+    {"data__seed": 5},
+    errors.ConfigError,
+    r"data\.seed \(0 there",
+  ),
+  "other steps": ({"steps": 50}, errors.ConfigError, r"steps \(0 there"),
+}
+
+
+@pytest.mark.parametrize("name", _OTHERWISE)
+def test_a_stage_that_was_trained_otherwise_is_not_taken_for_done(
+  name, micro_runs, tmp_path
+):
+  updates, error, said = _OTHERWISE[name]
+  with pytest.raises(error, match=said):
+    quickstart.train(
+      micro_runs,
+      configs=lambda stage: micro.config(stage, micro_runs, **updates),
+      quiet=True,
+    )
+  with pytest.raises(errors.ConfigError, match=r"data\.kind"):
+    quickstart.train(
+      micro_runs,
+      data=micro.pictures(tmp_path),
+      configs=lambda stage: micro.config(stage, micro_runs),
+    )
+
+
+def test_data_that_changed_under_a_finished_stage_are_named(
+  micro_runs, monkeypatch, capsys
+):
+  make = lambda stage: micro.config(stage, micro_runs)
+  quickstart.train(micro_runs, configs=make, quiet=True)
+  assert capsys.readouterr().out.count("done before") == 5
+  monkeypatch.setattr(quickstart.contents, "of", lambda source: "other")
+  with pytest.raises(errors.DataError, match=r"train_data is .* 'other' here"):
+    quickstart.train(micro_runs, configs=make, quiet=True)
+
+
 @pytest.mark.slow
 def test_every_command_works_on_the_trained_model(run, tmp_path, capsys):
   workdir, _ = run

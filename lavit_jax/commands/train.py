@@ -26,6 +26,8 @@ examples:
   lavit train --config tiny/tokenizer.py --workdir runs/t --config.steps=100
 
 Interrupt it anywhere and run it again: it resumes with the same batches.
+Data, caches and frozen weights must be those it began with: what differs is
+named, and --config.accept=NAME,NAME goes on with it if that is meant.
 SIGTERM saves the step it comes in and ends with exit status 75. When another
 process of a run of several dies, all end, with status 69 or that of SIGABRT.
 

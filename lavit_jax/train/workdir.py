@@ -49,14 +49,21 @@ def check(config, workdir) -> epath.Path:
   workdir = files.path_of(workdir)
   path = workdir / "config.json"
   ours = json.loads(config.to_json_best_effort())
-  if path.exists():
-    theirs = _with_compute(json.loads(path.read_text()), ours, workdir)
-    if changed := _differences(_identity(theirs), _identity(ours)):
-      raise errors.ConfigError(
-        f"{workdir} holds a run with another config; it differs in"
-        f" {', '.join(changed[:6])}. Use another --workdir, or the config"
-        f" stored in {path}."
-      )
+  theirs = json.loads(path.read_text()) if path.exists() else ours
+  if _lacks_compute(theirs, ours):
+    compute = ours["model"]["compute"]
+    _LOG.warning(
+      "%s was begun without config.model.compute: from here on the networks"
+      " of its model directory are computed as the config says (%s)",
+      workdir,
+      ", ".join(f"{name} {x.get('dtype')}" for name, x in compute.items()),
+    )
+  if changed := differences(theirs, ours):
+    raise errors.ConfigError(
+      f"{workdir} holds a run with another config; it differs in"
+      f" {', '.join(changed[:6])}. Use another --workdir, or the config"
+      f" stored in {path}."
+    )
   hosts.barrier("lavit_workdir")  # nobody reads what is being written
   if hosts.first():
     workdir.mkdir(parents=True, exist_ok=True)
@@ -67,23 +74,22 @@ def check(config, workdir) -> epath.Path:
   return workdir
 
 
-def _with_compute(theirs: dict, ours: dict, workdir) -> dict:
-  """A stored config with our `model.compute` if it is from before that was.
+def differences(theirs: dict, ours: dict) -> list[str]:
+  """Fields of two configs, as JSON has them, by which runs are not the same.
 
-  Then each part of the model directory said itself how it was computed, and
-  so a run goes on, now as its config says.
+  A run from before `model.compute` was goes on as ours says: until then each
+  part of the model directory said itself how it was computed.
   """
-  model = theirs.get("model", {})
+  if _lacks_compute(theirs, ours):
+    compute = ours["model"]["compute"]
+    theirs = theirs | {"model": theirs.get("model", {}) | {"compute": compute}}
+  return _differences(_identity(theirs), _identity(ours))
+
+
+def _lacks_compute(theirs: dict, ours: dict) -> bool:
+  """Whether ours alone says how networks of a model directory are computed."""
   compute = ours.get("model", {}).get("compute")
-  if not compute or "compute" in model:
-    return theirs
-  _LOG.warning(
-    "%s was begun without config.model.compute: from here on the networks"
-    " of its model directory are computed as the config says (%s)",
-    workdir,
-    ", ".join(f"{name} {x.get('dtype')}" for name, x in compute.items()),
-  )
-  return theirs | {"model": model | {"compute": compute}}
+  return bool(compute) and "compute" not in theirs.get("model", {})
 
 
 def _identity(config: dict) -> dict:

@@ -121,3 +121,26 @@ def test_config_comes_back_from_its_dict():
 def test_configs_that_do_not_fit_are_refused(changes, words):
   with pytest.raises(errors.ConfigError, match=words):
     tokenizer.config_from_dict(small(**changes))
+
+
+_ENCODER = {
+  "image_size": 96,
+  "patch_size": 16,
+  "width": 48,
+  "depth": 4,
+  "num_heads": 2,
+  "mlp_dim": 96,
+}
+
+
+def test_an_encoder_is_held_to_what_its_tokenizer_was_trained_on():
+  config = tokenizer.TINY
+  fields = dataclasses.asdict(config.vit)
+  free = {"dtype": "bfloat16", "remat": "full", "unroll": 2}
+  free |= {"mask_token": False, "head_dim_out": 7, "position_std": 1.0}
+  tokenizer.check_encoder(config, fields | free)
+  assert set(fields) == {*free, *_ENCODER}  # a new field is of either kind
+  for name, value in _ENCODER.items():
+    said = rf"vit\.{name} is {value} there, {fields[name]} here"
+    with pytest.raises(errors.CheckpointError, match=said):
+      tokenizer.check_encoder(config, fields | {name: value}, "DIR")

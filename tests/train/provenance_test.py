@@ -1,11 +1,15 @@
 """What runs depend on, kept in their checkpoints and compared."""
 
+import json
 import logging
+import string
 
 import ml_collections
 import pytest
 
-from lavit_jax import checkpoints, errors, fingerprints
+from lavit_jax import checkpoints, errors, fingerprints, vocabulary
+from lavit_jax.data import shapes, sources
+from lavit_jax.infer import parts
 from lavit_jax.train import loop, objectives, provenance, run_checkpoints
 from tests import micro
 from tests.train import sharding_test
@@ -103,3 +107,30 @@ def test_what_only_one_side_knows_is_no_difference(caplog):
   _check({"made_of": {"train_data": "a"}}, {"train_data": "a", "encoder": "c"})
   _check({"made_of": {"train_data": "b"}}, {})  # another process compares
   assert not caplog.records
+
+
+def _text_of(root, **meta):
+  """The text tokenizer as inference reads it, of an llm with another meta."""
+  path = root / "model" / "llm" / "part.json"
+  told = json.loads(path.read_text())
+  path.write_text(json.dumps(told | meta))
+  return parts.text_tokenizer(root / "model")
+
+
+def test_an_llm_speaks_with_the_words_it_was_trained_with(micro_runs, tmp_path):
+  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  assert _text_of(root).size == 400
+  words = root / "model" / "tokenizer.model"
+  # Letters exchanged: as many pieces, other words.
+  letters = string.ascii_lowercase
+  swapped = str.maketrans(letters, letters[1:] + letters[0])
+  source = shapes.ShapesSource(size=micro.SCENES)
+  sentences = sources.sentences(source, limit=20_000)
+  train = vocabulary.TextTokenizer.train
+  train([text.translate(swapped) for text in sentences], words, 400)
+  with pytest.raises(errors.CheckpointError, match="ids would be other words"):
+    _text_of(root)
+  assert _text_of(root, made_of={}).size == 400  # cannot be told: as before
+  train(sentences, words, 350)
+  with pytest.raises(errors.CheckpointError, match="350 pieces"):
+    _text_of(root)

@@ -309,6 +309,13 @@ def test_training_from_cached_latents_is_training_without(source, tmp_path):
   x = jax.jit(plain._latents)(plain.frozen, left)
   y = cached._latents(cached.frozen, right)
   np.testing.assert_allclose(x, y, atol=2e-3 * np.abs(x).max())
+  made = cached.made_of()
+  frozen = {"encoder", "tokenizer", "semantic_decoder", "autoencoder"}
+  data = {"train_data", "held_out_data", "train_cache"}
+  assert set(made) == frozen | data
+  assert {n: v for n, v in made.items() if n != "train_cache"} == (
+    plain.made_of()
+  )
   _refuses_other_caches(root, source, out)
 
 
