@@ -200,6 +200,35 @@ def load_part(
   return Part(params, meta)
 
 
+def load_arrays(directory, name: str, target):
+  """Reads some arrays of a part, each straight to where it belongs.
+
+  Every process reads its own share of them.
+
+  Args:
+    directory: a model directory.
+    name: of PARTS.
+    target: nested dicts of `jax.ShapeDtypeStruct` with shardings, by the
+      part's own names, of the stored shapes. Floats are cast to their dtypes.
+
+  Returns:
+    The same tree of `jax.Array`.
+
+  Raises:
+    errors.CheckpointError: the part is missing or damaged.
+  """
+  read_meta(directory, name)
+  path = _weights(directory, name)
+  args = ocp.args.PyTreeRestore(
+    item=target,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+    partial_restore=True,
+  )
+  handler = ocp.PyTreeCheckpointHandler()
+  with _reading(path), ocp.Checkpointer(handler) as checkpointer:
+    return checkpointer.restore(path, args=args)
+
+
 def _top(path) -> str:
   """The first name of a path in a tree."""
   return jax.tree_util.keystr(path[:1], simple=True)

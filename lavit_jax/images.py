@@ -9,7 +9,13 @@ import io
 import os
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import (
+  ExifTags,
+  Image,
+  ImageOps,
+  TiffImagePlugin,
+  UnidentifiedImageError,
+)
 
 from lavit_jax import errors, files
 
@@ -90,7 +96,7 @@ def size_of(source, *, name=None, max_pixels=MAX_PIXELS):
       source, encoded = files.place(source).read_bytes(), True
     with Image.open(io.BytesIO(source) if encoded else source) as image:
       _check_size(image.size, name, max_pixels)
-      width, height = image.size
+      width, height = _stored_size(image)
       turned = _orientation(image) in _TURNED
   except ImageError:
     raise
@@ -101,6 +107,18 @@ def size_of(source, *, name=None, max_pixels=MAX_PIXELS):
       " it."
     ) from error
   return (width, height) if turned else (height, width)
+
+
+def _stored_size(image):
+  """Width and height as they are stored, before any turn.
+
+  Of a TIFF Pillow tells the upright ones since version 11, and still has the
+  orientation: its tags say what no version changes.
+  """
+  if image.format != "TIFF":
+    return image.size
+  names = (TiffImagePlugin.IMAGEWIDTH, TiffImagePlugin.IMAGELENGTH)
+  return tuple(int(image.tag_v2[name]) for name in names)
 
 
 def _orientation(image):

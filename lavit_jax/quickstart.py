@@ -10,6 +10,8 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from lavit_jax import errors, files
 from lavit_jax.evaluate import suite
@@ -35,6 +37,7 @@ def run(
   *,
   minutes: float | None = None,
   data: str | None = None,
+  fields: Mapping[str, Any] | None = None,
   evaluate_only: bool = False,
   model: str | None = None,
   configs=None,
@@ -48,6 +51,7 @@ def run(
     minutes: rough budget of the stages; scales every phase's steps by
       minutes / sum(MINUTES). None keeps the committed steps.
     data: a jsonl file of the user's own pictures instead of the shapes.
+    fields: of config.data, in place of the committed ones.
     evaluate_only: no training; evaluate `model` (default DIR/model).
     model: a model directory or "tiny"; only with evaluate_only.
     configs: function of a stage's name that gives its config; by default
@@ -69,12 +73,19 @@ def run(
   files.require_local(workdir, "a quickstart")
   workdir = pathlib.Path(workdir)
   if not evaluate_only:
-    train(workdir, minutes=minutes, data=data, configs=configs, quiet=quiet)
+    train(
+      workdir,
+      minutes=minutes,
+      data=data,
+      fields=fields,
+      configs=configs,
+      quiet=quiet,
+    )
   lavit = pipeline.LaVIT.load(model or workdir / "model")
   began = time.monotonic()
   metrics, exhibits = suite.evaluate(
     lavit,
-    data=_data_of(workdir, evaluate_only, data),
+    data=_data_of(workdir, data, fields),
     scenes=scenes,
     quiet=quiet,
   )
@@ -91,20 +102,21 @@ def train(
   *,
   minutes: float | None = None,
   data: str | None = None,
+  fields: Mapping[str, Any] | None = None,
   configs=None,
   quiet: bool = False,
 ) -> None:
   """The stages of `run` without evaluation and report; same arguments."""
   workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  stages = _configs(workdir, configs or _committed, minutes, data)
+  stages = _configs(workdir, configs or _committed, minutes, data, fields)
   share = 1.0 if minutes is None else minutes / sum(MINUTES.values())
   _print_budget(stages, share)
   for stage in STAGES:
     _once(workdir, stage, lambda s=stage: _run_stage(s, stages, quiet))
 
 
-def _data_of(workdir, evaluate_only, data):
+def _data_of(workdir, data, fields):
   """config.data of the run that is evaluated; the shapes by default."""
   stored = workdir / "pretrain" / "config.json"
   if stored.exists():
@@ -113,7 +125,7 @@ def _data_of(workdir, evaluate_only, data):
   chosen = common.get_config("pretrain").data.to_dict()
   if data:
     chosen |= {"kind": "jsonl", "path": str(data)}
-  return chosen
+  return chosen | dict(fields or {})
 
 
 def _committed(stage):
@@ -127,7 +139,7 @@ def common_batch() -> int:
   return math.gcd(*sizes)
 
 
-def _configs(workdir, make, minutes, data):
+def _configs(workdir, make, minutes, data, fields=None):
   """The stage configs, pointed at workdir and scaled to the budget."""
   configs = {}
   for stage in STAGES:
@@ -138,6 +150,7 @@ def _configs(workdir, make, minutes, data):
     if data:
       config.data.kind = "jsonl"
       config.data.path = str(files.absolute(data))
+    config.data.update(fields or {})
     if minutes is not None:
       steps = sum(config.phases[name].steps for name in config.schedule)
       scaled = round(steps * minutes / sum(MINUTES.values()))
@@ -165,13 +178,10 @@ def _print_budget(configs, share):
 def _run_stage(stage, configs, quiet):
   if stage == "codes":
     config = configs["pretrain"]
-    for split, out in (
-      ("train", config.data.cache_dir),
-      ("held_out", config.data.held_out_cache_dir),
-    ):
-      tokenize_data.write_cache(
-        config.model_dir, config.data.to_dict(), out, split=split, quiet=quiet
-      )
+    out = pathlib.Path(config.data.cache_dir).parent
+    tokenize_data.write_caches(
+      config.model_dir, config.data.to_dict(), out, quiet=quiet
+    )
     return
   config = configs[stage]
   workdir = pathlib.Path(config.model_dir).parent / stage

@@ -141,6 +141,10 @@ class Vocabulary:
     return ~allowed
 
 
+class BadText(errors.DataError):
+  """A text that is no sequence of characters, and so has no ids."""
+
+
 class TextTokenizer:
   """SentencePiece text pieces: unk 0, <s> 1, </s> 2, no marks added.
 
@@ -186,9 +190,13 @@ class TextTokenizer:
     """Trains byte-fallback BPE on `sentences`, writes it to `path`.
 
     The same sentences give the same model. `vocab_size` counts the three
-    special and the 256 byte pieces; UsageError when it is out of reach.
+    special and the 256 byte pieces; UsageError when it is out of reach,
+    BadText for a sentence that holds half a character.
     """
     out = io.BytesIO()
+    sentences = list(sentences)
+    for sentence in sentences:
+      _check_text(sentence)
     try:
       sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
@@ -230,7 +238,8 @@ class TextTokenizer:
     return self._model.get_piece_size()
 
   def encode(self, text: str) -> list[int]:
-    """Text to ids without <s> or </s>: "" gives []."""
+    """Text to ids without <s> or </s>: "" gives []; BadText says why not."""
+    _check_text(text)
     return self._model.encode(text)
 
   def decode(self, ids: Sequence[int]) -> str:
@@ -249,3 +258,23 @@ class TextTokenizer:
   def __reduce__(self):
     """Pickles and copies by the model's bytes (grain workers need it)."""
     return type(self), (self._proto,)
+
+
+def _check_text(text):
+  """Raises BadText for what SentencePiece cannot take: no str, half of one.
+
+  JSON ("\\ud83d") and command lines can hold lone surrogates, UTF-8 cannot.
+  """
+  if not isinstance(text, str):
+    raise BadText(
+      f"{text!r:.60} is a {type(text).__name__}, expected a text (str)."
+    )
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    start = error.start
+    raise BadText(
+      f"A text holds half a character, {text[start]!r}, at place {start}:"
+      f" {text[max(0, start - 20) : start + 20]!r}. It was cut off, or is no"
+      " UTF-8: mend it, or leave it out."
+    ) from None

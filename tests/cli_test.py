@@ -304,9 +304,22 @@ def test_words_that_were_printed_are_drawn_again(model, capsys, tmp_path):
     assert model.called == ("draw_codes", codes, {"steps": 3})
     assert len(json.loads(out)) == len(rows)
   assert [row["prompt"] for row in json.loads(out)] == ["one", "two"]
-  for text in ("[]", "{}", "[1]", '[{"codes": ["a"]}]', "nonsense", "[[]]"):
+  for text, place in (
+    ("[]", "it holds []"),
+    ("{}", "it holds {}"),
+    ("[1]", "row 1"),
+    ('[{"codes": [3]}, {"codes": ["a"]}]', "row 2 has a code 'a'"),
+    ('[{"codes": [3, true]}]', "row 1 has a code True"),
+    ('[{"codes": [-1]}]', "row 1 has a code -1"),
+    ('[{"codes": []}]', "row 1 has no codes"),
+    ("nonsense", "no JSON"),
+    ("[" * 100_000, "no JSON"),
+    ("[[]]", "row 1 has no codes"),
+  ):
     (tmp_path / "words.json").write_text(text)
-    assert "JSON list" in failed(capsys, "reconstruct", "--codes", "words.json")
+    said = failed(capsys, "reconstruct", "--codes", "words.json")
+    assert "JSON list" in said
+    assert place in said
 
 
 def test_tokenize_prints_what_is_kept(model, capsys):
@@ -335,8 +348,8 @@ def test_tokenize_a_dataset_writes_a_cache(
   (tmp_path / "my.jsonl").write_text("{}\n")
   calls = []
 
-  def write_cache(model, data, out, *, split):
-    calls.append((model, data, out, split))
+  def write_cache(model, data, out, *, split, fields):
+    calls.append((model, data, out, split, fields))
     return {"images": 2}
 
   stand_in(
@@ -345,7 +358,12 @@ def test_tokenize_a_dataset_writes_a_cache(
   argv = ("tokenize", "--data", name, "--out", "codes", "--json")
   status, out, _ = run(capsys, *argv, "--split", "held_out")
   assert (status, json.loads(out)) == (0, {"images": 2})
-  assert calls == [("resolved tiny", name, "codes", "held_out")]
+  run(capsys, *argv, "--allow-absolute", "--limit-share", "0.2")
+  given = ("resolved tiny", name, "codes")
+  assert calls == [
+    (*given, "held_out", {}),
+    (*given, "train", {"allow_absolute": True, "limit_share": 0.2}),
+  ]
 
 
 def test_info_is_flat_for_people_and_nested_for_programs(model, capsys):
@@ -369,10 +387,12 @@ def test_quickstart_hands_on_its_options(model, capsys, monkeypatch, tmp_path):
     monkeypatch, lavit_jax, "quickstart", run=start, common_batch=lambda: 8
   )
   argv = shlex.split("quickstart --workdir d --minutes 2 --data my.jsonl")
-  assert run(capsys, *argv) == (0, "", "")
+  assert run(capsys, *argv, "--allow-absolute") == (0, "", "")
+  fields = {"allow_absolute": True}
   assert calls[0] == (
     "d",
-    {"minutes": 2.0, "data": "my.jsonl", "evaluate_only": False, "model": None},
+    {"minutes": 2.0, "data": "my.jsonl", "evaluate_only": False, "model": None}
+    | {"fields": fields},
   )
   argv = shlex.split("quickstart --evaluate-only --model tiny --json")
   _, out, _ = run(capsys, *argv)
@@ -397,6 +417,8 @@ def test_quickstart_hands_on_its_options(model, capsys, monkeypatch, tmp_path):
     ("reconstruct a.png --codes x.json", "not both"),
     ("reconstruct --codes x.json", "x.json"),
     ("tokenize a.png --data x.jsonl --out d", "--data X"),
+    ("tokenize a.png --limit-share 0.1", "--limit-share goes with --data"),
+    ("quickstart --allow-absolute", "--allow-absolute goes with --data"),
     ("tokenize --data x.jsonl", "--out DIR"),
     ("tokenize --data x.jsonl --out d", "x.jsonl"),
     ("tokenize a.png --overlay kept", "--out kept"),

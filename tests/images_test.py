@@ -6,7 +6,7 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, PngImagePlugin
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, features
 
 from lavit_jax import images
 
@@ -63,6 +63,32 @@ def test_orientation_makes_the_picture_upright(turn):
   upright = _array("hopper.jpg")
   error = np.abs(_array(f"hopper_orientation_{turn}.jpg") - upright)
   assert error.mean() < 12
+
+
+@pytest.mark.parametrize(
+  "kind", ["JPEG", "PNG", "WEBP", "TIFF", "MPO", "GIF", "JPEG2000", "AVIF"]
+)
+def test_the_header_tells_the_size_that_a_picture_is_loaded_with(kind):
+  if kind == "AVIF" and not features.check("avif"):
+    pytest.skip("this Pillow has no AVIF")  # before 11.3
+  turned = set()
+  for orientation in range(1, 9):
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (60, 40)).save(file, kind, exif=exif)
+    height, width = images.size_of(file.getvalue())
+    assert images.load(file.getvalue()).size == (width, height)
+    turned |= {height > width}
+  bare = kind in ("GIF", "JPEG2000")  # no place for an orientation
+  assert turned == ({False} if bare else {False, True})
+
+
+@_QUIET
+@pytest.mark.parametrize("entry", _HERE, ids=_name)
+def test_the_header_tells_the_size_of_odd_files(entry):
+  if entry["verdict"] != "reject":
+    found = images.load(_TRICKY / entry["image"]).size[::-1]
+    assert images.size_of(_TRICKY / entry["image"]) == found
 
 
 def test_transparent_pixels_are_white_not_their_hidden_colour():

@@ -13,7 +13,8 @@ from unittest import mock
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from lavit_jax import checkpoints, quickstart, sharding
+from lavit_jax import checkpoints, images, quickstart, sharding
+from lavit_jax.data import shapes
 from lavit_jax.models import tokenizer
 from lavit_jax.train import objectives
 
@@ -64,6 +65,8 @@ def config(stage, root, **updates):
     cfg.data.cache_dir = str(root / "codes" / "train")
     cfg.data.held_out_cache_dir = str(root / "codes" / "held_out")
     cfg.data.length, cfg.data.slots, cfg.data.window = 128, 6, 64
+  for network in cfg.model.get("compute", {}).values():
+    network.unroll = 1
   for name in cfg.schedule:
     phase = cfg.phases[name]
     phase.steps = 2
@@ -126,6 +129,27 @@ def own_cache():
     for name, value in before.items():
       jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+def pictures(folder, count=SCENES):
+  """A jsonl file of `count` pictures with captions, written to a folder."""
+  source = shapes.ShapesSource(size=count)
+  rows = []
+  for i in range(count):
+    images.to_pil(source.image(i)).save(folder / f"{i}.png")
+    rows.append({"image": f"{i}.png", "caption": source.captions(i)[0]})
+  path = folder / "my.jsonl"
+  path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+  return path
+
+
+def perturb(model, name):
+  """Writes a part anew, one of its arrays a little changed."""
+  part = checkpoints.load_part(model, name, dtype=None)
+  leaves, tree = jax.tree.flatten(part.params)
+  leaves[0] = leaves[0] + 0.5
+  params = jax.tree.unflatten(tree, leaves)
+  checkpoints.save_part(model, name, params, part.meta)
 
 
 def branch(root, tmp_path, count):

@@ -115,6 +115,16 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
     vocabulary.TextTokenizer.train(_TEXT, path, 40)
 
 
+@pytest.mark.parametrize("bad", ["cut \ud83d", "\udcff", "a\ude00b", 3, None])
+def test_a_text_that_is_none_is_named_before_sentencepiece_sees_it(
+  tokenizer, tmp_path, bad
+):
+  with pytest.raises(vocabulary.BadText, match=r"half a character|expected a"):
+    tokenizer.encode(bad)
+  with pytest.raises(vocabulary.BadText, match=r"half a character|expected a"):
+    vocabulary.TextTokenizer.train([*_TEXT, bad], tmp_path / "t.model", 300)
+
+
 @pytest.mark.shared
 @pytest.mark.skipif(
   "LAVIT_SHARED" not in os.environ, reason="LAVIT_SHARED: golden tokenizer"

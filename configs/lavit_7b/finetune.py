@@ -33,7 +33,11 @@ def get_config():
   llm = dataclasses.asdict(llama.LLAMA2_7B) | {"remat": "full"}
   del llm["vocab_size"]  # that of model_dir's tokenizer
   cfg.model = dict(
-    frozen_dtype="bfloat16",  # of encoder and LLM
+    frozen_dtype="bfloat16",  # in which encoder and LLM are kept
+    compute=dict(  # of what is read from model_dir: see train/precision.py
+      encoder=dict(dtype="bfloat16", remat="none", unroll=1),
+      merger=dict(dtype="bfloat16", remat="full", unroll=1),  # it trains
+    ),
     llm=llm,
     lora=dict(rank=16, alpha=32.0),
   )

@@ -28,7 +28,7 @@ import dataclasses
 from lavit_jax.configs.lavit_7b import common
 
 from lavit_jax.infer import schedules
-from lavit_jax.models import unet
+from lavit_jax.models import decoder, unet, vae
 
 
 def get_config():
@@ -39,13 +39,22 @@ def get_config():
   cfg.vae_from = ""  # a model directory with another autoencoder
   cfg.model = dict(
     kind="lowres",
-    frozen_dtype="bfloat16",  # of all but tokenizer and autoencoder
+    frozen_dtype="bfloat16",  # kept so: all but tokenizer and autoencoder
+    compute=dict(  # of what is read from model_dir: see train/precision.py
+      encoder=dict(dtype="bfloat16", remat="none", unroll=1),
+      # Codes are told apart by small differences.
+      tokenizer=dict(dtype="float32", remat="none", unroll=1),
+      decoder=dict(dtype="bfloat16", remat="none", unroll=1),
+      vae=dict(dtype="float32"),
+    ),
     uncond_tokens=77,  # as the official ones; if start_from has none
     condition=dict(dims=(768,), pooled=0),
     unet=dataclasses.asdict(unet.SD15_UNET),
     lora=dict(rank=0, alpha=0.0),
     schedule=dataclasses.asdict(schedules.STABLE_DIFFUSION),
   )
+  cfg.assumed.decoder = dataclasses.asdict(decoder.LAVIT_7B)
+  cfg.assumed.vae = dataclasses.asdict(vae.SD15_VAE)
   cfg.data.buckets = ((512, 512),)
   cfg.data.crop = "center"  # or "random"
   cfg.data.latents_dir = ""  # see `lavit latents`

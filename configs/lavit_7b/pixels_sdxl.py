@@ -31,7 +31,7 @@ import dataclasses
 from lavit_jax.configs.lavit_7b import common
 
 from lavit_jax.infer import schedules
-from lavit_jax.models import unet
+from lavit_jax.models import decoder, unet, vae
 
 
 def get_config():
@@ -47,13 +47,22 @@ def get_config():
   cfg.vae_from = ""  # a model directory with another autoencoder
   cfg.model = dict(
     kind="highres",
-    frozen_dtype="bfloat16",  # of all but tokenizer and autoencoder
+    frozen_dtype="bfloat16",  # kept so: all but tokenizer and autoencoder
+    compute=dict(  # of what is read from model_dir: see train/precision.py
+      encoder=dict(dtype="bfloat16", remat="none", unroll=1),
+      # Codes are told apart by small differences.
+      tokenizer=dict(dtype="float32", remat="none", unroll=1),
+      decoder=dict(dtype="bfloat16", remat="none", unroll=1),
+      vae=dict(dtype="float32"),
+    ),
     uncond_tokens=0,  # zeros stand for no condition
     condition=dict(dims=(768, 1280), pooled=1280),
     unet=dataclasses.asdict(unet.SDXL_UNET) | {"remat": "dots"},
     lora=dict(rank=0, alpha=0.0),
     schedule=dataclasses.asdict(schedules.STABLE_DIFFUSION),
   )
+  cfg.assumed.decoder = dataclasses.asdict(decoder.LAVIT_7B)
+  cfg.assumed.vae = dataclasses.asdict(vae.SDXL_VAE)
   cfg.data.buckets = (  # heights and widths, see `infer.latents.RATIOS`
     (1024, 1024),
     (896, 1152),

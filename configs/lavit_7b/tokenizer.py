@@ -28,7 +28,10 @@ def get_config():
   cfg.mesh.fsdp = 16
   cfg.data.capacity = 192  # tokens a picture in the gathered form
   cfg.model = dict(
-    frozen_dtype="bfloat16",
+    frozen_dtype="bfloat16",  # in which the encoder's weights are kept
+    compute=dict(  # of what is read from model_dir: see train/precision.py
+      encoder=dict(dtype="bfloat16", remat="none", unroll=1),
+    ),
     tokenizer=dict(
       selector=dict(width=1408, dtype="bfloat16"),
       merger=dataclasses.asdict(merger.LAVIT_7B),

@@ -19,6 +19,8 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     held_out_size=1_000,
     path="",
     held_out_path="",
+    allow_absolute=False,  # pictures outside the folder of path
+    limit_share=0.05,  # of bad lines, pictures or documents: more is an error
     name="",
     train_split="train",
     held_out_split="test",
@@ -36,6 +38,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     clip_norm=1.0,
     groups=dict(base=1.0),
   )
+  cfg.accept = ""  # differences that are meant: see lavit_jax/agreement.py
   cfg.accumulate = 1  # parts in which a batch is run, one after the other
   cfg.nonfinite = dict(policy="stop", limit=0)  # see train/nonfinite.py
   cfg.log = dict(every=50, profile=())  # profile: first and last step to trace

@@ -19,6 +19,12 @@ def get_config():
   cfg.model = dict(
     kind="lowres",
     frozen_dtype="float32",
+    compute=dict(  # of what is read from model_dir: see train/precision.py
+      encoder=dict(dtype="float32", remat="none", unroll=4),
+      tokenizer=dict(dtype="float32", remat="none", unroll=2),
+      decoder=dict(dtype="float32", remat="none", unroll=2),
+      vae=dict(dtype="float32"),
+    ),
     uncond_tokens=4,
     condition=dict(dims=(64,), pooled=0),
     unet=dict(

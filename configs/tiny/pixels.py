@@ -44,6 +44,10 @@ def get_config():
       clip=1.0,
       prediction="sample",
     ),
+    compute=dict(  # of what is read from model_dir: see train/precision.py
+      encoder=dict(dtype="float32", remat="none", unroll=4),
+      tokenizer=dict(dtype="float32", remat="none", unroll=2),
+    ),
   )
   cfg.schedule = ("train",)
   cfg.phases = dict(

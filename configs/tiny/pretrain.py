@@ -1,6 +1,6 @@
 """Unified pretraining: one LLM reads and writes words and pictures.
 
-lavit tokenize --model runs/tiny/model --data shapes --out runs/tiny/codes/train
+lavit tokenize --model runs/tiny/model --data shapes --out runs/tiny/codes
 lavit train --config configs/tiny/pretrain.py --workdir runs/tiny/pretrain
 """
 
@@ -21,7 +21,11 @@ def get_config():
       max_len=512,
       unroll=4,
       matmul="",  # or "int8", "fp8": see lavit_jax/models/narrow.py
-    )
+    ),
+    compute=dict(  # of what is read from model_dir: see train/precision.py
+      encoder=dict(dtype="float32", remat="none", unroll=4),
+      merger=dict(dtype="float32", remat="none", unroll=2),
+    ),
   )
   cfg.start_from = ""  # a model directory with an LLM to go on from
   cfg.data.cache_dir = "runs/tiny/codes/train"

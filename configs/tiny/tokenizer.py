@@ -31,7 +31,10 @@ def get_config():
         unroll=2,
       ),
       merger_form="compact",
-    )
+    ),
+    compute=dict(  # of what is read from model_dir: see train/precision.py
+      encoder=dict(dtype="float32", remat="none", unroll=4),
+    ),
   )
   everything_but_selector = {
     "merger": "base",

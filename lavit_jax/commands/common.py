@@ -131,6 +131,35 @@ def add_images(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
   )
 
 
+def add_data_fields(parser: argparse.ArgumentParser) -> None:
+  """Adds the options of `--data`, for `data_fields`."""
+  parser.add_argument(
+    "--allow-absolute",
+    action="store_true",
+    default=None,
+    help="with --data: pictures may lie outside the file's folder",
+  )
+  parser.add_argument(
+    "--limit-share",
+    type=float,
+    metavar="X",
+    help="with --data: share of bad lines or pictures that is an error (0.05)",
+  )
+
+
+def data_fields(args: argparse.Namespace) -> dict[str, Any]:
+  """Fields of config.data that were given beside `--data`.
+
+  Raises:
+    errors.UsageError: they were given without `--data`.
+  """
+  fields = given(args, "allow_absolute", "limit_share")
+  if fields and not args.data:
+    flags = " and ".join(f"--{name.replace('_', '-')}" for name in fields)
+    raise errors.UsageError(f"{flags} goes with --data FILE.")
+  return fields
+
+
 def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
   """The named options that were given."""
   values = {name: getattr(args, name, None) for name in names}

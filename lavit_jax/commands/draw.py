@@ -295,19 +295,30 @@ def _read_codes(path: str):
   common.require_files([path])
   try:
     rows = json.loads(pathlib.Path(path).read_text("utf-8"))
-    codes = [row["codes"] for row in rows]
-    good = codes and all(
-      isinstance(code, int) and abs(code) < 1 << 31
-      for row in codes
-      for code in [*row]
-    )
-  except (ValueError, TypeError, KeyError):
-    good = False
-  if not good:
+    wrong = _wrong_codes(rows)
+  except (ValueError, RecursionError) as error:
+    wrong = f"it is no JSON in UTF-8 ({error})"
+  if wrong:
     raise errors.UsageError(
-      f'--codes {path}: expected a JSON list of {{"codes": [numbers]}}, as'
-      " lavit tokenize --json prints it."
+      f'--codes {path}: {wrong}; expected a JSON list of {{"codes":'
+      " [numbers]}, as lavit tokenize --json prints it."
     )
+  codes = [row["codes"] for row in rows]
   names = ("image", "prompt", "parts")
   shown = [{k: row[k] for k in names if k in row} for row in rows]
   return shown, codes
+
+
+def _wrong_codes(rows) -> str:
+  """What is no list of rows with codes, and where; "" if nothing is wrong."""
+  if not isinstance(rows, list) or not rows:
+    return f"it holds {rows!r:.60}"
+  for number, row in enumerate(rows, start=1):
+    codes = row.get("codes") if isinstance(row, dict) else None
+    if not isinstance(codes, list) or not codes:
+      return f"row {number} has no codes: {row!r:.60}"
+    for code in codes:
+      whole = isinstance(code, int) and not isinstance(code, bool)
+      if not whole or not 0 <= code < 1 << 31:
+        return f"row {number} has a code {code!r:.40}"
+  return ""

@@ -1,30 +1,31 @@
 """The command that caches latents for training: latents."""
 
 import argparse
-import json
+import pathlib
 import sys
 from collections.abc import Sequence
 
 from lavit_jax import errors
-from lavit_jax.commands import train
+from lavit_jax.commands import caches, train
 
 _HELP = """\
 usage: lavit latents --config FILE --out DIR [--split NAME] [--json]
                      [--config.FIELD=VALUE ...]
 
-Write the latents of every picture that a config of stage latents trains on.
+Write the latents of every picture that a config of stage latents trains on,
+and of its held-out ones.
 
   --config FILE          the config of the training to come, or a shipped one
-  --out DIR              where the cache goes; then train with
-                         --config.data.latents_dir=DIR
-  --split NAME           train (the default) or held_out, for
-                         --config.data.held_out_latents_dir
+  --out DIR              caches go to DIR/train and DIR/held_out; then train
+                         with --config.data.latents_dir=DIR/train and
+                         --config.data.held_out_latents_dir=DIR/held_out
+  --split NAME           train or held_out: that part alone, to DIR itself
   --batch N              pictures encoded at once (8)
   --json                 print one JSON document
   --config.FIELD=VALUE   override any field of the config (after --config)
 
 example:
-  lavit latents --config tiny/latents.py --out latents/train
+  lavit latents --config tiny/latents.py --out latents
 
 Interrupt it anywhere and run it again: it goes on where it stopped.
 """
@@ -43,7 +44,7 @@ def latents(argv: Sequence[str]) -> int:
   # No short forms: --config.data.x is not --config.
   parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   parser.add_argument("--out")
-  parser.add_argument("--split", choices=("train", "held_out"), default="train")
+  parser.add_argument("--split", choices=caches.SPLITS)
   parser.add_argument("--batch", type=int, default=8)
   parser.add_argument("--json", action="store_true")
   args, rest = parser.parse_known_args(argv)
@@ -57,16 +58,24 @@ def latents(argv: Sequence[str]) -> int:
       f"This config is of stage {config.stage!r}, which trains on no latents."
       " Give one such as tiny/latents.py."
     )
+  caches.check_out(args.out, args.split)
   from lavit_jax.train import latent_data
 
-  summary = latent_data.write_cache(
-    config.vae_from or config.start_from or config.model_dir,
-    config.model.kind,
-    config.data.to_dict(),
-    args.out,
-    split=args.split,
-    batch=args.batch,
-  )
-  lines = [f"{name}: {value}" for name, value in summary.items()]
-  print(json.dumps(summary, indent=2) if args.json else "\n".join(lines))
+  def write(split, out):
+    return latent_data.write_cache(
+      config.vae_from or config.start_from or config.model_dir,
+      config.model.kind,
+      config.data.to_dict(),
+      out,
+      split=split,
+      batch=args.batch,
+    )
+
+  if args.split:
+    summary = write(args.split, args.out)
+  else:
+    folder = pathlib.Path(args.out)
+    summary = {name: write(name, str(folder / name)) for name in caches.SPLITS}
+  fields = ("latents_dir", "held_out_latents_dir")
+  caches.show(summary, args.split, args.json, fields)
   return 0

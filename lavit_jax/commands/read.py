@@ -2,13 +2,14 @@
 
 import argparse
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from lavit_jax import errors
-from lavit_jax.commands import common
+from lavit_jax.commands import caches, common
 
 
 def add(subparsers) -> None:
@@ -28,7 +29,8 @@ def _add_tokenize(subparsers) -> None:
     examples:
       lavit tokenize photo.jpg                       its tokens, printed
       lavit tokenize *.jpg --overlay kept.png        what is kept, drawn
-      lavit tokenize --data my.jsonl --out codes     a cache for training
+      lavit tokenize --data my.jsonl --out codes     caches for training,
+                                                     codes/train, codes/held_out
     """,
   )
   common.add_model(parser)
@@ -44,16 +46,28 @@ def _add_tokenize(subparsers) -> None:
   )
   parser.add_argument("--data", metavar="X", help="a .jsonl file, or shapes")
   parser.add_argument(
-    "--split", metavar="NAME", help="with --data: train (default) or held_out"
+    "--held-out",
+    metavar="FILE",
+    help="with --data: the held-out pictures; else a tenth of it, by hash",
   )
   parser.add_argument(
-    "--out", metavar="DIR", help="with --data: where the cache goes"
+    "--out",
+    metavar="DIR",
+    help="with --data: caches go to DIR/train and DIR/held_out",
   )
+  parser.add_argument(
+    "--split",
+    metavar="NAME",
+    choices=caches.SPLITS,
+    help="with --data: that part alone, to DIR itself",
+  )
+  common.add_data_fields(parser)
 
 
 def _tokenize(args: argparse.Namespace) -> None:
   of_pictures = common.given(args, "seed", "budget", "overlay")
-  of_data = common.given(args, "data", "split", "out")
+  of_data = common.given(args, "data", "split", "out", "held_out")
+  common.data_fields(args)
   if args.images and not of_data:
     _tokenize_pictures(args)
   elif args.data and args.out and not (args.images or of_pictures):
@@ -62,19 +76,30 @@ def _tokenize(args: argparse.Namespace) -> None:
     raise errors.UsageError(
       "tokenize takes either pictures (lavit tokenize IMAGE ... [--overlay"
       " FILE] [--seed N] [--budget K]) or a dataset (lavit tokenize --data X"
-      " --out DIR [--split NAME])."
+      " --out DIR [--held-out FILE] [--split NAME])."
     )
 
 
 def _tokenize_data(args: argparse.Namespace) -> None:
   common.require_files([] if args.data == "shapes" else [args.data])
+  common.require_files([args.held_out] if args.held_out else [])
+  caches.check_out(args.out, args.split)
   from lavit_jax.infer import pipeline, tokenize_data
 
-  model = pipeline.resolve(args.model)
-  split = args.split or "train"
-  summary = tokenize_data.write_cache(model, args.data, args.out, split=split)
-  lines = [f"{name}: {value}" for name, value in summary.items()]
-  common.print_answer(args, summary, lines)
+  model, held_out = pipeline.resolve(args.model), args.held_out or ""
+  if args.split:
+    write = functools.partial(tokenize_data.write_cache, split=args.split)
+  else:
+    write = tokenize_data.write_caches
+  summary = write(
+    model,
+    args.data,
+    args.out,
+    held_out=held_out,
+    fields=common.data_fields(args),
+  )
+  fields = ("cache_dir", "held_out_cache_dir")
+  caches.show(summary, args.split, args.json, fields)
 
 
 def _tokenize_pictures(args: argparse.Namespace) -> None:

@@ -66,6 +66,7 @@ def add(subparsers) -> None:
   parser.add_argument(
     "--data", metavar="FILE", help="JSON lines with image and caption"
   )
+  common.add_data_fields(parser)
   parser.add_argument(
     "--evaluate-only", action="store_true", help="train nothing"
   )
@@ -87,6 +88,7 @@ def _quickstart(args: argparse.Namespace) -> None:
       f"--minutes {args.minutes:g}: the budget must be more than 0 minutes."
     )
   common.require_files([args.data] if args.data else [])
+  fields = common.data_fields(args)
   from lavit_jax import quickstart
 
   if not args.evaluate_only:
@@ -95,6 +97,7 @@ def _quickstart(args: argparse.Namespace) -> None:
     args.workdir,
     minutes=args.minutes,
     data=args.data,
+    fields=fields,
     evaluate_only=args.evaluate_only,
     model=args.model,
   )

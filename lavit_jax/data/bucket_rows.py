@@ -5,6 +5,7 @@ is the same part; and SDXL's numbers of size and place.
 """
 
 import dataclasses
+import logging
 
 import grain.python as grain
 import numpy as np
@@ -14,6 +15,7 @@ from lavit_jax.data import buckets as buckets_lib
 from lavit_jax.data import faults as faults_lib
 from lavit_jax.data import pipeline
 
+_LOG = logging.getLogger(__name__)
 CROPS = ("center", "random")
 _ENDLESS = 1 << 48  # rows of an endless dataset
 
@@ -34,8 +36,8 @@ def batches(
     source: an examples.Source; with `encoded`, its pictures keep their ratio.
     buckets: heights and widths.
     batch_size: global number of pictures.
-    seed: of the endless order; None: each picture once, the last batch of a
-      bucket filled up with zeros.
+    seed: of the endless order, see `buckets.Plan`; None: each picture once,
+      the last batch of a bucket filled up with zeros.
     crop: "center", or "random" for another part each time (needs a seed).
     latents: a latent_cache.LatentCache; its latents stand in for the picture
       that is learnt, and it says which bucket a picture has.
@@ -56,6 +58,8 @@ def batches(
     assigned = buckets_lib.assign(buckets_lib.sizes_of(source), buckets)
   else:
     assigned = latents.assigned
+  if seed is not None:
+    _name_rare(source, buckets, assigned, batch_size)
   plan_of = buckets_lib.Once if seed is None else buckets_lib.Plan
   rest = () if seed is None else (seed,)
   plan = plan_of(assigned, len(buckets), batch_size, *rest)
@@ -92,6 +96,24 @@ def _name_unreadable(source, assigned, log):
   log.good(int((assigned != buckets_lib.NONE).sum()))
   for i in np.flatnonzero(assigned == buckets_lib.NONE):
     log.fault(source.image_key(int(i)), "cannot be read")
+
+
+def _name_rare(source, buckets, assigned, batch_size):
+  """Says where a batch will show the same picture several times."""
+  found = buckets_lib.rare(assigned, len(buckets), batch_size)
+  for b, n in found.items():
+    _LOG.warning(
+      "bucket %s has %d of the %d pictures of %s: its batches of %d show each"
+      " about %.3g times, and come once in %.3g epochs. Take it from"
+      " data.buckets to put them into the nearest other one",
+      buckets[b],
+      n,
+      int((np.asarray(assigned) != buckets_lib.NONE).sum()),
+      source.name,
+      batch_size,
+      batch_size / n,
+      batch_size / n,
+    )
 
 
 @dataclasses.dataclass

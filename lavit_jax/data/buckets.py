@@ -8,8 +8,10 @@ pictures of a batch are of one bucket (Podell et al., arXiv 2307.01952, section
   plan.batch(k) -> (bucket, picture numbers)
 """
 
+import bisect
 import concurrent.futures
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -18,7 +20,7 @@ from lavit_jax import errors, images
 from lavit_jax.data import packing
 
 NONE = -1  # the bucket of a picture that cannot be read
-_PERIOD = 1000  # batches after which the order of the buckets repeats
+_TURNS_KEPT = 256  # batches whose place in their bucket stays in memory
 _THREADS = 8  # that read headers
 
 
@@ -111,8 +113,15 @@ def view(size, bucket, place=(0.5, 0.5)) -> View:
 class Plan:
   """Batch number to a bucket and the pictures of a batch, without an end.
 
-  Each bucket is gone through in an order of its own, shuffled anew each time,
-  and gets batches in proportion to its pictures.
+  Each bucket is gone through in an order of its own, shuffled anew each time.
+  Of every N batches, N pictures in all, a bucket of n pictures has exactly n,
+  spread evenly: so each picture is shown as often as any other. A bucket with
+  fewer pictures than a batch has its turn the more seldom, and then shows each
+  several times: a single one is shown B times, once in B epochs.
+
+  Batch k stands for picture (k A + c) mod N of the pictures laid out bucket
+  by bucket, A coprime to N and near the golden section of it (a Weyl sequence
+  with exact integers), and is of that picture's bucket.
   """
 
   def __init__(self, assigned, count, batch_size, seed):
@@ -133,20 +142,31 @@ class Plan:
       packing.Order(max(len(m), 1), packing.make_seed(seed, b))
       for b, m in enumerate(self._members)
     ]
-    self._pattern = _spread([len(m) for m in self._members], seed)
-    ones = self._pattern[:, None] == np.arange(count)
-    self._before = np.cumsum(ones, axis=0) - ones  # [P, C] seen before
-    self._in_period = ones.sum(axis=0)  # [C]
+    self._ends = np.cumsum([len(m) for m in self._members]).tolist()
+    total = self._ends[-1]
+    self._stride = _golden(total)
+    self._first = packing.make_seed(seed) % total
+    self._turn = functools.lru_cache(maxsize=_TURNS_KEPT)(self._find_turn)
 
   def bucket(self, k) -> int:
     """The bucket of batch k."""
-    return int(self._pattern[k % len(self._pattern)])
+    place = (int(k) * self._stride + self._first) % self._ends[-1]
+    return bisect.bisect_right(self._ends, place)
+
+  def _find_turn(self, k):
+    """(bucket of batch k, how many batches before it were of that bucket)."""
+    b, total = self.bucket(k), self._ends[-1]
+    begin = self._ends[b - 1] if b else 0
+    # x mod N lies in [s, e) where floor((x - s) / N) - floor((x - e) / N) is 1.
+    since, until = (
+      _floor_sum(k, total, self._stride, self._first - edge)
+      for edge in (begin, self._ends[b])
+    )
+    return b, since - until
 
   def picture(self, k, j) -> int:
     """Picture j of batch k."""
-    turn, place = divmod(int(k), len(self._pattern))
-    b = int(self._pattern[place])
-    ordinal = turn * int(self._in_period[b]) + int(self._before[place, b])
+    b, ordinal = self._turn(int(k))
     return int(self._members[b][self._orders[b][ordinal * self._size + j]])
 
   def batch(self, k) -> tuple[int, np.ndarray]:
@@ -202,11 +222,32 @@ def members(assigned, count) -> list[np.ndarray]:
   return found
 
 
-def _spread(counts, seed):
-  """int[P]: the bucket of each batch of a period, shares as in `counts`."""
-  total = sum(counts)
-  if total > _PERIOD:
-    counts = [n and max(1, round(n * _PERIOD / total)) for n in counts]
-  divisor = math.gcd(*counts)
-  pattern = np.repeat(np.arange(len(counts)), [n // divisor for n in counts])
-  return np.random.default_rng(packing.make_seed(seed)).permutation(pattern)
+def rare(assigned, count, batch_size) -> dict[int, int]:
+  """Pictures of each bucket that has some, but fewer than a batch."""
+  sizes = [len(chosen) for chosen in members(assigned, count)]
+  return {b: n for b, n in enumerate(sizes) if 0 < n < batch_size}
+
+
+def _golden(total) -> int:
+  """The whole number coprime to `total` that is nearest its golden section."""
+  start = round(total * (math.sqrt(5) - 1) / 2)
+  near = (start + sign * step for step in range(total) for sign in (1, -1))
+  return next(a for a in near if a > 0 and math.gcd(a, total) == 1)
+
+
+def _floor_sum(count, divisor, slope, start) -> int:
+  """Sum of floor((slope i + start) / divisor) for i = 0 ... count - 1, exact.
+
+  By Euclid's algorithm, in O(log divisor) steps (Graham, Knuth, Patashnik,
+  Concrete Mathematics, section 3.5): whole parts are summed in closed form,
+  what is left is the same sum with slope and divisor exchanged.
+  """
+  total = 0
+  while count > 0:
+    whole, slope = divmod(slope, divisor)
+    total += whole * count * (count - 1) // 2
+    whole, start = divmod(start, divisor)
+    total += whole * count
+    count, start = divmod(slope * count + start, divisor)
+    slope, divisor = divisor, slope
+  return total

@@ -8,6 +8,7 @@ DIR.partial             the same while it is being written; goes on from there
 
 import dataclasses
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ from lavit_jax import errors, fetched, files
 
 BAD = -1
 _FORMAT = 1
+_NOT_COMPARED = ("shard_size", "data", "model")
 _IN_MEMORY = 256 << 20  # bytes of records that are simply kept in memory
 
 
@@ -28,7 +30,8 @@ _IN_MEMORY = 256 << 20  # bytes of records that are simply kept in memory
 class Meta:
   """What a cache belongs to.
 
-  `source` and `tokenizer` are fingerprints; N = num_patches.
+  `source` and `tokenizer` are fingerprints; N = num_patches. `data` and
+  `model` say in words what they are of; caches of earlier versions do not.
   """
 
   source: str
@@ -38,6 +41,8 @@ class Meta:
   num_codes: int
   shard_size: int = 2048
   format: int = _FORMAT
+  data: str = ""
+  model: str = ""
 
 
 class CodeCache:
@@ -73,9 +78,11 @@ class CodeCache:
     meta = _read_meta(directory)
     if meta is None:
       state = "is not finished" if _partial(directory).exists() else "is none"
+      inside = [p.parent.name for p in sorted(directory.glob("*/meta.json"))]
       raise errors.DataError(
         f"{directory}: the code cache there {state}; run `lavit tokenize --data"
-        f" … --out {directory}` (it goes on where it stopped)."
+        f" … --split … --out {directory}` (it goes on where it stopped)."
+        + (f" There are caches in it: {', '.join(inside)}." if inside else "")
       )
     for kind, ours in (("source", source), ("tokenizer", tokenizer)):
       if ours is not None and ours != getattr(meta, kind):
@@ -84,7 +91,7 @@ class CodeCache:
     try:  # ArrayRecord reads from a disk alone
       here = fetched.folder(directory, names)
       counts = np.load(here / "counts.npy")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
       if isinstance(error, errors.LavitError):
         raise
       raise _damaged(directory, error) from error
@@ -94,6 +101,14 @@ class CodeCache:
 
   def __len__(self):
     return self.meta.num_images
+
+  def fingerprint(self) -> str:
+    """Hex digest of what it was made of, and of how many codes came of it."""
+    told = dataclasses.asdict(self.meta)
+    made = {k: v for k, v in told.items() if k not in _NOT_COMPARED}
+    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
+    digest.update(np.ascontiguousarray(self.counts))
+    return digest.hexdigest()[:32]
 
   @property
   def num_patches(self):
@@ -170,6 +185,11 @@ def resume_point(directory, meta):
   if not partial.exists():
     return 0
   return min(_finished_shards(partial, meta) * meta.shard_size, meta.num_images)
+
+
+def known_as(fingerprint: str, words: str) -> str:
+  """What a message calls a source or a tokenizer: words, if any, and digest."""
+  return f"{words} ({fingerprint[:12]})" if words else fingerprint
 
 
 def _begin(partial, meta):
@@ -329,7 +349,11 @@ def _check_same(directory, there, meta):
   """Refuses to mix the codes of two datasets, tokenizers or sizes."""
   for field in dataclasses.fields(meta):
     old, new = getattr(there, field.name), getattr(meta, field.name)
-    if old != new and field.name != "shard_size":
+    if old != new and field.name not in _NOT_COMPARED:
+      words = {"source": "data", "tokenizer": "model"}.get(field.name)
+      if words:
+        old = known_as(old, getattr(there, words))
+        new = known_as(new, getattr(meta, words))
       raise _foreign(directory, field.name, old, new)
 
 

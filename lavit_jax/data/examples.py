@@ -19,10 +19,15 @@ ANSWER_WEIGHT = 4.0
 
 @dataclasses.dataclass(frozen=True)
 class TextPart:
-  """A run of text; `weight` is the loss weight of each of its tokens."""
+  """A run of text; `weight` is the loss weight of each of its tokens.
+
+  end: its last token learns </s> as what follows it, though another part
+  does: the end of an answer within a dialogue.
+  """
 
   text: str
   weight: float = 1.0
+  end: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Bad samples: skipped, counted, named in the log, never silently.
 
-Nothing is fatal until a configured share of what was seen is bad.
+Nothing is fatal until a configured share of what was seen is bad. What is no
+fault, but not used as it stands, is counted apart.
 """
 
 import collections
@@ -11,6 +12,7 @@ from lavit_jax import errors
 
 _LOG = logging.getLogger(__name__)
 _NAMED = 50  # log lines a kind of sample; the rest are only counted
+LIMIT_SHARE = 0.05  # of what may be bad, where nothing else is said
 _JUDGED = 200  # samples seen before a share means anything
 
 
@@ -61,7 +63,9 @@ class FaultLog:
     raise errors.DataError(
       f"{self.bad} of {self.seen} {self.kind} are unusable, more than the"
       f" allowed share of {self.limit_share:g}; for example"
-      f" {'; '.join(first)}. Mend the data, or raise the allowed share."
+      f" {'; '.join(first)}. Mend the data, or raise the allowed share:"
+      " config.data.limit_share, or --limit-share of a command that takes"
+      " --data."
     )
 
   def summary(self):
@@ -71,3 +75,35 @@ class FaultLog:
     names = ", ".join(list(self.names)[:5])
     more = f" and {len(self.names) - 5} more" if len(self.names) > 5 else ""
     return f"{self.bad} of {self.seen} {self.kind} skipped: {names}{more}"
+
+
+class Tally:
+  """Counts what is worth knowing and is no fault; never stops a run.
+
+  Tally("documents longer than a row") names the first 50, and says how many
+  there were at the 100th, 1,000th, … . Safe to share between threads.
+  """
+
+  def __init__(self, kind):
+    self.kind, self.seen = kind, 0
+    self.reasons = {}  # of the first few
+    self._lock = threading.Lock()
+
+  def count(self, name, reason):
+    """Counts a sample, and names it if it is one of the first."""
+    with self._lock:
+      self.seen += 1
+      seen, new = self.seen, name not in self.reasons
+      if named := new and len(self.reasons) < _NAMED:
+        self.reasons[name] = reason
+    if named:
+      _LOG.info("%s: %s: %s", self.kind, name, reason)
+    if seen == 1 or (seen >= 100 and str(seen).strip("0") == "1"):
+      _LOG.warning("%s", self.summary())
+
+  def summary(self):
+    """One line: "2 documents longer than a row, such as a:1 (… split)"."""
+    if not self.seen:
+      return f"no {self.kind}"
+    name, reason = next(iter(self.reasons.items()))
+    return f"{self.seen} {self.kind}, such as {name} ({reason})"

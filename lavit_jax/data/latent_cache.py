@@ -12,6 +12,7 @@ from the centre.
 """
 
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -25,6 +26,7 @@ from lavit_jax.data import buckets as buckets_lib
 
 _FORMAT = 1
 _SEALED = 256  # pictures between two moments from which writing can go on
+_NOT_COMPARED = ("data", "model")
 _TYPE = np.dtype("<f2")
 
 
@@ -43,6 +45,8 @@ class Meta:
   scale: int
   channels: int
   format: int = _FORMAT
+  data: str = ""  # in words; "" in caches of earlier versions
+  model: str = ""
 
   def __post_init__(self):
     pairs = tuple((int(h), int(w)) for h, w in self.buckets)
@@ -64,7 +68,7 @@ class LatentCache:
       order = _order(self.assigned, meta)
       good = np.frombuffer((directory / "good.u1").read_bytes(), np.uint8)
       self._files = _open_files(directory, self.assigned, meta)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
       raise _damaged(directory, error) from error
     if len(self.assigned) != meta.num_images or len(good) != len(order):
       raise _damaged(directory, f"{len(good)} pictures")
@@ -93,20 +97,30 @@ class LatentCache:
     meta = _read_meta(directory)
     if meta is None:
       state = "is not finished" if _partial(directory).exists() else "is none"
+      inside = [p.parent.name for p in sorted(directory.glob("*/meta.json"))]
       raise errors.DataError(
         f"{directory}: the latent cache there {state}; run `lavit latents`,"
         " the same command goes on where it stopped."
+        + (f" There are caches in it: {', '.join(inside)}." if inside else "")
       )
     wanted = {"source": source, "vae": vae, "buckets": buckets}
     if buckets is not None:
       wanted["buckets"] = tuple((int(h), int(w)) for h, w in buckets)
     for kind, ours in wanted.items():
       if ours is not None and ours != getattr(meta, kind):
-        raise _foreign(directory, kind, getattr(meta, kind), ours)
+        raise _foreign(directory, kind, _known(meta, kind), ours)
     return cls(directory, meta)
 
   def __len__(self):
     return self.meta.num_images
+
+  def fingerprint(self) -> str:
+    """Hex digest of what it was made of, and of which bucket has what."""
+    told = dataclasses.asdict(self.meta)
+    made = {k: v for k, v in told.items() if k not in _NOT_COMPARED}
+    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
+    digest.update(np.ascontiguousarray(self.assigned))
+    return digest.hexdigest()[:32]
 
   def good(self, i) -> bool:
     """Whether picture i could be read."""
@@ -329,8 +343,16 @@ def _check_same(directory, there, meta):
   """Refuses to mix the latents of two datasets, autoencoders or buckets."""
   for field in dataclasses.fields(meta):
     old, new = getattr(there, field.name), getattr(meta, field.name)
-    if old != new:
-      raise _foreign(directory, field.name, old, new)
+    if old != new and field.name not in _NOT_COMPARED:
+      theirs, ours = _known(there, field.name), _known(meta, field.name)
+      raise _foreign(directory, field.name, theirs, ours)
+
+
+def _known(meta, kind):
+  """A field as a message has it: of a fingerprint, what it is of as well."""
+  value = getattr(meta, kind)
+  words = {"source": meta.data, "vae": meta.model}.get(kind, "")
+  return f"{words} ({value[:12]})" if words else value
 
 
 def _foreign(directory, kind, theirs, ours):

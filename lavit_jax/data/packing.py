@@ -171,11 +171,12 @@ def first_fit(sizes, max_len, max_pictures):
   order = usable[np.argsort(-share[usable], kind="stable")]
   room = np.empty((len(order), 2), np.int64)
   room[:] = max_len, max_pictures
-  rows = []
+  rows, full = [], 0  # the first `full` rows have no room for anything
+  least = sizes[usable, 0].min(initial=max_len)
   for i in order:
-    fits = (room[: len(rows) + 1] >= sizes[i]).all(axis=1)
-    row = int(fits.argmax())
-    if not fits[row]:
+    fits = (room[full : len(rows) + 1] >= sizes[i]).all(axis=1)
+    row = full + int(fits.argmax())
+    if not fits[row - full]:
       raise ValueError(
         f"document {i} of size {sizes[i].tolist()} fits no row of"
         f" {[max_len, max_pictures]}; leave it out beforehand."
@@ -184,6 +185,8 @@ def first_fit(sizes, max_len, max_pictures):
       rows.append([])
     rows[row].append(int(i))
     room[row] -= sizes[i]
+    while full < len(rows) and room[full, 0] < least:
+      full += 1
   return rows
 
 
@@ -191,9 +194,9 @@ class Plan:
   """Row number to documents, for a stream of documents of known sizes.
 
   Args:
-    sizes: function of (start, stop) giving int[stop - start, 2], positions and
-      pictures of each document; negative for one that is left out. Must be
-      pure.
+    sizes: function of (start, stop) giving for each of these documents int[2],
+      positions and pictures, or int[k, 2] where it has k pieces; negative for
+      one that is left out. Must be pure.
     limits: (positions, pictures) a row.
     window: documents packed together.
     seed: of the order of the rows in a window.
@@ -215,7 +218,10 @@ class Plan:
     self._window_rows = functools.lru_cache(maxsize=_WINDOWS_KEPT)(self._pack)
 
   def row(self, number):
-    """The documents of a row, a tuple of stream positions g."""
+    """The documents of a row, a tuple of stream positions g.
+
+    Piece k of a document of several is (g, k).
+    """
     with self._lock:
       if not self._trusted and self._known:
         self._check(len(self._known) - 1)
@@ -246,8 +252,9 @@ class Plan:
       if empty >= _MAX_EMPTY:
         raise errors.DataError(
           f"None of {empty * self.window} documents in a row can be used: they"
-          f" are longer than {self.limits[0]} positions, read more than"
-          f" {self.limits[1]} pictures, or are bad. See the log for names."
+          f" are longer than {self.limits[0]} positions and cannot be split,"
+          f" read more than {self.limits[1]} pictures, or are bad. See the log"
+          " for names; config.data.length and config.data.slots say what fits."
         )
       more = max(_SAVE_EVERY, self._saved // 8)  # each time it is all written
       if self._memo and len(self._known) >= self._saved + more:
@@ -257,11 +264,20 @@ class Plan:
   def _pack(self, window):
     """Rows of one window in shuffled order, and a check of its sizes."""
     start = window * self.window
-    sizes = np.asarray(self._sizes(start, start + self.window), np.int64)
+    pieces = [
+      np.asarray(size, np.int64).reshape(-1, 2)
+      for size in self._sizes(start, start + self.window)
+    ]
+    members = [
+      g if len(size) == 1 else (g, k)
+      for g, size in enumerate(pieces, start)
+      for k in range(len(size))
+    ]
+    sizes = np.concatenate(pieces)
     rows = first_fit(sizes, *self.limits)
     order = np.random.default_rng([self._shuffle_seed, window])
     shuffled = [
-      tuple(start + i for i in rows[j]) for j in order.permutation(len(rows))
+      tuple(members[i] for i in rows[j]) for j in order.permutation(len(rows))
     ]
     return shuffled, zlib.crc32(sizes.tobytes())
 
@@ -270,7 +286,7 @@ def _read_known(memo):
   """What the memo remembers, [] where it holds nothing that makes sense."""
   try:
     known = np.load(memo) if memo else np.zeros((0, 2), np.int64)
-  except (OSError, ValueError):
+  except (OSError, ValueError, EOFError):  # EOFError: nothing is in it
     return []
   good = known.ndim == 2 and known.shape[1] == 2 and (known >= 0).all()
   return [tuple(pair) for pair in known.tolist()] if good else []

@@ -137,20 +137,27 @@ def image_batches(
       captions = source.captions(i)
       rng = np.random.default_rng([seed or 0, number])
       text = captions[rng.integers(len(captions))] if captions else ""
-      out["text"], out["text_mask"] = _text(tokenizer, text, text_length)
+      try:
+        ids = sequences.text_ids(tokenizer, text)
+      except vocabulary_lib.BadText as error:
+        log.fault(f"caption of {source.image_key(i)}", error)
+        ids = []
+      out["text"], out["text_mask"] = _text(ids, text_length)
     return out
 
   rows = grain.MapDataset.range(length).map(row)
   return Batches(rows, batch_size, (log,))
 
 
-def _text(tokenizer, text, length):
-  """Ids of a caption, cut to length and ended by </s>, and their mask."""
-  ids = sequences.text_ids(tokenizer, text)[: length - 1]
-  ids = [*ids, vocabulary_lib.EOS_ID]
-  out, mask = np.zeros(length, np.int32), np.arange(length) < len(ids)
-  out[: len(ids)] = ids
-  return out, mask & bool(text)
+def _text(ids, length):
+  """Ids of a caption, cut to length and ended by </s>, and their mask.
+
+  Without a caption the mask is False everywhere.
+  """
+  ended = [*ids[: length - 1], vocabulary_lib.EOS_ID]
+  out, mask = np.zeros(length, np.int32), np.arange(length) < len(ended)
+  out[: len(ended)] = ended
+  return out, mask & bool(ids)
 
 
 def packed_rows(source, cache, tokenizer, vocabulary, *, mixture, **kwargs):
@@ -161,8 +168,9 @@ def packed_rows(source, cache, tokenizer, vocabulary, *, mixture, **kwargs):
     cache: its CodeCache.
     tokenizer: a vocabulary.TextTokenizer.
     vocabulary: a vocabulary.Vocabulary.
-    mixture: weight of each task, counted in documents; 0 leaves it out, and so
-      does a source without examples of a task.
+    mixture: weight of each task, counted in documents, of which one that is
+      longer than a row is one, whatever its rows; 0 leaves a task out, and so
+      does a source without examples of it.
     **kwargs: as of `packed_mixture`.
   """
   if unknown := sorted(set(mixture) - set(source.tasks())):
@@ -198,12 +206,13 @@ def packed_mixture(
     components: list of packing.Component.
     tokenizer: a vocabulary.TextTokenizer.
     vocabulary: a vocabulary.Vocabulary.
-    length: L, positions a row; longer documents are left out and named.
-    slots: S, pictures read a row; documents with more are left out and named.
+    length: L, positions a row; of longer documents see `pieces`.
+    slots: S, pictures read a row; likewise.
     batch_size: rows a global batch.
     seed: of mixture, order and packing.
     window: documents packed together.
-    limit_share: share of bad documents, or pictures, that stops the run.
+    limit_share: share of bad documents, or pictures, that stops the run; those
+      longer than a row are not bad, and counted apart.
 
   Returns:
     Batches of tokens, targets, segments, positions, slot, order int32[B, L];

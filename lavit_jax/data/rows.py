@@ -1,5 +1,6 @@
 """Rows of packed documents: what a plan's row number becomes as arrays."""
 
+import dataclasses
 import functools
 import hashlib
 import pickle
@@ -8,16 +9,32 @@ import zlib
 import numpy as np
 
 from lavit_jax import images
-from lavit_jax.data import faults, packing, sequences
+from lavit_jax.data import faults, packing, pieces, sequences
 
+_RULES = b"long documents are divided"  # of plans, for their memos
 _WINDOWS_KEPT = 4  # windows whose tokenised texts stay in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+  """What an example has become.
+
+  pieces: tuple of what `sequences.assemble` takes; none if it is left out.
+  fault: why it cannot be used; long: what its length has led to; "" for none.
+  """
+
+  pieces: tuple = ()
+  fault: str = ""
+  long: str = ""
 
 
 class Documents:
   """Documents of the stream g: their sizes and their sequences.
 
-  `limits` are (positions, pictures) a row; a document beyond them, or one that
-  holds nothing to learn, gets size -1 and is named in the log.
+  `limits` are (positions, pictures) a row; a document beyond them is divided
+  (`pieces.divide`). One that cannot be, one that is bad, or that holds nothing
+  to learn, gets size -1. `logs` name and count: bad documents, bad pictures,
+  and, apart from these, documents longer than a row.
   """
 
   def __init__(
@@ -37,54 +54,62 @@ class Documents:
     weights = [c.weight for c in components]
     self._stream = packing.Mixture(counts, weights, seed)
     keep = functools.lru_cache(maxsize=_WINDOWS_KEPT * window)
-    self._spans = keep(self._find_spans)
+    self._found = keep(self._find)
     self.image_size = components[0].source.image_size
     patches = [c.cache.num_patches for c in components if c.cache]
     self.num_patches = patches[0] if patches else 1
     self.logs = (
       faults.FaultLog("documents", limit_share),
       faults.FaultLog("pictures", limit_share),
+      faults.Tally("documents longer than a row"),
     )
 
   def sizes(self, start, stop):
-    """int32[stop - start, 2]: positions and pictures, -1 if left out."""
-    out = np.full((stop - start, 2), -1, np.int32)
+    """A list of int[k, 2], positions and pictures of each of k pieces.
+
+    Those of a document that is left out are -1.
+    """
+    out, left_out = [], np.full((1, 2), -1, np.int32)
+    bad, _, long = self.logs
     for g in range(start, stop):
       c, i = self._stream.document(g)
-      spans = self._spans(c, i)
-      if isinstance(spans, str):
-        key = self._parts[c].source.example(self._parts[c].task, i).key
-        self.logs[0].fault(key, spans)
-        continue
-      out[g - start] = sequences.size(spans)
-      self.logs[0].good()
+      found = self._found(c, i)
+      if found.fault:
+        bad.fault(self._key(c, i), found.fault)
+      else:
+        bad.good()
+      if found.long:
+        long.count(self._key(c, i), found.long)
+      sizes = [sequences.size(spans) for spans in found.pieces]
+      out.append(np.array(sizes, np.int32) if sizes else left_out)
     return out
 
-  def build(self, g):
-    """(component, Sequence) of document g."""
+  def build(self, member):
+    """(component, Sequence) of a member of a row: g, or (g, piece)."""
+    g, piece = member if isinstance(member, tuple) else (member, 0)
     c, i = self._stream.document(g)
-    part = self._parts[c]
-    spans = self._spans(c, i)
+    part, spans = self._parts[c], self._found(c, i).pieces[piece]
     return part, sequences.assemble(spans, part.cache, self._vocabulary)
+
+  def _key(self, c, i):
+    return self._parts[c].source.example(self._parts[c].task, i).key
 
   def picture(self, component, i):
     """(uint8[H, W, 3], valid) of a picture that is read."""
     return picture(component.source, i, self.logs[1])
 
-  def _find_spans(self, c, i):
-    """The spans of an example, or why it cannot be used, a str."""
-    part, (length, slots) = self._parts[c], self._limits
+  def _find(self, c, i):
+    """The `_Found` of an example."""
+    part = self._parts[c]
     example = part.source.example(part.task, i)
     try:
       spans = sequences.spans(example, part.cache, self._tokenizer)
+      made, done = pieces.divide(spans, part.task, self._limits)
+    except pieces.TooLong as error:
+      return _Found(long=f"{error}: left out")
     except sequences.Unusable as error:
-      return str(error)
-    positions, pictures = sequences.size(spans)
-    if positions > length:
-      return f"{positions} positions, more than length={length}"
-    if pictures > slots:
-      return f"{pictures} pictures read, more than slots={slots}"
-    return spans
+      return _Found(fault=str(error))
+    return _Found(tuple(made), long=done or "")
 
 
 def picture(source, i, log):
@@ -107,7 +132,8 @@ def memo_path(components, tokenizer, **settings):
   caches = [c.cache for c in components if c.cache is not None]
   if not caches:
     return None
-  digest = hashlib.sha256(pickle.dumps(tokenizer))
+  digest = hashlib.sha256(_RULES)
+  digest.update(pickle.dumps(tokenizer))
   for c in components:
     size = c.source.num_examples(c.task)
     digest.update(repr((c.source.name, c.task, str(c.weight), size)).encode())
@@ -128,8 +154,8 @@ class Rows:
     row = self._blank(number)
     start = slot = 0
     members = self._plan.row(int(number))
-    for segment, g in enumerate(members, start=1):
-      component, doc = self._documents.build(g)
+    for segment, member in enumerate(members, start=1):
+      component, doc = self._documents.build(member)
       span = slice(start, start + len(doc))
       row["tokens"][span], row["targets"][span] = doc.tokens, doc.targets
       row["weights"][span] = doc.weights

@@ -5,6 +5,11 @@
   text:             pieces; </s> ends a document whose last part is text
 
 There is no <s>. A picture that ends a document is ended by [/IMG] alone.
+
+Within a dialogue </s> is the target at the last token of each answer
+(`examples.TextPart.end`), but never a token that is read: what stands before
+a later question is what a prompt of the same texts gives (`infer/prompts`,
+where a text cannot hold </s>), and the question itself is not learnt.
 """
 
 import dataclasses
@@ -23,6 +28,8 @@ class Unusable(Exception):
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sequence:
   """One document of n positions; position j predicts token j + 1.
+
+  Where an answer within a dialogue ends, </s> is predicted in its place.
 
   tokens, targets: int32[n]; weights: float32[n], the loss weight of targets;
   slot: int32[n], which of `pictures` a position reads, -1 for none;
@@ -50,13 +57,50 @@ def text_ids(tokenizer, text):
   return tokenizer.encode(text.removeprefix(" "))
 
 
-@dataclasses.dataclass(frozen=True)
+def run_on(text, following):
+  """Whether two texts in a row are one: white space stands between them.
+
+  "List:\\n" and "- one" are tokenised as "List:\\n- one"; between "Boil it."
+  and "Stir." SentencePiece puts a space. Prompts at inference do the same.
+  """
+  return text[-1:].isspace() or following[:1].isspace()
+
+
+def _joined(parts):
+  """Parts with texts that run on, and are learnt alike, made one."""
+  out = []
+  for part in parts:
+    last = out[-1] if out else None
+    both_texts = isinstance(last, examples.TextPart) and isinstance(
+      part, examples.TextPart
+    )
+    if (
+      both_texts
+      and (last.weight, last.end) == (part.weight, False)
+      and run_on(last.text, part.text)
+    ):
+      out[-1] = dataclasses.replace(part, text=last.text + part.text)
+    else:
+      out.append(part)
+  return out
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Span:
-  """A part with its number of ids; `ids` is None for a picture."""
+  """A part with its number of ids; `ids` int32[count], None for a picture."""
 
   part: examples.TextPart | examples.ImagePart
-  ids: tuple | None
+  ids: np.ndarray | None
   count: int
+
+  @classmethod
+  def of(cls, part, ids):
+    """The span of a text part with these ids."""
+    return cls(part, np.asarray(ids, np.int32), len(ids))
+
+  def ended(self):
+    """The same with </s> behind it."""
+    return Span.of(self.part, np.append(self.ids, vocabulary_lib.EOS_ID))
 
 
 def spans(example, cache, tokenizer):
@@ -73,21 +117,24 @@ def spans(example, cache, tokenizer):
     tuple of Span.
 
   Raises:
-    Unusable: a picture could not be tokenised, a text is empty, or nothing is
-      to be learnt.
+    Unusable: a picture could not be tokenised, a text cannot be or is empty
+      (a document's empty texts are passed over), or nothing is to be learnt.
   """
   out = []
-  for part in example.parts:
+  for part in _joined(example.parts):
     if isinstance(part, examples.TextPart):
-      ids = text_ids(tokenizer, part.text)
-      if not ids:
+      try:
+        ids = text_ids(tokenizer, part.text)
+      except vocabulary_lib.BadText as error:
+        raise Unusable(str(error)) from error
+      if ids:
+        out.append(Span.of(part, ids))
+      elif example.task != "document":
         raise Unusable("has an empty text")
-      out.append(Span(part, tuple(ids), len(ids)))
     else:
       out.append(Span(part, None, _count(example, part, cache) + 2))
   if out and out[-1].ids is not None:
-    ids = (*out[-1].ids, vocabulary_lib.EOS_ID)
-    out[-1] = Span(out[-1].part, ids, len(ids))
+    out[-1] = out[-1].ended()
   if not out:
     raise Unusable("is empty")
   if not any([s.part.weight for s in out for _ in range(s.count)][1:]):
@@ -103,11 +150,14 @@ def size(parts):
 
 def assemble(parts, cache, vocabulary):
   """Makes the Sequence of `spans`; reads the codes, not the pictures."""
-  ids, weights, slot, order, pictures = [], [], [], [], []
+  ids, weights, slot, order, pictures, ends = [], [], [], [], [], []
   for span in parts:
     slots, orders = [-1] * span.count, [0] * span.count
-    new = span.ids
-    if new is None:
+    if span.ids is not None:
+      new = span.ids.tolist()
+      if span.part.end:
+        ends.append((len(ids) + span.count - 1, span.part.weight))
+    else:
       codes = vocabulary.to_ids(cache.codes(span.part.image)).tolist()
       new = [vocabulary.image_begin, *codes, vocabulary.image_end]
       if not span.part.write:
@@ -119,10 +169,14 @@ def assemble(parts, cache, vocabulary):
     slot += slots
     order += orders
     weights += [span.part.weight] * span.count
+  targets, weights = ids[1:], weights[1:]
+  for place, weight in ends:
+    if place < len(targets):  # the very last id is </s> already
+      targets[place], weights[place] = vocabulary_lib.EOS_ID, weight
   return Sequence(
     tokens=np.array(ids[:-1], np.int32),
-    targets=np.array(ids[1:], np.int32),
-    weights=np.array(weights[1:], np.float32),
+    targets=np.array(targets, np.int32),
+    weights=np.array(weights, np.float32),
     slot=np.array(slot[:-1], np.int32),
     order=np.array(order[:-1], np.int32),
     pictures=tuple(pictures),

@@ -1,10 +1,14 @@
 """From config.data to a source; the one list of kinds of data."""
 
+import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from lavit_jax import errors
-from lavit_jax.data import examples
+from lavit_jax.data import examples, faults
+
+_LOG = logging.getLogger(__name__)
 
 
 def build(config: Mapping[str, Any], split: str) -> examples.Source:
@@ -13,14 +17,17 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
   Args:
     config: fields `kind` ("shapes", "jsonl" or "tfds"), `image_size`, `seed`
       and those of the kind: shapes `train_size`, `held_out_size`; jsonl
-      `path`, `held_out_path` (empty: a tenth of `path`, by hash); tfds `name`,
-      `train_split`, `held_out_split`, `data_dir`, `image_feature`,
-      `text_feature`.
+      `path`, `held_out_path` (empty: a tenth of `path`, by hash),
+      `allow_absolute`; tfds `name`, `train_split`, `held_out_split`,
+      `data_dir`, `image_feature`, `text_feature`. `limit_share` is the share
+      of bad lines or records that is an error.
     split: "train", "held_out" or (shapes only) "never_seen".
 
   Raises:
-    errors.ConfigError: an unknown kind, or a split this kind lacks.
+    errors.ConfigError: an unknown kind, a split this kind lacks, or a
+      limit_share that is no share.
   """
+  limit_share = config.get("limit_share", faults.LIMIT_SHARE)
   kind = config["kind"]
   if kind == "shapes":
     from lavit_jax.data import shapes
@@ -44,7 +51,13 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
     if config.get("held_out_path"):
       path = config["held_out_path"] if split == "held_out" else path
       part = "all"
-    return jsonl.JsonlSource(path, config["image_size"], split=part)
+    return jsonl.JsonlSource(
+      path,
+      config["image_size"],
+      split=part,
+      allow_absolute=config.get("allow_absolute", False),
+      limit_share=limit_share,
+    )
   if kind == "tfds":
     from lavit_jax.data import tfds
 
@@ -55,10 +68,45 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
       image_feature=config["image_feature"],
       text_feature=config["text_feature"],
       image_size=config["image_size"],
+      limit_share=limit_share,
     )
   raise errors.ConfigError(
     f"config.data.kind={kind!r} is unknown; expected shapes, jsonl or tfds."
   )
+
+
+def describe(
+  config: Mapping[str, Any], split: str, source: examples.Source
+) -> str:
+  """What a source is, in words for messages; `build` made it."""
+  name = source.name
+  if config["kind"] == "jsonl":
+    part = "a tenth" if split == "held_out" else "nine tenths"
+    part = "all" if config.get("held_out_path") else f"{split}, {part} by hash,"
+    name = f"{part} of {name}"
+  return f"{name}: {source.num_images} pictures of {source.image_size} pixels"
+
+
+def pair(config: Mapping[str, Any]) -> tuple:
+  """The (train, held-out) sources; says so where they share pictures."""
+  train, held_out = build(config, "train"), build(config, "held_out")
+  shared, of = 0, held_out.num_images
+  if config["kind"] == "tfds":
+    from lavit_jax.data import tfds
+
+    shared = tfds.overlap(train, held_out)
+  elif path := config.get("held_out_path") if config["kind"] == "jsonl" else "":
+    shared = of if os.path.samefile(path, config["path"]) else 0
+  if shared:
+    _LOG.warning(
+      "%d of %d held-out records are in the training data too (%s, %s):"
+      " held-out numbers tell nothing of new pictures",
+      shared,
+      of,
+      train.name,
+      held_out.name,
+    )
+  return train, held_out
 
 
 def sentences(source: examples.Source, limit: int) -> list[str]:

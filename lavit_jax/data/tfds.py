@@ -1,18 +1,23 @@
 """Any TFDS dataset with an image and a text feature, as a Source.
 
 Read through `tfds.data_source`: no TensorFlow at run time. The dataset must
-have been prepared with file_format="array_record". Pictures are decoded by
-`lavit_jax.images`, not by TFDS, so that they look the same as anywhere else.
+have been prepared with file_format="array_record" or "parquet"; of the latter
+TFDS itself reads whole files whatever the slice of a split, so that slices are
+cut here. Pictures are decoded by `lavit_jax.images`, not by TFDS, so that they
+look the same as anywhere else.
 """
 
 import functools
+import hashlib
 import pathlib
+import threading
 
 import numpy as np
 import tensorflow_datasets
+from etils import epath
 
 from lavit_jax import errors, images
-from lavit_jax.data import examples
+from lavit_jax.data import caption_counts, examples, faults
 
 _TASKS = ("image_text", "text_image")
 
@@ -20,8 +25,9 @@ _TASKS = ("image_text", "text_image")
 class TfdsSource:
   """Records of one split; record i is picture i.
 
-  Example i of a task is record i % n with its caption number i // n, where n
-  is the number of records; the first record says how many captions there are.
+  Every caption is an example, those of a record one after the other; a record
+  may have none. Where the text feature is a sequence, all records are read
+  once to count them, and the counts kept (`caption_counts`).
   """
 
   def __init__(
@@ -33,6 +39,7 @@ class TfdsSource:
     image_feature="image",
     text_feature="caption",
     data_dir=None,
+    limit_share=faults.LIMIT_SHARE,
   ):
     """Opens the split; decodes nothing but the texts of its first record.
 
@@ -45,9 +52,13 @@ class TfdsSource:
       text_feature: path of the text feature, one text or a sequence of them,
         such as "captions/text".
       data_dir: where TFDS keeps its data; None for its default.
+      limit_share: share of records with a text that is no UTF-8 that is an
+        error; such a text is left out, and named in `faults`.
 
     Raises:
-      errors.DataError: the dataset, split or a feature is not there.
+      errors.DataError: the dataset, split or a feature is not there, a feature
+        is of another type, or the files are in a format that cannot be read by
+        record.
     """
     self.image_size = int(image_size)
     self._image, self._text = image_feature, text_feature
@@ -55,13 +66,29 @@ class TfdsSource:
     self.name = f"tfds:{info.full_name}:{split}"
     for path in (image_feature, text_feature):
       _check_feature(self.name, info.features, path)
+    self.files = _files(info, split)
     self.num_images = len(self._records)
     if not self.num_images:
       raise errors.DataError(
         f"{self.name} has no records; choose another split."
       )
+    if not isinstance(first := self.encoded(0), bytes):
+      raise errors.DataError(
+        f"{self.name}: feature {image_feature!r} holds a"
+        f" {type(first).__name__}, expected an encoded picture. Set"
+        " image_feature to another one (parts of a path joined by '/')."
+      )
+    self.faults = faults.FaultLog(f"texts of {self.name}", limit_share)
     self._captions = functools.lru_cache(maxsize=4096)(self._read_captions)
-    self._per_record = max(1, len(self.captions(0)))
+    self._lock, self._ends = threading.Lock(), None
+    self._several = self._has_several()
+
+  def _has_several(self):
+    """Whether a record has a sequence of texts; DataError if it has none."""
+    value = _reach(self._records[0], self._text)
+    several = not isinstance(value, (bytes, str)) and hasattr(value, "__len__")
+    _texts(self.name, self._text, value if several else [value])
+    return several
 
   def image(self, i):
     """Picture i as uint8[size, size, 3]; images.ImageError for a bad one."""
@@ -79,7 +106,13 @@ class TfdsSource:
   def _read_captions(self, i):
     value = _reach(self._records[i], self._text)
     values = [value] if isinstance(value, (bytes, str)) else list(value)
-    texts = [v.decode() if isinstance(v, bytes) else str(v) for v in values]
+    texts = []
+    for text in _texts(self.name, self._text, values):
+      if isinstance(text, str):
+        texts.append(text)
+        self.faults.good()
+      else:
+        self.faults.fault(self.image_key(i), f"a text is no UTF-8 ({text})")
     return tuple(t.strip() for t in texts if t.strip())
 
   def captions(self, i):
@@ -90,17 +123,62 @@ class TfdsSource:
     """image_text and text_image."""
     return _TASKS
 
+  def _last(self):
+    """int64[n]: captions of the records up to each, itself included."""
+    with self._lock:
+      if self._ends is None:
+        counts = caption_counts.of(
+          self.num_images,
+          lambda i: len(self._read_captions(i)),
+          key=[self.contents(), *(_changed(path) for path, _ in self.files)],
+          name=self.name,
+        )
+        self._ends = np.cumsum(counts, dtype=np.int64)
+      return self._ends
+
   def num_examples(self, task):
-    """Records times captions a record."""
-    return self.num_images * self._per_record if task in _TASKS else 0
+    """Number of captions, or of records where each has one text."""
+    if task not in _TASKS:
+      return 0
+    return int(self._last()[-1]) if self._several else self.num_images
 
   def example(self, task, i):
-    """Example i of a task; without a caption its text is empty."""
-    turn, i = divmod(i, self.num_images)
-    captions = self.captions(i)
-    caption = captions[turn % len(captions)] if captions else ""
+    """Example i of a task."""
+    turn = 0
+    if self._several:
+      ends, number = self._last(), i
+      i = int(np.searchsorted(ends, number, side="right"))
+      turn = number - (int(ends[i - 1]) if i else 0)
+    captions = self.captions(i) or [""]  # of a single, empty text
+    if turn >= len(captions):
+      raise errors.DataError(
+        f"{self.image_key(i)} has {len(captions)} captions, but had more when"
+        f" they were counted. Delete {caption_counts.folder()}."
+      )
+    caption = captions[turn]
     build = getattr(examples, task)
     return build(self.image_key(i), i, caption)
+
+  def contents(self) -> str:
+    """Digest of dataset, split, features and which records of which files."""
+    digest = hashlib.sha256()
+    for part in (self.name, self.image_size, self._image, self._text):
+      digest.update(f"{part}\n".encode())
+    for path, (begin, end, size) in self.files:
+      file = epath.Path(path)
+      told = file.name, file.stat().length, begin, end, size
+      digest.update(f"{told}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def overlap(one: TfdsSource, other: TfdsSource) -> int:
+  """Number of records that two splits share."""
+  return sum(
+    max(0, min(end, last) - max(begin, first))
+    for path, (begin, end, _) in one.files
+    for path_too, (first, last, _) in other.files
+    if path == path_too
+  )
 
 
 def _open(name, split, image_feature, data_dir):
@@ -114,14 +192,95 @@ def _open(name, split, image_feature, data_dir):
     else:
       builder = tensorflow_datasets.builder(name, data_dir=data_dir)
     records = builder.as_data_source(split=split, decoders=decoder)
+    records = _sliced(records, builder.info.splits[split].file_instructions)
+  except errors.DataError:
+    raise
   except Exception as error:  # TFDS has many, some from the file system
     reason = " ".join(str(error).split())[:300]
     raise errors.DataError(
       f"TFDS dataset {name!r}, split {split!r}, cannot be opened ({reason})."
       " Check the name, split and data_dir; prepare it once with"
-      ' builder.download_and_prepare(file_format="array_record").'
+      ' builder.download_and_prepare(file_format="array_record"), as only'
+      " array_record and parquet are read without TensorFlow."
     ) from error
   return records, builder.info
+
+
+def _texts(name, path, values):
+  """Each text as a str, or as the UnicodeError of one that is none."""
+  texts = []
+  for value in values:
+    if not isinstance(value, (bytes, str)):
+      raise errors.DataError(
+        f"{name}: feature {path!r} holds {value!r:.60}, a"
+        f" {type(value).__name__}, expected a text or a sequence of texts. Set"
+        " text_feature to another one (parts of a path joined by '/')."
+      )
+    try:
+      texts.append(value.decode() if isinstance(value, bytes) else value)
+    except UnicodeDecodeError as error:
+      texts.append(error)
+  return texts
+
+
+class _Slice:
+  """Some records of a data source, by their numbers there."""
+
+  def __init__(self, records, numbers):
+    self._records, self._numbers = records, numbers
+
+  def __len__(self):
+    return len(self._numbers)
+
+  def __getitem__(self, i):
+    return self._records[int(self._numbers[i])]
+
+
+def _sliced(records, instructions):
+  """The records that a split names, of a source that may have more.
+
+  TFDS's source of parquet files has all records of each file, in the order of
+  the instructions.
+
+  Raises:
+    errors.DataError: it has neither these nor those.
+  """
+  bounds = [_bounds(part) for part in instructions]
+  wanted = sum(end - begin for begin, end, _ in bounds)
+  if len(records) == wanted:
+    return records
+  whole = sum(size for _, _, size in bounds)
+  if len(records) != whole:
+    raise errors.DataError(
+      f"The split has {wanted} records of files with {whole}, but TFDS reads"
+      f" {len(records)}. Prepare the dataset again, with"
+      ' file_format="array_record".'
+    )
+  starts = np.cumsum([0, *(size for _, _, size in bounds)])
+  numbers = [
+    np.arange(start + begin, start + end)
+    for start, (begin, end, _) in zip(starts[:-1], bounds, strict=True)
+  ]
+  return _Slice(records, np.concatenate(numbers))
+
+
+def _bounds(part):
+  """(first, end, records of the file) of one of TFDS's file instructions."""
+  size = part.examples_in_shard
+  end = size if part.take < 0 else min(part.skip + part.take, size)
+  return part.skip, end, size
+
+
+def _changed(path):
+  """When a file was changed, and how long it is."""
+  found = epath.Path(path).stat()
+  return str(path), found.mtime, found.length
+
+
+def _files(info, split):
+  """[(path, (first record, end, records of the file))] of a split."""
+  parts = info.splits[split].file_instructions
+  return [(str(part.filename), _bounds(part)) for part in parts]
 
 
 def _check_feature(name, features, path):

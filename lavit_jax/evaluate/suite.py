@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax import checkpoints, progress
-from lavit_jax.data import shapes, sources
+from lavit_jax import checkpoints, errors, progress
+from lavit_jax.data import faults, rows, shapes, sources
 from lavit_jax.evaluate import shapes as shapes_scores
 from lavit_jax.evaluate import tokenizer as tokenizer_scores
 
@@ -206,10 +206,28 @@ def _unguided(lavit, source, count, metrics):
   metrics["t2i_attributes_without_guidance"] = scores["t2i_attributes"]
 
 
+def _readable(source, count):
+  """(indices, uint8[n, H, W, 3]) of the first pictures that can be read."""
+  log = faults.FaultLog(f"pictures of {source.name}", limit_share=1.0)
+  indices, pictures = [], []
+  for i in range(source.num_images):
+    if len(indices) == count:
+      break
+    pixels, valid = rows.picture(source, i, log)
+    if valid:
+      indices.append(i)
+      pictures.append(pixels)
+  if not indices:
+    raise errors.DataError(
+      f"No picture of {source.name} to evaluate on: {log.summary()}. Choose"
+      " other held-out data."
+    )
+  return indices, np.stack(pictures)
+
+
 def _own_data(lavit, source, metrics, exhibits):
   """What can be measured without knowing what is in the pictures."""
-  indices = range(min(source.num_images, 100))
-  pictures = np.stack([source.image(i) for i in indices])
+  indices, pictures = _readable(source, 100)
   whole = len(pictures) // 50 * 50
   if whole:
     metrics |= tokenizer_scores.quality(lavit.visual, pictures[:whole])

@@ -11,7 +11,7 @@ import pathlib
 import jax
 import numpy as np
 
-from lavit_jax import checkpoints, errors, files, vocabulary
+from lavit_jax import checkpoints, errors, files, fingerprints, vocabulary
 from lavit_jax.infer import batches, rules, visual
 from lavit_jax.infer import quantize as int8
 from lavit_jax.models import llama, unified
@@ -41,6 +41,31 @@ def resolve(model) -> pathlib.Path:
       " of a training run, or the workdir of lavit quickstart."
     )
   return path
+
+
+def text_tokenizer(directory) -> vocabulary.TextTokenizer:
+  """The SentencePiece model of a model directory, held to its LLM.
+
+  Raises:
+    errors.LavitError: there is none, or the LLM was trained on another: its
+      ids would be other words.
+  """
+  path = files.place(directory) / "tokenizer.model"
+  text = vocabulary.TextTokenizer.load(path)
+  if "llm" not in checkpoints.parts_in(directory):
+    return text
+  meta = checkpoints.read_meta(directory, "llm")
+  size = meta["vocabulary"]["text_size"]
+  told = meta.get("made_of", {}).get("text_tokenizer")
+  found = fingerprints.of_file(path)
+  if text.size != size or told not in (None, found):
+    raise errors.CheckpointError(
+      f"{path} ({text.size} pieces, {found[:12]}) is not what the llm of"
+      f" {directory} was trained with ({size} pieces"
+      f"{f', {told[:12]}' if told else ''}): its ids would be other words. Put"
+      " that file back, or train the LLM again."
+    )
+  return text
 
 
 class Language:

@@ -107,8 +107,7 @@ class LaVIT:
   @functools.cached_property
   def text(self) -> vocabulary.TextTokenizer:
     """The SentencePiece model of the text half of the vocabulary."""
-    path = self.directory / "tokenizer.model"
-    return vocabulary.TextTokenizer.load(path)
+    return parts.text_tokenizer(self.directory)
 
   @functools.cached_property
   def _llm(self) -> parts.Language:

@@ -32,6 +32,9 @@ class Prompter:
   def parse(self, prompt, parity: bool = False) -> list:
     """Parts of one prompt: text as it is, pictures uint8[size, size, 3].
 
+    Texts in a row that run on are one, as in training (`sequences.run_on`),
+    but with `parity`.
+
     Raises:
       errors.UsageError: nothing in it.
       images.ImageError: a part that is neither text nor a picture.
@@ -44,10 +47,16 @@ class Prompter:
         "An empty prompt: give at least one text or one picture."
       )
     size = self.visual.image_size
-    return [
-      part if isinstance(part, str) else sized(part, size, parity)
-      for part in prompt
-    ]
+    parsed: list[Any] = []
+    for part in prompt:
+      last = parsed[-1] if parsed and not parity else None
+      if not isinstance(part, str):
+        parsed.append(sized(part, size, parity))
+      elif isinstance(last, str) and sequences.run_on(last, part):
+        parsed[-1] = last + part
+      else:
+        parsed.append(part)
+    return parsed
 
   def rows(
     self, parsed, *, form: str, seeds=None, parity: bool = False, end=()

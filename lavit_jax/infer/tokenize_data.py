@@ -1,31 +1,63 @@
 """`lavit tokenize --data`: the visual words of a whole dataset, on disk."""
 
-import hashlib
 import io
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
-from lavit_jax import checkpoints, files, images, progress
+from lavit_jax import checkpoints, files, fingerprints, images, progress
 from lavit_jax.data import cache, examples, faults, sources
 from lavit_jax.infer import visual
 
 _BATCH = 64
+_SPLITS = ("train", "held_out")
 
 
-def fingerprint(directory) -> str:
-  """Hex digest of the weights that make words: encoder and tokenizer."""
-  digest = hashlib.sha256()
-  for name in ("encoder", "tokenizer"):
-    params = checkpoints.load_part(directory, name, dtype=None).params
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for path, leaf in leaves:
-      digest.update(jax.tree_util.keystr(path).encode())
-      digest.update(np.asarray(leaf).tobytes())
-  return digest.hexdigest()[:32]
+def write_caches(
+  model,
+  data: Mapping[str, Any] | str,
+  out,
+  *,
+  held_out: str = "",
+  fields: Mapping[str, Any] | None = None,
+  quiet: bool = False,
+) -> dict[str, dict[str, Any]]:
+  """Writes what a run of stage pretrain needs: out/train and out/held_out.
+
+  Args:
+    model: a model directory with encoder and tokenizer.
+    data: config.data, or the path of a jsonl file, or "shapes".
+    out: the folder of both caches.
+    held_out: with the path of a jsonl file: that of the held-out pictures; ""
+      holds out a tenth of the former, by hash.
+    fields: of config.data, in place of those of `data`.
+    quiet: no progress bar.
+
+  Returns:
+    {"train": what `write_cache` gives, "held_out": likewise}.
+
+  Raises:
+    errors.LavitError: as of `write_cache`.
+  """
+  files.require_local(out, "a code cache")
+  tokenizer = _load(model)
+  config = _data_config(data, tokenizer.image_size, held_out, fields)
+  both = dict(zip(_SPLITS, sources.pair(config), strict=True))
+  return {
+    split: _write(
+      model,
+      tokenizer,
+      source,
+      pathlib.Path(out) / split,
+      split=split,
+      told=sources.describe(config, split, source),
+      limit_share=config.get("limit_share", faults.LIMIT_SHARE),
+      quiet=quiet,
+    )
+    for split, source in both.items()
+  }
 
 
 def write_cache(
@@ -34,9 +66,11 @@ def write_cache(
   out,
   *,
   split: str = "train",
+  held_out: str = "",
+  fields: Mapping[str, Any] | None = None,
   quiet: bool = False,
 ) -> dict[str, Any]:
-  """Writes keep masks and codes of every picture of a dataset.
+  """Writes keep masks and codes of every picture of one part of a dataset.
 
   Interrupt it anywhere and call it again: it goes on. Pictures that cannot be
   read are marked, counted and named in the log.
@@ -46,27 +80,49 @@ def write_cache(
     data: config.data, or the path of a jsonl file, or "shapes".
     out: the cache's directory; it appears when it is complete.
     split: "train" or "held_out".
+    held_out: see `write_caches`.
+    fields: of config.data, in place of those of `data`.
     quiet: no progress bar.
 
   Returns:
     `pictures`, `bad`, `mean_tokens`, `out`.
   """
   files.require_local(out, "a code cache")
-  tokenizer = visual.VisualTokenizer(
+  tokenizer = _load(model)
+  config = _data_config(data, tokenizer.image_size, held_out, fields)
+  source = sources.build(config, split)
+  told = sources.describe(config, split, source)
+  return _write(
+    model,
+    tokenizer,
+    source,
+    out,
+    split=split,
+    told=told,
+    limit_share=config.get("limit_share", faults.LIMIT_SHARE),
+    quiet=quiet,
+  )
+
+
+def _load(model) -> visual.VisualTokenizer:
+  return visual.VisualTokenizer(
     checkpoints.load_part(model, "encoder"),
     checkpoints.load_part(model, "tokenizer"),
   )
-  if not isinstance(data, Mapping):
-    data = _data_config(str(data), tokenizer.image_size)
-  source = sources.build(data, split)
+
+
+def _write(model, tokenizer, source, out, *, split, told, limit_share, quiet):
+  """The cache of one source; its summary."""
   meta = cache.Meta(
     source=examples.fingerprint(source),
-    tokenizer=fingerprint(model),
+    tokenizer=fingerprints.of_words(model),
     num_images=source.num_images,
     num_patches=tokenizer.num_patches,
     num_codes=tokenizer.num_codes,
+    data=told,
+    model=str(model),
   )
-  log = faults.FaultLog("pictures", 0.2)
+  log = faults.FaultLog("pictures", limit_share)
   label = f"tokenize {split}"
   with progress.Progress(
     source.num_images,
@@ -87,14 +143,17 @@ def write_cache(
   }
 
 
-def _data_config(data: str, image_size: int) -> dict[str, Any]:
+def _data_config(data, image_size, held_out, fields) -> dict[str, Any]:
+  """config.data of what the command names."""
+  if isinstance(data, Mapping):
+    return {**data, **(fields or {})}
   from lavit_jax.configs.tiny import common
 
   config = common.get_config("pretrain").data.to_dict()
   config["image_size"] = image_size
-  if data != "shapes":
-    config |= {"kind": "jsonl", "path": data}
-  return config
+  if str(data) != "shapes":
+    config |= {"kind": "jsonl", "path": str(data), "held_out_path": held_out}
+  return config | dict(fields or {})
 
 
 def _records(source, tokenizer, start, log, bar):

@@ -27,6 +27,8 @@ class VisualTokenizer:
     dtype: str = "float32",
   ):
     config = tokenizer.config_from_dict(stage1.meta["tokenizer"])
+    if "vit" in encoder.meta:
+      tokenizer.check_encoder(config, encoder.meta["vit"])
     self.config = tokenizer.with_dtype(config, dtype)
     self.model = tokenizer.DynamicVisualTokenizer(self.config)
     self._encoder = encoder.params

@@ -39,22 +39,26 @@ class Contrastive(nn.Module):
     self.caption_norm = layers.LayerNorm(1e-6)
     self.caption_in = nn.Dense(
       config.captioner.width,
+      dtype=jnp.dtype(config.captioner.dtype),
       kernel_init=nn.with_logical_partitioning(init, ("embed", None)),
       bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
     )
     self.image_norm = layers.LayerNorm(1e-6)
     self.image_head = nn.Dense(
       config.embed_dim,
+      dtype=jnp.dtype(config.vit.dtype),
       use_bias=False,
       kernel_init=nn.with_logical_partitioning(init, ("embed", "code_dim")),
     )
     self.text_head = nn.Dense(
       config.embed_dim,
+      dtype=jnp.dtype(config.text.dtype),
       use_bias=False,
       kernel_init=nn.with_logical_partitioning(init, ("embed", "code_dim")),
     )
     self.pixel_head = nn.Dense(
       3 * config.vit.patch_size**2,
+      dtype=jnp.dtype(config.vit.dtype),
       kernel_init=nn.with_logical_partitioning(init, ("embed", "patch")),
       bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("patch",)),
     )
@@ -74,7 +78,7 @@ class Contrastive(nn.Module):
       patch_mask: bool[B, N], True where the patch is hidden from the ViT.
 
     Returns:
-      dict: `image` float[B, E] and `text` float[B, E] of unit norm, `features`
+      dict: `image` and `text` float32[B, E] of unit norm, `features`
       float[B, N, D], `patches` float[B, N, P*P*3], `scale` float[], `caption`
       float32[B, T, V].
     """
@@ -84,10 +88,11 @@ class Contrastive(nn.Module):
     hidden = self.text(tokens, return_hidden=True)  # [B, T, D]
     last = jnp.maximum(text_mask.sum(-1) - 1, 0)
     text = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    text = self.text_head(text)
     return {
       "caption": self._caption(features, tokens),
-      "image": layers.l2_normalize(image),
-      "text": layers.l2_normalize(self.text_head(text)),
+      "image": layers.l2_normalize(image.astype(jnp.float32)),
+      "text": layers.l2_normalize(text.astype(jnp.float32)),
       "features": features,
       "patches": self.pixel_head(features),
       "scale": jnp.exp(jnp.minimum(self.log_scale, jnp.log(100.0))),

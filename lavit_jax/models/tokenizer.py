@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lavit_jax import errors
+from lavit_jax import agreement, errors
 from lavit_jax.models import (
   decoder,
   layers,
@@ -153,6 +153,32 @@ def _random_codes(rng, num_codes, code_dim):
 def encode_images(config: TokenizerConfig, params, pixels: jax.Array):
   """Features float[B, N, D] of pixels float[B, H, W, 3] by the encoder."""
   return vision.EvaVit(config.vit).apply({"params": params}, pixels)
+
+
+# Fields of an encoder that its features do not depend on.
+_NOT_OF_FEATURES = ("head_dim_out", "mask_token", "position_std")
+
+
+def check_encoder(config: TokenizerConfig, vit: dict, where="") -> None:
+  """Whether an encoder is the one that a tokenizer was trained on.
+
+  Args:
+    config: of the tokenizer, with the encoder it knows.
+    vit: fields of the encoder that is there, as its part.json has them.
+    where: the model directory, for the message.
+
+  Raises:
+    errors.CheckpointError: a field that features depend on differs.
+  """
+  theirs = vision.ViTConfig(**vit)
+  differ = agreement.fields(theirs, config.vit, "vit.", _NOT_OF_FEATURES)
+  if differ:
+    raise errors.CheckpointError(
+      f"The encoder of {where or 'this model'} is another than its tokenizer"
+      f" was trained on: {'; '.join(map(str, differ))}, by the tokenizer."
+      " Their weights do not go together: put the encoder back, or train the"
+      " tokenizer again."
+    )
 
 
 class DynamicVisualTokenizer(nn.Module):

@@ -20,6 +20,7 @@ class UnifiedModel(nn.Module):
     init = nn.initializers.lecun_normal()
     self.projection = nn.Dense(
       self.llama_config.width,
+      dtype=jnp.dtype(self.tokenizer_config.merger.dtype),
       kernel_init=nn.with_logical_partitioning(init, (None, "embed")),
       bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
     )

@@ -141,6 +141,11 @@ class EvaVit(nn.Module):
       with `return_layers` a pair of that and float[depth, B, 1 + N, D].
     """
     c = self.config
+    if use_head and not c.head_dim_out:
+      raise ValueError(
+        "use_head=True needs an encoder with EVA's norm and head: this one has"
+        " vit.head_dim_out=0. Use an encoder that was imported with its head."
+      )
     x = self._embed(pixels, patch_mask)
     scan = layers.stack(Block, c.depth, c.remat, c.unroll)
     x, outputs = scan(c, return_layers, name="blocks")(x, None)

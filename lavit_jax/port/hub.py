@@ -9,6 +9,8 @@ from lavit_jax.port import official, pixel_folders, safety_folder, tensors
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _EVERY = ("*.json", "tokenizer.model")
+_TIMEOUT = 10.0  # seconds until the hub must have answered
+_REFUSED = (401, 403, 404)
 
 
 def resolve(source, only: Sequence[str] | None = None) -> pathlib.Path:
@@ -35,8 +37,8 @@ def resolve(source, only: Sequence[str] | None = None) -> pathlib.Path:
       " (owner/name). Check the spelling."
     )
   hub = tensors.require("huggingface_hub", f"Downloading {source}")
+  files, unreachable = _listed(hub, str(source))
   try:
-    files = _listed(hub, str(source))
     return pathlib.Path(
       hub.snapshot_download(
         str(source),
@@ -46,26 +48,41 @@ def resolve(source, only: Sequence[str] | None = None) -> pathlib.Path:
           for folder, kind in _networks()
           for file in pixel_folders.other_weights(files, folder, kind)
         ],
+        local_files_only=unreachable is not None,
       )
     )
   except Exception as e:  # the hub's errors, of requests and of files
-    raise errors.CheckpointError(
-      f"{source} is no local path and could not be downloaded from the Hugging"
-      f" Face hub: {' '.join(str(e).split())[:300]} Check the id and the"
-      " network, then give the same command again: it goes on where it stopped."
-    ) from e
+    raise _failed(source, unreachable or e) from e
 
 
-def _listed(hub, source) -> list[str]:
-  """Files of a repository; none where the hub cannot be asked.
+def _failed(source, error):
+  return errors.CheckpointError(
+    f"{source} is no local path and could not be downloaded from the Hugging"
+    f" Face hub: {' '.join(str(error).split())[:300]} Check the id and the"
+    " network, then give the same command again: it goes on where it stopped."
+  )
 
-  What is in the cache is found without it, and the download says what is
-  wrong if nothing is.
+
+def _listed(hub, source) -> tuple[list[str], Exception | None]:
+  """Files of a repository; or none, and why the hub cannot be asked.
+
+  One request and no second try, unlike the download's own: without a network
+  that waits and warns half a minute. What is in the cache is still found.
+
+  Raises:
+    errors.CheckpointError: the hub has answered that there is no such model,
+      or not for this user.
   """
   try:
-    return hub.HfApi().list_repo_files(source)
-  except Exception:  # the hub's errors, of requests and of files
-    return []
+    info = hub.HfApi().model_info(source, timeout=_TIMEOUT)
+    return [file.rfilename for file in info.siblings or ()], None
+  except hub.errors.HfHubHTTPError as e:
+    status = getattr(e.response, "status_code", None)
+    if status in _REFUSED:
+      raise _failed(source, e) from e
+    return [], e
+  except Exception as e:  # no name server, no route, no answer in time
+    return [], e
 
 
 def _networks() -> list[tuple[str, str]]:

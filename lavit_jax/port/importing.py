@@ -21,6 +21,7 @@ from lavit_jax import checkpoints, errors, files, progress
 from lavit_jax.port import (
   folder,
   hub,
+  looks,
   names,
   official,
   plan,
@@ -128,6 +129,8 @@ def _plan(place, only, heads, allow, codes, seed) -> plan.Plan:
   hint = ""
   if place.is_dir() and official.is_layout(place / "checkpoint"):
     hint = f" Did you mean {place / 'checkpoint'}?"
+  elif said := looks.of_path(place):
+    hint = f" It looks like {said}."
   raise errors.CheckpointError(
     f"{place} is no checkpoint that can be imported: expected a directory with"
     " visual_tokenizer/ and language_model/ (official layout), a Hugging Face"

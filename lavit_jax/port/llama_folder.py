@@ -1,5 +1,9 @@
-"""The small files of a Hugging Face LLaMA folder, read and written."""
+"""The small files of a Hugging Face LLaMA folder, read and written.
 
+What its config.json says is read in `llama_config.py`.
+"""
+
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -7,17 +11,12 @@ from typing import Any
 
 from lavit_jax import errors
 from lavit_jax.models import llama
+from lavit_jax.port import tensors
 
 # Weights and their indices; every other file of such a folder is small.
 _WEIGHTS = (".bin", ".safetensors", ".index.json", ".pt", ".pth", ".gguf")
 _SMALL = 1 << 25  # bytes
-
-_REQUIRED = {
-  "hidden_size": "width",
-  "num_hidden_layers": "depth",
-  "num_attention_heads": "num_heads",
-  "intermediate_size": "mlp_dim",
-}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def read_json(path, label: str) -> dict[str, Any]:
@@ -36,55 +35,25 @@ def read_json(path, label: str) -> dict[str, Any]:
   return content
 
 
-def read_fields(path, label: str) -> dict[str, Any]:
-  """The fields of `LlamaConfig` in a config.json, less vocab_size.
+def tie(found: tensors.Tensors, label: str) -> None:
+  """Makes embedding and head one array, whichever of the two is there.
+
+  Args:
+    found: the tensors of the folder, changed.
+    label: how messages name it.
 
   Raises:
-    errors.CheckpointError: a field is missing, or the network is one that
-      `models/llama.py` does not compute (scaled rotary, biases, other
-      activations, head widths of their own).
+    errors.CheckpointError: both are, and they differ.
   """
-  config = read_json(path, label)
-  missing = [name for name in _REQUIRED if name not in config]
-  if missing or config.get("model_type", "llama") != "llama":
+  pair = EMBEDDING, HEAD
+  there = [name for name in pair if name in found]
+  if len(there) == 2 and not tensors.same(*(found[name] for name in pair)):
     raise errors.CheckpointError(
-      f"{label} does not describe a LLaMA: model_type"
-      f" {config.get('model_type')!r}, missing {missing or 'nothing'}."
-      " Expected the config.json of a LlamaForCausalLM."
+      f"{label} says tie_word_embeddings, but {EMBEDDING} and {HEAD} differ."
+      " Set the field to false if the head is one of its own."
     )
-  fields = {ours: config[theirs] for theirs, ours in _REQUIRED.items()}
-  rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-  _refuse_other_networks(config, fields, rope, label)
-  theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-  groups = config.get("num_key_value_heads") or fields["num_heads"]
-  return fields | {
-    "num_kv_heads": groups,
-    "rope_theta": float(theta),
-    "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-    "max_len": config.get("max_position_embeddings", 2048),
-  }
-
-
-def _refuse_other_networks(config, fields, rope, label):
-  head_dim = fields["width"] // fields["num_heads"]
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  found = {
-    "rope_scaling": None if kind == "default" else kind,
-    "attention_bias": config.get("attention_bias") or None,
-    "mlp_bias": config.get("mlp_bias") or None,
-    "hidden_act": _unless(config.get("hidden_act", "silu"), "silu"),
-    "head_dim": _unless(config.get("head_dim") or head_dim, head_dim),
-  }
-  if found := {k: v for k, v in found.items() if v is not None}:
-    listed = ", ".join(f"{k}={v!r}" for k, v in found.items())
-    raise errors.CheckpointError(
-      f"{label} has {listed}, which lavit_jax does not compute. Llama 1 and 2"
-      " and models of their form (silu, no biases, plain rotary) can be taken."
-    )
-
-
-def _unless(value, usual):
-  return None if value == usual else value
+  for name in pair if there else ():
+    found[name] = dataclasses.replace(found[there[0]], name=name)
 
 
 def small_files(folder) -> dict[str, bytes]:

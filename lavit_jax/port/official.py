@@ -28,6 +28,7 @@ from lavit_jax import errors, vocabulary
 from lavit_jax.infer import latent
 from lavit_jax.models import llama
 from lavit_jax.port import (
+  llama_config,
   llama_folder,
   names,
   pixel_folders,
@@ -310,9 +311,14 @@ class _Reader:
   def llm(self):
     """Part `llm`: the language model and the branch that reads pictures."""
     weights = tensors.open_shards(self.folder / LLM_FOLDER, LLM_FOLDER)
+    label = f"{LLM_FOLDER}/config.json"
+    told = llama_config.read(self.folder / label, label)
+    self.notes += told.notes
+    if told.tied:
+      llama_folder.tie(weights, LLM_FOLDER)
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     codes = self._sizes("tokenizer", sizes.num_codes)
-    config = self._llama_config(shapes, codes)
+    config = self._llama_config(told, shapes, codes)
     tree = config and sizes.abstract_llama(config)
     arrays = plan.arrays_of(
       names.LLM,
@@ -340,11 +346,8 @@ class _Reader:
     overlay = list(self._found["overlay"])
     return self._part("llm", arrays, meta, overlay=overlay)
 
-  def _llama_config(self, shapes, codes):
-    path, label = self.folder / LLM_FOLDER, f"{LLM_FOLDER}/config.json"
-    fields = llama_folder.read_fields(path / "config.json", label)
-    stated = llama_folder.read_json(path / "config.json", label)
-    shape = shapes.get("model.embed_tokens.weight")
+  def _llama_config(self, told, shapes, codes):
+    shape = shapes.get(llama_folder.EMBEDDING)
     if shape is None or len(shape) != 2:
       self.problems.add(
         "size that no tensor shows", f"{LLM_FOLDER}: rows of the vocabulary"
@@ -353,16 +356,16 @@ class _Reader:
     if not codes:
       return None
     needed = vocabulary.Vocabulary(TEXT_SIZE, codes).size
-    needed = max(needed, stated.get("vocab_size", 0))
+    needed = max(needed, told.vocab_size or 0)
     if shape[0] < needed:
       raise errors.CheckpointError(
         f"{LLM_FOLDER} has a vocabulary of {shape[0]} rows; {TEXT_SIZE} text"
         f" pieces, two image marks, {codes} codes of"
         f" {FILES['tokenizer']}, and vocab_size in config.json"
-        f" ({stated.get('vocab_size')}) need at least {needed}. The language"
+        f" ({told.vocab_size}) need at least {needed}. The language"
         " model and the tokenizer are not of one checkpoint."
       )
-    return llama.LlamaConfig(vocab_size=shape[0], **fields)
+    return llama.LlamaConfig(vocab_size=shape[0], **told.fields)
 
   def _understanding(self, config):
     """Arrays of the overlay laid over the tokenizer, tensor by tensor."""

@@ -334,7 +334,7 @@ class Reader:
         found.append(f"{network.label}: {network.file} taken, {left} left")
       elif VARIANT in network.file:
         found.append(f"{network.label}: {network.file}, as no other is there")
-    return found
+    return found + scheduler_config.notes(self._folder / SCHEDULER)
 
 
 def check_conditions(

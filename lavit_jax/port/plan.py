@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lavit_jax import errors
-from lavit_jax.port import names, tensors
+from lavit_jax.port import looks, names, tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +131,17 @@ def arrays_of(
     rows: rows of the vocabulary in the file.
     allow: official names that may be missing, see `neutral`.
     ours: makes a table's path the path in the part.
+
+  Raises:
+    errors.CheckpointError: the names are of another kind of checkpoint.
   """
+  if said := looks.of_names(found):
+    raise errors.CheckpointError(f"{label} looks like {said}.")
   given = {n: t for n, t in found.items() if not names.is_unused(table, n)}
   flat = names.flatten(tree or {})
   depth = _depth(table, given, flat)
   wanted = {n: row for row in table for n in names.names_of(row, depth)}
+  _require_some(given, wanted, label)
   for name in given:
     if name not in wanted:
       problems.add("not used", f"{label}: {name}")
@@ -166,6 +172,24 @@ def arrays_of(
     )
     for row in table
   ]
+
+
+def _require_some(given, wanted, label):
+  """One line instead of two lists where no name at all is known."""
+  if not given or any(name in wanted for name in given):
+    return
+  first = {name.partition(".")[0] for name in given}
+  shared = f", all under {first.pop()!r}," if len(first) == 1 else ""
+  raise errors.CheckpointError(
+    f"{label} has none of the tensors that belong there: its {len(given)}"
+    f" names{shared} are such as {_some(given)}; expected names such as"
+    f" {_some(wanted)}. It is a file of another network, or its names have been"
+    " changed."
+  )
+
+
+def _some(listed):
+  return ", ".join(list(listed)[:3])
 
 
 def _depth(table, given, flat):

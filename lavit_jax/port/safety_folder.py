@@ -15,8 +15,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lavit_jax import checkpoints, errors
+from lavit_jax import checkpoints, errors, images
 from lavit_jax.models import safety
 from lavit_jax.port import (
   exporting,
@@ -29,6 +30,8 @@ from lavit_jax.port import (
 
 PART = "safety"
 NAME = "safety_checker"
+_EXTRACTOR, _PICTURES = "feature_extractor", "preprocessor_config.json"
+_DONE = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 PLACES = (NAME, *(f"{f}/{NAME}" for f in pixel_folders.FOLDERS.values()))
 _DEFAULTS = {  # of transformers' CLIPVisionConfig
   "image_size": 224,
@@ -83,6 +86,9 @@ def read(
   fields = llama_folder.read_json(path, f"{place}/config.json")
   found = tensors.open_shards(folder / place, place)
   config = _config(fields, found, f"{place}/config.json")
+  for beside in (place, f"{place.removesuffix(NAME)}{_EXTRACTOR}"):
+    if (folder / beside / _PICTURES).is_file():
+      _check_pictures(folder, f"{beside}/{_PICTURES}", config.image_size)
   net = safety.SafetyChecker(config)
   side = config.image_size
   made = jax.eval_shape(
@@ -111,6 +117,46 @@ def read(
   return plan.Part(PART, tuple(arrays), meta), small
 
 
+def _check_pictures(folder, file, size):
+  """Whether the checker is shown pictures as `infer/safety.py` does it.
+
+  Raises:
+    errors.CheckpointError: a setting of the file is another; it is named.
+  """
+  fields = llama_folder.read_json(folder / file, file)
+  wanted = {
+    "image_mean": [round(float(x), 8) for x in images.MEAN],
+    "image_std": [round(float(x), 8) for x in images.STD],
+    "resample": 3,  # bicubic
+    "size": size,
+    "crop_size": size,
+    **dict.fromkeys(_DONE, True),
+  }
+  wrong = [
+    f"{name} is {fields[name]!r}, expected {value!r}"
+    for name, value in wanted.items()
+    if name in fields and not _is_setting(fields[name], value)
+  ]
+  if wrong:
+    raise errors.CheckpointError(
+      f"{file} prepares pictures otherwise than is done here:"
+      f" {'; '.join(wrong)}. Expected the settings of CLIP, as Stable"
+      " Diffusion's safety checker has them."
+    )
+
+
+def _is_setting(given, wanted) -> bool:
+  """Whether a setting is one; sizes also as {"shortest_edge": 224}."""
+  if isinstance(given, Mapping):
+    return bool(given) and set(given.values()) == {wanted}
+  if isinstance(wanted, list):
+    try:
+      return np.allclose(np.asarray(given, float), wanted, rtol=0, atol=1e-6)
+    except (TypeError, ValueError):
+      return False
+  return given == wanted
+
+
 def _config(fields: Mapping[str, Any], found, label) -> safety.SafetyConfig:
   """Sizes from config.json, the numbers of concepts from the tensors."""
   tower = {**_DEFAULTS, **(fields.get("vision_config") or {})}
@@ -119,13 +165,19 @@ def _config(fields: Mapping[str, Any], found, label) -> safety.SafetyConfig:
     found[name].shape[0] if name in found else 1
     for name in ("concept_embeds", "special_care_embeds")
   ]
+  dim = fields.get("projection_dim", 512)
   try:
     if activation != "quick_gelu":
       raise ValueError(f"hidden_act is {activation!r}, expected 'quick_gelu'")
+    for name, value in {**tower, "projection_dim": dim}.items():
+      whole = isinstance(value, int) and value > 0
+      number = isinstance(value, float) and name == "layer_norm_eps"
+      if name in (*_FIELDS, "projection_dim") and not (whole or number):
+        raise ValueError(f"{name} is {value!r}, expected a positive number")
     sizes = {ours: tower[theirs] for theirs, ours in _FIELDS.items()}
     return safety.SafetyConfig(
       **sizes,
-      projection_dim=int(fields.get("projection_dim", 512)),
+      projection_dim=dim,
       concepts=counts[0],
       special=counts[1],
     )

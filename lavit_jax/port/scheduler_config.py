@@ -4,7 +4,8 @@ Officially the file is loaded as a DDIMScheduler, whichever scheduler it names:
 fields that DDIM does not have are ignored (`skip_prk_steps` of a PNDM file,
 `interpolation_type` of an Euler file), and those that are missing, or listed
 under `_use_default_values`, take DDIM's defaults, `clip_sample` true among
-them. So it is here.
+them. So it is here, but for fields that tell of a U-Net with which DDIM cannot
+do anything (those of flows, of continuous steps, of learned variances).
 """
 
 import math
@@ -52,6 +53,28 @@ DEFAULTS = {  # DDIMScheduler's
   "timestep_spacing": "leading",
   "rescale_betas_zero_snr": False,
 }
+# Fields of the other schedulers that tell what the U-Net was trained for, at
+# the only values that DDIM, which has none of them, computes.
+_FIXED = {
+  "use_flow_sigmas": (None, False),
+  "use_dynamic_shifting": (None, False),
+  "shift_terminal": (None,),
+  "timestep_type": (None, "discrete"),
+  "variance_type": (
+    None,
+    "fixed_small",
+    "fixed_small_log",
+    "fixed_large",
+    "fixed_large_log",
+  ),
+}
+_SOLVERS = """
+  algorithm_type disable_corrector euler_at_final final_sigmas_type flow_shift
+  interpolation_type lambda_min_clipped lower_order_final noise_sampler_seed
+  predict_x0 sigma_max sigma_min skip_prk_steps solver_order solver_p
+  solver_type time_shift_type use_beta_sigmas use_exponential_sigmas
+  use_karras_sigmas use_lu_lambdas
+"""
 _PREDICTIONS = {
   "epsilon": "epsilon",
   "v_prediction": "velocity",
@@ -115,8 +138,38 @@ def parse(content: Mapping[str, Any], label: str = FILE) -> schedules.Schedule:
     raise errors.CheckpointError(f"{label} cannot be used. {e}") from e
 
 
+def notes(path) -> list[str]:
+  """One sentence on fields that no scheduler of CLASSES has, if any.
+
+  Args:
+    path: as `load` takes it.
+  """
+  path = pathlib.Path(path)
+  file = path if path.suffix == ".json" else path / FILE
+  label = "/".join(file.parts[-3:])
+  known = {*DEFAULTS, *_FIXED, *_SOLVERS.split()}
+  unknown = [
+    f"{name}={value!r}"[:100]
+    for name, value in sorted(llama_folder.read_json(file, label).items())
+    if name not in known and not name.startswith("_")
+  ]
+  if not unknown:
+    return []
+  return [
+    f"{label} has fields that lavit_jax does not know and left:"
+    f" {', '.join(unknown)}"
+  ]
+
+
 def _fields(content, label):
   """All of DDIM's fields, each checked."""
+  for name, allowed in _FIXED.items():
+    if content.get(name) not in allowed:
+      raise errors.CheckpointError(
+        f"{label} has {name}={content[name]!r}: expected"
+        f" {' or '.join(repr(a) for a in allowed if a is not None) or 'null'}."
+        " Its U-Net was trained for another kind of steps than DDIM's."
+      )
   absent = content.get("_use_default_values", ())
   given = {k: v for k, v in content.items() if k not in absent}
   fields = {k: given.get(k, default) for k, default in DEFAULTS.items()}

@@ -21,6 +21,7 @@ from lavit_jax import errors, vocabulary
 from lavit_jax.models import llama
 from lavit_jax.port import (
   diffusers_config,
+  llama_config,
   llama_folder,
   names,
   official,
@@ -30,8 +31,7 @@ from lavit_jax.port import (
   tensors,
 )
 
-_EMBEDDING = "model.embed_tokens.weight"
-_HEAD = "lm_head.weight"
+_EMBEDDING = llama_folder.EMBEDDING
 _CHUNK = 4096  # rows drawn or measured at a time
 _UNUSED_BY_LAVIT = ("norm.", "fc_norm.", "head.")
 _PREFIX = "visual."
@@ -71,9 +71,7 @@ def llama_plan(
   if seed < 0:
     raise errors.UsageError(f"--seed {seed}: expected 0 or a larger number.")
   label = folder.name
-  fields = llama_folder.read_fields(
-    folder / "config.json", f"{label}/config.json"
-  )
+  told = llama_config.read(folder / "config.json", f"{label}/config.json")
   path = folder / official.WORDS
   if not path.is_file():
     raise errors.CheckpointError(
@@ -82,13 +80,10 @@ def llama_plan(
     )
   text = vocabulary.TextTokenizer.load(path)
   words = vocabulary.Vocabulary(text.size, codes)
-  config = llama.LlamaConfig(vocab_size=words.size, **fields)
+  config = llama.LlamaConfig(vocab_size=words.size, **told.fields)
   found = tensors.open_shards(folder, label)
-  tied = llama_folder.read_json(folder / "config.json", label).get(
-    "tie_word_embeddings"
-  )
-  if tied and _HEAD not in found and _EMBEDDING in found:
-    found[_HEAD] = dataclasses.replace(found[_EMBEDDING], name=_HEAD)
+  if told.tied:
+    llama_folder.tie(found, label)
   rows = _rows(found, text.size, label)
   problems = plan.Problems(label)
   arrays = plan.arrays_of(
@@ -109,7 +104,8 @@ def llama_plan(
   }
   notes = [
     f"rows {text.size} to {words.size - 1} of embedding and head are new,"
-    f" drawn with seed {seed}"
+    f" drawn with seed {seed}",
+    *told.notes,
   ]
   if rows > text.size:
     notes.append(f"{rows - text.size} rows beyond tokenizer.model were left")

@@ -8,18 +8,19 @@ pages, not from anonymous memory. Pickles are opened with `weights_only=True`:
 they can name no code to run. Buffers that only count positions are left out.
 """
 
+import collections
 import dataclasses
 import json
 import pathlib
-import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from lavit_jax import errors
+from lavit_jax.port import pickles
 
 SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
 DTYPES = {
@@ -29,6 +30,11 @@ DTYPES = {
 }
 _FLOATS = {**DTYPES, "float64": np.dtype(np.float64)}
 _WRAPPERS = ("model", "module", "state_dict")
+# What wrappers of PyTorch put into names: anywhere, or before all of them.
+_INSIDE = re.compile(
+  r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_BEFORE = ("module.", "_forward_module.")
 _COUNTS = ".position_ids"  # integers from 0 on, of older transformers
 
 
@@ -94,8 +100,39 @@ def open_file(
       " as it was published, or choose the parts you have with --only."
     )
   if path.suffix == ".safetensors":
-    return _open_safetensors(path, label)
-  return _open_pickle(path, label, unwrap, bare)
+    found = _open_safetensors(path, label)
+  else:
+    found = _open_pickle(path, label, unwrap, bare)
+  return _unwrapped(found, label)
+
+
+def bare_names(names: Collection[str]) -> dict[str, str]:
+  """{name: the same without what PyTorch's wrappers have put into it}.
+
+  torch.compile and FSDP put a word of their own before the names of what they
+  wrap, anywhere; DistributedDataParallel and DeepSpeed one before all names.
+  """
+  made = {name: _INSIDE.sub("", name) for name in names}
+  for prefix in _BEFORE:
+    while made and all(name.startswith(prefix) for name in made.values()):
+      made = {old: name.removeprefix(prefix) for old, name in made.items()}
+  return made
+
+
+def _unwrapped(found, label):
+  """The tensors under their names without wrappers."""
+  renamed = bare_names(found)
+  twice = [n for n, c in collections.Counter(renamed.values()).items() if c > 1]
+  if twice:
+    raise errors.CheckpointError(
+      f"{label} has names with and without a wrapper's prefix: the same twice"
+      f" are {', '.join(twice)}. Which is meant cannot be told; save the"
+      " state_dict() of the model inside the wrapper."
+    )
+  return {
+    name: dataclasses.replace(found[old], name=name)
+    for old, name in renamed.items()
+  }
 
 
 def _open_safetensors(path, label):
@@ -106,7 +143,8 @@ def _open_safetensors(path, label):
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
   except (safetensors.SafetensorError, OSError, ValueError) as e:
     raise errors.CheckpointError(
-      f"{label} cannot be read as safetensors ({_line(e)}): {_what_it_is(path)}"
+      f"{label} cannot be read as safetensors ({pickles.line(e)}):"
+      f" {pickles.what_it_is(path)}"
     ) from e
   found = {}
   for name, part in slices.items():
@@ -131,7 +169,7 @@ _SAFE_DTYPES = {
 
 def _open_pickle(path, label, unwrap, bare):
   torch = require("torch", f"Reading {label}")
-  content = _load(torch, path, label)
+  content = pickles.load(torch, path, label)
   if bare:
     if not isinstance(content, torch.Tensor):
       raise errors.CheckpointError(
@@ -164,52 +202,6 @@ def _open_pickle(path, label, unwrap, bare):
     read = lambda value=value: _numpy(torch, value)
     found[name] = Tensor(name, label, tuple(value.shape), dtype, read)
   return found
-
-
-def _load(torch, path, label):
-  """The unpickled content, its storages mapped from the file."""
-  mapped = _starts(path, b"PK\x03\x04")
-  try:
-    # Files from before torch 1.6 are no zip archives and cannot be mapped.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-  except pickle.UnpicklingError as e:
-    named = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)", str(e))
-    what = f" ({named[1] or named[2]})" if named else ""
-    if not mapped and not named:
-      raise errors.CheckpointError(
-        f"{label} is no file of PyTorch tensors: {_what_it_is(path)}"
-      ) from e
-    raise errors.CheckpointError(
-      f"{label} is a pickle that is not only tensors: it names code to"
-      f" run{what}, and was refused. Load it where you trust it and save the"
-      " model's state_dict() alone."
-    ) from e
-  except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
-    raise errors.CheckpointError(
-      f"{label} cannot be read ({_line(e)}): {_what_it_is(path)}"
-    ) from e
-
-
-def _starts(path, magic: bytes) -> bool:
-  with path.open("rb") as file:
-    return file.read(len(magic)) == magic
-
-
-def _what_it_is(path) -> str:
-  """Why a file may be unreadable, as far as its size and start tell."""
-  size = path.stat().st_size
-  if _starts(path, b"version https://git-lfs"):
-    return "it is a git-lfs pointer. Run `git lfs pull` where it was cloned."
-  if _starts(path, b"<"):
-    return "it is a web page. Download the file itself."
-  return (
-    f"it is truncated or damaged ({size:,} bytes). Compare its size with the"
-    " published one and copy or download it again."
-  )
-
-
-def _line(error) -> str:
-  return " ".join(str(error).split())[:200]
 
 
 def _not_float(label, name, dtype):
@@ -301,7 +293,7 @@ def open_index(path, label: str) -> Tensors:
       f" {path.name} names. Copy or download them."
     )
   found = _merge(folder, label, files)
-  absent = sorted(set(weight_map) - set(found))
+  absent = sorted(set(bare_names(weight_map).values()) - set(found))
   if absent:
     raise errors.CheckpointError(
       f"{label}/{path.name} names tensors that no shard has:"
@@ -330,7 +322,7 @@ def read_index(path, label: str) -> dict[str, str]:
     strings = all(isinstance(v, str) for v in weight_map.values())
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise errors.CheckpointError(
-      f"{label} is no index of shards ({_line(e)}): expected JSON with a"
+      f"{label} is no index of shards ({pickles.line(e)}): expected JSON with a"
       ' "weight_map" of tensor names to file names.'
     ) from e
   if repeated or not strings or not weight_map:

@@ -101,9 +101,11 @@ def compile_for(
   mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
   objective = objective_of(config)
   start = time.monotonic()
+  waiting = 0.0
   if what == "step":
     chosen = _phase(config, phase)
-    lowered, _ = program.lower(objective, config, chosen, mesh)
+    lowered, (*_, batch) = program.lower(objective, config, chosen, mesh)
+    waiting = program.bytes_a_device(batch)
     model = flops.of_step(objective, chosen)
   else:
     lowered, model = serving.lower(what, objective, mesh)
@@ -130,13 +132,14 @@ def compile_for(
     return Report(fits=False, why_not=_short(e), **common), ""
   common["compile_s"] = time.monotonic() - start - lowered_s
   if unread:
-    memory = _memory(compiled, chip)
+    memory = _memory(compiled, chip, waiting)
     fits, why = _fits(memory)
     report = Report(
       fits=fits, why_not=why, unread=unread, memory=memory, **common
     )
     return report, ""
-  return _report(common, compiled, text, chip, mesh), text
+  memory = _memory(compiled, chip, waiting)
+  return _report(common, memory, text, chip, mesh), text
 
 
 def _compiled(lowered):
@@ -165,9 +168,8 @@ def _fits(memory) -> tuple[bool, str]:
   return False, f"{share:.0%} of a chip's HBM, more than {FULLEST:.0%}"
 
 
-def _report(common, compiled, text, chip: chips.Chip, mesh) -> Report:
+def _report(common, memory, text, chip: chips.Chip, mesh) -> Report:
   """What a compiled program says of itself."""
-  memory = _memory(compiled, chip)
   read = hlo.read(text)
   done, int8 = executed.flops(read), executed.int8_flops(read)
   model = sum(common["model_flops"].values()) / common["chips"]
@@ -196,8 +198,8 @@ def _report(common, compiled, text, chip: chips.Chip, mesh) -> Report:
   )
 
 
-def _memory(compiled, chip: chips.Chip) -> dict[str, float]:
-  """HBM of one chip by XLA's account."""
+def _memory(compiled, chip: chips.Chip, waiting: float) -> dict[str, float]:
+  """HBM of one chip by XLA's account, and the batch that waits its turn."""
   m = compiled.memory_analysis()
   fresh = m.output_size_in_bytes - m.alias_size_in_bytes
   parts = {
@@ -205,6 +207,7 @@ def _memory(compiled, chip: chips.Chip) -> dict[str, float]:
     "outputs": fresh,  # those that do not take an argument's place
     "temporaries": m.temp_size_in_bytes,
     "code": m.generated_code_size_in_bytes,
+    "waiting": waiting,  # the next batch comes while a step runs
   }
   total = sum(parts.values())
   return parts | {

@@ -6,10 +6,19 @@ pixels -> features -> kept patches -> words -> reconstructed features.
 import jax
 import jax.numpy as jnp
 
-from lavit_jax import images
+from lavit_jax import errors, images
 from lavit_jax.models import selector, tokenizer
 
 SELECTIONS = ("expected", "sampled")
+
+
+def check(name: str, phase) -> None:
+  """Raises ConfigError for a selection of a phase that there is not."""
+  if phase["selection"] not in SELECTIONS:
+    raise errors.ConfigError(
+      f"phases.{name}.selection={phase['selection']!r}: expected one of"
+      f" {SELECTIONS}."
+    )
 
 
 def words(model, frozen, image, rng=None):

@@ -58,9 +58,11 @@ def write_cache(
     buckets=data["buckets"],
     scale=net.config.scale,
     channels=net.config.latent_channels,
+    data=sources.describe(data, split, source),
+    model=str(model),
   )
   assigned = buckets_lib.assign(buckets_lib.sizes_of(source), meta.buckets)
-  log = faults.FaultLog("pictures", 0.2)
+  log = faults.FaultLog("pictures", data.get("limit_share", faults.LIMIT_SHARE))
   encode = _encoder(net, params)
   with progress.Progress(
     int((assigned != buckets_lib.NONE).sum()),

@@ -9,8 +9,8 @@ then start from nothing.
 
 import dataclasses
 import hashlib
-import os
-import pathlib
+import json
+import logging
 from typing import Any
 
 import jax
@@ -18,48 +18,30 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from lavit_jax import checkpoints, errors, files
-from lavit_jax.infer import latents
+from lavit_jax import agreement, checkpoints, errors, files, fingerprints
+from lavit_jax.infer import latents, schedules
 from lavit_jax.models import decoder, tokenizer, unet, vae
+from lavit_jax.train import branches
 
 KINDS = ("lowres", "highres")
+_LOG = logging.getLogger(__name__)
 _SIZE_NUMBERS = 6  # of SDXL
+_GROUPS = 32
+# Fields of a schedule that a network does not learn by.
+_SAMPLING = ("spacing", "steps_offset", "alpha_to_one", "clip")
 
 
-@dataclasses.dataclass(frozen=True)
-class Words:
-  """Encoder and tokenizer: pictures to words, and words to vectors.
+def read_words(directory) -> tokenizer.TokenizerConfig:
+  """What encoder and tokenizer of a model directory are.
 
-  `frozen` has "encoder" and "tokenizer".
+  Raises:
+    errors.CheckpointError: one of them is missing.
   """
-
-  model: tokenizer.DynamicVisualTokenizer
-  frozen: dict[str, Any]
-
-
-def load_words(directory, dtype: str) -> Words:
-  """The frozen encoder in a dtype, the tokenizer in float32.
-
-  Codes are told apart by small differences: the tokenizer keeps them.
-
-  Args:
-    directory: a model directory with `encoder` and `tokenizer`.
-    dtype: of the encoder and its computation.
-  """
-  stored = checkpoints.load_part(directory, "tokenizer")
-  config = tokenizer.config_from_dict(stored.meta["tokenizer"])
-  model = words_model(config, dtype)
-  encoder = checkpoints.load_part(directory, "encoder", dtype=dtype)
-  variables = used_words(stored.params)
-  return Words(model, {"encoder": encoder.params, "tokenizer": variables})
-
-
-def words_model(config: tokenizer.TokenizerConfig, dtype: str):
-  """The tokenizer in float32, its encoder in a dtype."""
-  config = tokenizer.with_dtype(config, "float32")
-  vit = dataclasses.replace(config.vit, dtype=dtype)
-  config = dataclasses.replace(config, vit=vit)
-  return tokenizer.DynamicVisualTokenizer(config)
+  encoder = checkpoints.read_meta(directory, "encoder")
+  meta = checkpoints.read_meta(directory, "tokenizer")
+  config = tokenizer.config_from_dict(meta["tokenizer"])
+  tokenizer.check_encoder(config, encoder["vit"], directory)
+  return config
 
 
 def used_words(variables):
@@ -75,18 +57,18 @@ class Conditioner:
 
   Attributes:
     model: a `decoder.LowresDecoder` or `decoder.HighresDecoder`.
-    semantic: its frozen semantic decoder's parameters, float32.
-    projection: the parameters after it; None: they start from nothing.
+    semantic: where its frozen semantic decoder's parameters lie.
+    projection: where each of those after it; None: they start from nothing.
     meta: of the part, None if there is none yet.
   """
 
   model: Any
-  semantic: Any
-  projection: Any
+  semantic: branches.Branch | None
+  projection: dict[str, branches.Branch] | None
   meta: dict[str, Any] | None
 
 
-def load_conditioner(directory, kind: str, sizes, dtype: str) -> Conditioner:
+def read_conditioner(directory, kind: str, sizes) -> Conditioner:
   """The part `kind`, or the tokenizer's own decoder with new projections.
 
   Args:
@@ -94,7 +76,6 @@ def load_conditioner(directory, kind: str, sizes, dtype: str) -> Conditioner:
     kind: one of `KINDS`.
     sizes: `dims`, the widths of the projections, and `pooled`, that of the
       pooled vector (0 for lowres).
-    dtype: of the computation.
 
   Raises:
     errors.ConfigError: sizes that are not those of the part.
@@ -104,22 +85,22 @@ def load_conditioner(directory, kind: str, sizes, dtype: str) -> Conditioner:
     meta = checkpoints.read_meta(directory, kind)
     _check_sizes(directory, kind, meta, sizes)
     config = meta["decoder"]
-    semantic = read_tree(directory, kind, "decoder")
+    semantic = branches.Branch(directory, kind, "decoder")
     names = ("unet_proj", "unet_proj_1", "unet_proj_2", "unet_attnpool")
-    found = {name: read_tree(directory, kind, name) for name in names}
-    projection = {k: v for k, v in found.items() if v is not None}
+    found = {name: branches.Branch(directory, kind, name) for name in names}
+    projection = {k: v for k, v in found.items() if branches.is_there(v)}
   else:
     meta, projection = None, None
     own = checkpoints.read_meta(directory, "tokenizer")["tokenizer"]
     config = own["decoder"]
-    semantic = read_tree(directory, "tokenizer", "params/decoder")
-  if semantic is None:
+    semantic = branches.Branch(directory, "tokenizer", "params/decoder")
+  if not branches.is_there(semantic):
     raise errors.CheckpointError(
       f"{directory} has no part {kind!r}, and its tokenizer no semantic"
       f" decoder of its own. Import the {kind} decoder of an official model,"
       " or train a tokenizer."
     )
-  config = decoder.DecoderConfig(**config | {"dtype": dtype})
+  config = decoder.DecoderConfig(**config)
   model = make_conditioner(kind, config, sizes)
   return Conditioner(model, semantic, projection, meta)
 
@@ -188,12 +169,22 @@ def check_buckets(buckets, config: vae.VaeConfig) -> None:
       )
 
 
-def check_start(folder, part: str, config: unet.UNetConfig) -> None:
-  """Whether a model directory has a U-Net of a config to start from.
+def check_start(
+  run, config: unet.UNetConfig, schedule: schedules.Schedule
+) -> None:
+  """Whether the model directory that a run starts from has its U-Net.
+
+  Args:
+    run: its config; `accept` names differences that are meant, say a change
+      to velocities without a signal at the last step (arXiv 2305.08891).
+    config: of its U-Net.
+    schedule: of the run; what the U-Net was trained to predict, and at which
+      levels of noise, must be the same. How it is sampled need not.
 
   Raises:
     errors.ConfigError: none is given, or there is none, or it is another.
   """
+  folder, part = run.start_from, f"{run.model.kind}_pixels"
   if folder is None:
     raise errors.ConfigError(
       "start_from is not set. This run starts from Stable Diffusion's weights:"
@@ -216,16 +207,25 @@ def check_start(folder, part: str, config: unet.UNetConfig) -> None:
       " U-Net to start from. Give another, or leave start_from empty and set"
       f" vae_from={folder}."
     )
-  theirs = dataclasses.asdict(unet.UNetConfig(**fields))
-  ours = dataclasses.asdict(config)
-  theirs |= {name: ours[name] for name in ("dtype", "remat", "scan")}
-  if wrong := [name for name in ours if ours[name] != theirs[name]]:
-    name = wrong[0]
-    raise errors.ConfigError(
-      f"The U-Net of start_from={folder} has {name}={theirs[name]}, but"
-      f" model.unet.{name}={ours[name]}: weights of one are not those of the"
-      f" other. Set model.unet to what {part}/part.json says."
-    )
+  what = f"The U-Net of start_from={folder}"
+  theirs = unet.UNetConfig(**fields)
+  differ = agreement.fields(theirs, config, "model.unet.")
+  told = checkpoints.read_meta(folder, part).get("schedule")
+  if told is not None:
+    differ += _of_schedule(schedules.Schedule(**told), schedule)
+  else:
+    _LOG.warning("%s does not say its noise schedule", what)
+  agreement.settle(differ, agreement.accepted(run), what=what)
+
+
+def _of_schedule(theirs, ours):
+  """Differences of two schedules in what a network learns by them."""
+  found = agreement.fields(theirs, ours, "model.schedule.", _SAMPLING)
+  tables = [schedules.alphas_cumprod(s) for s in (theirs, ours)]
+  if len(tables[0]) == len(tables[1]) and np.allclose(*tables, rtol=1e-5):
+    # The same levels of noise, told in other words.
+    found = [d for d in found if d.name == "model.schedule.prediction"]
+  return found
 
 
 def init_unet(net: unet.UNet, rng):
@@ -272,57 +272,58 @@ def tell(kind: str, told, uncond, drop):
   }
 
 
-def read_tree(directory, name: str, top: str, dtype="float32"):
-  """One branch of a part, as numpy arrays; None if the part has none.
+def read_tree(branch: branches.Branch):
+  """A branch as numpy arrays, floats float32; None if the part has none.
 
   Read array by array, so that a U-Net is never held where an autoencoder is
   wanted.
-
-  Args:
-    directory: a model directory.
-    name: of the part.
-    top: path of the branch, such as "unet" or "params/decoder".
-    dtype: to which floats are cast.
   """
-  stored, flat = checkpoints.StoredPart(directory, name), {}
+  stored = checkpoints.StoredPart(branch.directory, branch.part)
+  flat, top = {}, branch.top
   for path in stored.arrays:
     if path == top:
-      return cast(stored.read(path), dtype)
+      return _float32(stored.read(path))
     if path.startswith(f"{top}/"):
-      rest = path.removeprefix(f"{top}/")
-      flat[rest] = cast(stored.read(path), dtype)
+      flat[path.removeprefix(f"{top}/")] = _float32(stored.read(path))
   return traverse_util.unflatten_dict(flat, sep="/") if flat else None
 
 
-def cast(tree, dtype):
-  """A tree of numpy arrays, its floats in a dtype."""
-  dtype = jnp.dtype(dtype)
-  return jax.tree.map(
-    lambda x: np.asarray(x).astype(checkpoints.cast_dtype(x.dtype, dtype)),
-    tree,
-  )
+def _float32(x):
+  return x.astype(checkpoints.cast_dtype(x.dtype, np.float32))
 
 
 def load_vae(directory, kind: str):
-  """(AutoencoderKL, float32 parameters) of the part `kind`_pixels.
+  """(AutoencoderKL, float32 numpy parameters) of the part `kind`_pixels.
+
+  Raises:
+    errors.CheckpointError: there is none.
+  """
+  net = vae.AutoencoderKL(read_vae(directory, kind))
+  return net, read_tree(branches.Branch(directory, f"{kind}_pixels", "vae"))
+
+
+def read_vae(directory, kind: str) -> vae.VaeConfig:
+  """What the autoencoder of the part `kind`_pixels is.
 
   Raises:
     errors.CheckpointError: there is none.
   """
   part = f"{kind}_pixels"
   meta = checkpoints.read_meta(directory, part)
-  params = read_tree(directory, part, "vae")
-  if params is None or "vae" not in meta:
+  there = branches.is_there(branches.Branch(directory, part, "vae"))
+  if not there or "vae" not in meta:
     raise errors.CheckpointError(
       f"The part {part} of {directory} has no autoencoder. Import it again, or"
       " train one: configs/tiny/autoencoder.py."
     )
-  return vae.AutoencoderKL(vae.VaeConfig(**meta["vae"])), params
+  return vae.VaeConfig(**meta["vae"])
 
 
 def fingerprint(params, config: vae.VaeConfig) -> str:
   """Hex digest of what makes latents: the encoder's weights and its sizes."""
   digest = hashlib.sha256(repr(config.channels).encode())
+  if config.groups != _GROUPS:  # as every published one; told by no weight
+    digest.update(f"{config.groups} groups".encode())
   made_by = {name: params[name] for name in ("encoder", "quant_conv")}
   for path, leaf in jax.tree_util.tree_leaves_with_path(made_by):
     digest.update(jax.tree_util.keystr(path).encode())
@@ -330,14 +331,66 @@ def fingerprint(params, config: vae.VaeConfig) -> str:
   return digest.hexdigest()[:32]
 
 
-def same_directory(a, b) -> bool:
-  """Whether two paths, not empty, mean one directory."""
-  paths = [_resolved(p) if p else None for p in (a, b)]
-  return None not in paths and paths[0] == paths[1]
+def made_of(config, semantic_is_part: bool) -> dict[str, str]:
+  """Fingerprints of what stage latents takes frozen, words apart.
+
+  Args:
+    config: of a run.
+    semantic_is_part: whether the semantic decoder is a part of model_dir; else
+      it is the tokenizer's own.
+  """
+  kind, of = config.model.kind, fingerprints.of_part
+  part = f"{kind}_pixels"
+  folder = config.vae_from or config.start_from or config.model_dir
+  branch = ("tokenizer", "params/decoder")
+  if semantic_is_part:
+    branch = (kind, "decoder")
+  found = {
+    "semantic_decoder": of(config.model_dir, *branch),
+    "autoencoder": of(folder, part, "vae"),
+  }
+  if config.model.lora.rank:
+    found["unet"] = of(config.start_from, part, "unet")
+  return found
 
 
-def _resolved(path):
-  """One form of all that mean the same."""
-  if files.is_remote(path):
-    return os.fspath(path).rstrip("/")
-  return pathlib.Path(path).resolve()
+def with_port(meta, folder, part: str) -> dict[str, Any]:
+  """A meta with the port's notes on the part it started from, if they fit.
+
+  Args:
+    meta: of the part with a U-Net.
+    folder: the model directory that training started from, or nothing.
+    part: its name.
+  """
+  if not folder:
+    return meta
+  theirs = checkpoints.read_meta(folder, part)
+  same = json.loads(json.dumps(meta["schedule"]))
+  if "port" in theirs and theirs.get("schedule") == same:
+    return meta | {"port": theirs["port"]}
+  return meta
+
+
+def check_directories(config, *, starts: bool) -> None:
+  """Whether a run writes elsewhere than it starts, and a LoRA has a start.
+
+  Args:
+    config: of the run.
+    starts: whether there is a U-Net to start from.
+
+  Raises:
+    errors.ConfigError: not so.
+  """
+  if files.same(config.start_from, config.model_dir):
+    raise errors.ConfigError(
+      f"start_from and model_dir are both {config.model_dir}: the result"
+      " would take the place of the weights it starts from. Give another"
+      " model_dir with encoder, tokenizer and semantic decoder."
+    )
+  low = config.model.lora
+  if low.rank and (low.alpha <= 0 or not starts):
+    raise errors.ConfigError(
+      f"model.lora={low.to_dict()} changes a trained U-Net: it needs an"
+      " alpha above 0, and start_from, that U-Net's model directory. Set"
+      " model.lora.rank=0 to train the whole."
+    )

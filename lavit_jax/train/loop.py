@@ -27,6 +27,7 @@ from lavit_jax.train import (
   optimizer,
   position,
   program,
+  provenance,
   run_checkpoints,
   tracing,
   writers,
@@ -116,11 +117,11 @@ class _Run:
 
   def train(self, stop_at):
     last = self.phases[-1].stop
+    self.made_of = provenance.of(self.objective)
     with sharding.use(self.mesh):
       state = self._first_state()
-      self.frozen = hosts.put(
-        self.objective.frozen,
-        sharding.param_shardings(self.objective.frozen_shapes(), self.mesh),
+      self.frozen = self.objective.load_frozen(
+        sharding.param_shardings(self.objective.frozen_shapes(), self.mesh)
       )
       step = int(state.step)
       self._open_logs(step)
@@ -158,6 +159,7 @@ class _Run:
         lambda: state_lib.unbox(init()), out_shardings=self.layout
       )
       return fresh()
+    provenance.check(found, self.made_of, self.config)
     self.position = position.resume(
       found.meta,
       found.step,
@@ -331,6 +333,7 @@ class _Run:
     meta = {
       "config": json.loads(self.config.to_json_best_effort()),
       "data": self.position.meta(step),
+      "made_of": self.made_of,
       "stage": self.config.stage,
     }
     self.meter.enter("checkpoint")
@@ -370,6 +373,7 @@ class _Run:
       meta = {
         **meta,
         "config": json.loads(self.config.to_json_best_effort()),
+        "made_of": self.made_of,
         "metrics": self.evaluated,
         "step": int(state.step),
         "parameters": checkpoints.count_params(params),

@@ -3,6 +3,8 @@
 `lavit compile` lowers the same function for chips that are not there.
 """
 
+import math
+
 import jax
 
 from lavit_jax import errors, sharding
@@ -55,7 +57,8 @@ def options(mesh: jax.sharding.Mesh, config) -> dict:
 def step(objective, phase, labels, tx, mesh, layout):
   """The jitted step (state, frozen, batch) -> (state, metrics).
 
-  The state is donated, and comes back laid out as it went in.
+  The state is donated, and comes back laid out as it went in. What the step
+  does not use stays an argument: it lives as long, so XLA's account has it.
 
   Args:
     objective: a stage.
@@ -68,6 +71,7 @@ def step(objective, phase, labels, tx, mesh, layout):
   return jax.jit(
     state_lib.make_step(objective, phase, labels, tx),
     donate_argnums=0,
+    keep_unused=True,
     out_shardings=(layout, None),
     compiler_options=options(mesh, objective.config),
   )
@@ -97,7 +101,14 @@ def optimizer_state(tx, boxed_params, labels, mesh):
 
 
 def lower(objective, config, phase, mesh):
-  """Lowers the step of a phase for a mesh, by shapes alone.
+  """Lowers the step of a phase for a mesh: `trace`, and then that."""
+  with sharding.use(mesh):
+    traced, arguments = trace(objective, config, phase, mesh)
+    return traced.lower(), arguments
+
+
+def trace(objective, config, phase, mesh):
+  """Traces the step of a phase for a mesh, by shapes alone.
 
   Args:
     objective: a stage, of a `stored.Outline` too.
@@ -106,7 +117,7 @@ def lower(objective, config, phase, mesh):
     mesh: of devices that may be a topology which is not there.
 
   Returns:
-    `jax.stages.Lowered`, and the abstract (state, frozen, batch).
+    `jax.stages.Traced`, and the abstract (state, frozen, batch).
   """
   sharding.check_batch(mesh, config.batch_size)
   with sharding.use(mesh):
@@ -123,4 +134,12 @@ def lower(objective, config, phase, mesh):
       for name, x in objective.batch_shapes().items()
     }
     made = step(objective, phase, labels, tx, mesh, layout_of(state))
-    return made.lower(state, frozen, batch), (state, frozen, batch)
+    return made.trace(state, frozen, batch), (state, frozen, batch)
+
+
+def bytes_a_device(tree) -> int:
+  """What one device holds of a tree of (abstract) arrays with shardings."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )

@@ -1,6 +1,7 @@
 """A workdir belongs to one run: which config it has, where its files lie."""
 
 import json
+import logging
 
 from etils import epath
 
@@ -18,8 +19,13 @@ _LOOSE = (
   "batch_size",
   "accumulate",
   "compiler_options",
+  "accept",
 )
-_LOOSE_ANYWHERE = ("remat", "unroll")  # of every network
+# Of every network, and of data: how many bad samples are allowed.
+_LOOSE_ANYWHERE = ("remat", "unroll", "limit_share")
+_USUAL = {"dtype": "float32"}  # of every network whose config has none
+
+_LOG = logging.getLogger(__name__)
 
 
 def check(config, workdir) -> epath.Path:
@@ -44,7 +50,7 @@ def check(config, workdir) -> epath.Path:
   path = workdir / "config.json"
   ours = json.loads(config.to_json_best_effort())
   if path.exists():
-    theirs = json.loads(path.read_text())
+    theirs = _with_compute(json.loads(path.read_text()), ours, workdir)
     if changed := _differences(_identity(theirs), _identity(ours)):
       raise errors.ConfigError(
         f"{workdir} holds a run with another config; it differs in"
@@ -61,6 +67,25 @@ def check(config, workdir) -> epath.Path:
   return workdir
 
 
+def _with_compute(theirs: dict, ours: dict, workdir) -> dict:
+  """A stored config with our `model.compute` if it is from before that was.
+
+  Then each part of the model directory said itself how it was computed, and
+  so a run goes on, now as its config says.
+  """
+  model = theirs.get("model", {})
+  compute = ours.get("model", {}).get("compute")
+  if not compute or "compute" in model:
+    return theirs
+  _LOG.warning(
+    "%s was begun without config.model.compute: from here on the networks"
+    " of its model directory are computed as the config says (%s)",
+    workdir,
+    ", ".join(f"{name} {x.get('dtype')}" for name, x in compute.items()),
+  )
+  return theirs | {"model": model | {"compute": compute}}
+
+
 def _identity(config: dict) -> dict:
   return {k: v for k, v in config.items() if k not in _LOOSE}
 
@@ -75,7 +100,11 @@ def _differences(a, b, prefix="") -> list[str]:
     return [
       line
       for key in sorted({*a, *b} - {*_LOOSE_ANYWHERE})
-      for line in _differences(a.get(key), b.get(key), f"{prefix}{key}.")
+      for line in _differences(
+        a.get(key, _USUAL.get(key)),
+        b.get(key, _USUAL.get(key)),
+        f"{prefix}{key}.",
+      )
     ]
   both_off = None in (a, b) and not a and not b
   if a == b or both_off:

@@ -53,6 +53,20 @@ def test_a_batch_has_one_shape_and_all_pictures_its_ratio(source):
   assert seen == set(_BUCKETS)
 
 
+def test_a_bucket_with_fewer_pictures_than_a_batch_is_named(source, caplog):
+  assigned = buckets.assign(buckets.sizes_of(source), _BUCKETS)
+  assert buckets.rare(assigned, 3, 4) == {0: 3, 1: 3, 2: 2}
+  assert buckets.rare(assigned, 3, 3) == {2: 2}
+  _batches(source)
+  said = [r.getMessage() for r in caplog.records if "epochs" in r.msg]
+  assert len(said) == 3
+  assert "bucket (32, 24) has 2 of the 8 pictures" in said[2]
+  assert "come once in 2 epochs" in said[2]
+  caplog.clear()
+  _batches(source, seed=None)  # held out: each once, with gaps
+  assert "epochs" not in caplog.text
+
+
 def test_hosts_together_see_what_one_host_sees(source):
   whole = _batches(source)
   for k in range(5):

@@ -92,25 +92,56 @@ def test_each_picture_comes_once_an_epoch_of_its_bucket():
       assert sorted(part) == np.flatnonzero(assigned == b).tolist()
 
 
-def test_buckets_get_batches_in_proportion_to_their_pictures():
-  assigned, plan = _plan()
-  counts = np.bincount([plan.bucket(k) for k in range(430)], minlength=3)
-  shares = np.bincount(assigned[assigned >= 0], minlength=3)
-  shares = shares / shares.sum()
-  np.testing.assert_allclose(counts / 430, shares, atol=0.03)
+@pytest.mark.parametrize("sizes", [[2, 3, 1], [57, 1, 0, 300], [1, 1], [9]])
+def test_n_batches_have_as_many_of_a_bucket_as_it_has_pictures(sizes):
+  assigned = np.repeat(np.arange(len(sizes)), sizes)
+  plan = buckets.Plan(assigned, len(sizes), 4, 0)
+  total = len(assigned)
+  found = np.array([plan.bucket(k) for k in range(3 * total)])
+  ones = found[:, None] == np.arange(len(sizes))
+  for epoch in range(3):
+    part = ones[epoch * total : (epoch + 1) * total]
+    assert part.sum(axis=0).tolist() == sizes
+  # And spread evenly: never far from their share at any moment.
+  due = np.arange(1, 3 * total + 1)[:, None] * np.array(sizes) / total
+  assert np.abs(ones.cumsum(axis=0) - due).max() < 3
+
+
+def test_every_picture_is_shown_equally_often_whatever_its_bucket():
+  sizes, batch = [37, 1, 3], 4
+  assigned = np.repeat(np.arange(3), sizes)
+  plan = buckets.Plan(assigned, 3, batch, 1)
+  shown = np.zeros(len(assigned), int)
+  for k in range(len(assigned)):
+    np.add.at(shown, plan.batch(k)[1], 1)
+  assert shown.tolist() == [batch] * len(assigned)
+
+
+def test_one_odd_picture_of_a_million_is_shown_as_often_as_the_others():
+  count, batch = 1_000_001, 64
+  assigned = np.zeros(count, np.int8)
+  assigned[-1] = 1
+  plan = buckets.Plan(assigned, 2, batch, 0)
+  turns = [k for k in range(count) if plan.bucket(k) == 1]
+  assert len(turns) == 1  # in 64 epochs, and then 64 times
+  bucket, pictures = plan.batch(turns[0] + count)
+  assert bucket == 1
+  assert pictures.tolist() == [count - 1] * batch
+  assert buckets.rare(assigned, 2, batch) == {1: 1}
+
+
+def test_the_place_in_a_bucket_far_ahead_is_that_of_counting():
+  _, plan = _plan()
+  counts = [0, 0, 0]
+  for k in range(700):
+    bucket = plan.bucket(k)
+    assert plan._find_turn(k) == (bucket, counts[bucket])
+    counts[bucket] += 1
 
 
 def test_a_bucket_without_pictures_gets_no_batch():
   plan = buckets.Plan(np.array([0, 2, 2]), 3, 2, 0)
   assert {plan.bucket(k) for k in range(30)} == {0, 2}
-
-
-def test_a_rare_bucket_among_very_many_pictures_still_has_its_turn():
-  assigned = np.zeros(5000, np.int8)
-  assigned[0] = 1
-  plan = buckets.Plan(assigned, 2, 1, 0)
-  turns = [k for k in range(2002) if plan.bucket(k) == 1]
-  assert 1 <= len(turns) <= 3
 
 
 def test_once_shows_each_picture_once_and_fills_up_with_gaps():

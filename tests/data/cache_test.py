@@ -226,6 +226,10 @@ def _spoil_counts(directory):
   np.save(directory / "counts.npy", np.zeros(3, np.int32))
 
 
+def _empty_counts(directory):
+  (directory / "counts.npy").write_bytes(b"")
+
+
 def _spoil_meta(directory):
   (directory / "meta.json").write_text("{")
 
@@ -241,7 +245,14 @@ def _drop_shard(directory):
 
 @pytest.mark.parametrize(
   "spoil",
-  [_spoil_shard, _spoil_counts, _spoil_meta, _spoil_format, _drop_shard],
+  [
+    _spoil_shard,
+    _spoil_counts,
+    _empty_counts,
+    _spoil_meta,
+    _spoil_format,
+    _drop_shard,
+  ],
 )
 def test_a_damaged_cache_is_named_and_refused(tmp_path, spoil):
   cache.write(tmp_path / "codes", _records, _META)

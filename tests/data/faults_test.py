@@ -36,6 +36,18 @@ def test_a_few_bad_samples_at_the_start_stop_nothing():
     log.check()
 
 
+def test_a_tally_stops_nothing_and_says_how_many(caplog):
+  log = faults.Tally("long ones")
+  with caplog.at_level(logging.INFO):
+    for i in range(300):
+      log.count(f"doc {i}", "split")
+  assert log.seen == 300
+  assert log.summary() == "300 long ones, such as doc 0 (split)"
+  warned = [r for r in caplog.records if r.levelno == logging.WARNING]
+  assert [r.getMessage()[:4].strip() for r in warned] == ["1 lo", "100"]
+  assert len(caplog.records) < 60
+
+
 def test_share_must_be_a_share():
   with pytest.raises(errors.ConfigError, match=r"limit_share=1\.5"):
     faults.FaultLog("pictures", 1.5)

@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_in_a_dialogue_the_assistant_alone_is_learnt(tmp_path):
   assert _parts(source, "document") == (
     examples.ImagePart(0, write=False, weight=0.0),
     examples.TextPart("Boil it.", 0.0),
-    examples.TextPart("Done."),
+    examples.TextPart("Done.", end=True),
     examples.TextPart("Show it.", 0.0),
     examples.ImagePart(1, write=True),
   )
@@ -150,7 +151,7 @@ _GOOD = {"image": "a.png", "caption": "red"}
     ({"image": "a\0.png", "caption": "red"}, "expected a path"),
     ({"image": "a.png", "caption": ""}, "expected some text"),
     ({"image": "a.png", "captions": []}, "holds no"),
-    ({"image": "a.png", "captions": "red"}, "captions is not a list"),
+    ({"image": "a.png", "captions": {"en": "red"}}, "captions is not a list"),
     ({"image": "a.png", "captions": [3]}, "captions is not a list"),
     ({"image": "a.png", "question": "hue?"}, "answer is None"),
     ({"image": "a.png", "questions": ["hue?"]}, "questions is not a list"),
@@ -173,6 +174,229 @@ def test_a_bad_line_is_skipped_counted_and_named(tmp_path, line, said):
   assert said in source.faults.reasons["d.jsonl:2"]
   assert source.num_examples("image_text") == 2
   assert source.num_images == 1  # a bad line leaves no picture behind
+
+
+_HALF = "cut \ud83d"
+_USER = {"role": "user", "content": "hue?"}
+
+
+@pytest.mark.parametrize(
+  ("line", "said"),
+  [
+    ({"text": _HALF}, r"text holds half a character.*place 4"),
+    ({"image": "a.png", "caption": _HALF}, "caption holds half"),
+    ({"image": "a.png", "captions": ["red", _HALF]}, "captions holds half"),
+    ({"image": "a\udcff.png"}, "image holds half"),
+    ({"image": "a.png", "question": _HALF, "answer": "a"}, "question holds"),
+    ({"image": "a.png", "question": "a", "answer": _HALF}, "answer holds"),
+    (
+      {"image": "a.png", "edits": [{"instruction": _HALF, "image": "b.png"}]},
+      "instruction holds half",
+    ),
+    ({"messages": [_HALF]}, "text holds half"),
+    ({"messages": [_USER, {"role": _HALF, "content": "x"}]}, "is none of"),
+    ({"image": "a.png", "caption": "x", "text": "y"}, "caption and text"),
+    ({"image": "a.png", "answer": "red"}, "answer without a question"),
+    ({"image": "a.png", "Caption": "red"}, "write it 'caption'"),
+    ({"image": "a.png", "Sentences": ["red"]}, "write it 'sentences'"),
+    ({"Image": "a.png", "caption": "red"}, "write it 'image'"),
+    ({"img": "a.png", "caption": "red"}, "'img'.*call it image"),
+    ({"img": "a.png", "text": "red"}, "'img'.*call it image"),
+    ({"img": "a.png", "messages": [_USER]}, "'img'.*call it image"),
+    ({"url": "http://x/a.jpg", "caption": "red"}, "not from addresses"),
+    ({"image": "http://x/a.jpg", "caption": "red"}, "is an address"),
+    ({"image": "data:image/png;base64,AA"}, "or the picture itself"),
+    ({"image": {"bytes": "AA"}}, "expected a path"),
+    ({"images": ["a.png"], "caption": "red"}, "beside messages alone"),
+    ({"images": [], "annotations": [{"caption": "x"}]}, "COCO's annotations"),
+    ({"messages": [_USER], "document": ["a"]}, "messages and document"),
+    ({"messages": [{"role": "user"}]}, "a role and no content"),
+    ({"messages": [{"type": "image"}]}, "more pictures than the 0"),
+    (
+      {"image": "a.png", "conversations": [_USER]},
+      "1 of 1 pictures.*nowhere in the messages; write <image>",
+    ),
+    (
+      {"images": ["a.png"], "messages": ["<image> and <image>"]},
+      "more pictures than the 1",
+    ),
+    ({"messages": [{"role": "user", "content": " "}]}, "holds no"),
+    ({"image": "a.png", "question": "a?", "answers": [{"a": 1}]}, "holds None"),
+    ({"image": "a.png", "question": "a?", "answer": float("inf")}, "holds inf"),
+  ],
+)
+def test_a_line_that_is_not_understood_says_what_to_do(tmp_path, line, said):
+  source = _source(tmp_path, [_GOOD, line, _GOOD], limit_share=0.5)
+  assert re.search(said, source.faults.reasons["d.jsonl:2"])
+  assert (source.num_images, source.num_examples("image_text")) == (1, 2)
+  source.faults.summary().encode()  # can be printed
+
+
+_RED = ("image_text", (0, "red"))
+_DRAWN = ("text_image", (0, "red"))
+
+
+def _told(source):
+  """(task, what the parts hold) of all examples."""
+  out = []
+  for task in source.tasks():
+    for i in range(source.num_examples(task)):
+      parts = source.example(task, i).parts
+      held = (getattr(p, "text", getattr(p, "image", None)) for p in parts)
+      out.append((task, tuple(sorted(held, key=str))))
+  return out
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    {"image": "a.png", "text": "red"},
+    {"image": "a.png", "txt": "red"},
+    {"file_name": "a.png", "text": "red"},
+    {"file_name": "a.png", "caption": "red"},
+    {"filename": "a.png", "filepath": ".", "sentences": [{"raw": "red"}]},
+    {"image": "a.png", "captions": "red"},
+    {"image": "a.png", "caption": ["red", ""]},
+    {"image": "a.png", "captions": [{"caption": "red", "id": 3}]},
+    {"image": {"path": "a.png", "bytes": None}, "caption": "red"},
+    {"image": "a.png", "caption": "red", "text": None, "question": None},
+    {"image": "a.png", "caption": "red", "answer": float("nan")},
+    {"image": "a.png", "captions": ["red", None], "messages": None},
+  ],
+)
+def test_common_forms_of_a_caption_are_one(tmp_path, line):
+  source = _source(tmp_path, [line])
+  assert source.faults.bad == 0
+  assert _told(source) == [_RED, _DRAWN]
+  assert not source.unread
+
+
+@pytest.mark.parametrize(
+  ("given", "learnt"),
+  [
+    ({"answers": [{"answer": "red", "id": 1}] * 2 + ["pink"]}, "red"),
+    ({"answer": 3}, "3"),
+    ({"answer": 3.0}, "3"),
+    ({"answer": 2.5}, "2.5"),
+    ({"answer": True}, "yes"),
+    ({"answers": [False, False, True]}, "no"),
+    ({"answer": ["red"]}, "red"),
+    ({"answers": None, "answer": "red"}, "red"),
+    ({"multiple_choice_answer": "red"}, "red"),
+  ],
+)
+def test_answers_may_be_vqas_own_numbers_and_yes_or_no(tmp_path, given, learnt):
+  row = {"image": "a.png", "question": "hue?"} | given
+  source = _source(tmp_path, [row])
+  assert source.questions(0) == [("any", "hue?", learnt)]
+
+
+_TURNS = [
+  {"from": "human", "value": "<image>\nWhat?"},
+  {"from": "gpt", "value": "red"},
+  {"from": "human", "value": "Sure?"},
+  {"from": "gpt", "value": "yes"},
+]
+_SAID = (
+  examples.ImagePart(0, write=False, weight=0.0),
+  examples.TextPart("What?", 0.0),
+  examples.TextPart("red", end=True),
+  examples.TextPart("Sure?", 0.0),
+  examples.TextPart("yes", end=True),
+)
+
+
+def _roles(content):
+  roles = ["user", "assistant", "user", "assistant"]
+  values = [content, *(t["value"] for t in _TURNS[1:])]
+  return [{"role": r, "content": c} for r, c in zip(roles, values, strict=True)]
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    {"id": "1", "image": "a.png", "conversations": _TURNS},
+    {"images": ["a.png"], "messages": _roles("<image>What?")},
+    {"image": "a.png", "messages": _roles("<image> What?")},
+    {
+      "images": ["a.png"],
+      "messages": _roles([{"type": "image", "text": None}, "What?"]),
+    },
+    {
+      "messages": _roles(
+        [
+          {"type": "image_url", "image_url": {"url": "a.png"}},
+          {"type": "text", "text": "What?"},
+        ]
+      )
+    },
+    {"messages": _roles([{"type": "image", "path": "a.png"}, "What?"])},
+  ],
+  ids=["llava", "marks", "image", "trl", "openai", "path"],
+)
+def test_common_forms_of_a_dialogue_are_one(tmp_path, line):
+  source = _source(tmp_path, [line])
+  assert source.faults.bad == 0
+  assert _parts(source, "document") == _SAID
+  assert source.num_images == 1
+
+
+def test_a_mark_in_a_text_without_pictures_is_text(tmp_path):
+  source = _source(tmp_path, [{"messages": ["write <image> there"]}])
+  assert _parts(source, "document") == (
+    examples.TextPart("write <image> there"),
+  )
+
+
+def test_an_answer_in_several_messages_ends_once(tmp_path):
+  said = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "assistant", "content": ["c", "d"]},
+    {"role": "user", "content": "e"},
+  ]
+  source = _source(tmp_path, [{"messages": said}])
+  ends = {p.text: p.end for p in _parts(source, "document")}
+  assert ends == dict(a=False, b=False, c=False, d=True, e=False)
+
+
+def test_white_space_of_a_document_is_kept_and_empty_texts_passed_over(
+  tmp_path,
+):
+  texts = ["List:\n", "- one\n", "", "\n\n", " end "]
+  rows = [{"document": texts}, {"image": "a.png", "caption": " red "}]
+  source = _source(tmp_path, rows)
+  assert [p.text for p in _parts(source, "document")] == [
+    "List:\n",
+    "- one\n",
+    "\n\n",
+    " end ",
+  ]
+  assert source.captions(0) == ["red"]
+
+
+def test_fields_that_are_not_read_are_named_once_for_the_file(tmp_path, caplog):
+  row = {"image": "a.png", "id": "x", "source": "web", "width": 3}
+  rows = [row | {"title": f"a cat {i}"} for i in range(12)]
+  rows += [
+    _GOOD | {"tags": ["indoors"], "split": "train", "coco_url": "http://x"},
+    {"messages": [{"type": "image", "image": "a.png", "alt": "a card"}] * 2},
+    {
+      "image": "a.png",
+      "questions": [{"question": "a?", "answer": "b", "why": "so"}],
+    },
+  ]
+  source = _source(tmp_path, rows)
+  assert {f: n for f, (n, _, _) in source.unread.items()} == {
+    "title": 12,
+    "tags": 1,
+    "messages.alt": 1,
+    "questions.why": 1,
+  }
+  (said,) = [r.getMessage() for r in caplog.records]
+  assert "12 lines have a field 'title' (line 1: 'a cat 0')" in said
+  assert "Known are" in said
+  assert "caption" in said
 
 
 def test_too_many_bad_lines_are_an_error(tmp_path):

@@ -141,6 +141,10 @@ def test_damage_and_absence_are_named(tmp_path):
   (tmp_path / "a" / "latents-1.f16").write_bytes(b"")
   with pytest.raises(errors.DataError, match="damaged"):
     latent_cache.LatentCache.load(tmp_path / "a")
+  _write(tmp_path / "b")
+  (tmp_path / "b" / "assigned.npy").write_bytes(b"")
+  with pytest.raises(errors.DataError, match="damaged"):
+    latent_cache.LatentCache.load(tmp_path / "b")
   (tmp_path / "c").mkdir()
   with pytest.raises(errors.DataError, match="no latent cache"):
     _write(tmp_path / "c")

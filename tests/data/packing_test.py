@@ -93,6 +93,21 @@ def test_rows_come_in_an_order_of_the_seed():
   assert sorted(first) == sorted(second)
 
 
+def test_pieces_of_a_document_are_members_of_their_own():
+  """Document 1 has two pieces, which need not stand in one row."""
+  sizes = lambda start, stop: [
+    np.array([[16, 0], [6, 1]]) if g % 2 else [9, 0] for g in range(start, stop)
+  ]
+  plan = packing.Plan(sizes, limits=(16, 4), window=4)
+  rows = [plan.row(r) for r in range(4)]
+  assert sorted(rows, key=repr) == [
+    ((1, 0),),
+    ((3, 0),),
+    (0, (1, 1)),
+    (2, (3, 1)),
+  ]
+
+
 def test_threads_see_one_plan():
   plan = packing.Plan(_sizes_of(5), limits=(16, 4), window=16)
   again = packing.Plan(_sizes_of(5), limits=(16, 4), window=16)
@@ -147,9 +162,10 @@ def test_a_memo_of_other_data_is_found_out_and_not_used(tmp_path):
   assert packing.Plan(_sizes_of(6), memo=memo, **settings).row(150) == expected
 
 
-def test_a_damaged_memo_is_ignored(tmp_path):
+@pytest.mark.parametrize("spoil", [b"no array", b""])
+def test_a_damaged_memo_is_ignored(tmp_path, spoil):
   memo = tmp_path / "a.npy"
-  memo.write_bytes(b"no array")
+  memo.write_bytes(spoil)
   settings = dict(limits=(16, 4), window=16)
   expected = packing.Plan(_sizes_of(5), **settings).row(9)
   assert packing.Plan(_sizes_of(5), memo=memo, **settings).row(9) == expected

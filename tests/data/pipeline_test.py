@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from lavit_jax import errors, images
+from lavit_jax import errors, images, vocabulary
 from lavit_jax.data import pipeline
 from tests.data import fakes
 
@@ -49,6 +49,17 @@ def test_captions_are_cut_ended_and_masked():
     assert text[mask].tolist() in ids
   short = _image_batches(fakes.Source({}), text_length=2)[0]
   assert (short["text"][:, 1] == 2).all()
+
+
+def test_a_caption_with_half_a_character_is_none_and_is_named(tmp_path):
+  text = vocabulary.TextTokenizer.train(["a cat"] * 9, tmp_path / "t", 263)
+  source = fakes.Source({})
+  source.captions = lambda i: ["cut \ud83d" if i == 3 else "a cat"]
+  batches = _image_batches(source, tokenizer=text, seed=None)
+  batch = batches[0]
+  assert batch["text_mask"].any(axis=1).tolist() == [i != 3 for i in range(8)]
+  assert batch["valid"].all()  # its picture is fine
+  assert list(batches.faults[0].names) == ["caption of picture3"]
 
 
 def test_every_caption_of_a_picture_is_shown_in_time():

@@ -1,4 +1,5 @@
 import dataclasses
+import zlib
 
 import hypothesis
 import numpy as np
@@ -7,7 +8,14 @@ from hypothesis import strategies as st
 from lavit_jax.configs.tiny import pretrain
 
 from lavit_jax import errors, vocabulary
-from lavit_jax.data import examples, packing, pipeline, sequences, shapes
+from lavit_jax.data import (
+  examples,
+  packing,
+  pieces,
+  pipeline,
+  sequences,
+  shapes,
+)
 from tests.data import fakes
 
 _WORDS = fakes.Words()
@@ -33,6 +41,10 @@ def _documents(seed, count=30):
   return out
 
 
+def _long(count):
+  return (examples.TextPart(" ".join(f"word{i}" for i in range(count))),)
+
+
 def _cache(seed=0):
   return fakes.Cache(np.random.default_rng(seed).integers(1, 6, 20))
 
@@ -53,16 +65,16 @@ def _packed(source, cache, **changes):
 
 
 def _usable(source, cache, task, length, slots):
-  """The Sequence of each example that fits, by example index."""
-  out = {}
+  """The Sequences of every example that can be used."""
+  out = []
   for i in range(source.num_examples(task)):
     example = source.example(task, i)
     try:
-      made = sequences.build(example, cache, _WORDS, _VOCABULARY)
+      spans = sequences.spans(example, cache, _WORDS)
+      made, _ = pieces.divide(spans, task, (length, slots))
     except sequences.Unusable:
       continue
-    if len(made) <= length and len(made.pictures) <= slots:
-      out[i] = made
+    out += [sequences.assemble(p, cache, _VOCABULARY) for p in made]
   return out
 
 
@@ -92,7 +104,8 @@ def _expected(sequence, cache):
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @hypothesis.given(st.integers(0, 10_000))
 def test_packed_rows_hold_each_document_exactly_and_nothing_else(seed):
-  source, cache = fakes.Source({"document": _documents(seed)}), _cache(seed)
+  documents = [*_documents(seed, 28), _long(50), _long(99)]
+  source, cache = fakes.Source({"document": documents}), _cache(seed)
   usable = _usable(source, cache, "document", 32, 2)
   hypothesis.assume(usable)
   batches = _packed(source, cache, window=30)  # a window is an epoch
@@ -102,7 +115,7 @@ def test_packed_rows_hold_each_document_exactly_and_nothing_else(seed):
     k += 1
     for row in range(4):
       found += _split(batch, row)
-  expected = sorted(_expected(s, cache) for s in usable.values())
+  expected = sorted(_expected(s, cache) for s in usable)
   assert sorted(found[: len(usable)]) == expected
   assert sorted(found[len(usable) : 2 * len(usable)]) == expected
 
@@ -132,7 +145,8 @@ def test_targets_stay_inside_their_segment():
 
 
 def _mixed():
-  source = fakes.Source({"document": _documents(3), "text": _documents(4)})
+  texts = [*_documents(4), _long(75), _long(200)]
+  source = fakes.Source({"document": _documents(3), "text": texts})
   return _packed(source, _cache(), mixture={"document": 2, "text": 1})
 
 
@@ -223,25 +237,60 @@ def test_a_bad_picture_takes_its_weights_and_shifts_nothing():
   assert list(batches.faults[1].names) == ["picture4"]
 
 
-def test_documents_that_do_not_fit_are_left_out_and_named():
+def test_documents_that_do_not_fit_are_named_and_are_not_bad():
   long = (examples.TextPart(" ".join(["a"] * 40)),)
-  many = tuple(examples.ImagePart(i, write=False) for i in range(3))
+  many = (
+    *(examples.ImagePart(i, write=False, weight=0.0) for i in range(3)),
+    examples.TextPart("a"),
+  )
   lost = (examples.ImagePart(5, write=False), examples.TextPart("a"))
   good = (examples.TextPart("a b"),)
   cache = fakes.Cache([2] * 5 + [-1] * 15)
   source = fakes.Source({"document": [long, many, lost, good]})
   batches = _packed(source, cache)
   assert (batches[0]["segments"].max(axis=1) > 0).all()
-  log = batches.faults[0]
-  assert set(log.reasons) == {f"document/{i}" for i in range(3)}
-  assert "40 positions, more than length=32" in log.reasons["document/0"]
-  assert "3 pictures read, more than slots=2" in log.reasons["document/1"]
-  assert "could not be tokenised" in log.reasons["document/2"]
+  bad, _, long = batches.faults
+  assert set(bad.reasons) == {"document/2"}
+  assert "could not be tokenised" in bad.reasons["document/2"]
+  assert "40 positions, more than length=32" in long.reasons["document/0"]
+  assert "split into 2" in long.reasons["document/0"]
+  assert "3 pictures read, more than slots=2" in long.reasons["document/1"]
+  assert "left out" in long.reasons["document/1"]
+
+
+def test_texts_longer_than_a_row_are_read_whole_and_stop_no_run():
+  """Bad documents may be none at all, long ones are half of all."""
+  texts = [_long(40 + i) if i % 2 else _long(5) for i in range(20)]
+  source = fakes.Source({"text": texts})
+  batches = _packed(source, None, window=20, limit_share=0.0)
+  learnt, k = 0, 0
+  wanted = sum(len(t[0].text.split()) for t in texts)  # all but the first, </s>
+  while learnt < 15 * wanted:  # 300 documents, more than a share is judged by
+    learnt += int((batches[k]["weights"] > 0).sum())
+    k += 1
+  assert batches.faults[2].seen > 100
+  assert batches.faults[0].bad == 0
+
+
+def test_rows_of_documents_that_fit_are_those_they_always_were():
+  """A crc of every array, taken before documents were ever divided."""
+  rng, documents = np.random.default_rng(3), []
+  for _ in range(40):
+    n, image = int(rng.integers(1, 20)), int(rng.integers(20))
+    text = examples.TextPart(" ".join(["a", "b", "c"] * 7)[: 2 * n])
+    picture = examples.ImagePart(image, write=n % 2 == 0)
+    documents.append((text,) if n % 3 else (picture, text))
+  source = fakes.Source({"document": documents})
+  batches, check = _packed(source, _cache()), 0
+  for k in range(6):
+    for _, array in sorted(batches[k].items()):
+      check = zlib.crc32(np.ascontiguousarray(array).tobytes(), check)
+  assert check == 1672582019
 
 
 def test_too_many_bad_documents_stop_the_run():
-  long = (examples.TextPart(" ".join(["a"] * 40)),)
-  source = fakes.Source({"document": [long, (examples.TextPart("a b"),)]})
+  bad = (examples.TextPart("a b", 0.0),)
+  source = fakes.Source({"document": [bad, (examples.TextPart("a b"),)]})
   batches = _packed(source, _cache(), window=256, limit_share=0.2)
   with pytest.raises(errors.DataError, match="documents are unusable"):
     batches.rows[0]

@@ -58,6 +58,29 @@ def test_of_a_dialogue_answers_are_learnt_and_the_end_but_no_question():
   assert learnt == [*words, _EOS]
 
 
+def _talk(*ends):
+  parts = [examples.ImagePart(2, write=False, weight=0.0)]
+  for k, end in enumerate(ends):
+    parts.append(examples.TextPart(f"question {k}", 0.0))
+    parts.append(examples.TextPart(f"answer {k}", end=end))
+  return examples.Example("k", "document", tuple(parts))
+
+
+def test_after_every_answer_of_a_dialogue_its_end_is_learnt():
+  made = _build(_talk(True, True, True))
+  learnt = made.targets[made.weights > 0].tolist()
+  answers = [_WORDS.encode(f"answer {k}") for k in range(3)]
+  assert learnt == [i for a in answers for i in (*a, _EOS)]
+
+
+def test_what_stands_before_a_later_question_is_what_a_prompt_gives():
+  """Prompts are texts and pictures; none can hold </s>."""
+  made, plain = _build(_talk(True, True, True)), _build(_talk(*[False] * 3))
+  np.testing.assert_array_equal(made.tokens, plain.tokens)
+  assert _EOS not in made.tokens
+  assert len(made) == len(plain)
+
+
 def test_edit_reads_one_picture_and_learns_the_other():
   made = _build(examples.edit("k", 0, "make it red", 1))
   assert made.pictures == (0,)
@@ -119,6 +142,39 @@ def test_size_is_the_size_of_what_is_built():
 def test_what_cannot_be_learnt_says_why(example, said):
   with pytest.raises(sequences.Unusable, match=said):
     _build(example)
+
+
+def test_empty_texts_of_a_document_are_passed_over():
+  parts = [examples.TextPart(t) for t in ("red", " ", "cat", "")]
+  made = _build(examples.Example("k", "document", tuple(parts)))
+  assert _whole(made) == [*_WORDS.encode("red cat"), _EOS]
+  with pytest.raises(sequences.Unusable, match="is empty"):
+    _build(examples.Example("k", "document", tuple(parts[1::2])))
+
+
+def test_texts_with_white_space_between_them_are_read_as_one(tmp_path):
+  lines = ["List:", "- one", "Boil it.", "Stir."] * 9
+  text = vocabulary.TextTokenizer.train(lines, tmp_path / "t", 275)
+  spans = lambda *parts: sequences.spans(
+    examples.Example("k", "document", parts), None, text
+  )
+  part = examples.TextPart
+  ids = lambda *parts: [int(i) for s in spans(*parts) for i in s.ids]
+  whole = ids(part("List:\n- one\n\nStir."))
+  assert ids(part("List:\n"), part("- one"), part("\n\nStir.")) == whole
+  apart = ids(part("Boil it."), part("Stir."))
+  assert apart == ids(part("Boil it. Stir."))
+  # A question and its answer are learnt differently and stay apart.
+  assert len(spans(part("List:\n", 0.0), part("- one"))) == 2
+  assert len(spans(part("List:\n", end=True), part("- one"))) == 2
+
+
+def test_half_a_character_makes_a_document_unusable_and_stops_nothing(
+  tmp_path,
+):
+  text = vocabulary.TextTokenizer.train(["a cat"] * 9, tmp_path / "t", 263)
+  with pytest.raises(sequences.Unusable, match="half a character"):
+    sequences.spans(examples.text("k", "cut \ud83d"), None, text)
 
 
 def test_pictures_without_a_cache_point_at_lavit_tokenize():

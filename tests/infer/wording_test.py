@@ -20,6 +20,54 @@ def test_a_caption_ends_with_its_sentence(text, sentence, theirs):
   assert official.clean_caption(text) == theirs
 
 
+WHOLE = (
+  "a bottle of Dr. Pepper on a table",
+  "a bottle of dr. pepper on a table",
+  "St. Peter's church",
+  "Mt. Fuji behind a lake",
+  "Mr. and Mrs. Smith with Ms. Jones",
+  "cats vs. dogs",
+  "a Lakers vs. Celtics game",
+  "a player with No. 5 on his back",
+  "approx. 20 people",
+  "a clock that reads 9 a.m. in a hall",
+  "fruit, e.g. apples and pears",
+  "the capital, i.e. Paris",
+  "a sign for St. Louis Ave. and a bus",
+  "apples, pears, etc. in a bowl",
+  "Martin Luther King Jr. Boulevard",
+  "a page dated Sept. 3",
+  'a sign ("Mt. Rainier")',
+  "a store that opens at 9 a.m.",
+)
+
+
+@pytest.mark.parametrize("text", WHOLE)
+def test_an_abbreviation_ends_no_sentence(text):
+  assert wording.first_sentence(text) == text
+  assert wording.first_sentence(f" {text}. A dog") == text
+  if "," not in text:
+    assert wording.short_answer(text) == text
+  assert official.clean_caption(text) == text.split(".")[0]  # parity
+
+
+@pytest.mark.parametrize(
+  ("text", "sentence"),
+  [
+    ("a house on Main St. The sky is blue", "a house on Main St"),
+    ("No. It is red", "No"),
+    ("it opens at 9 a.m. The door is shut", "it opens at 9 a.m"),
+    ("apples etc. A bowl", "apples etc"),
+    ("a bottle of Dr. Pepper. a glass", "a bottle of Dr. Pepper"),
+    ("a best. friend", "a best"),
+    ("this is Dr.", "this is Dr"),
+    ("cats vs.", "cats vs"),
+  ],
+)
+def test_a_sentence_may_end_with_an_abbreviation(text, sentence):
+  assert wording.first_sentence(text) == sentence
+
+
 @pytest.mark.parametrize(
   ("text", "answer", "theirs"),
   [

@@ -1,4 +1,7 @@
 import fnmatch
+import http.server
+import threading
+import types
 
 import pytest
 
@@ -82,17 +85,20 @@ def calls(monkeypatch, tmp_path):
 
   calls = Calls()
 
-  def download(repo, allow_patterns, ignore_patterns):
+  def download(repo, allow_patterns, ignore_patterns, local_files_only):
+    assert local_files_only == (not calls.files)
     calls.append((repo, allow_patterns, ignore_patterns))
     return str(tmp_path)
 
-  def listed(self, repo):
+  def told(self, repo, timeout):
+    assert 0 < timeout <= 10
     if not calls.files:
       raise ConnectionError("no route to host")
-    return list(calls.files)
+    files = [types.SimpleNamespace(rfilename=name) for name in calls.files]
+    return types.SimpleNamespace(siblings=files)
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-  monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listed)
+  monkeypatch.setattr(huggingface_hub.HfApi, "model_info", told)
   return calls
 
 
@@ -135,11 +141,58 @@ def test_a_path_is_never_downloaded(monkeypatch, tmp_path):
       hub.resolve(wrong)
 
 
-def test_a_hub_that_cannot_be_reached_is_named(monkeypatch):
-  def fail(*args, **kwargs):
-    raise ConnectionError("no route to host")
+class Requests(http.server.BaseHTTPRequestHandler):
+  """Answers everything with one status, and counts."""
 
-  monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-  monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
-  with pytest.raises(errors.CheckpointError, match="no route to host"):
+  def do_GET(self):
+    self.server.asked.append(self.path)
+    if self.server.status:
+      self.send_response(self.server.status)
+      self.send_header("Content-Length", "0")
+      self.end_headers()
+    self.close_connection = True
+
+  do_HEAD = do_GET
+
+  def log_message(self, *unused):
+    pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+  """A hub on this machine, and an empty cache."""
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Requests)
+  server.asked, server.status = [], None
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  constants = huggingface_hub.constants
+  place = f"http://127.0.0.1:{server.server_port}"
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  monkeypatch.setattr(constants, "ENDPOINT", place)
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+  yield server
+  server.shutdown()
+  server.server_close()
+
+
+@pytest.mark.parametrize("status", [None, 404, 503])
+def test_a_hub_that_fails_is_asked_once_and_named_once(
+  server, status, capfd, caplog
+):
+  server.status = status  # None: the connection is cut
+  with pytest.raises(errors.CheckpointError) as caught:
     hub.resolve("owner/name")
+  asked = [path for path in server.asked if "owner" in path]
+  assert asked == ["/api/models/owner/name"]
+  said = str(caught.value)
+  assert "owner/name is no local path and could not be downloaded" in said
+  assert "the same command again" in said
+  assert (capfd.readouterr().err, caplog.records) == ("", [])
+
+
+def test_without_a_network_what_is_in_the_cache_is_taken(server, tmp_path):
+  folder = tmp_path / "hub/models--owner--name"
+  (folder / "snapshots/abc").mkdir(parents=True)
+  (folder / "refs").mkdir()
+  (folder / "refs/main").write_text("abc")
+  assert hub.resolve("owner/name") == folder / "snapshots/abc"

@@ -114,7 +114,9 @@ def test_it_comes_in_works_and_goes_back(source, checker, tmp_path):
     ({"vision_config": _TOWER | {"hidden_act": "gelu"}}, "quick_gelu"),
     ({"vision_config": _TOWER | {"patch_size": 5}}, "multiple of"),
     ({"vision_config": _TOWER | {"hidden_size": 64}}, "wrong shape"),
-    ({"projection_dim": "wide"}, "cannot be made"),
+    ({"projection_dim": "wide"}, "projection_dim is 'wide'"),
+    ({"vision_config": _TOWER | {"hidden_size": "32"}}, "hidden_size is '32'"),
+    ({"vision_config": _TOWER | {"num_hidden_layers": 1.5}}, "num_hidden_l"),
   ],
 )
 def test_another_network_is_refused(source, tmp_path, change, says):
@@ -123,6 +125,51 @@ def test_another_network_is_refused(source, tmp_path, change, says):
   with pytest.raises(errors.CheckpointError, match=says):
     importing.run(source, tmp_path / "model", quiet=True, only=["safety"])
   assert not (tmp_path / "model").exists()
+
+
+_CLIP = {
+  "crop_size": {"height": 32, "width": 32},
+  "do_center_crop": True,
+  "do_convert_rgb": True,
+  "image_mean": [0.48145466, 0.4578275, 0.40821073],
+  "image_std": [0.26862954, 0.26130258, 0.27577711],
+  "resample": 3,
+  "size": {"shortest_edge": 32},
+}
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {},
+    {"size": 32, "crop_size": 32},
+    {"image_mean": [0.5, 0.5, 0.5]},
+    {"image_std": "x"},
+    {"resample": 2},
+    {"size": {"shortest_edge": 64}},
+    {"do_center_crop": False},
+  ],
+)
+def test_pictures_are_prepared_as_the_checkpoint_says(tmp_path, change):
+  file = "feature_extractor/preprocessor_config.json"
+  (tmp_path / file).parent.mkdir()
+  (tmp_path / file).write_text(json.dumps(_CLIP | change))
+  check = lambda: safety_folder._check_pictures(tmp_path, file, 32)
+  if change in ({}, {"size": 32, "crop_size": 32}):
+    check()
+    return
+  (name,) = change
+  with pytest.raises(errors.CheckpointError, match=f"{name} is"):
+    check()
+
+
+def test_the_settings_beside_the_checker_are_read(source, tmp_path):
+  folder = source / "pixel_decoding" / "feature_extractor"
+  folder.mkdir()
+  said = json.dumps(_CLIP | {"resample": 2})
+  (folder / "preprocessor_config.json").write_text(said)
+  with pytest.raises(errors.CheckpointError, match="resample is 2"):
+    importing.run(source, tmp_path / "model", quiet=True, only=["safety"])
 
 
 def test_a_folder_without_files_says_what_is_missing(tmp_path):

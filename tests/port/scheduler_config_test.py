@@ -1,5 +1,6 @@
 """Scheduler files: DDIM's rules for fields, and errors that name them."""
 
+import inspect
 import json
 import os
 import pathlib
@@ -191,3 +192,38 @@ def test_both_folders_go_the_recorded_way(folder, scheduler):
   for ours, name in pairs:
     theirs = recorded[f"out_{name}"]
     assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max(), name
+
+
+@pytest.mark.parametrize(
+  ("field", "right", "wrong"),
+  [
+    ("use_flow_sigmas", False, True),
+    ("use_dynamic_shifting", False, True),
+    ("timestep_type", "discrete", "continuous"),
+    ("variance_type", "fixed_small", "learned_range"),
+    ("shift_terminal", None, 0.1),
+  ],
+)
+def test_steps_of_another_kind_of_model_are_refused(field, right, wrong):
+  assert _parse(**{field: right}) == _parse()
+  with pytest.raises(errors.CheckpointError, match=f"{field}={wrong!r}"):
+    _parse(**{field: wrong})
+
+
+def test_fields_that_no_scheduler_has_are_named(tmp_path):
+  file = tmp_path / scheduler_config.FILE
+  file.write_text(json.dumps(_FIELDS | {"mood": "good", "_x": 1}))
+  (note,) = scheduler_config.notes(tmp_path)
+  assert "mood='good'" in note
+  assert "_x" not in note
+
+
+def test_every_field_of_diffusers_schedulers_is_accounted_for(tmp_path):
+  diffusers = pytest.importorskip("diffusers")
+  for name in scheduler_config.CLASSES:
+    scheduler = getattr(diffusers, name).__init__
+    fields = inspect.signature(scheduler).parameters.values()
+    fields = {p.name: p.default for p in fields if p.default is not p.empty}
+    file = tmp_path / scheduler_config.FILE
+    file.write_text(json.dumps(fields, default=repr))
+    assert scheduler_config.notes(file) == [], name

@@ -31,6 +31,7 @@ def test_how_a_step_is_computed_may_change_and_what_it_does_may_not(tmp_path):
   cfg.compiler_options = {"xla_tpu_scoped_vmem_limit_kib": "16384"}
   cfg.model.llm.unroll += 1
   cfg.mesh.fsdp = 2
+  cfg.data.limit_share = 0.2  # what a run that stopped for it is told
   workdir.check(cfg, tmp_path)
   cfg.model.llm.depth += 1
   with pytest.raises(errors.ConfigError, match=r"model\.llm\.depth"):

@@ -39,7 +39,6 @@ class AutoencoderObjective(base.Objective):
         f" {self.vae.config.scale}, the pixels of a latent place. Change it, or"
         " the levels of model.vae.channels."
       )
-    self.frozen = {}
     self.use_images()
 
   def init(self, rng):

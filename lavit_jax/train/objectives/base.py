@@ -1,25 +1,37 @@
 """What every stage shares: its data, its held-out loop, its default hooks."""
 
+import functools
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import errors, files, hosts, sharding, vocabulary
-from lavit_jax.data import pipeline, sources
-from lavit_jax.train import optimizer, stored
+from lavit_jax import (
+  agreement,
+  checkpoints,
+  errors,
+  files,
+  fingerprints,
+  hosts,
+  sharding,
+  vocabulary,
+)
+from lavit_jax.data import contents, examples, pipeline, sources
+from lavit_jax.train import lora, optimizer, stored
+from lavit_jax.train import state as state_lib
 
 
 class Objective:
   """A stage: what is learned, from which batches, and how it is judged.
 
-  Subclasses set `part`, `best_metric`, `best_mode`, `frozen` and implement
-  `init`, `loss`, `batch_shapes` (abstract arrays of a global batch; of the
-  largest, if they differ), `held_out_metrics` and `export`. `frozen` is a tree
-  of arrays that the step takes as an argument and never differentiates. Made
-  of a `stored.Outline`, an objective has shapes in place of arrays and no
-  data: enough to compile its step.
+  Subclasses set `part`, `best_metric`, `best_mode` and implement `init`,
+  `loss`, `batch_shapes` (abstract arrays of a global batch; of the largest, if
+  they differ), `held_out_metrics` and `export`. What the step takes as an
+  argument and never differentiates, they describe: `frozen_shapes` says what
+  it looks like, `frozen_branches` where it lies. An objective itself holds no
+  weights. Made of a `stored.Outline` it has no data either: enough to compile
+  its step.
   """
 
   part: str
@@ -35,10 +47,11 @@ class Objective:
     self.last_phase = config.phases[config.schedule[-1]].to_dict()
 
   def labels(self, phase, params):
-    """Group of each parameter: the first matching prefix of `phase.train`.
+    """Group of each parameter: the longest matching prefix of `phase.train`.
 
-    `phase["train"]` maps a path prefix ("merger", "selector/head", "" for
-    everything) to a learning-rate group; what matches none is frozen.
+    `phase["train"]` maps the names with which a path begins ("merger",
+    "selector/head", "" for everything) to a learning-rate group; what matches
+    none is frozen. Names are whole: "llm" is not "llm_proj".
     """
     rules = sorted(dict(phase["train"]).items(), key=lambda kv: -len(kv[0]))
     used = set()
@@ -46,7 +59,7 @@ class Objective:
     def label(path, _):
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       for prefix, group in rules:
-        if prefix in ("", "all") or name.startswith(prefix):
+        if prefix in ("", "all") or f"{name}/".startswith(f"{prefix}/"):
           used.add(prefix)
           return group
       return optimizer.FROZEN
@@ -60,8 +73,62 @@ class Objective:
     return labels
 
   def frozen_shapes(self):
-    """`frozen` as shapes with logical axes, boxed; nothing by default."""
+    """The frozen networks, abstract and boxed; nothing by default."""
     return {}
+
+  def frozen_branches(self):
+    """Where each is read from: `branches.Branch`es; nothing by default."""
+    return {}
+
+  def load_frozen(self, layout=None):
+    """The frozen networks, each array read straight to where it belongs.
+
+    Args:
+      layout: shardings as of `frozen_shapes`; None: on one device.
+
+    Returns:
+      A tree as `frozen_shapes`, unboxed; abstract of a `stored.Outline`.
+
+    Raises:
+      errors.CheckpointError: what is stored is damaged or does not fit.
+    """
+    wanted = state_lib.unbox(self.frozen_shapes())
+    return self.stored.load(self.frozen_branches(), wanted, layout)
+
+  @property
+  def frozen(self):
+    """`load_frozen()`, read anew each time: for small models and tests."""
+    return self.load_frozen()
+
+  def load_start(self, branches, params):
+    """Some of the parameters as stored, laid out as those that are there.
+
+    Args:
+      branches: where some of the trees of `params` lie.
+      params: the run's parameters.
+    """
+    wanted = {name: params[name] for name in branches}
+    layout = jax.tree.map(lambda x: getattr(x, "sharding", None), wanted)
+    return self.stored.load(branches, wanted, layout)
+
+  def with_lora(self, branch, boxed, low, scale):
+    """A frozen network in float32 that does what it did with its LoRA.
+
+    It is read, changed and given back in the shares of the mesh on which its
+    LoRA lies.
+
+    Args:
+      branch: where the network lies.
+      boxed: its abstract parameters.
+      low: the LoRA, see `lora.init`, unboxed.
+      scale: alpha / rank.
+    """
+    wanted, layout = state_lib.unbox(boxed), None
+    place = getattr(jax.tree.leaves(low)[0], "sharding", None)
+    if isinstance(place, jax.sharding.NamedSharding):
+      layout = {"net": sharding.param_shardings(boxed, place.mesh)}
+    whole = self.stored.load({"net": branch}, {"net": wanted}, layout)["net"]
+    return lora.merge(whole, low, scale)
 
   def image_shapes(self, text_length=None):
     """`batch_shapes` of the batches that `use_images` makes."""
@@ -92,6 +159,46 @@ class Objective:
     """What the stage writes when it ends: {part: (params, meta)}."""
     return {self.part: self.export(params, state)}
 
+  def made_of(self) -> dict[str, str]:
+    """{name: fingerprint} of all that this run takes; see `provenance.of`.
+
+    Here its data; stages add the caches and the frozen weights they use.
+    """
+    return {
+      "train_data": contents.of(self.source),
+      "held_out_data": contents.of(self.held_out),
+    }
+
+  @functools.cached_property
+  def pictures_of(self) -> tuple[str, str]:
+    """What caches know the (train, held-out) pictures by."""
+    found = examples.fingerprint(self.source)
+    return found, examples.fingerprint(self.held_out)
+
+  def words_made_of(self) -> dict[str, str]:
+    """Fingerprints of model_dir's encoder and tokenizer, which fit together.
+
+    Raises:
+      errors.CheckpointError: the tokenizer was trained on another encoder.
+    """
+    folder = self.config.model_dir
+    found = {"encoder": fingerprints.of_part(folder, "encoder")}
+    told = checkpoints.read_meta(folder, "tokenizer").get("made_of", {})
+    agreement.settle(
+      agreement.prints(
+        told, found, "train the tokenizer again, or put its encoder back"
+      ),
+      agreement.accepted(self.config),
+      what=f"What the tokenizer of {folder} was trained on",
+      error=errors.CheckpointError,
+    )
+    return found | {"tokenizer": fingerprints.of_words(folder)}
+
+  def text_made_of(self) -> dict[str, str]:
+    """The fingerprint of model_dir's text tokenizer."""
+    path = files.place(self.config.model_dir) / "tokenizer.model"
+    return {"text_tokenizer": fingerprints.of_file(path)}
+
   def text_tokenizer(self) -> vocabulary.TextTokenizer:
     """The model directory's SentencePiece model, trained if there is none."""
     path = files.place(self.config.model_dir) / "tokenizer.model"
@@ -115,6 +222,7 @@ class Objective:
       seed=self.config.seed,
       tokenizer=text,
       text_length=text_length,
+      limit_share=self.config.data.limit_share,
     )
     self._train_data = make(self.source)
     self._held_out_data = make(self.held_out)

@@ -36,7 +36,6 @@ class EncoderObjective(base.Objective):
       embed_dim=config.model.embed_dim,
     )
     self.model = contrastive.Contrastive(self.model_config)
-    self.frozen = {}
     self.use_images(text=tokenizer, text_length=config.data.text_length)
 
   def init(self, rng):
@@ -51,6 +50,10 @@ class EncoderObjective(base.Objective):
       jnp.zeros((1, vit.num_patches), bool),
     )
     return variables["params"], {}
+
+  def made_of(self):
+    """Data and text tokenizer."""
+    return super().made_of() | self.text_made_of()
 
   def batch_shapes(self):
     """Pictures with captions."""

@@ -18,18 +18,26 @@ A phase has, beside what every phase has:
 
 import dataclasses
 import functools
-import json
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import checkpoints, errors
-from lavit_jax.data import bucket_rows, examples, latent_cache
+from lavit_jax import errors
+from lavit_jax.data import bucket_rows
 from lavit_jax.infer import latents, schedules
-from lavit_jax.models import unet, vae
-from lavit_jax.train import conditions, denoising, latent_parts, lora, shapes
+from lavit_jax.models import tokenizer, unet, vae
+from lavit_jax.train import (
+  branches,
+  caches,
+  conditions,
+  denoising,
+  latent_parts,
+  lora,
+  precision,
+  shapes,
+)
 from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base
 
@@ -56,20 +64,30 @@ class LatentsObjective(base.Objective):
     self.schedule = schedules.Schedule(**model.schedule.to_dict())
     self.lora_scale = model.lora.alpha / max(model.lora.rank, 1)
     self._check()
-    words = self.stored.words(config.model_dir, model.frozen_dtype)
-    self.tokenizer = words.model
-    self._told = self.stored.conditioner(
-      config.model_dir, self.kind, model.condition, model.frozen_dtype
-    )
-    self.vae, params = self.stored.autoencoder(
-      config.vae_from or config.start_from or config.model_dir, self.kind
-    )
-    self._vae_params = params
-    semantic = self.stored.cast(self._told.semantic, model.frozen_dtype)
-    self.frozen = words.frozen | {"semantic": semantic, "vae": params}
-    if model.lora.rank:
-      self.frozen["unet"] = self._frozen_unet()
+    self._use_networks()
+    if model.lora.rank and not self.stored.outline:
+      wanted = state_lib.unbox(shapes.denoiser(self.unet))
+      branches.check({"unet": self._start("unet")}, {"unet": wanted})
     self._use_buckets()
+
+  def _use_networks(self):
+    """The frozen ones, computed as the run says."""
+    config, where = self.config, self.config.model_dir
+    words = self.stored.words(where)
+    told = self.stored.conditioner(where, self.kind, config.model.condition)
+    semantic = told.model.config
+    where = config.vae_from or config.start_from or where
+    # As it is stored, and so to be written again.
+    self._vae_config = self.stored.autoencoder(where, self.kind)
+    self._vae_branch = branches.Branch(where, self.part, "vae")
+    made = {"encoder": words.vit, "tokenizer": words, "decoder": semantic}
+    made = precision.applied(config, **made, vae=self._vae_config)
+    self.tokenizer = tokenizer.DynamicVisualTokenizer(
+      dataclasses.replace(made["tokenizer"], vit=made["encoder"])
+    )
+    model = told.model.clone(config=made["decoder"])
+    self._told = dataclasses.replace(told, model=model)
+    self.vae = vae.AutoencoderKL(made["vae"])
 
   def _check(self):
     config = self.config
@@ -77,46 +95,19 @@ class LatentsObjective(base.Objective):
     for name in config.schedule:
       phase = config.phases[name]
       denoising.check(self.schedule, phase)
-      if phase.selection not in conditions.SELECTIONS:
-        raise errors.ConfigError(
-          f"phases.{name}.selection={phase.selection!r}: expected one of"
-          f" {conditions.SELECTIONS}."
-        )
+      conditions.check(name, phase)
       if phase.sample_latents and config.data.latents_dir:
         raise errors.ConfigError(
           f"phases.{name}.sample_latents=True draws anew each time, but"
           " data.latents_dir holds the same always. Change one of them."
         )
-    self.stored.check_start(config.start_from, self.part, self.unet.config)
-    if latent_parts.same_directory(config.start_from, config.model_dir):
-      raise errors.ConfigError(
-        f"start_from and model_dir are both {config.model_dir}: the result"
-        " would take the place of the weights it starts from. Give another"
-        " model_dir with encoder, tokenizer and semantic decoder."
-      )
-    low = config.model.lora
-    lacking = not (config.start_from or self.stored.outline)
-    if low.rank and (low.alpha <= 0 or lacking):
-      raise errors.ConfigError(
-        f"model.lora={low.to_dict()} changes a trained U-Net: it needs an"
-        " alpha above 0, and start_from, that U-Net's model directory. Set"
-        " model.lora.rank=0 to train the whole."
-      )
+    self.stored.check_start(config, self.unet.config, self.schedule)
+    starts = bool(config.start_from or self.stored.outline)
+    latent_parts.check_directories(config, starts=starts)
 
-  def _start(self, top, dtype="float32"):
-    """A branch of the part that the run starts from, or None."""
-    folder = self.config.start_from
-    return self.stored.branch(folder, self.part, top, dtype)
-
-  def _frozen_unet(self):
-    """The whole U-Net that a LoRA changes, checked to fit the config."""
-    found = self._start("unet", self.config.model.frozen_dtype)
-    boxed = jax.eval_shape(
-      functools.partial(latent_parts.init_unet, self.unet), jax.random.key(0)
-    )
-    where = self.config.start_from
-    base.check_same(where, state_lib.unbox(boxed), found or {}, "unet")
-    return found
+  def _start(self, top):
+    """A branch of the part that the run starts from."""
+    return branches.Branch(self.config.start_from, self.part, top)
 
   def _use_buckets(self):
     data, found = self.config.data, self.tokenizer.config.vit.image_size
@@ -135,16 +126,14 @@ class LatentsObjective(base.Objective):
 
   def _batches(self, source, seed):
     """Batches of a source: the endless ones with a seed, else once each."""
-    data = self.config.data
-    training, stored = seed is not None, None
-    where = data.latents_dir if training else data.held_out_latents_dir
-    if where:
-      stored = latent_cache.LatentCache.load(
-        where,
-        source=examples.fingerprint(source),
-        vae=latent_parts.fingerprint(self._vae_params, self.vae.config),
-        buckets=data.buckets,
-      )
+    data, training = self.config.data, seed is not None
+    stored = caches.latents(
+      data,
+      training,
+      self.pictures_of,
+      self._vae_config,
+      lambda: latent_parts.read_tree(self._vae_branch),
+    )
     return bucket_rows.batches(
       source,
       data.buckets,
@@ -152,7 +141,14 @@ class LatentsObjective(base.Objective):
       seed=seed,
       crop=data.crop if training else "center",
       latents=stored,
+      limit_share=data.limit_share,
     )
+
+  def made_of(self):
+    """Data, caches, all that is frozen."""
+    found = super().made_of() | self.words_made_of()
+    found |= latent_parts.made_of(self.config, self._told.meta is not None)
+    return found | caches.made_of_latents(self.config.data)
 
   def init(self, rng):
     """Boxed parameters; extra: their exponential mean and its updates."""
@@ -195,6 +191,19 @@ class LatentsObjective(base.Objective):
       made["unet"] = shapes.denoiser(self.unet, dtype)
     return made
 
+  def frozen_branches(self):
+    """Where they are: see `_use_networks`."""
+    where = self.config.model_dir
+    made = {
+      "encoder": branches.Branch(where, "encoder"),
+      "tokenizer": branches.Branch(where, "tokenizer"),
+      "semantic": self._told.semantic,
+      "vae": self._vae_branch,
+    }
+    if self.config.model.lora.rank:
+      made["unet"] = self._start("unet")
+    return made
+
   def batch_shapes(self):
     """Pictures of the largest bucket."""
     data, count = self.config.data, self.config.batch_size
@@ -218,20 +227,20 @@ class LatentsObjective(base.Objective):
     if phase.start:
       return state.params, state.extra
     start, folder = {}, self.config.start_from
-    if self._told.projection is not None:
-      start["projection"] = self._told.projection
     if folder and not self.config.model.lora.rank:
-      start["unet"] = self._start("unet")
+      start["unet"] = latent_parts.read_tree(self._start("unet"))
       if self.unet.config.scan and start["unet"] is not None:
         start["unet"] = unet.stacked(start["unet"])
     if folder and self.kind == "lowres":
-      uncond = self._start("uncond")
+      uncond = latent_parts.read_tree(self._start("uncond"))
       if uncond is not None:  # [1, U, D] officially
         start["uncond"] = uncond.reshape(-1, uncond.shape[-1])
     start = {k: v for k, v in start.items() if v is not None}
     for name, theirs in start.items():
-      where = self.config.model_dir if name == "projection" else folder
-      base.check_same(where, state.params[name], theirs, name)
+      base.check_same(folder, state.params[name], theirs, name)
+    if self._told.projection is not None:
+      found = {"projection": self._told.projection}
+      start |= self.load_start(found, state.params)
     params = state.params | start
     return params, denoising.start_ema(params)
 
@@ -359,13 +368,16 @@ class LatentsObjective(base.Objective):
     ema = state["ema"]
     net = ema["unet"]
     if self.config.model.lora.rank:
-      net = lora.merge(self._start("unet"), net, self.lora_scale)
-    tree = {"unet": unet.unstacked(net), "vae": self._vae_params}
+      boxed = shapes.denoiser(self.unet)
+      net = self.with_lora(self._start("unet"), boxed, net, self.lora_scale)
+    tree = {"unet": unet.unstacked(net)}
+    tree["vae"] = latent_parts.read_tree(self._vae_branch)
     if self.kind == "lowres":
       tree["uncond"] = ema["uncond"][None]  # [1, U, D], as officially
     made = {self.part: (tree, self._meta())}
     if self._told.meta is None or self._trains("projection"):
-      semantic = {"decoder": self._told.semantic} | ema["projection"]
+      own = latent_parts.read_tree(self._told.semantic)
+      semantic = {"decoder": own} | ema["projection"]
       model = self._told.model
       meta = self._told.meta or latent_parts.conditioner_meta(self.kind, model)
       made[self.kind] = (semantic, meta)
@@ -380,15 +392,10 @@ class LatentsObjective(base.Objective):
     )
 
   def _meta(self):
-    """The meta of the part with the U-Net, its port notes kept if they fit."""
+    """The meta of the part with the U-Net."""
     meta = {
       "unet": dataclasses.asdict(self.unet.config) | {"scan": False},
-      "vae": dataclasses.asdict(self.vae.config),
+      "vae": dataclasses.asdict(self._vae_config),
       "schedule": dataclasses.asdict(self.schedule),
     }
-    if folder := self.config.start_from:
-      theirs = checkpoints.read_meta(folder, self.part)
-      same = json.loads(json.dumps(meta["schedule"]))
-      if "port" in theirs and theirs.get("schedule") == same:
-        meta["port"] = theirs["port"]
-    return meta
+    return latent_parts.with_port(meta, self.config.start_from, self.part)

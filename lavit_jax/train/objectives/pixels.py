@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from lavit_jax import errors
 from lavit_jax.infer import schedules
 from lavit_jax.models import pixels, tokenizer
-from lavit_jax.train import conditions, denoising, shapes
+from lavit_jax.train import (
+  branches,
+  conditions,
+  denoising,
+  precision,
+  shapes,
+)
 from lavit_jax.train.objectives import base
 
 
@@ -31,12 +37,12 @@ class PixelsObjective(base.Objective):
 
   def __init__(self, config, where=None):
     super().__init__(config, where)
-    encoder = self.stored.part(config.model_dir, "encoder")
-    stage1 = self.stored.part(config.model_dir, "tokenizer")
-    self.tokenizer_config = tokenizer.config_from_dict(stage1.meta["tokenizer"])
+    words = self.stored.words(config.model_dir)
+    made = precision.applied(config, encoder=words.vit, tokenizer=words)
+    self.tokenizer_config = dataclasses.replace(
+      made["tokenizer"], vit=made["encoder"]
+    )
     self.tokenizer = tokenizer.DynamicVisualTokenizer(self.tokenizer_config)
-    variables = {k: stage1.params[k] for k in ("params", "codebook")}
-    self.frozen = {"encoder": encoder.params, "tokenizer": variables}
     self.decoder_config = pixels.PixelDecoderConfig(
       **config.model.pixels.to_dict()
     )
@@ -61,6 +67,10 @@ class PixelsObjective(base.Objective):
         )
     denoising.check(self.schedule, self.last_phase)
 
+  def made_of(self):
+    """Data, encoder and tokenizer."""
+    return super().made_of() | self.words_made_of()
+
   def init(self, rng):
     """Boxed parameters; extra: their exponential mean and its updates."""
     config = self.decoder_config
@@ -79,6 +89,14 @@ class PixelsObjective(base.Objective):
     config = self.tokenizer_config
     words = shapes.words(config)
     return {"encoder": shapes.encoder(config.vit), "tokenizer": words}
+
+  def frozen_branches(self):
+    """Encoder and tokenizer."""
+    where = self.config.model_dir
+    return {
+      "encoder": branches.Branch(where, "encoder"),
+      "tokenizer": branches.Branch(where, "tokenizer"),
+    }
 
   def batch_shapes(self):
     """Pictures alone."""

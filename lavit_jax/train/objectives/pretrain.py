@@ -17,10 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import checkpoints, errors, files, images, vocabulary
-from lavit_jax.data import cache, pipeline
+from lavit_jax import (
+  agreement,
+  checkpoints,
+  errors,
+  files,
+  fingerprints,
+  images,
+  vocabulary,
+)
+from lavit_jax.data import pipeline
 from lavit_jax.models import llama, tokenizer, unified
-from lavit_jax.train import lora, losses, shapes
+from lavit_jax.train import branches, caches, lora, losses, precision, shapes
 from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base
 
@@ -34,10 +42,11 @@ class PretrainObjective(base.Objective):
 
   def __init__(self, config, where=None):
     super().__init__(config, where)
-    dtype = config.model.get("frozen_dtype", "float32")
-    encoder = self.stored.part(config.model_dir, "encoder", dtype=dtype)
-    stage1 = self.stored.part(config.model_dir, "tokenizer")
-    self.tokenizer_config = tokenizer.config_from_dict(stage1.meta["tokenizer"])
+    words = self.stored.words(config.model_dir)
+    made = precision.applied(config, encoder=words.vit, merger=words.merger)
+    self.tokenizer_config = dataclasses.replace(
+      words, vit=made["encoder"], merger=made["merger"]
+    )
     self.text = None if self.stored.outline else self.text_tokenizer()
     self.vocabulary = vocabulary.Vocabulary(
       text_size=self.text.size if self.text else config.assumed.text_size,
@@ -46,17 +55,15 @@ class PretrainObjective(base.Objective):
     self.llama_config = llama.LlamaConfig(
       **config.model.llm.to_dict() | {"vocab_size": self.vocabulary.size}
     )
+    self._check_start()
     self.capacity = self._use_caches()
     self.model = unified.UnifiedModel(
       self.llama_config, self.tokenizer_config, self.capacity
     )
-    # Only what the continuous branch starts from; ids come from the cache.
-    self.frozen = {"encoder": encoder.params}
-    self._merger = stage1.params["params"]["merger"]
     self.lora = dict(config.model.get("lora", {"rank": 0, "alpha": 0.0}))
     self.lora_scale = self.lora["alpha"] / max(self.lora["rank"], 1)
     if self.lora["rank"]:
-      self.frozen["llm"] = self._frozen_llm()
+      self._check_llm()
     self.batch_examples = config.batch_size
     if not self.stored.outline:
       self._use_rows()
@@ -66,16 +73,53 @@ class PretrainObjective(base.Objective):
     config = self.config
     if self.stored.outline:
       return config.assumed.capacity
-    folders = (config.data.cache_dir, config.data.held_out_cache_dir)
-    self._caches = tuple(cache.CodeCache.load(folder) for folder in folders)
+    self._caches = caches.codes(
+      config, (self.source, self.held_out), self.pictures_of
+    )
     return int(max(c.counts.max() for c in self._caches))
 
-  def _frozen_llm(self):
-    """The LLM of config.start_from that a LoRA changes."""
-    folder, dtype = self.config.start_from, self.config.model.frozen_dtype
-    wanted = shapes.llm(self.llama_config, dtype)
+  def made_of(self):
+    """Data, caches, text tokenizer, encoder, tokenizer; under LoRA the LLM."""
+    found = super().made_of() | self.words_made_of() | self.text_made_of()
+    train, held_out = self._caches
+    found |= {
+      "train_cache": train.fingerprint(),
+      "held_out_cache": held_out.fingerprint(),
+    }
+    if self.lora["rank"]:
+      folder = self.config.start_from
+      found["llm"] = fingerprints.of_part(folder, self.part, "llm")
+    return found
+
+  def _check_start(self):
+    """Whether weights of config.start_from mean under this config what there.
+
+    Raises:
+      errors.ConfigError: a field of the network differs.
+    """
+    folder = self.config.start_from
+    if self.stored.outline or not folder:
+      return
+    if self.part not in checkpoints.parts_in(folder):
+      return  # said where it is read; a run that goes on need not have it
+    meta = checkpoints.read_meta(folder, self.part)
+    if "llama" not in meta:
+      return  # shapes are all that can be compared
+    theirs = llama.LlamaConfig(**meta["llama"])
+    agreement.settle(
+      # Rotary positions have no table: max_len is no property of weights.
+      agreement.fields(
+        theirs, self.llama_config, "model.llm.", ("max_len", "vocab_size")
+      ),
+      agreement.accepted(self.config),
+      what=f"The {self.part} of start_from={folder}",
+    )
+
+  def _check_llm(self):
+    """Whether config.start_from has the LLM that a LoRA is to change."""
+    folder = self.config.start_from
     if self.stored.outline:
-      return state_lib.unbox(wanted)
+      return
     if not folder or self.lora["alpha"] <= 0:
       raise errors.ConfigError(
         f"model.lora={self.lora} changes a trained LLM: it needs an alpha above"
@@ -83,9 +127,11 @@ class PretrainObjective(base.Objective):
         " to train the whole."
       )
     self._check_same_words(folder)
-    found = self.stored.branch(folder, self.part, "llm", dtype)
-    base.check_same(folder, state_lib.unbox(wanted), found, "llm")
-    return found
+    wanted = state_lib.unbox(shapes.llm(self.llama_config))
+    branches.check({"llm": self._stored_llm()}, {"llm": wanted})
+
+  def _stored_llm(self):
+    return branches.Branch(self.config.start_from, self.part, "llm")
 
   def frozen_shapes(self):
     """The encoder; under LoRA the LLM too."""
@@ -93,6 +139,13 @@ class PretrainObjective(base.Objective):
     made = {"encoder": shapes.encoder(self.tokenizer_config.vit, dtype)}
     if self.lora["rank"]:
       made["llm"] = shapes.llm(self.llama_config, dtype)
+    return made
+
+  def frozen_branches(self):
+    """The encoder; under LoRA the LLM too. Ids come from the cache."""
+    made = {"encoder": branches.Branch(self.config.model_dir, "encoder")}
+    if self.lora["rank"]:
+      made["llm"] = self._stored_llm()
     return made
 
   def batch_shapes(self):
@@ -125,6 +178,7 @@ class PretrainObjective(base.Objective):
       seed=self.config.seed,
       batch_size=self.config.batch_size,
       window=data.window,
+      limit_share=data.limit_share,
     )
     self._train_data = make(self.source, self._caches[0])
     self._held_out_data = make(self.held_out, self._caches[1])
@@ -147,32 +201,25 @@ class PretrainObjective(base.Objective):
     if self.lora["rank"]:
       llm = params.pop("llm")
       rank, targets = self.lora["rank"], lora.LLAMA
-      params["lora"] = lora.init(rng, llm, rank, targets)
+      # A key of its own: the LLM's keys draw merger and projection.
+      key = jax.random.fold_in(rng, 1)
+      params["lora"] = lora.init(key, llm, rank, targets)
     return params, {}
 
   def begin_phase(self, phase, state, frozen, batch_at):
     """Starts from the LLM of config.start_from, or stage 1's merger alone."""
     if phase.start:
       return state.params, state.extra
-    start = {"merger": self._merger}
-    folder = self.config.start_from
+    where, folder = self.config.model_dir, self.config.start_from
+    start = {"merger": branches.Branch(where, "tokenizer", "params/merger")}
     if folder:
       self._check_same_words(folder)
       # A plain LLaMA brings no merger: stage 1's stays.
-      start |= self._start(folder, state.params)
-    for name, theirs in start.items():
-      ours = state.params.get(name, {})
-      base.check_same(folder or self.config.model_dir, ours, theirs, name)
-    return state.params | start, state.extra
-
-  def _start(self, folder, params):
-    """The part of a model directory that training goes on from, laid out."""
-    if self.lora["rank"]:  # the LLM itself is frozen
-      names = ("merger", "projection")
-      found = {n: self.stored.branch(folder, self.part, n) for n in names}
-      return {name: tree for name, tree in found.items() if tree is not None}
-    layout = jax.tree.map(lambda x: x.sharding, params)
-    return checkpoints.load_part(folder, self.part, layout=layout).params
+      names = ("merger", "projection", "llm")[: 2 if self.lora["rank"] else 3]
+      theirs = {n: branches.Branch(folder, self.part, n) for n in names}
+      start |= {n: b for n, b in theirs.items() if branches.is_there(b)}
+    found = self.load_start(start, state.params)
+    return state.params | found, state.extra
 
   def _check_same_words(self, folder):
     """Raises CheckpointError unless its text ids mean what ours mean."""
@@ -262,9 +309,9 @@ class PretrainObjective(base.Objective):
     }
     params = nn.meta.unbox(params)
     if self.lora["rank"]:
-      whole = self.stored.branch(self.config.start_from, self.part, "llm")
-      low = params.pop("lora")
-      params["llm"] = lora.merge(whole, low, self.lora_scale)
+      boxed, low = shapes.llm(self.llama_config), params.pop("lora")
+      where = self._stored_llm()
+      params["llm"] = self.with_lora(where, boxed, low, self.lora_scale)
     return params, meta
 
 

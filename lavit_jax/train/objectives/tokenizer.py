@@ -17,9 +17,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lavit_jax import errors, images
-from lavit_jax.models import quantizer, selector, tokenizer
-from lavit_jax.train import losses, shapes
+from lavit_jax import errors, fingerprints, images
+from lavit_jax.models import quantizer, selector, tokenizer, vision
+from lavit_jax.train import branches, losses, precision, shapes
 from lavit_jax.train.objectives import base
 
 MASKS = ("random", "gumbel", "sampled", "expected")
@@ -34,13 +34,13 @@ class TokenizerObjective(base.Objective):
 
   def __init__(self, config, where=None):
     super().__init__(config, where)
-    dtype = config.model.get("frozen_dtype", "float32")
-    encoder = self.stored.part(config.model_dir, "encoder", dtype=dtype)
+    meta = self.stored.meta(config.model_dir, "encoder")
+    vit = vision.ViTConfig(**meta["vit"])
+    vit = precision.applied(config, encoder=vit)["encoder"]
     self.model_config = tokenizer.config_from_dict(
-      config.model.tokenizer.to_dict() | {"vit": encoder.meta["vit"]}
+      config.model.tokenizer.to_dict() | {"vit": vit}
     )
     self.model = tokenizer.DynamicVisualTokenizer(self.model_config)
-    self.frozen = {"encoder": encoder.params}
     self.use_images()
 
   def init(self, rng):
@@ -63,6 +63,15 @@ class TokenizerObjective(base.Objective):
     """The encoder."""
     dtype = self.config.model.get("frozen_dtype", "float32")
     return {"encoder": shapes.encoder(self.model_config.vit, dtype)}
+
+  def made_of(self):
+    """Data and encoder."""
+    encoder = fingerprints.of_part(self.config.model_dir, "encoder")
+    return super().made_of() | {"encoder": encoder}
+
+  def frozen_branches(self):
+    """The encoder."""
+    return {"encoder": branches.Branch(self.config.model_dir, "encoder")}
 
   def batch_shapes(self):
     """Pictures alone."""

@@ -363,6 +363,11 @@ _WRONG = {
     errors.ConfigError,
     "freq_shift",
   ),
+  "other prediction": (
+    {"model__schedule__prediction": "velocity"},
+    errors.ConfigError,
+    r"schedule\.prediction is 'epsilon' there, 'velocity' here",
+  ),
   "alpha": (
     {"model__lora": {"rank": 2, "alpha": 0.0}},
     errors.ConfigError,

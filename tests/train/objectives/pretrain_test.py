@@ -1,5 +1,6 @@
 """The pretrain stage."""
 
+import dataclasses
 import shutil
 
 import flax.linen as nn
@@ -8,7 +9,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from lavit_jax import checkpoints, errors, vocabulary
+from lavit_jax import agreement, checkpoints, errors, vocabulary
+from lavit_jax.models import llama
 from lavit_jax.train import loop, objectives
 from lavit_jax.train.objectives import pretrain
 from tests import micro
@@ -148,3 +150,44 @@ def test_a_lora_without_an_llm_to_change_is_an_error(micro_runs):
   cfg.start_from = ""
   with pytest.raises(errors.ConfigError, match="start_from"):
     objectives.build(cfg)
+
+
+_FIELDS = {
+  "rope_theta": dict(rope_theta=1e6),
+  "norm_eps": dict(norm_eps=1e-6),
+  "num_heads": dict(num_heads=4, num_kv_heads=4),
+  "num_kv_heads": dict(num_kv_heads=1),
+  "depth": dict(depth=2),
+  "mlp_dim": dict(mlp_dim=48),
+}
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("name", _FIELDS)
+def test_a_start_is_held_to_the_fields_it_was_trained_with(
+  name, rank, micro_runs
+):
+  cfg = _lora(micro_runs)
+  cfg.model.lora.rank = rank
+  cfg.model.llm.update(_FIELDS[name])
+  meta = checkpoints.read_meta(micro_runs / "model", "llm")["llama"]
+  with pytest.raises(errors.ConfigError) as caught:
+    objectives.build(cfg)
+  assert f"model.llm.{name} is {meta[name]} there" in str(caught.value)
+  assert f"give --config.model.llm.{name}={meta[name]}" in str(caught.value)
+
+
+def test_a_longer_reach_of_rotary_positions_can_be_meant(micro_runs, caplog):
+  cfg = _lora(micro_runs)
+  cfg.model.llm.rope_theta, cfg.accept = 1e6, "model.llm.rope_theta"
+  cfg.model.llm.update(max_len=2048, remat="full", unroll=1)
+  objective = objectives.build(cfg)
+  assert objective.llama_config.rope_theta == 1e6
+  assert "model.llm.rope_theta is 10000.0 there" in caplog.text
+
+
+def test_every_field_of_the_llm_is_compared_or_known_to_be_free():
+  """A new field must be put on one side or the other."""
+  free = {*agreement.COMPUTED, "max_len", "vocab_size", "width"}
+  names = {field.name for field in dataclasses.fields(llama.LlamaConfig)}
+  assert names == free | set(_FIELDS)

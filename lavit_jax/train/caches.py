@@ -1,0 +1,106 @@
+"""The caches of a run, held to its data and to the networks that made them."""
+
+from lavit_jax import agreement, errors, fingerprints, hosts
+from lavit_jax.data import cache, latent_cache, sources
+from lavit_jax.train import latent_parts
+
+
+def codes(config, pictures, prints) -> tuple[cache.CodeCache, cache.CodeCache]:
+  """The caches of training and held-out pictures.
+
+  Args:
+    config: of a run of stage pretrain; `accept` may name train_cache.source,
+      train_cache.tokenizer, and likewise of held_out_cache.
+    pictures: its (train, held-out) sources.
+    prints: their `examples.fingerprint`s.
+
+  Raises:
+    errors.DataError: there is none, or it is of other pictures, or by another
+      tokenizer than model_dir's: its codes would be those of something else.
+  """
+  data = config.data
+  # Of the tokenizer the first process alone reads all: one that fails is
+  # enough.
+  words = fingerprints.of_words(config.model_dir) if hosts.first() else None
+  found = []
+  for split, folder, source, print_ in zip(
+    ("train", "held_out"),
+    (data.cache_dir, data.held_out_cache_dir),
+    pictures,
+    prints,
+    strict=True,
+  ):
+    made = cache.CodeCache.load(folder)
+    told = {
+      "source": (print_, sources.describe(data, split, source)),
+      "tokenizer": (words, str(config.model_dir)),
+    }
+    _check(config, f"{split}_cache", made, told, folder, split)
+    found.append(made)
+  return tuple(found)
+
+
+def latents(data, training: bool, prints, vae, read):
+  """The latent cache of training or held-out pictures; None without one.
+
+  Args:
+    data: config.data of a run of stage latents.
+    training: of which of them.
+    prints: their (train, held-out) `examples.fingerprint`s.
+    vae: the VaeConfig of the autoencoder.
+    read: gives its weights; called where there is a cache.
+
+  Raises:
+    errors.DataError: there is none where config.data says, or it is of other
+      pictures, another autoencoder or other buckets.
+  """
+  folder = data.latents_dir if training else data.held_out_latents_dir
+  if not folder:
+    return None
+  return latent_cache.LatentCache.load(
+    folder,
+    source=prints[not training],
+    vae=latent_parts.fingerprint(read(), vae),
+    buckets=data.buckets,
+  )
+
+
+def made_of_latents(data) -> dict[str, str]:
+  """Fingerprints of the latent caches that config.data names."""
+  folders = {
+    "train_cache": data.latents_dir,
+    "held_out_cache": data.held_out_latents_dir,
+  }
+  return {
+    name: latent_cache.LatentCache.load(folder).fingerprint()
+    for name, folder in folders.items()
+    if folder
+  }
+
+
+def _check(config, name, made, told, folder, split):
+  """Compares what a cache was made of with (fingerprint, words) of a run's."""
+  theirs = {
+    "source": (made.meta.source, made.meta.data),
+    "tokenizer": (made.meta.tokenizer, made.meta.model),
+  }
+  way_out = (
+    f"write it again for this run: lavit tokenize --model {config.model_dir}"
+    f" --data … --out {folder} --split {split}, once it is deleted"
+  )
+  differ = [
+    agreement.Difference(
+      f"{name}.{kind}",
+      cache.known_as(*theirs[kind]),
+      cache.known_as(*ours),
+      way_out,
+    )
+    for kind, ours in told.items()
+    if ours[0] is not None and ours[0] != theirs[kind][0]
+  ]
+  agreement.settle(
+    differ,
+    agreement.accepted(config),
+    what=f"The code cache {folder}",
+    error=errors.DataError,
+  )
