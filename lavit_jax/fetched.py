@@ -38,7 +38,7 @@ def folder(path, names: Sequence[str]) -> pathlib.Path:
     return pathlib.Path(path)
   place = files.path_of(path)
   with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-    found = list(pool.map(lambda name: _information(place / name), names))
+    found = list(pool.map(lambda name: version(place / name), names))
     digest = hashlib.sha256(repr([os.fspath(place), *names, found]).encode())
     target = _root() / digest.hexdigest()[:32]
     target.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def _system(path):
   return fsspec.core.url_to_fs(os.fspath(path))
 
 
-def _information(path: epath.Path) -> dict[str, str]:
+def version(path: epath.Path) -> dict[str, str]:
   """Size and version of an object."""
   system, name = _system(path)
   found = system.info(name)

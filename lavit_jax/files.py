@@ -3,6 +3,7 @@
 Whole files are there at once or not at all in both. Logs: `log_files.py`.
 """
 
+import io
 import os
 import pathlib
 
@@ -46,6 +47,13 @@ def path_of(path) -> epath.Path:
 def place(path) -> pathlib.Path | epath.Path:
   """What the user gave, to read from: a pathlib.Path, or of an object store."""
   return path_of(path) if is_remote(path) else pathlib.Path(path)
+
+
+def same(a, b) -> bool:
+  """Whether two paths, not empty, mean one folder."""
+  found = [os.fspath(path or "").rstrip("/") for path in (a, b)]
+  whole = [p if is_remote(p) else os.path.realpath(p) for p in found]
+  return all(found) and whole[0] == whole[1]
 
 
 def require_local(path, what: str) -> None:
@@ -92,6 +100,12 @@ def check_arrays_folder(path, *, write: bool) -> None:
       " Give a folder without these characters"
       + ("." if write else ", or rename this one.")
     )
+
+
+def open_bytes(path) -> io.BufferedReader:
+  """Opens a file to read, with `peek`, which object stores' files lack."""
+  file = place(path).open("rb")
+  return file if hasattr(file, "peek") else io.BufferedReader(file)
 
 
 def write_whole(path: epath.Path, data: bytes) -> None:

@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from lavit_jax import checkpoints, files
+from lavit_jax import checkpoints, fetched, files
 
 _DIGITS = 32
 
@@ -55,9 +55,10 @@ def _digest(directory, parts):
 def _stamp(directory, name):
   """What changes when a part is written anew."""
   checkpoints.read_meta(directory, name)  # or it says what is missing
-  found = (files.place(directory) / name / "part.json").stat()
-  if files.is_remote(directory):
-    return found.mtime, found.length
+  path = files.place(directory) / name / "part.json"
+  if files.is_remote(path):
+    return tuple(fetched.version(path).items())
+  found = path.stat()
   return found.st_mtime_ns, found.st_ino, found.st_size
 
 

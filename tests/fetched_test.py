@@ -11,10 +11,18 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from lavit_jax import checkpoints, cli, errors, fetched, images, vocabulary
-from lavit_jax.data import cache, jsonl, latent_cache
+from lavit_jax import (
+  checkpoints,
+  cli,
+  errors,
+  fetched,
+  files,
+  fingerprints,
+  images,
+  vocabulary,
+)
+from lavit_jax.data import cache, contents, jsonl, latent_cache
 from lavit_jax.infer import pipeline
-from lavit_jax.train import latent_parts
 from tests.train import fake_gcs
 
 
@@ -49,11 +57,14 @@ def test_a_part_is_written_replaced_and_read(store):
 
 def test_the_shipped_model_is_used_from_the_store(store):
   tiny = pathlib.Path(str(importlib.resources.files("lavit_jax")))
-  fake_gcs.upload(store, tiny / "weights/tiny", "gs://bucket/tiny")
+  tiny /= "weights/tiny"
+  fake_gcs.upload(store, tiny, "gs://bucket/tiny")
   here, there = pipeline.LaVIT.load(), pipeline.LaVIT.load("gs://bucket/tiny")
   told = there.info()
   assert told.pop("directory") == "gs://bucket/tiny"
   assert told.items() <= here.info().items()
+  of = fingerprints.of_part
+  assert of("gs://bucket/tiny", "tokenizer") == of(tiny, "tokenizer")
   assert there.text.encode("a red circle") == here.text.encode("a red circle")
   with pytest.raises(errors.CheckpointError, match="no model directory"):
     pipeline.LaVIT.load("gs://bucket/nothing")
@@ -159,6 +170,7 @@ def test_lines_and_their_pictures_are_read(store, tmp_path):
   fake_gcs.upload(store, tmp_path, "gs://bucket/some data")
   here = jsonl.JsonlSource(tmp_path / "my.jsonl", 8)
   there = jsonl.JsonlSource("gs://bucket/some data/my.jsonl", 8)
+  assert contents.of(there) == contents.of(here)
   for i in range(4):
     np.testing.assert_array_equal(there.image(i), here.image(i))
     assert there.image_key(i) == here.image_key(i)
@@ -178,10 +190,12 @@ def test_a_text_tokenizer_is_written_and_read(store):
 
 
 def test_one_directory_is_known_by_two_names():
-  same = latent_parts.same_directory
+  same = files.same
   assert same("gs://bucket/a", "gs://bucket/a/")
   assert not same("gs://bucket/a", "gs://bucket/b")
   assert not same("", "gs://bucket/b")
+  assert same("a/../b/", "b")
+  assert not same(None, "")
 
 
 @pytest.mark.parametrize(

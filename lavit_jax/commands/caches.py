@@ -5,13 +5,17 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lavit_jax import errors
+from lavit_jax import errors, files
 
 SPLITS = ("train", "held_out")
 
 
 def check_out(out: str, split: str | None) -> None:
-  """Raises UsageError where --out is a cache, but is to hold two of them."""
+  """Raises UsageError where --out is a cache, but is to hold two of them.
+
+  And where it is in an object store: caches are written to a disk.
+  """
+  files.require_local(out, "a cache")
   begun = [pathlib.Path(out) / "meta.json", pathlib.Path(f"{out}.partial")]
   if split is None and any(path.exists() for path in begun):
     raise errors.UsageError(

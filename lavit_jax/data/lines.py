@@ -5,13 +5,12 @@ Read: one JSON object a line, or one JSON array of objects; either gzipped.
 
 import codecs
 import gzip
-import io
 import json
 import math
 import re
 import zlib
 
-from lavit_jax import errors
+from lavit_jax import errors, files
 
 _LONGEST = 64 << 20  # bytes of a line, characters of an array's item
 _CHUNK = 1 << 20  # bytes read at once of an array
@@ -45,7 +44,7 @@ def rows(path):
       cut off or broken, as nothing behind the fault can be found.
   """
   try:
-    with _opened(path) as plain:
+    with files.open_bytes(path) as plain:
       packed = plain.peek(2)[:2] == b"\x1f\x8b"
       file = gzip.GzipFile(fileobj=plain) if packed else plain
       start = file.peek(4096)[:4096]
@@ -60,12 +59,6 @@ def rows(path):
     raise errors.DataError(
       f"{path} cannot be read ({error.strerror}); {_EXPECTED}."
     ) from error
-
-
-def _opened(path):
-  """A file to be read that can be looked into ahead, also of a store."""
-  file = path.open("rb")
-  return file if hasattr(file, "peek") else io.BufferedReader(file)
 
 
 def _check(path, start):

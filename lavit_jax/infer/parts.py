@@ -50,7 +50,7 @@ def text_tokenizer(directory) -> vocabulary.TextTokenizer:
     errors.LavitError: there is none, or the LLM was trained on another: its
       ids would be other words.
   """
-  path = pathlib.Path(directory) / "tokenizer.model"
+  path = files.place(directory) / "tokenizer.model"
   text = vocabulary.TextTokenizer.load(path)
   if "llm" not in checkpoints.parts_in(directory):
     return text

@@ -41,6 +41,7 @@ def write_caches(
   Raises:
     errors.LavitError: as of `write_cache`.
   """
+  files.require_local(out, "a code cache")
   tokenizer = _load(model)
   config = _data_config(data, tokenizer.image_size, held_out, fields)
   both = dict(zip(_SPLITS, sources.pair(config), strict=True))
@@ -86,6 +87,7 @@ def write_cache(
   Returns:
     `pictures`, `bad`, `mean_tokens`, `out`.
   """
+  files.require_local(out, "a code cache")
   tokenizer = _load(model)
   config = _data_config(data, tokenizer.image_size, held_out, fields)
   source = sources.build(config, split)
@@ -111,7 +113,6 @@ def _load(model) -> visual.VisualTokenizer:
 
 def _write(model, tokenizer, source, out, *, split, told, limit_share, quiet):
   """The cache of one source; its summary."""
-  files.require_local(out, "a code cache")
   meta = cache.Meta(
     source=examples.fingerprint(source),
     tokenizer=fingerprints.of_words(model),

@@ -11,8 +11,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import pathlib
 from typing import Any
 
 import jax
@@ -383,7 +381,7 @@ def check_directories(config, *, starts: bool) -> None:
   Raises:
     errors.ConfigError: not so.
   """
-  if same_directory(config.start_from, config.model_dir):
+  if files.same(config.start_from, config.model_dir):
     raise errors.ConfigError(
       f"start_from and model_dir are both {config.model_dir}: the result"
       " would take the place of the weights it starts from. Give another"
@@ -396,16 +394,3 @@ def check_directories(config, *, starts: bool) -> None:
       " alpha above 0, and start_from, that U-Net's model directory. Set"
       " model.lora.rank=0 to train the whole."
     )
-
-
-def same_directory(a, b) -> bool:
-  """Whether two paths, not empty, mean one directory."""
-  paths = [_resolved(p) if p else None for p in (a, b)]
-  return None not in paths and paths[0] == paths[1]
-
-
-def _resolved(path):
-  """One form of all that mean the same."""
-  if files.is_remote(path):
-    return os.fspath(path).rstrip("/")
-  return pathlib.Path(path).resolve()
