@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 
 from lavit_jax import checkpoints, errors, vocabulary
-from lavit_jax.train import loop, objectives, run_checkpoints, writers
+from lavit_jax.train import (
+  averages,
+  loop,
+  objectives,
+  run_checkpoints,
+  writers,
+)
 from lavit_jax.train import phases as phases_lib
 from tests import micro
 
@@ -213,6 +219,58 @@ def test_an_unknown_phase_and_stage_are_named():
   cfg.stage = "dance"
   with pytest.raises(errors.ConfigError, match="dance"):
     objectives.build(cfg)
+
+
+class _Number:
+  """A number on a device: notes which steps had begun when it was read."""
+
+  def __init__(self, value, step, began, read):
+    self._value, self._step = value, step
+    self._began, self._read = began, read
+
+  def __array__(self, *unused, **settings):
+    self._read.setdefault(self._step, len(self._began))
+    return np.asarray(self._value, np.float32)
+
+  def __float__(self):
+    return float(self.__array__())
+
+
+def test_a_step_is_read_when_the_next_has_begun_and_means_are_weighted(
+  micro_runs, tmp_path, monkeypatch
+):
+  """Of seven steps, logged by threes, with 1, 2, 3 ... targets each."""
+  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  began, read = [], {}
+
+  def step(state, frozen, batch):
+    number = len(began)
+    began.append(number)
+    made = lambda value: _Number(value, number, began, read)
+    count = number + 1
+    metrics = {
+      "loss": averages.mean(made(count * 10.0 * number), made(count)),
+      "grad_norm": averages.mean(made(1.0), made(1.0)),
+      "tokens": averages.Sum(made(count)),
+      "visual_loss": averages.mean(made(0.0), made(0.0)),
+    }
+    return state.replace(step=state.step + 1), metrics
+
+  monkeypatch.setattr(loop.program, "step", lambda *args: step)
+  cfg = micro.config("pretrain", root, phases__train__steps=9, log__every=3)
+  cfg.checkpoint.every = 100
+  loop.train(cfg, root / "run", stop_at=7, quiet=True)
+  due = {2, 5, 6}  # logged, or the last
+  assert read == {k: k + 1 if k in due else k + 2 for k in range(7)}
+  rows = writers.read_json_lines(root / "run" / "metrics.jsonl")
+  found = {row["step"]: row for row in rows if "loss" in row}
+  mean = lambda steps: (
+    sum(10 * k * (k + 1) for k in steps) / sum(k + 1 for k in steps)
+  )
+  assert found[3]["loss"] == pytest.approx(mean([0, 1, 2]))
+  assert found[6]["loss"] == pytest.approx(mean([3, 4, 5]))
+  assert [found[step]["tokens"] for step in (3, 6, 7)] == [6, 15, 7]
+  assert all("visual_loss" not in row for row in rows)  # there was none
 
 
 def test_unknown_model_fields_name_the_nearest(micro_runs, tmp_path):

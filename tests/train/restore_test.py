@@ -14,6 +14,8 @@ from lavit_jax.train import (
   loop,
   nonfinite,
   objectives,
+  optimizer,
+  phases,
   position,
   run_checkpoints,
   writers,
@@ -138,6 +140,9 @@ def test_a_digest_does_not_depend_on_how_rows_are_shared():
   assert total(swapped) != total(batch)
 
 
+_EIGHT = {"phases__train__steps": 8, "log__every": 1}
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
   """Makes losses NaN where a batch has one of the rows that are set."""
@@ -155,7 +160,7 @@ def poisoned(monkeypatch):
 
 
 def _train(root, name, **nonfinite_fields):
-  cfg = micro.config("pretrain", root, phases__train__steps=8, log__every=1)
+  cfg = micro.config("pretrain", root, **_EIGHT)
   if nonfinite_fields:
     cfg.nonfinite = nonfinite_fields
   with micro.devices(1):
@@ -177,6 +182,10 @@ def test_a_bad_step_is_skipped_and_counted(micro_runs, tmp_path, poisoned):
   assert [step for step, count in skipped.items() if count] == [6, 7]
   losses = _metrics(work)
   assert losses[6] is None
+  rates = list(_metrics(work, "learning_rate").values())
+  (phase,) = phases.phases_of(micro.config("pretrain", root, **_EIGHT))
+  used = optimizer.schedule(phase)(np.array([0, 1, 2, 3, 4, 5, 5, 5]))
+  np.testing.assert_allclose(rates, used, rtol=1e-5)
   assert np.isfinite(losses[8])
   before, after = _params(work, 6), _params(work, 8)
   leaves = jax.tree.leaves(after)
