@@ -95,6 +95,7 @@ class _Run:
     )
     self.watch = nonfinite.Watch(nonfinite.policy_of(config), config.stage)
     self.position = position.Position(config.batch_size)
+    self.state = None
     self.writer = None
     self.hashes = None
     self.meter = None
@@ -120,24 +121,26 @@ class _Run:
     last = self.phases[-1].stop
     self.made_of = provenance.of(self.objective)
     with sharding.use(self.mesh):
-      state = self._first_state()
+      self.state = self._first_state()
       self.frozen = self.objective.load_frozen(
         sharding.param_shardings(self.objective.frozen_shapes(), self.mesh)
       )
-      step = int(state.step)
+      step = int(self.state.step)
       self._open_logs(step)
       end = last if stop_at is None else min(stop_at, last)
       while step < end:
-        phase = next(p for p in self.phases if step < p.stop)
+        phase, bad = next(p for p in self.phases if step < p.stop), None
         try:
-          state = self._train_phase(phase, state, end)
-        except nonfinite.RollBack as bad:
-          state = self._roll_back(bad.step)
-        step = int(state.step)
+          self.state = self._train_phase(phase, end)
+        except nonfinite.RollBack as found:
+          bad = found.step  # and its frames let their arrays go
+        if bad is not None:
+          self.state = self._roll_back(bad)
+        step = int(self.state.step)
       if step == last:
         if not self.evaluated:
-          self.evaluated = self._evaluate(step, state)
-        self._export(state)
+          self.evaluated = self._evaluate(step, self.state)
+        self._export(self.state)
     return self.evaluated
 
   def _first_state(self):
@@ -212,7 +215,9 @@ class _Run:
     """A global batch, of what this process has read of it."""
     return sharding.put_batch(batch, self.mesh, self.config.batch_size)
 
-  def _train_phase(self, phase, state, end):
+  def _train_phase(self, phase, end):
+    # Nothing else holds the state: what a phase replaces of it is let go.
+    state, self.state = self.state, None
     state = self._begin_phase(phase, state)
     labels = self.objective.labels(phase, state.params)
     tx = optimizer.make(self.config.optimizer, phase, labels, self._boxed())
