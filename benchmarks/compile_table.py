@@ -163,7 +163,11 @@ def compiled(row: Row) -> dict:
       check=False,
     )
     if not made.stdout:
-      sys.exit(f"{row}: lavit compile failed; see above.")
+      sys.exit(
+        f"{row}: lavit compile ended with status {made.returncode}; see above."
+        " -9: killed, most likely for want of memory. Rows that are done are"
+        " kept: give the same command again."
+      )
     found = json.loads(made.stdout)
     reports = found if row.phases else [found]
     text = hlo_file.read_text() if hlo_file.exists() else ""
