@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax import errors
+from lavit_jax import errors, sharding
 from lavit_jax.train import accumulation, averages, optimizer
 from lavit_jax.train import state as state_lib
 from tests.train import latent_micro, outlines, stubs
+from tests.train import parts as parts_lib
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,57 +64,27 @@ def _step(objective, phase, case, parts):
   return jax.device_get(jax.jit(made)(state, case.frozen, case.batch)[0])
 
 
-def _assert_same(a, b, tolerance=2e-5):
-  """Trees are close, on the scale of each leaf or 1e-4 of the largest."""
-  largest = lambda x: float(np.abs(x).max(initial=0))
-  floor = 1e-4 * max(map(largest, jax.tree.leaves(b)), default=0)
-
-  def close(path, a, b):
-    name = jax.tree_util.keystr(path)
-    scale = tolerance * max(largest(b), floor)
-    np.testing.assert_allclose(a, b, atol=scale, rtol=1e-5, err_msg=name)
-
-  jax.tree_util.tree_map_with_path(close, a, b)
-
-
-def assert_parts_are_the_whole(objective, phase, case):
-  """Gradients, every metric, mean weights, codebook, revival, moments."""
-  one, four = (_outcome(objective, phase, case, parts) for parts in (1, 4))
-  assert any(np.abs(x).max() > 0 for x in jax.tree.leaves(one[0]))
-  assert set(four[2]) == set(one[2]) >= {"loss"}
-  _assert_same(four[0], one[0])
-  _assert_same(four[1], one[1])
-  for name in one[2]:  # each on a scale of its own
-    _assert_same(four[2][name], one[2][name])
-  return one[1:]
-
-
-def _outcome(objective, phase, case, parts):
-  """(gradients, new state, metrics)."""
-  made = accumulation.value_and_grad(objective, phase, parts)
-
-  @jax.jit
-  def run(params, frozen, extra, batch):
-    merge = lambda trainable: optimizer.merge(trainable, params)
-    trainable = optimizer.select(params, objective.labels(phase, params))
-    (loss, (seen, metrics)), grads = made(
-      merge, trainable, frozen, extra, batch, jax.random.key(5)
-    )
-    extra, more = objective.update_extra(phase, extra, seen, params)
-    return grads, extra, metrics | more | {"value": loss}
-
-  return jax.device_get(run(*case.args))
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_parts_are_the_whole_batch_in_every_stage(name):
   objective, phase = CASES[name]()
   case = outlines.Case(objective)
-  extra, metrics = assert_parts_are_the_whole(objective, phase, case)
+  extra, metrics = parts_lib.assert_parts_are_the_whole(objective, phase, case)
   if phase.get("quantize"):
     assert 3 < averages.value(metrics["codes_revived"]) < stubs.CODES
     before, after = case.extra["codebook"], extra["codebook"]
     assert (after["counts"] != before["counts"]).mean() > 0.5
+
+
+def test_parts_on_eight_devices_are_the_whole_batch_on_one():
+  """Rows of parts are split over devices, and so is what is random."""
+  objective, phase = _tokenizer("gumbel", **_CODES)
+  case = outlines.Case(objective, 16)
+  one = parts_lib.outcome(objective, phase, case, 1)
+  mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
+  with sharding.use(mesh):
+    case.batch = sharding.put_batch(case.batch, mesh)
+    eight = parts_lib.outcome(objective, phase, case, 2)
+  parts_lib.assert_outcomes_same(eight, one)
 
 
 def test_mean_weights_move_once_a_step_and_after_the_update():
@@ -137,7 +108,7 @@ def test_parts_hold_a_part_of_the_activations():
   size = lambda made: made.memory_analysis().temp_size_in_bytes
   assert size(eight) < 0.4 * size(one), (size(eight), size(one))
   one, eight = (jax.device_get(f(*case.args, *args)) for f in (one, eight))
-  _assert_same(eight, one)
+  parts_lib.assert_same(eight, one)
 
 
 def _lower(objective, phase, case, parts):

@@ -11,6 +11,7 @@ import numpy as np
 
 from lavit_jax import images
 from lavit_jax.models import layers, merger, quantizer, vision
+from lavit_jax.train import denoising
 from tests.train import outlines
 
 WIDTH = 8
@@ -111,6 +112,30 @@ def _denoise(params, z, t, told, drop):
   return z * params["z"][0] + (told + 1e-3 * wide(t)) * params["told"][0]
 
 
+def _denoise_latents(params, z, t, *, condition, **rest):
+  told = condition
+  for name in sorted(rest):
+    if name != "condition_mask":
+      told = told + rest[name].reshape(len(z), -1).mean(1)[:, None, None]
+  never = jnp.zeros(len(z), bool)
+  return _denoise(params, z, t, told, never)
+
+
+def with_small_unet(objective):
+  """The objective of stage `latents`, its U-Net one of two numbers."""
+  real = objective.init
+  params = _boxed(z=(1,), told=(1,))
+
+  def init(rng):
+    made, _ = real(rng)
+    made = made | {"unet": params}
+    return made, denoising.start_ema(made)
+
+  objective.init = init
+  objective.unet = _Latents(objective.unet)
+  return objective
+
+
 def pixels(**updates):
   """The objective of stage `pixels` with a U-Net of two numbers."""
   objective = outlines.build("pixels", **updates)
@@ -148,6 +173,14 @@ def _language(params, tokens, *, features, slot, **rest):
   llm = params["llm"]
   hidden = jnp.take(llm["embedding"], tokens, axis=0)
   return jnp.where(slot >= 0, read, 1.0)[..., None] * hidden
+
+
+class _Latents(_Apply):
+  """In place of a U-Net: `config` and `init` stay."""
+
+  def __init__(self, net):
+    super().__init__(_denoise_latents)
+    self.config, self.init = net.config, net.init
 
 
 class _WithLora(_Apply):

@@ -26,7 +26,7 @@ from lavit_jax.train import (
 from lavit_jax.train import phases as phases_lib
 from lavit_jax.train import state as state_lib
 from tests import micro
-from tests.train import latent_micro
+from tests.train import latent_micro, outlines, parts, stubs
 
 PHOTOS = pathlib.Path(__file__).parents[2] / "data_files" / "coco"
 _LORA = {
@@ -199,7 +199,7 @@ def _one_step(objective, phase, first, sizes, count):
     state = jax.device_put(first, layout)
     labels = objective.labels(phase, state.params)
     # Plain gradient steps: Adam's would turn rounding into whole steps.
-    tx = optax.sgd(0.1)
+    tx = optax.sgd(lambda _: 0.1)
     state = state.replace(opt_state=tx.init(state.params))
     frozen = jax.device_put(objective.frozen, sharding.replicated(mesh))
     step = jax.jit(state_lib.make_step(objective, phase, labels, tx))
@@ -236,6 +236,18 @@ def test_eight_devices_update_as_one_does(kind, request):
     eight, split = _one_step(objective, phase, first, mesh, 8)
     assert split, "no parameter was sharded"
     jax.tree_util.tree_map_with_path(close, one, eight)
+
+
+@pytest.mark.parametrize("kind", ["lowres", "highres"])
+def test_parts_are_the_whole_batch(kind, source, tmp_path):
+  """Latents, the selection and noise are drawn; mean weights move once."""
+  settings = {"sample_latents": True, "selection": "sampled", "draws": 2}
+  updates = {f"phases__train__{name}": x for name, x in settings.items()}
+  objective, phase = _whole(kind, source, tmp_path, **updates)
+  case = outlines.Case(stubs.with_small_unet(objective))
+  extra, metrics = parts.assert_parts_are_the_whole(objective, phase, case)
+  assert extra["updates"] == 1
+  assert metrics["loss"].count == 2 * case.batch["valid"].sum()
 
 
 def test_the_kind_of_sdxl_draws_and_is_written_as_imported(source, tmp_path):
