@@ -18,31 +18,24 @@ _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 _DTYPES = ("bfloat16", "float16")
 _HEAD_DIM = 128  # the widest; on GPUs before Hopper for every shape
 _HEAD_STEP = 8
+_STEP = 2  # in which rows must be long, or their gradient is refused
 _LEAST = 128  # places of a row from which it is worth a kernel
 
 
-def fits(
-  query: jax.Array, key: jax.Array, *, causal: bool, masked: bool
-) -> bool:
+def fits(query: jax.Array, key: jax.Array, *, causal: bool) -> bool:
   """Whether cuDNN takes float[B, L, H, Dh] and float[B, M, G, Dh].
 
   Args:
     query: float[B, L, H, Dh].
     key: float[B, M, G, Dh].
     causal: whether places are compared; then L = M.
-    masked: whether there are segment ids.
   """
   length, keys, dim = query.shape[1], key.shape[1], query.shape[3]
-  parts = attention_mesh.ways()[1]
-  masked = masked or (causal and parts > 1)
   return (
     _has_cudnn()
     and attention_mesh.divides(query)
     and min(length, keys) >= _LEAST
     and (length == keys or not causal)
-    and length % parts == 0
-    and keys % parts == 0
-    and not (masked and (length // parts % 2 or keys % 2))  # its gradient
     and query.dtype == key.dtype
     and query.dtype.name in _DTYPES
     and dim <= _HEAD_DIM
@@ -70,8 +63,16 @@ def attend(
   Returns:
     float[B, L, H, Dh] of the query's dtype; zeros where a query sees no key.
   """
-  form = functools.partial(_form, causal)
-  return attention_mesh.attend(form, query, key, value, segments)
+  step = attention_mesh.ways()[1] * _STEP
+  length = query.shape[1]
+  lengths = [-(-n // step) * step for n in (length, key.shape[1])]
+  out = attention_mesh.attend(
+    functools.partial(_form, causal),
+    *attention_mesh.fill(query, key, value, segments, lengths, causal=causal),
+  )[:, :length]
+  if segments is None or causal:  # each query sees a key, itself at least
+    return out
+  return jnp.where(attention_mesh.blind(segments), 0, out)
 
 
 def _form(causal, query, key, value, segments, part, constants):
@@ -82,7 +83,7 @@ def _form(causal, query, key, value, segments, part, constants):
   if causal and not alone:
     order = attention_mesh.causal(query.shape[1], key.shape[1], part)
     seen = order if seen is None else seen & order
-  out = jax.nn.dot_product_attention(
+  return jax.nn.dot_product_attention(
     query,
     key,
     value,
@@ -91,10 +92,6 @@ def _form(causal, query, key, value, segments, part, constants):
     is_causal=alone,
     implementation="cudnn",
   )
-  if segments is None or causal:  # each query sees a key, itself at least
-    return out
-  some = seen.any(-1)[:, 0, :, None, None]  # [B, L, 1, 1]
-  return jnp.where(some, out, 0)
 
 
 def _has_cudnn() -> bool:

@@ -79,6 +79,42 @@ def fits(query: jax.Array, key: jax.Array) -> bool:
   )
 
 
+def fill(query, key, value, segments, lengths, *, causal: bool):
+  """Rows filled up with places that no place of theirs sees.
+
+  Args:
+    query: float[B, L, H, Dh].
+    key: float[B, M, G, Dh].
+    value: float[B, M, G, Dh].
+    segments: int[B, L] and int[B, M], at least 0, or None.
+    lengths: L and M to come.
+    causal: keys that come last are then not seen, segments or not.
+
+  Returns:
+    The same four, of the new lengths; segments where they are now needed.
+  """
+  (batch, length), keys = query.shape[:2], key.shape[1]
+  if segments is None and not causal and lengths[1] > keys:
+    segments = tuple(jnp.zeros((batch, n), jnp.int32) for n in (length, keys))
+  if segments is not None:
+    segments = tuple(map(_pad, segments, lengths, (-2, -1)))
+  key, value = (_pad(x, lengths[1]) for x in (key, value))
+  return _pad(query, lengths[0]), key, value, segments
+
+
+def _pad(x, length, value=0):
+  """[B, L, ...] filled up with a value to [B, length, ...]."""
+  if x.shape[1] == length:
+    return x
+  widths = [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+  return jnp.pad(x, widths, constant_values=value)
+
+
+def blind(segments: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """bool[B, L, 1, 1]: the queries whose segment has no key."""
+  return ~same(segments).any(-1)[:, 0, :, None, None]
+
+
 def attend(
   form: Callable,
   query: jax.Array,

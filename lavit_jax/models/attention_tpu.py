@@ -33,18 +33,14 @@ _ENOUGH = 512
 _MOST_FUSED = 4
 
 
-def fits(
-  query: jax.Array, key: jax.Array, *, causal: bool, masked: bool = False
-) -> bool:
+def fits(query: jax.Array, key: jax.Array, *, causal: bool) -> bool:
   """Whether the kernel takes float[B, L, H, Dh] and float[B, M, G, Dh].
 
   Args:
     query: float[B, L, H, Dh].
     key: float[B, M, G, Dh].
     causal: whether places are compared; then L = M.
-    masked: whether there are segment ids: it takes both.
   """
-  del masked
   least, most = _HEAD_DIMS
   length, keys = query.shape[1], key.shape[1]
   return (
@@ -78,29 +74,19 @@ def attend(
     float[B, L, H, Dh] of the query's dtype; zeros where a query sees no key.
   """
   _, parts, ways = attention_mesh.ways()
-  (batch, length, heads, dim), keys = query.shape, key.shape[1]
-  queries, places = _padded(length, parts), _padded(keys, parts)
-  some = None
-  if segments is not None and not causal:
-    some = attention_mesh.same(segments).any(-1)[:, 0, :, None, None]
-  if places > keys and not causal and segments is None:
-    segments = jnp.zeros((batch, length), int), jnp.zeros((batch, keys), int)
-  if segments is not None:
-    segments = _pad(segments[0], queries, -2), _pad(segments[1], places, -1)
-  trade = causal and parts > 1 and queries // parts % (2 * _LANES) == 0
-  kernel = _kernel(
-    heads // ways, dim, (queries, places), parts, causal, trade, interpret
-  )
+  length, heads, dim = query.shape[1:]
+  lengths = _padded(length, parts), _padded(key.shape[1], parts)
+  trade = causal and parts > 1 and lengths[0] // parts % (2 * _LANES) == 0
+  kernel = _kernel(heads // ways, dim, lengths, parts, causal, trade, interpret)
   out = attention_mesh.attend(
     functools.partial(_form, trade),
-    _pad(query, queries),
-    _pad(key, places),
-    _pad(value, places),
-    segments,
+    *attention_mesh.fill(query, key, value, segments, lengths, causal=causal),
     kernel,
     functools.partial(_specs, kernel, causal),
   )[:, :length]
-  return out if some is None else jnp.where(some, out, 0)
+  if segments is None or causal:  # each query sees a key, itself at least
+    return out
+  return jnp.where(attention_mesh.blind(segments), 0, out)
 
 
 def _specs(kernel, causal, axis):
@@ -149,14 +135,6 @@ def _padded(length, parts):
   own = -(-length // parts)
   step = _LANES if own <= 2 * _ENOUGH else _ENOUGH
   return -(-own // step) * step * parts
-
-
-def _pad(x, length, value=0):
-  """[B, L, ...] filled up with a value to [B, length, ...]."""
-  if x.shape[1] == length:
-    return x
-  widths = [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
-  return jnp.pad(x, widths, constant_values=value)
 
 
 def block_sizes(length: int, keys: int, dim: int = 128) -> splash.BlockSizes:

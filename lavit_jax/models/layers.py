@@ -106,18 +106,17 @@ def attention(
   query = query * query.shape[-1] ** -0.5
   if policy is None and attention_forms.is_of_keys(mask, causal, segment_ids):
     segments = attention_forms.segments(query, key, mask, segment_ids)
-    form = _form(query, key, causal, segments is not None)
-    if form is not None:
+    if form := _form(query, key, causal):
       return form(query, key, value, segments)
   seen = attention_forms.combine(query, key, mask, causal, segment_ids)
   return attention_forms.attend(query, key, value, seen, policy, policy_eps)
 
 
-def _form(query, key, causal, masked):
+def _form(query, key, causal):
   """The form that the current mesh asks for, None: einsums of whole arrays."""
   platform = attention_mesh.platform()
   kernel = _KERNELS.get(platform)
-  if kernel and kernel.fits(query, key, causal=causal, masked=masked):
+  if kernel and kernel.fits(query, key, causal=causal):
     return functools.partial(kernel.attend, causal=causal)
   if kernel and min(query.shape[1], key.shape[1]) >= _LONG:
     shapes = (query.shape, key.shape, query.dtype.name)
