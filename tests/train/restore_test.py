@@ -20,6 +20,7 @@ from lavit_jax.train import (
   run_checkpoints,
   writers,
 )
+from lavit_jax.train.objectives import pretrain
 from tests import micro
 from tests.train import latent_micro
 
@@ -147,7 +148,7 @@ _EIGHT = {"phases__train__steps": 8, "log__every": 1}
 def poisoned(monkeypatch):
   """Makes losses NaN where a batch has one of the rows that are set."""
   bad: set[int] = set()
-  real = objectives.pretrain.PretrainObjective.sums
+  real = pretrain.PretrainObjective.sums
 
   def sums(self, phase, params, frozen, state, batch, draws):
     made, seen = real(self, phase, params, frozen, state, batch, draws)
@@ -155,7 +156,7 @@ def poisoned(monkeypatch):
     hit = (batch["row"][:, None] == rows).any()
     return made | {"nll": jnp.where(hit, jnp.nan, made["nll"])}, seen
 
-  monkeypatch.setattr(objectives.pretrain.PretrainObjective, "sums", sums)
+  monkeypatch.setattr(pretrain.PretrainObjective, "sums", sums)
   return bad
 
 

@@ -105,7 +105,7 @@ class _Apply:
     return self.function(variables["params"], *args, **kwargs)
 
 
-def _denoise(params, z, t, told, drop):
+def _denoise(params, z, t, told, drop=False):
   """Depends on all that it is given."""
   wide = lambda x: x.reshape(-1, *(1,) * (z.ndim - 1))
   told = wide(jnp.where(drop, 0.0, told.mean((1, 2))))
@@ -117,8 +117,7 @@ def _denoise_latents(params, z, t, *, condition, **rest):
   for name in sorted(rest):
     if name != "condition_mask":
       told = told + rest[name].reshape(len(z), -1).mean(1)[:, None, None]
-  never = jnp.zeros(len(z), bool)
-  return _denoise(params, z, t, told, never)
+  return _denoise(params, z, t, told)
 
 
 def with_small_unet(objective):
