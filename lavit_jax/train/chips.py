@@ -24,7 +24,7 @@ network: one axis, of which each way has half of the "NVLink bandwidth" (600 and
 900 GB/s). DCN is a DGX's: 8 cards of 200 or 400 Gbit/s for 8 devices.
 
 Not held against their sources again: what ICI gives in use, ICI and DCN of v4,
-`die_links` of TPU7x (its page tells of six times a link), and the GPUs.
+`die_links` of TPU7x (six times a link, from memory), and the GPUs.
 """
 
 import dataclasses
