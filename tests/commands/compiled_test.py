@@ -81,8 +81,12 @@ print(float(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8))).sum()))
 print(sum(name.endswith("cache_hits") for name in hits))
 """
   env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
-  env.pop("JAX_COMPILATION_CACHE_DIR", None)
-  env.pop("JAX_ENABLE_COMPILATION_CACHE", None)
+  for name in (
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_ENABLE_COMPILATION_CACHE",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+  ):
+    env.pop(name, None)
   said = [
     subprocess.run(
       [sys.executable, "-c", program],
