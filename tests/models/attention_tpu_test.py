@@ -268,7 +268,7 @@ def test_full_size_attention_for_v5e_holds_no_logits(net, length, width):
   with sharding.use(mesh):
     rows = sharding.batch_sharding(mesh)
     x = jax.ShapeDtypeStruct((8, length, width), jnp.bfloat16, sharding=rows)
-    boxed = jax.eval_shape(lambda: net.init(jax.random.key(0), x))
+    boxed = jax.eval_shape(lambda x: net.init(jax.random.key(0), x), x)
     variables = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       state_lib.unbox(boxed),
