@@ -83,7 +83,7 @@ def test_guidance_steps_sizes_and_solver_are_heeded(lavit, drawn):
 
 
 def test_the_solver_is_heeded(lavit):
-  """Of four steps: of two DPM-Solver++ takes the first as DDIM, and the last."""
+  """Of four steps: of two, DPM-Solver++ takes both as DDIM does."""
   draw = lambda solver: _arrays(
     lavit.draw_codes(CODES[:1], seed=3, steps=4, solver=solver)
   )
