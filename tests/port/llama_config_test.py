@@ -144,7 +144,8 @@ def test_what_changes_the_network_is_refused_by_value(
 
 
 def test_a_window_that_is_not_used_is_no_window(tmp_path):
-  read(tmp_path, sliding_window=16, use_sliding_window=False)
+  found = read(tmp_path, sliding_window=16, use_sliding_window=False)
+  assert found.fields == read(tmp_path).fields
 
 
 def test_fields_that_nobody_knows_are_named_in_a_note(tmp_path):
