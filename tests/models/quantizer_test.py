@@ -262,6 +262,25 @@ def test_a_device_holds_its_own_vectors_and_a_block_of_distances(monkeypatch):
   assert largest == 65 * 5, "all codes; no distances to all, not all vectors"
 
 
+def test_vectors_for_dead_codes_are_sent_by_who_has_them():
+  """A step's candidates: no device gets all vectors of the batch."""
+  mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
+  rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+  z = unit(jax.random.key(1), 96, 5)
+  order = jax.random.permutation(jax.random.key(2), 96) + 1
+  weights = jax.random.bernoulli(jax.random.key(3), 0.8, (96,)) * 1.0
+  run = jax.jit(lambda *args: quantizer.candidates(*args, 7))
+  spread = jax.device_put((z, order, weights), rows)
+  with sharding.use(mesh):
+    made = run.lower(*spread).compile()
+    found = made(*spread)
+  picked = np.argsort(-np.asarray(order * weights))[:7]
+  np.testing.assert_allclose(found["vectors"], z[picked], rtol=1e-6)
+  arrays = executed.arrays(hlo.read(made.as_text()))
+  largest = max(math.prod(dims) for kind, dims in arrays if kind == "f32")
+  assert largest < 96 * 5
+
+
 def test_no_array_of_kmeans_at_full_size_is_vectors_by_codes():
   """Four batches of 2,048 pictures, 192 words each, and 16,384 codes."""
   config = quantizer.LAVIT_7B

@@ -134,3 +134,12 @@ def test_an_llm_speaks_with_the_words_it_was_trained_with(micro_runs, tmp_path):
   train(sentences, words, 350)
   with pytest.raises(errors.CheckpointError, match="350 pieces"):
     _text_of(root)
+
+
+@pytest.mark.parametrize("stage", ["encoder", "pretrain"])
+def test_a_text_tokenizer_of_another_size_is_not_taken(stage, micro_runs):
+  cfg = micro.config(stage, micro_runs, data__text_vocab=300)
+  with pytest.raises(
+    errors.ConfigError, match=r"has 400 pieces.*data\.text_vocab is 300"
+  ):
+    objectives.build(cfg)

@@ -265,7 +265,16 @@ class Objective:
         sentences, path, self.config.data.text_vocab
       )
     hosts.barrier("lavit_text_tokenizer")
-    return vocabulary.TextTokenizer.load(path)
+    tokenizer = vocabulary.TextTokenizer.load(path)
+    wanted = self.config.data.get("text_vocab")
+    if wanted not in (None, tokenizer.size):
+      raise errors.ConfigError(
+        f"{path} has {tokenizer.size} pieces, and data.text_vocab is"
+        f" {wanted}. The model's other parts may know that tokenizer, so it is"
+        f" not made anew: set data.text_vocab={tokenizer.size}, or begin with"
+        " another model_dir."
+      )
+    return tokenizer
 
   def use_images(self, text=None, text_length=None):
     """Batches of pictures (and captions) from the sources of config.data."""
