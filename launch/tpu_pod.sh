@@ -252,6 +252,9 @@ check_code() {
   # What says that two runs are the same run.
   KEY=$(printf '%s\0' "$CONFIG" "$WORKDIR" "${VARIABLES[@]}" \
     ${OVERRIDES[@]+"${OVERRIDES[@]}"} | git hash-object --stdin | cut -c1-12)
+  # What is installed for it: the versions are those of the workdir's run.
+  INSTALLED=$REVISION.$(printf '%s' "$WORKDIR" | git hash-object --stdin |
+    cut -c1-12)
 }
 
 # The same builders, printed: what a first run does, in order.

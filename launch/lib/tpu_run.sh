@@ -3,8 +3,8 @@
 # What launch/tpu_pod.sh does on the hosts of a TPU that is READY, through
 # lib/worker.sh over there: look, install, start, follow, and decide.
 #
-# Reads what lib/tpu.sh reads, and KEY REVISION CONFIG WORKDIR VARIABLES[]
-# OVERRIDES[] DELETE_AT_END.
+# Reads what lib/tpu.sh reads, and KEY REVISION INSTALLED CONFIG WORKDIR
+# VARIABLES[] OVERRIDES[] DELETE_AT_END.
 # The commands for the hosts; each is one string for the shell over there.
 WORKER_PATH=launch/lib/worker.sh
 WORKER_SH=lavit/code/$WORKER_PATH
@@ -19,7 +19,7 @@ archive_command() {
 setup_command() {
   printf '%s' "rm -rf lavit/new && mkdir -p lavit/new &&\
  tar -xzf lavit-code.tar.gz -C lavit/new &&\
- bash lavit/new/$WORKER_PATH setup $(quote "$REVISION" "$WORKDIR")"
+ bash lavit/new/$WORKER_PATH setup $(quote "$INSTALLED" "$WORKDIR")"
 }
 
 # Each attempt has a number of its own, so that its start can be repeated.
@@ -34,7 +34,8 @@ start_command() {
 }
 
 # survey: what every host says. Sets HOSTS, RUNNING (this run), OTHER (another
-# run), READY (hosts that have this code), STOPPED (on request) and, if no host
+# run), READY (hosts that have
+# this code and the versions of this workdir), STOPPED (on request) and, if no host
 # is running, STATUS_OF_ALL, the one that decides.
 survey() {
   local line field how key status code
@@ -56,7 +57,7 @@ survey() {
       esac
     done
     HOSTS=$((HOSTS + 1))
-    if [[ $code == "$REVISION" ]]; then
+    if [[ $code == "$INSTALLED" ]]; then
       READY=$((READY + 1))
     fi
     case $how in

@@ -3,7 +3,7 @@
 #   code/  the copied checkout       venv/  its Python
 #   run/   log, pid, status, key, attempt, boot, stopped: of the latest run
 #
-#   worker.sh setup REVISION WORKDIR      ~/lavit/new becomes code; install, in
+#   worker.sh setup INSTALLED WORKDIR     ~/lavit/new becomes code; install, in
 #                                         the versions the run there began with
 #   worker.sh start KEY ATTEMPT [NAME=VALUE...] -- COMMAND...
 #   worker.sh state                       one line: LAVIT_STATE host=... run=...
@@ -42,40 +42,50 @@ running() { [[ ! -e $run/status ]] && alive; }
 tell() { echo "LAVIT_VERSIONS $*"; }
 
 # fetch_versions WORKDIR: versions.txt of a run (train/versions.py), as
-# constraints for pip. Fails if there is none, which is so at its first start.
+# constraints for pip in ~/lavit/versions.txt; no such file if the run has
+# none, which is so at its first start. Fails where that cannot be told: a host
+# that went on alone would compute with other versions than the rest.
 fetch_versions() {
   local from=${1%/}/versions.txt raw=$home/versions.raw why=$home/versions.err
   rm -f "$raw" "$home/versions.txt"
   if [[ $from == gs://* ]]; then
     if ! gcloud storage cp "$from" "$raw" >"$why" 2>&1 </dev/null; then
-      if ! grep -q "matched no objects" "$why"; then
-        tell "$from cannot be read: $(tail -n 1 "$why")"
-      fi
+      grep -q "matched no objects" "$why" && return
+      cannot_read "$from" "$why"
       return 1
     fi
+  elif [[ ! -e $from ]]; then
+    return
   elif ! cp "$from" "$raw" 2>"$why"; then
-    if [[ -e $from ]]; then
-      tell "$from cannot be read: $(tail -n 1 "$why")"
-    fi
+    cannot_read "$from" "$why"
     return 1
   fi
   # Names and numbers only: who can write to the workdir gives pip no address.
-  head -c 1000000 "$raw" | LC_ALL=C grep -E \
-    "^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!_-]+$" >"$home/versions.txt" ||
-    true
+  if ! head -c 1000000 "$raw" | tr -d '\r' | LC_ALL=C grep -E \
+    "^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!_-]+$" >"$home/versions.txt"; then
+    rm "$home/versions.txt"
+    tell "$from names no version: the newest are taken"
+  fi
+}
+
+cannot_read() {
+  echo "$(hostname): $1 cannot be read: $(tail -n 1 "$2")" >&2
 }
 
 # install WORKDIR: the code and what it needs, as it was for that run.
 install() {
   local pip=("$home/venv/bin/python" -m pip install --quiet)
   local code="$home/code[tpu,gcs]" why=$home/versions.err
-  if fetch_versions "$1"; then
+  fetch_versions "$1"
+  if [[ -e $home/versions.txt ]]; then
     if "${pip[@]}" -c "$home/versions.txt" -e "$code" 2>"$why"; then
       tell "as in $1/versions.txt, with which the run began"
       return
     fi
-    # Anything else, such as no network, is tried again as it is.
-    if ! grep -q -e ResolutionImpossible -e "No matching distribution" "$why"; then
+    # Without a network pip knows of no version at all. That is tried again as
+    # it is, as anything else that may be so on this host alone.
+    if grep -q "from versions: none" "$why" ||
+      ! grep -q -e ResolutionImpossible -e "No matching distribution" "$why"; then
       cat "$why" >&2
       return 1
     fi

@@ -172,7 +172,9 @@ def storage(source, target):
   with open(STUB / "storage_calls", "a") as calls:
     calls.write(f"{source}\n")
   path = STUB / "bucket" / source.removeprefix("gs://")
-  if (STUB / "bucket_denied").exists():
+  denied = STUB / "bucket_denied"
+  if denied.exists():
+    denied.unlink()
     fail(f"ERROR: (gcloud.storage.cp) HTTPError 403: no access to {source}")
   if not path.is_file():
     fail(

@@ -15,11 +15,20 @@ case "$*" in
 "-m pip install "*)
   if [[ -e $LAVIT_STUB/broken_pip ]]; then
     rm "$LAVIT_STUB/broken_pip"
-    echo "Could not fetch URL https://pypi.org/simple/" >&2
+    {
+      echo "WARNING: Retrying after connection broken: Network is unreachable"
+      echo "ERROR: Could not find a version that satisfies the requirement" \
+        "jax==0.9.1 (from versions: none)"
+      echo "ERROR: No matching distribution found for jax==0.9.1"
+    } >&2
     exit 1
   fi
   if [[ -e $LAVIT_STUB/withdrawn && $* == *" -c "* ]]; then
-    echo "ERROR: No matching distribution found for jax==0.9.1" >&2
+    {
+      echo "ERROR: Could not find a version that satisfies the requirement" \
+        "jax==0.9.1 (from versions: 0.10.1, 0.10.2)"
+      echo "ERROR: No matching distribution found for jax==0.9.1"
+    } >&2
     exit 1
   fi
   ;;

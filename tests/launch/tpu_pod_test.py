@@ -291,13 +291,27 @@ def test_versions_that_cannot_be_had_are_told_and_do_not_end_the_run(world):
   (world.path / "withdrawn").touch()
   status, _, err = world.run("tpu_pod.sh", *line)
   assert status == 0, err
-  assert "for jax==0.9.1): the newest are" in err
+  assert "the newest are, and the run will tell which differ" in err
+  assert " -c " not in _installs(world)[-1]
+
+
+def test_versions_that_one_host_cannot_read_are_read_again(world):
+  """None goes on with the newest while the others have those of the run."""
   (world.path / "bucket_denied").touch()
-  world.run("tpu_pod.sh", "delete", *worlds.TPU[:4])
-  status, _, err = world.run("tpu_pod.sh", *line)
+  status, _, err = world.run("tpu_pod.sh", *_begun(world, "bucket"))
   assert status == 0, err
   assert "gs://b/run 1/versions.txt cannot be read: ERROR" in err
-  assert " -c " not in _installs(world)[-1]
+  assert all(" -c " in call for call in _installs(world))
+
+
+def test_a_run_on_a_tpu_of_another_run_gets_its_own_versions(world):
+  """Of one commit; and none of them is installed twice."""
+  line = _begun(world, "disk")
+  other = [*line[:-1], "/mnt/shared/new"]
+  for which in (other, line, line):
+    assert world.run("tpu_pod.sh", *which)[0] == 0
+  found = [" -c " in call for call in _installs(world)]
+  assert found == [False, False, True, True]
 
 
 def test_no_network_is_no_reason_for_other_versions(world):
@@ -312,7 +326,7 @@ def test_no_network_is_no_reason_for_other_versions(world):
 def test_a_list_of_versions_holds_names_and_numbers_alone(world):
   evil = (
     "--index-url https://evil.example\n-r /etc/passwd\njax @ https://evil\n"
-    "a==1 --hash=x\n$(touch pwned)==1\n../x==1\njax==0.10.2\n"
+    "a==1 --hash=x\n$(touch pwned)==1\n../x==1\njax==0.10.2\r\n"
   )
   world.run("tpu_pod.sh", *_begun(world, "disk", evil))
   for home in world.path.glob("tpus/pod/*"):
