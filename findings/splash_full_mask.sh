@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# JAX 0.10.2 and 0.12.0.1: Pallas' splash attention over all positions cannot
+# JAX 0.10.2: Pallas' splash attention over all positions cannot
 # be split over the queries.
 #
 # make_splash_mha() takes `q_seq_shards`, so that the kernel can be used inside
