@@ -1,7 +1,7 @@
 """Prints setup.py's requirements at their lower bounds, as pip constraints.
 
-Only what the package itself requires: the tests' own tools, and PyTorch with
-what belongs to it, are the newest on every lane.
+What the package itself requires, and what its extras do apart from PyTorch:
+that and the tests' own tools are the newest on every lane.
 """
 
 import pathlib
@@ -17,8 +17,8 @@ def main():
   """Reads the list without building anything."""
   setuptools.setup = lambda **kwargs: None
   root = pathlib.Path(__file__).resolve().parents[1]
-  required = runpy.run_path(str(root / "setup.py"))["REQUIRED"]
-  for requirement in required:
+  told = runpy.run_path(str(root / "setup.py"))
+  for requirement in (*told["REQUIRED"], *told["OPTIONAL"]):
     found = _BOUND.match(requirement)
     if found is None:
       raise SystemExit(
