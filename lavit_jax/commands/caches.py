@@ -30,6 +30,7 @@ def show(
   split: str | None,
   as_json: bool,
   fields: Sequence[str],
+  more: Mapping[str, str | None] | None = None,
 ) -> None:
   """Prints what was written, and how a run is told of it.
 
@@ -38,6 +39,8 @@ def show(
     split: what was asked for; None: both.
     as_json: print one JSON document alone.
     fields: of config.data, that name the caches of SPLITS.
+    more: other fields of config.data that the run needs, where they have a
+      value.
   """
   if as_json:
     print(json.dumps(summary, indent=2))
@@ -53,6 +56,7 @@ def show(
     for name, field in zip(SPLITS, fields, strict=True)
     if name in written
   ]
+  flags += [f"--config.data.{k}={v}" for k, v in (more or {}).items() if v]
   print(f"Train with {' '.join(flags)}")
   for name in SPLITS:
     if name not in written:

@@ -101,7 +101,8 @@ def _tokenize_data(args: argparse.Namespace) -> None:
     fields=common.data_fields(args),
   )
   fields = ("cache_dir", "held_out_cache_dir")
-  caches.show(summary, args.split, args.json, fields)
+  more = {"held_out_path": args.held_out}
+  caches.show(summary, args.split, args.json, fields, more)
 
 
 def _tokenize_pictures(args: argparse.Namespace) -> None:

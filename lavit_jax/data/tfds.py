@@ -293,6 +293,12 @@ def _check_feature(name, features, path):
         " image_feature and text_feature (parts of a path joined by '/')."
       )
     features = features[part]
+  if hasattr(features, "keys"):
+    first, *_ = features.keys()
+    raise errors.DataError(
+      f"{name}: feature {path!r} is a group of {list(features.keys())},"
+      f" expected one of these: give its path, such as '{path}/{first}'."
+    )
 
 
 def _reach(record, path):

@@ -1,5 +1,7 @@
 """The caches of a run, held to its data and to the networks that made them."""
 
+import shlex
+
 from lavit_jax import agreement, errors, fingerprints, hosts
 from lavit_jax.data import cache, latent_cache, sources
 from lavit_jax.train import latent_parts
@@ -78,16 +80,26 @@ def made_of_latents(data) -> dict[str, str]:
   }
 
 
+def _command(data, model, folder, split) -> str:
+  """What writes the cache of some pictures of config.data."""
+  if data.kind == "tfds":
+    return "infer.tokenize_data.write_cache with the run's config.data"
+  words = ["lavit", "tokenize", "--model", model, "--out", folder]
+  words += ["--split", split]
+  words += ["--data", data.path if data.kind == "jsonl" else data.kind]
+  if data.kind == "jsonl" and data.held_out_path:
+    words += ["--held-out", data.held_out_path]
+  return shlex.join(words)
+
+
 def _check(config, name, made, told, folder, split):
   """Compares what a cache was made of with (fingerprint, words) of a run's."""
   theirs = {
     "source": (made.meta.source, made.meta.data),
     "tokenizer": (made.meta.tokenizer, made.meta.model),
   }
-  way_out = (
-    f"write it again for this run: lavit tokenize --model {config.model_dir}"
-    f" --data … --out {folder} --split {split}, once it is deleted"
-  )
+  command = _command(config.data, config.model_dir, folder, split)
+  way_out = f"write it again for this run, once it is deleted: {command}"
   differ = [
     agreement.Difference(
       f"{name}.{kind}",

@@ -284,6 +284,7 @@ def test_a_broken_picture_is_an_image_error_with_its_record(
     ({"text_feature": "words"}, r"no feature 'words'.*caption"),
     ({"text_feature": "captions/words"}, r"'words' is none of \['text'\]"),
     ({"image_feature": "photo"}, "no feature 'photo'"),
+    ({"text_feature": "captions"}, r"group of \['text'\].*'captions/text'"),
     ({"text_feature": "label"}, "'label' holds .*, a int.*, expected a text"),
     ({"text_feature": "id"}, "'id' holds .*, a int.*, expected a text"),
     ({"image_feature": "id"}, "'id' holds a int.*, expected an encoded"),

@@ -111,6 +111,7 @@ def test_of_which_part_of_a_file_a_cache_is_stands_in_the_message(
   assert there in str(caught.value)
   assert f"all of my.jsonl: {micro.SCENES} pictures of 48" in str(caught.value)
   assert "held-out numbers tell nothing" in caplog.text
+  assert f"--data {path} --held-out {path}" in str(caught.value), "way out"
 
 
 def test_a_tokenizer_of_another_encoder_is_refused(root, made):
