@@ -57,7 +57,7 @@ def rows(path):
     ) from error
   except OSError as error:
     raise errors.DataError(
-      f"{path} cannot be read ({error.strerror}); {_EXPECTED}."
+      f"{path} cannot be read ({error.strerror or error}); {_EXPECTED}."
     ) from error
 
 

@@ -106,6 +106,17 @@ def test_another_kind_of_file_is_named_with_a_way_out(tmp_path, data, said):
     _rows(tmp_path, data)
 
 
+def test_a_file_that_cannot_be_read_says_what_the_error_said(
+  tmp_path, monkeypatch
+):
+  def broken(path):
+    raise OSError("the store does not answer")  # without a strerror
+
+  monkeypatch.setattr(lines.files, "open_bytes", broken)
+  with pytest.raises(errors.DataError, match=r"\(the store does not answer\)"):
+    _rows(tmp_path, b"")
+
+
 def test_items_of_an_array_that_are_no_objects_are_bad_lines(tmp_path):
   found = _rows(tmp_path, b'[{"a": 1}, 3, "x", {"b": 2}]')
   assert [n for n, _ in found] == [1, 2, 3, 4]
