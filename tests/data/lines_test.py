@@ -123,6 +123,26 @@ def test_items_of_an_array_that_are_no_objects_are_bad_lines(tmp_path):
   assert [isinstance(r, lines.BadLine) for _, r in found] == [0, 1, 1, 0]
 
 
+@pytest.mark.parametrize(
+  ("array", "depth"),
+  # Of an array: what every Python's parser can find the end of.
+  [(False, 70), (False, 500), (False, 900), (False, 5000)]
+  + [(True, 70), (True, 500)],
+)
+@pytest.mark.parametrize("field", ["x", "messages", "captions"])
+def test_a_line_that_is_nested_deeply_is_a_bad_one(
+  tmp_path, array, depth, field
+):
+  deep = f'{{"text": "hi", "{field}": {"[" * depth}{"]" * depth}}}'
+  good = json.dumps({"text": "good", "x": [[["a"]]]})
+  texts = [good, deep, good]
+  path = tmp_path / "d.jsonl"
+  path.write_text(f"[{','.join(texts)}]" if array else "\n".join(texts))
+  source = jsonl.JsonlSource(path, 8, limit_share=0.5)
+  assert list(source.faults.reasons) == ["d.jsonl:2"]
+  assert source.num_examples("text") == 2
+
+
 @pytest.mark.parametrize("data", [b"[]", b" [ ]\n", b"", b"\n \n"])
 def test_a_file_of_nothing_has_no_rows(tmp_path, data):
   assert _rows(tmp_path, data) == []
