@@ -3,9 +3,7 @@
 import collections
 import math
 
-from lavit_jax.data import lines
-
-_ANSWERS = ("answers", "answer", "multiple_choice_answer")  # the last is VQA's
+from lavit_jax.data import known, lines
 
 
 def check_unicode(field, text):
@@ -47,7 +45,7 @@ def words(row, field):
 
 
 def captions(row):
-  """The captions of a row: captions, caption, sentences, or a text."""
+  """(captions, fields read) of captions, caption, sentences, or a text."""
   named = [f for f in ("captions", "sentences", "caption") if f in row]
   text = [f for f in ("text", "txt") if f in row]
   if len(text) > 1 or (named and text):
@@ -55,7 +53,8 @@ def captions(row):
       f"has {' and '.join([*named, *text])}: beside a picture {text[0]} is its"
       " caption; keep one of them"
     )
-  return [c for field in [*named, *text] for c in _captions_of(row, field)]
+  read = [*named, *text]
+  return [c for field in read for c in _captions_of(row, field)], read
 
 
 def _captions_of(row, field):
@@ -73,15 +72,21 @@ def _captions_of(row, field):
 
 
 def questions(row):
-  """(type, question, answer) of a row: `questions`, or one `question`."""
-  asked = listed(row, "questions", dict)
+  """([(type, question, answer)], fields read) of a row.
+
+  They are those of `questions` and the one of `question`.
+  """
+  asked, read = listed(row, "questions", dict), ["questions"]
   if "question" in row:
     asked = [*asked, row]
-  elif given := row.keys() & set(_ANSWERS):
+    read += ["question", *known.ANSWERS, *known.KINDS]
+  elif given := row.keys() & set(known.ANSWERS):
     raise lines.BadLine(f"has {min(given)} without a question")
   out = []
   for one in asked:
-    answers = next(filter(None, (_answers(one, f) for f in _ANSWERS)), None)
+    answers = next(
+      filter(None, (_answers(one, f) for f in known.ANSWERS)), None
+    )
     if not answers:
       raise lines.BadLine(
         f"answer is {one.get('answer')!r:.60}, expected some text"
@@ -90,7 +95,7 @@ def questions(row):
     kind = str(one.get("answer_type", one.get("type", "any")))
     check_unicode("answer_type", kind)
     out.append((kind, words(one, "question"), answer))
-  return out
+  return out, read
 
 
 def _answers(row, field):

@@ -15,22 +15,24 @@ A line may hold any of these; picture paths are relative to the file:
 
 Other names: "file_name" (Hugging Face's imagefolder), "filename" below a
 "filepath" and "sentences" (Karpathy's splits) for image and captions; "txt"
-for text; "document" for messages. A field that is null or NaN is not there.
+for text; "document" for messages. A field that is null or NaN is not there,
+nor is a text that is empty.
 
 In messages a picture is read, unless it comes last, says "write": true, or is
-the assistant's. Where a line also has "images", or an "image" that they ask
-for, an <image> in their texts (or a part {"type": "image"} without a path)
-stands for the next of these. Texts keep their white space, but round <image>;
-empty ones are passed over. What a user ("human") or the system says is read
-and not learnt; after each answer of the assistant ("gpt") its end is learnt.
+the assistant's. An <image> in their texts (or a part {"type": "image"} without
+a path) stands for the next of the line's "images", or for its "image"; there
+must be as many. Texts keep their white space, but round <image>; empty ones
+are passed over. What a user ("human") or the system says is read and not
+learnt; after each answer of the assistant ("gpt") its end is learnt.
 
 Of several answers the most frequent is learnt; they may be VQA's, {"answer":
 "red"}; numbers are texts, true and false are yes and no.
 
 A line that is not understood is named with its place: as bad, where it would
-be taken for something else (half a character of an emoji in a text too), or
-in one warning, where it is read but for a field with text. The file may be
-gzipped, and may be one JSON array of such objects.
+be taken for something else (half a character of an emoji in a text too; words
+beside what looks like a picture under another name) or where a field above
+would be lost; or in one warning, where it is read but for another field with
+text. The file may be gzipped, and may be one JSON array of such objects.
 """
 
 import collections

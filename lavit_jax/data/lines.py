@@ -4,6 +4,7 @@ Read: one JSON object a line, or one JSON array of objects; either gzipped.
 """
 
 import codecs
+import contextlib
 import gzip
 import json
 import math
@@ -13,6 +14,7 @@ import zlib
 from lavit_jax import errors, files
 
 _LONGEST = 64 << 20  # bytes of a line, characters of an array's item
+_DEEPEST = 64  # objects and lists in one another in a line
 _CHUNK = 1 << 20  # bytes read at once of an array
 _EXPECTED = "expected a file with one JSON object a line"
 _SIGNS = (  # how other files begin, what they are, what to do
@@ -44,9 +46,7 @@ def rows(path):
       cut off or broken, as nothing behind the fault can be found.
   """
   try:
-    with files.open_bytes(path) as plain:
-      packed = plain.peek(2)[:2] == b"\x1f\x8b"
-      file = gzip.GzipFile(fileobj=plain) if packed else plain
+    with unpacked(path) as file:
       start = file.peek(4096)[:4096]
       _check(path, start)
       begin = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
@@ -57,8 +57,16 @@ def rows(path):
     ) from error
   except OSError as error:
     raise errors.DataError(
-      f"{path} cannot be read ({error.strerror}); {_EXPECTED}."
+      f"{path} cannot be read ({error.strerror or error}); {_EXPECTED}."
     ) from error
+
+
+@contextlib.contextmanager
+def unpacked(path):
+  """Opens a file to read its bytes; those of a gzip file as they were."""
+  with files.open_bytes(path) as plain:
+    packed = plain.peek(2)[:2] == b"\x1f\x8b"
+    yield gzip.GzipFile(fileobj=plain) if packed else plain
 
 
 def _check(path, start):
@@ -118,19 +126,26 @@ def _row(value):
   """A JSON value as a dict without nulls, or a BadLine."""
   if not isinstance(value, dict):
     return BadLine(f"is a JSON {type(value).__name__}, expected an object")
-  return _present(value)
+  try:
+    return _present(value)
+  except BadLine as error:
+    return error
 
 
-def _present(value):
+def _present(value, depth=1):
   """The value without fields that are null: so tables write what is not there.
 
   {"text": null, "answers": [{"answer": "red", "by": NaN}]} becomes
-  {"answers": [{"answer": "red"}]}.
+  {"answers": [{"answer": "red"}]}. Raises BadLine where lists and objects are
+  nested too deeply, so that whoever walks through a row need not count.
   """
+  if isinstance(value, dict | list) and depth > _DEEPEST:
+    raise BadLine(f"is nested more than {_DEEPEST} deep")
   if isinstance(value, dict):
-    return {k: _present(v) for k, v in value.items() if not _missing(v)}
+    found = {k: v for k, v in value.items() if not _missing(v)}
+    return {k: _present(v, depth + 1) for k, v in found.items()}
   if isinstance(value, list):
-    return [_present(v) for v in value if not _missing(v)]
+    return [_present(v, depth + 1) for v in value if not _missing(v)]
   return value
 
 

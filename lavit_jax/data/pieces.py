@@ -8,6 +8,8 @@
 Pieces are a pure function of the document and the limits.
 """
 
+import dataclasses
+
 from lavit_jax.data import sequences
 
 _DIVISIBLE = ("document", "text")  # tasks
@@ -79,7 +81,8 @@ def _split(spans, length, slots):
     ids = span.ids
     while len(ids) > (room := length + 1 - sum(s.count for s in piece)):
       if room:
-        piece.append(sequences.Span.of(span.part, ids[:room]))
+        head = dataclasses.replace(span.part, end=False)  # it goes on
+        piece.append(sequences.Span.of(head, ids[:room]))
         ids = ids[room:]
       pieces.append(piece)
       piece = _last_id(piece)

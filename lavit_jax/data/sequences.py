@@ -9,7 +9,9 @@ There is no <s>. A picture that ends a document is ended by [/IMG] alone.
 Within a dialogue </s> is the target at the last token of each answer
 (`examples.TextPart.end`), but never a token that is read: what stands before
 a later question is what a prompt of the same texts gives (`infer/prompts`,
-where a text cannot hold </s>), and the question itself is not learnt.
+where a text cannot hold </s>), and the question itself is not learnt. Both
+make a text's ids by `text_ids`, which knows nothing of who speaks, nor of what
+follows: where a prompt ends, what is generated begins as it does in training.
 """
 
 import dataclasses
@@ -48,41 +50,28 @@ class Sequence:
     return len(self.tokens)
 
 
-def text_ids(tokenizer, text):
+def text_ids(tokenizer, text, before=""):
   """Ids of one text part: " red" gives what "red" gives.
 
   SentencePiece puts a space before a text by itself, so the one that joins
-  a part to its predecessor is dropped. Prompts at inference do the same.
+  a part to its predecessor is dropped. Where other white space stands between
+  them none is put: "- one" behind "List:\\n" has the ids that it has in
+  "List:\\n- one", unless a piece there lies across the boundary. So whatever
+  is learnt of them, the ids of the first texts never depend on those behind.
+
+  Args:
+    tokenizer: a vocabulary.TextTokenizer.
+    text: of the part.
+    before: the text right before it, "" if none or a picture stands there.
   """
-  return tokenizer.encode(text.removeprefix(" "))
-
-
-def run_on(text, following):
-  """Whether two texts in a row are one: white space stands between them.
-
-  "List:\\n" and "- one" are tokenised as "List:\\n- one"; between "Boil it."
-  and "Stir." SentencePiece puts a space. Prompts at inference do the same.
-  """
-  return text[-1:].isspace() or following[:1].isspace()
-
-
-def _joined(parts):
-  """Parts with texts that run on, and are learnt alike, made one."""
-  out = []
-  for part in parts:
-    last = out[-1] if out else None
-    both_texts = isinstance(last, examples.TextPart) and isinstance(
-      part, examples.TextPart
-    )
-    if (
-      both_texts
-      and (last.weight, last.end) == (part.weight, False)
-      and run_on(last.text, part.text)
-    ):
-      out[-1] = dataclasses.replace(part, text=last.text + part.text)
-    else:
-      out.append(part)
-  return out
+  alone = tokenizer.encode(text.removeprefix(" "))
+  spaced = text[:1] == " " and not text[1:2].isspace()
+  white = before[-1:].isspace() or (text[:1].isspace() and not spaced)
+  if not before or not white:
+    return alone
+  head = tokenizer.encode(before.removeprefix(" "))
+  both = tokenizer.encode((before + text).removeprefix(" "))
+  return both[len(head) :] if both[: len(head)] == head else alone
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,19 +109,21 @@ def spans(example, cache, tokenizer):
     Unusable: a picture could not be tokenised, a text cannot be or is empty
       (a document's empty texts are passed over), or nothing is to be learnt.
   """
-  out = []
-  for part in _joined(example.parts):
+  out, before = [], ""
+  for part in example.parts:
     if isinstance(part, examples.TextPart):
       try:
-        ids = text_ids(tokenizer, part.text)
+        ids = text_ids(tokenizer, part.text, before)
       except vocabulary_lib.BadText as error:
         raise Unusable(str(error)) from error
+      before = part.text or before
       if ids:
         out.append(Span.of(part, ids))
       elif example.task != "document":
         raise Unusable("has an empty text")
     else:
       out.append(Span(part, None, _count(example, part, cache) + 2))
+      before = ""
   if out and out[-1].ids is not None:
     out[-1] = out[-1].ended()
   if not out:

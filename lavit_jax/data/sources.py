@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lavit_jax import errors, files
@@ -90,29 +90,56 @@ def describe(
 def pair(config: Mapping[str, Any]) -> tuple:
   """The (train, held-out) sources; says so where they share pictures."""
   train, held_out = build(config, "train"), build(config, "held_out")
-  shared, of = 0, held_out.num_images
-  if config["kind"] == "tfds":
-    from lavit_jax.data import tfds
-
-    shared = tfds.overlap(train, held_out)
-  elif path := config.get("held_out_path") if config["kind"] == "jsonl" else "":
-    shared = of if _same_file(path, config["path"]) else 0
+  shared, of, what = _shared(config, train, held_out)
   if shared:
     _LOG.warning(
-      "%d of %d held-out records are in the training data too (%s, %s):"
+      "%d of %d held-out %s are in the training data too (%s, %s):"
       " held-out numbers tell nothing of new pictures",
       shared,
       of,
+      what,
       train.name,
       held_out.name,
     )
   return train, held_out
 
 
-def _same_file(a, b) -> bool:
-  if files.is_remote(a) or files.is_remote(b):
-    return str(a) == str(b)
-  return os.path.samefile(a, b)
+def _shared(config, train, held_out) -> tuple[int, int, str]:
+  """(how many are in both, of how many held out, what they are)."""
+  if config["kind"] == "tfds":
+    from lavit_jax.data import tfds
+
+    return tfds.overlap(train, held_out), held_out.num_images, "records"
+  if config["kind"] != "jsonl":
+    return 0, held_out.num_images, "pictures"
+  path = config.get("held_out_path")
+  if not held_out.num_images and path and files.same(path, config["path"]):
+    count = sum(held_out.num_examples(task) for task in held_out.tasks())
+    return count, count, "examples"
+  held = set(_picture_files(held_out))
+  both = {file for file in _picture_files(train) if file in held}
+  return len(both), len(held), "pictures"
+
+
+def _picture_files(source) -> Iterator[str]:
+  """The file of each picture of a jsonl source, links followed.
+
+  A folder is listed once, in place of asking for every picture whether it is
+  a link: that takes minutes on a network's disk.
+  """
+  folders: dict[str, tuple[str, set[str]]] = {}
+  for i in range(source.num_images):
+    path = os.fspath(source.image_path(i))
+    if files.is_remote(path):
+      yield path
+      continue
+    folder, name = os.path.split(path)
+    if folder not in folders:
+      real = os.path.realpath(folder)
+      there = os.scandir(real) if os.path.isdir(real) else ()
+      folders[folder] = real, {e.name for e in there if e.is_symlink()}
+    real, links = folders[folder]
+    yield os.path.realpath(path) if name in links else os.path.join(real, name)
 
 
 def sentences(source: examples.Source, limit: int) -> list[str]:

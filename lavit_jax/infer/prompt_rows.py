@@ -22,7 +22,7 @@ def rows_of(
   Args:
     prompts: rows of parts, str or anything else for a picture.
     pictures: gives for every picture, in order, its float[k, W] or its ids.
-    encode: maps a str to ids.
+    encode: maps a str, and the one right before it or "", to ids.
     marks: the ids before and after a picture; None for none.
     end: ids after the last part.
   """
@@ -30,10 +30,13 @@ def rows_of(
   rows = []
   for parts in prompts:
     row: list[Any] = []
+    text = ""
     for part in parts:
       if isinstance(part, str):
-        row += encode(part)
+        row += encode(part, text)
+        text = part or text
         continue
+      text = ""
       tokens = next(pictures)
       tokens = [tokens] if getattr(tokens, "ndim", 0) == 2 else list(tokens)
       row += [*before, *tokens, *after]

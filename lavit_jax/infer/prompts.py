@@ -32,9 +32,6 @@ class Prompter:
   def parse(self, prompt, parity: bool = False) -> list:
     """Parts of one prompt: text as it is, pictures uint8[size, size, 3].
 
-    Texts in a row that run on are one, as in training (`sequences.run_on`),
-    but with `parity`.
-
     Raises:
       errors.UsageError: nothing in it.
       images.ImageError: a part that is neither text nor a picture.
@@ -47,16 +44,7 @@ class Prompter:
         "An empty prompt: give at least one text or one picture."
       )
     size = self.visual.image_size
-    parsed: list[Any] = []
-    for part in prompt:
-      last = parsed[-1] if parsed and not parity else None
-      if not isinstance(part, str):
-        parsed.append(sized(part, size, parity))
-      elif isinstance(last, str) and sequences.run_on(last, part):
-        parsed[-1] = last + part
-      else:
-        parsed.append(part)
-    return parsed
+    return [p if isinstance(p, str) else sized(p, size, parity) for p in prompt]
 
   def rows(
     self, parsed, *, form: str, seeds=None, parity: bool = False, end=()
@@ -89,7 +77,7 @@ class Prompter:
       parsed,
       iter(tokens),
       encode=functools.partial(
-        official.encode if parity else sequences.text_ids, self.text
+        _official_ids if parity else sequences.text_ids, self.text
       ),
       marks=None if unmarked else ([vocab.image_begin], [vocab.image_end]),
       end=end,
@@ -120,6 +108,12 @@ class Prompter:
         " Shorten the text, give fewer pictures, or lower max_new_tokens."
       )
     return prompt_rows.padded(rows, config.width, multiple=multiple)
+
+
+def _official_ids(text, part, before) -> list[int]:
+  """Ids of one text, whatever stands before it."""
+  del before
+  return official.encode(text, part)
 
 
 def sized(picture, size: int, parity: bool = False) -> np.ndarray:

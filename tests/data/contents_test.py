@@ -1,8 +1,14 @@
 """Fingerprints of what sources hold."""
 
+import gzip
+import hashlib
+import io
 import json
+import tracemalloc
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 from PIL import Image
 
 from lavit_jax.data import contents, jsonl, shapes
@@ -48,6 +54,54 @@ def test_line_ends_and_blank_lines_are_no_change(tmp_path):
   path = tmp_path / "my.jsonl"
   path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n\r\n") + b"\n")
   assert contents.of(jsonl.JsonlSource(path, 8)) == before
+
+
+_FORMS = {
+  "lines": lambda rows: "\n".join(map(json.dumps, rows)),
+  "one line": json.dumps,
+  "indented": lambda rows: json.dumps(rows, indent=1),
+}
+
+
+@pytest.mark.parametrize("form", _FORMS)
+def test_a_file_packed_again_is_no_change(tmp_path, form):
+  data = _FORMS[form](_lines(tmp_path)).encode()
+  digests = set()
+  for packed in (
+    data,
+    gzip.compress(data, 1, mtime=1),
+    gzip.compress(data, 9, mtime=2),
+    gzip.compress(data[:40]) + gzip.compress(data[40:]),
+  ):
+    (tmp_path / "my.jsonl").write_bytes(packed)
+    digests.add(contents.of(jsonl.JsonlSource(tmp_path / "my.jsonl", 8)))
+  assert len(digests) == 1
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+  st.lists(st.text("ab \t", max_size=9), max_size=6), st.integers(1, 7)
+)
+def test_a_line_is_hashed_the_same_wherever_it_is_cut(texts, chunk):
+  """Digests of old runs stay: of each line, stripped, and a line end."""
+  file = io.BytesIO("\n".join(texts).encode())
+  cut = contents._digest_of(file, hashlib.sha256(), chunk)
+  stripped = [t.strip() for t in texts if t.strip()]
+  whole = "".join(f"{t}\n" for t in stripped)
+  assert cut.hexdigest() == hashlib.sha256(whole.encode()).hexdigest()
+
+
+def test_a_file_of_one_line_is_never_held_whole(tmp_path):
+  rows = [{"text": f"number {i} " + "x" * 3000} for i in range(3000)]
+  path = tmp_path / "my.json"
+  path.write_text(json.dumps(rows))
+  source = jsonl.JsonlSource(path, 8)
+  tracemalloc.start()
+  try:
+    contents.of(source)
+    assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 2
+  finally:
+    tracemalloc.stop()
 
 
 def test_parts_and_sizes_are_told_apart(tmp_path):

@@ -149,8 +149,7 @@ _GOOD = {"image": "a.png", "caption": "red"}
     ({"image": 3, "caption": "red"}, "expected a path"),
     ({"image": "", "caption": "red"}, "expected a path"),
     ({"image": "a\0.png", "caption": "red"}, "expected a path"),
-    ({"image": "a.png", "caption": ""}, "expected some text"),
-    ({"image": "a.png", "captions": []}, "holds no"),
+    ({"image": "a.png", "captions": []}, "holds no text in captions"),
     ({"image": "a.png", "captions": {"en": "red"}}, "captions is not a list"),
     ({"image": "a.png", "captions": [3]}, "captions is not a list"),
     ({"image": "a.png", "question": "hue?"}, "answer is None"),
@@ -262,6 +261,9 @@ def _told(source):
     {"image": "a.png", "caption": "red", "text": None, "question": None},
     {"image": "a.png", "caption": "red", "answer": float("nan")},
     {"image": "a.png", "captions": ["red", None], "messages": None},
+    {"image": "a.png", "caption": "red", "text": "", "question": " "},
+    {"image": "a.png", "caption": "red", "images": [], "edits": []},
+    {"image": "a.png", "file_name": "a.png", "text": "red"},
   ],
 )
 def test_common_forms_of_a_caption_are_one(tmp_path, line):
@@ -339,13 +341,6 @@ def test_common_forms_of_a_dialogue_are_one(tmp_path, line):
   assert source.faults.bad == 0
   assert _parts(source, "document") == _SAID
   assert source.num_images == 1
-
-
-def test_a_mark_in_a_text_without_pictures_is_text(tmp_path):
-  source = _source(tmp_path, [{"messages": ["write <image> there"]}])
-  assert _parts(source, "document") == (
-    examples.TextPart("write <image> there"),
-  )
 
 
 def test_an_answer_in_several_messages_ends_once(tmp_path):

@@ -106,10 +106,41 @@ def test_another_kind_of_file_is_named_with_a_way_out(tmp_path, data, said):
     _rows(tmp_path, data)
 
 
+def test_a_file_that_cannot_be_read_says_what_the_error_said(
+  tmp_path, monkeypatch
+):
+  def broken(path):
+    raise OSError("the store does not answer")  # without a strerror
+
+  monkeypatch.setattr(lines.files, "open_bytes", broken)
+  with pytest.raises(errors.DataError, match=r"\(the store does not answer\)"):
+    _rows(tmp_path, b"")
+
+
 def test_items_of_an_array_that_are_no_objects_are_bad_lines(tmp_path):
   found = _rows(tmp_path, b'[{"a": 1}, 3, "x", {"b": 2}]')
   assert [n for n, _ in found] == [1, 2, 3, 4]
   assert [isinstance(r, lines.BadLine) for _, r in found] == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+  ("array", "depth"),
+  # Of an array: what every Python's parser can find the end of.
+  [(False, 70), (False, 500), (False, 900), (False, 5000)]
+  + [(True, 70), (True, 500)],
+)
+@pytest.mark.parametrize("field", ["x", "messages", "captions"])
+def test_a_line_that_is_nested_deeply_is_a_bad_one(
+  tmp_path, array, depth, field
+):
+  deep = f'{{"text": "hi", "{field}": {"[" * depth}{"]" * depth}}}'
+  good = json.dumps({"text": "good", "x": [[["a"]]]})
+  texts = [good, deep, good]
+  path = tmp_path / "d.jsonl"
+  path.write_text(f"[{','.join(texts)}]" if array else "\n".join(texts))
+  source = jsonl.JsonlSource(path, 8, limit_share=0.5)
+  assert list(source.faults.reasons) == ["d.jsonl:2"]
+  assert source.num_examples("text") == 2
 
 
 @pytest.mark.parametrize("data", [b"[]", b" [ ]\n", b"", b"\n \n"])

@@ -78,6 +78,21 @@ def test_every_word_of_a_split_text_is_a_target_once(count, length):
   assert targets == _whole([_text(count)])[1:]
 
 
+@_SETTINGS
+@hypothesis.given(
+  st.lists(
+    st.tuples(st.integers(1, 30), st.booleans()), min_size=1, max_size=4
+  ),
+  st.integers(1, 15),
+)
+def test_answers_that_are_split_learn_what_they_learn_whole(turns, length):
+  """With </s> where an answer ends, and nowhere within one."""
+  parts = [_text(n, 40 * k, end=end) for k, (n, end) in enumerate(turns)]
+  made, _ = _divide(parts, (length, 1))
+  learnt = [i for piece in made for i in _ids(piece)[1:]]
+  assert learnt == _whole(parts)[1:]
+
+
 def test_what_fits_stays_as_it_is():
   parts = [examples.ImagePart(0, write=False), _text(3)]
   made, done = _divide(parts, (12, 1))

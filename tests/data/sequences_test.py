@@ -164,9 +164,9 @@ def test_texts_with_white_space_between_them_are_read_as_one(tmp_path):
   assert ids(part("List:\n"), part("- one"), part("\n\nStir.")) == whole
   apart = ids(part("Boil it."), part("Stir."))
   assert apart == ids(part("Boil it. Stir."))
-  # A question and its answer are learnt differently and stay apart.
-  assert len(spans(part("List:\n", 0.0), part("- one"))) == 2
-  assert len(spans(part("List:\n", end=True), part("- one"))) == 2
+  # Whoever says them: a prompt does not tell.
+  assert ids(part("List:\n", 0.0), part("- one\n\nStir.")) == whole
+  assert ids(part("List:\n", end=True), part("- one\n\nStir.")) == whole
 
 
 def test_half_a_character_makes_a_document_unusable_and_stops_nothing(

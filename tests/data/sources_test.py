@@ -40,6 +40,65 @@ def test_pictures_outside_the_folder_need_a_field_that_the_error_names(
   assert source.num_images == 1
 
 
+def _pair(tmp_path, caplog, train, held_out, **more):
+  """What `sources.pair` warns of, of two files of {folder/file: rows}."""
+  data = _FIELDS | more
+  for field, (name, rows) in {
+    "path": train,
+    "held_out_path": held_out,
+  }.items():
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text("\n".join(map(json.dumps, rows)))
+    data[field] = str(path)
+  caplog.clear()
+  sources.pair(data)
+  return [r.getMessage() for r in caplog.records if "held-out" in r.msg]
+
+
+def _pictures(folder, names):
+  folder.mkdir(exist_ok=True, parents=True)
+  for name in names:
+    Image.new("RGB", (1, 1)).save(folder / name)
+
+
+def _told(names):
+  return [{"image": name, "caption": "x"} for name in names]
+
+
+def test_pictures_that_two_files_share_are_counted(tmp_path, caplog):
+  names = [f"{i}.png" for i in range(12)]
+  _pictures(tmp_path / "a", names)
+  (tmp_path / "linked").symlink_to(tmp_path / "a")
+  (tmp_path / "files").mkdir()
+  for name in names[:3]:
+    (tmp_path / "files" / f"of_{name}").symlink_to(f"../a/{name}")
+  train = ("a/train.jsonl", _told(names[2:]))
+  up = {"allow_absolute": True}
+  for held_out, shared in (
+    (("a/held.jsonl", _told(names[:5])), "3 of 5"),
+    (("linked/held.jsonl", _told(names[:4])), "2 of 4"),
+    (("b/held.jsonl", _told([f"../a/{n}" for n in names])), "10 of 12"),
+    (("files/held.jsonl", _told([f"of_{n}" for n in names[:3]])), "1 of 3"),
+  ):
+    (said,) = _pair(tmp_path, caplog, train, held_out, **up)
+    assert f"{shared} held-out pictures are in the training data too" in said
+  assert not _pair(tmp_path, caplog, train, ("a/h.jsonl", _told(names[:2])))
+
+
+def test_pictures_of_one_name_in_two_folders_are_not_shared(tmp_path, caplog):
+  rows = _told(["0.png"])
+  for folder in "ab":
+    _pictures(tmp_path / folder, ["0.png"])
+  assert not _pair(tmp_path, caplog, ("a/d.jsonl", rows), ("b/d.jsonl", rows))
+
+
+def test_texts_that_are_held_out_of_their_own_file_are_told(tmp_path, caplog):
+  one = ("d.jsonl", [{"text": f"words {i}"} for i in range(4)])
+  (said,) = _pair(tmp_path, caplog, one, one)
+  assert "4 of 4 held-out examples" in said
+
+
 def test_how_many_lines_may_be_bad_is_a_field_that_the_error_names(tmp_path):
   rows = [{"image": "b.png", "caption": "x"}] * 3 + [{}]
   path = str(_file(tmp_path, rows))

@@ -2,7 +2,9 @@
 
 import types
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from lavit_jax import vocabulary
 from lavit_jax.data import examples, sequences
@@ -60,6 +62,62 @@ def test_a_later_question_of_a_dialogue_is_prompted_as_it_was_trained(prompter):
   )
   (row,) = prompter.rows([prompter.parse(said)], form="codes")
   assert made.tokens[: len(row)].tolist() == row
+
+
+_TEXT = st.builds(
+  "".join,
+  st.tuples(
+    st.sampled_from(["", " ", "\n", "  ", "\n\n"]),
+    st.sampled_from(["", "List:", "- one", "Boil it.", "red", "\t"]),
+    st.sampled_from(["", " ", "\n", "  "]),
+  ),
+)
+
+
+@hypothesis.settings(
+  max_examples=200,
+  deadline=None,
+  derandomize=True,
+)
+@hypothesis.given(
+  st.lists(
+    st.tuples(_TEXT, st.sampled_from([0.0, 1.0]), st.booleans()),
+    min_size=1,
+    max_size=5,
+  )
+)
+@hypothesis.example([("List:\n", 0.0, False), ("red", 1.0, True)])
+@hypothesis.example([("red", 1.0, True), ("\nBoil it.", 0.0, False)])
+@hypothesis.example([("List: ", 1.0, False), ("red", 1.0, False)])
+@hypothesis.example(
+  [("List:\n", 1.0, False), ("", 1.0, False), ("red", 1.0, False)]
+)
+def test_a_prompt_of_the_first_texts_is_how_their_training_begins(
+  prompter, said
+):
+  """Wherever a user stops, and whatever of it was learnt."""
+  parts = [examples.TextPart("red red")]
+  parts += [examples.TextPart(t, float(bool(w)), bool(e)) for t, w, e in said]
+  made = sequences.build(
+    examples.Example("k", "document", tuple(parts)),
+    None,
+    prompter.text,
+    prompter.language.vocabulary,
+  )
+  read = [*made.tokens.tolist(), vocabulary.EOS_ID]
+  for count in range(1, len(parts) + 1):
+    prompt = prompter.parse([p.text for p in parts[:count]])
+    (row,) = prompter.rows([prompt], form="codes")
+    assert read[: len(row)] == row
+  assert len(row) == len(made.tokens)
+
+
+def test_an_answer_behind_a_line_end_begins_without_a_space(prompter):
+  text = prompter.text
+  whole = text.encode("List:\nred")
+  asked = sequences.text_ids(text, "List:\n")
+  assert asked + sequences.text_ids(text, "red", "List:\n") == whole
+  assert asked + text.encode("red") != whole
 
 
 def test_half_a_character_in_a_prompt_is_named(prompter):
