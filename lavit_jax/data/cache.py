@@ -30,8 +30,9 @@ _IN_MEMORY = 256 << 20  # bytes of records that are simply kept in memory
 class Meta:
   """What a cache belongs to.
 
-  `source` and `tokenizer` are fingerprints; N = num_patches. `data` and
-  `model` say in words what they are of; caches of earlier versions do not.
+  `source`, `tokenizer` and `pictures` (see `picture_bytes.py`) are
+  fingerprints; N = num_patches. `data` and `model` say in words what they are
+  of. Caches of earlier versions have neither words nor `pictures`.
   """
 
   source: str
@@ -43,6 +44,7 @@ class Meta:
   format: int = _FORMAT
   data: str = ""
   model: str = ""
+  pictures: str = ""
 
 
 class CodeCache:
@@ -62,13 +64,15 @@ class CodeCache:
       raise _damaged(directory, f"{len(self._records)} records")
 
   @classmethod
-  def load(cls, directory, *, source=None, tokenizer=None):
+  def load(cls, directory, *, source=None, tokenizer=None, pictures=None):
     """Opens a finished cache.
 
     Args:
       directory: what `write` was given, or where that was copied on gs://.
       source: expected fingerprint of the data, None for any.
       tokenizer: expected fingerprint of the visual tokenizer, None for any.
+      pictures: expected one of the pictures' bytes; None or "" for any. A
+        cache that does not tell passes.
 
     Raises:
       errors.DataError: missing, unfinished, damaged, or of other data or
@@ -87,6 +91,8 @@ class CodeCache:
     for kind, ours in (("source", source), ("tokenizer", tokenizer)):
       if ours is not None and ours != getattr(meta, kind):
         raise _foreign(directory, kind, getattr(meta, kind), ours)
+    if pictures and meta.pictures not in ("", pictures):
+      raise _foreign(directory, "pictures", meta.pictures, pictures)
     names = ["counts.npy", *(_shard(s) for s in range(_num_shards(meta)))]
     try:  # ArrayRecord reads from a disk alone
       here = fetched.folder(directory, names)
@@ -106,6 +112,8 @@ class CodeCache:
     """Hex digest of what it was made of, and of how many codes came of it."""
     told = dataclasses.asdict(self.meta)
     made = {k: v for k, v in told.items() if k not in _NOT_COMPARED}
+    if not made["pictures"]:  # caches of earlier versions stay what they are
+      del made["pictures"]
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(self.counts))
     return digest.hexdigest()[:32]
@@ -349,6 +357,8 @@ def _check_same(directory, there, meta):
   """Refuses to mix the codes of two datasets, tokenizers or sizes."""
   for field in dataclasses.fields(meta):
     old, new = getattr(there, field.name), getattr(meta, field.name)
+    if field.name == "pictures" and not (old and new):
+      continue
     if old != new and field.name not in _NOT_COMPARED:
       words = {"source": "data", "tokenizer": "model"}.get(field.name)
       if words:

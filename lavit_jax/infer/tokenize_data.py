@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lavit_jax import files, fingerprints, images, progress
-from lavit_jax.data import cache, examples, faults, sources
+from lavit_jax.data import cache, examples, faults, picture_bytes, sources
 from lavit_jax.infer import parts
 
 _BATCH = 64
@@ -114,6 +114,7 @@ def _write(model, tokenizer, source, out, *, split, told, limit_share, quiet):
     num_codes=tokenizer.num_codes,
     data=told,
     model=str(model),
+    pictures=picture_bytes.of(source),
   )
   log = faults.FaultLog("pictures", limit_share)
   label = f"tokenize {split}"

@@ -1,5 +1,7 @@
 import dataclasses
 import errno
+import functools
+import hashlib
 import json
 import os
 import string
@@ -266,3 +268,30 @@ def test_a_picture_out_of_range_is_an_index_error(tmp_path):
   for i in (-1, 10):
     with pytest.raises(IndexError, match=f"picture {i} of 10"):
       made.codes(i)
+
+
+def test_pictures_are_compared_where_both_sides_tell(tmp_path):
+  place, told = tmp_path / "a", dataclasses.replace(_META, pictures="these")
+  other = dataclasses.replace(_META, pictures="others")
+  cache.write(place, _records, told)
+  load = functools.partial(cache.CodeCache.load, place)
+  assert load(pictures="these").fingerprint() == load().fingerprint()
+  with pytest.raises(errors.DataError, match=r"pictures \(these, here others"):
+    load(pictures="others")
+  for step in (
+    lambda: cache.write(place, _records, other),
+    lambda: cache.resume_point(place, other),
+  ):
+    with pytest.raises(errors.DataError, match="another pictures"):
+      step()
+  cache.write(place, _records, _META)  # of a source that tells nothing
+  # One of an earlier version: used, and known to a run by the same digest.
+  meta = json.loads((place / "meta.json").read_text())
+  del meta["pictures"]
+  (place / "meta.json").write_text(json.dumps(meta))
+  old = load(pictures="others")
+  free = ("data", "model", "shard_size")
+  made = {k: v for k, v in meta.items() if k not in free}
+  digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
+  digest.update(np.ascontiguousarray(old.counts))
+  assert old.fingerprint() == digest.hexdigest()[:32]
