@@ -54,10 +54,15 @@ def of_file(path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
 
 
+def of_bytes(data: bytes) -> str:
+  """What `of_file` tells of a file that holds these."""
+  return hashlib.sha256(data).hexdigest()[:_DIGITS]
+
+
 def _digest(directory, parts):
   directory = os.fspath(files.absolute(directory))
   stamps = tuple(_stamp(directory, name) for name, _ in parts)
-  path = _folder() / _of_text(repr((directory, parts, stamps)))
+  path = _folder() / of_bytes(repr((directory, parts, stamps)).encode())
   if found := _kept(path):
     return found
   digest, seconds = _digested(directory, parts, stamps)
@@ -65,10 +70,6 @@ def _digest(directory, parts):
   if seconds >= _WORTH_KEEPING:
     _keep(path, found)
   return found
-
-
-def _of_text(text):
-  return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 
 def _folder() -> pathlib.Path:
