@@ -71,8 +71,7 @@ class CodeCache:
       directory: what `write` was given, or where that was copied on gs://.
       source: expected fingerprint of the data, None for any.
       tokenizer: expected fingerprint of the visual tokenizer, None for any.
-      pictures: expected one of the pictures' bytes; None or "" for any. A
-        cache that does not tell passes.
+      pictures: expected one of their bytes; None, or a cache without: any.
 
     Raises:
       errors.DataError: missing, unfinished, damaged, or of other data or
@@ -111,9 +110,8 @@ class CodeCache:
   def fingerprint(self) -> str:
     """Hex digest of what it was made of, and of how many codes came of it."""
     told = dataclasses.asdict(self.meta)
-    made = {k: v for k, v in told.items() if k not in _NOT_COMPARED}
-    if not made["pictures"]:  # caches of earlier versions stay what they are
-      del made["pictures"]
+    empty = () if self.meta.pictures else ("pictures",)  # as it ever was
+    made = {k: v for k, v in told.items() if k not in _NOT_COMPARED + empty}
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(self.counts))
     return digest.hexdigest()[:32]
@@ -170,13 +168,17 @@ def write(directory, records, meta):
   partial = _partial(directory)
   done = 0
   try:
-    _begin(partial, meta)
-    done = _finished_shards(partial, meta)
-    stream = iter(records(done * meta.shard_size))
-    for shard in range(done, _num_shards(meta)):
-      _write_shard(partial, shard, stream, meta)
-      done = shard + 1
-    _finish(partial, directory, meta)
+    if (whole := _read_meta(partial)) is not None:  # all but its name is done
+      _check_same(partial, whole, meta)
+    else:
+      _begin(partial, meta)
+      done = _finished_shards(partial, meta)
+      stream = iter(records(done * meta.shard_size))
+      for shard in range(done, _num_shards(meta)):
+        _write_shard(partial, shard, stream, meta)
+        done = shard + 1
+      _finish(partial, meta)
+    _publish(partial, directory, meta)
   except OSError as error:
     raise _no_room(error, partial, done * meta.shard_size) from error
   return CodeCache.load(directory)
@@ -190,8 +192,9 @@ def resume_point(directory, meta):
     _check_same(directory, there, meta)
     return meta.num_images
   partial = _partial(directory)
-  if not partial.exists():
-    return 0
+  if (whole := _read_meta(partial)) is not None:
+    _check_same(partial, whole, meta)
+    return meta.num_images
   return min(_finished_shards(partial, meta) * meta.shard_size, meta.num_images)
 
 
@@ -248,17 +251,23 @@ def _finished_shards(partial, meta):
   return min(done, _num_shards(meta))
 
 
-def _finish(partial, directory, meta):
-  """Joins the counts, writes meta.json and gives the folder its name."""
-  seals = [
-    (partial / _shard(s)).with_suffix(".npy") for s in range(_num_shards(meta))
-  ]
-  counts = [np.load(path) for path in seals]
+def _seals(partial, meta):
+  shards = range(_num_shards(meta))
+  return [(partial / _shard(s)).with_suffix(".npy") for s in shards]
+
+
+def _finish(partial, meta):
+  """Joins the counts, then writes meta.json: all else is there before it."""
+  counts = [np.load(path) for path in _seals(partial, meta)]
   with (partial / "counts.tmp").open("wb") as file:
     np.save(file, np.concatenate([np.zeros(0, np.int32), *counts]))
   _sync_replace(partial / "counts.tmp", partial / "counts.npy")
   _replace_text(partial / "meta.json", json.dumps(dataclasses.asdict(meta)))
-  for path in [*seals, partial / "begun.json"]:
+
+
+def _publish(partial, directory, meta):
+  """Gives the folder its name, without what was needed to go on."""
+  for path in [*_seals(partial, meta), partial / "begun.json"]:
     path.unlink(missing_ok=True)
   os.replace(partial, directory)
 

@@ -174,11 +174,14 @@ def write(directory, records, meta, assigned) -> LatentCache:
     )
   partial = _partial(directory)
   try:
-    done = _begin(partial, meta, assigned)
-    assigned = np.load(partial / "assigned.npy")
-    order = _order(assigned, meta)
-    _append(partial, order, done, records, meta, assigned)
-    _replace(partial / "meta.json", json.dumps(dataclasses.asdict(meta)))
+    if (whole := _read_meta(partial)) is not None:  # all but its name is done
+      _check_same(partial, whole, meta)
+    else:
+      done = _begin(partial, meta, assigned)
+      assigned = np.load(partial / "assigned.npy")
+      order = _order(assigned, meta)
+      _append(partial, order, done, records, meta, assigned)
+      _replace(partial / "meta.json", json.dumps(dataclasses.asdict(meta)))
     (partial / "done.json").unlink(missing_ok=True)
     os.replace(partial, directory)
   except OSError as error:
@@ -201,7 +204,11 @@ def resume_point(directory, meta) -> int:
   if (there := _read_meta(directory)) is not None:
     _check_same(directory, there, meta)
     return int((np.load(directory / "assigned.npy") != buckets_lib.NONE).sum())
-  begun = _partial(directory) / "done.json"
+  partial = _partial(directory)
+  if (whole := _read_meta(partial)) is not None:
+    _check_same(partial, whole, meta)
+    return int((np.load(partial / "assigned.npy") != buckets_lib.NONE).sum())
+  begun = partial / "done.json"
   if not begun.exists():
     return 0
   fields = json.loads(begun.read_text())

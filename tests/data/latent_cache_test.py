@@ -177,3 +177,23 @@ def test_pictures_are_compared_where_both_sides_tell(tmp_path):
   digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
   digest.update(np.ascontiguousarray(old.assigned))
   assert old.fingerprint() == digest.hexdigest()[:32]
+
+
+def test_a_kill_before_the_name_loses_nothing(tmp_path):
+  place, replace = tmp_path / "a", os.replace
+
+  def killed(source, target):
+    if target == place:
+      raise KeyboardInterrupt
+    replace(source, target)
+
+  with (
+    mock.patch.object(latent_cache.os, "replace", killed),
+    pytest.raises(KeyboardInterrupt),
+  ):
+    _write(place)
+  assert not place.exists()
+  assert latent_cache.resume_point(place, _META) == 6
+  with pytest.raises(errors.DataError, match="another vae"):
+    _write(place, meta=dataclasses.replace(_META, vae="others"))
+  _check(_write(place, None))  # nothing is asked for again
