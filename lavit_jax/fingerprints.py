@@ -2,18 +2,26 @@
 
 Hex digests of all bytes. Arrays are read one by one, so that memory holds the
 largest; what was read once in a process is remembered. A gigabyte takes about
-a second.
+a second; what took as long is kept in the user's cache folder, and read again
+when a file of the weights has changed.
 """
 
 import functools
 import hashlib
+import logging
 import os
+import pathlib
+import re
+import secrets
+import time
 
 import numpy as np
 
 from lavit_jax import checkpoints, fetched, files
 
+_LOG = logging.getLogger(__name__)
 _DIGITS = 32
+_WORTH_KEEPING = 1.0  # seconds of reading
 
 
 def of_part(directory, name: str, branch: str = "") -> str:
@@ -28,7 +36,7 @@ def of_part(directory, name: str, branch: str = "") -> str:
   Raises:
     errors.CheckpointError: there is no such part, or it is damaged.
   """
-  return _digest(directory, ((name, branch),)).hexdigest()[:_DIGITS]
+  return _digest(directory, ((name, branch),))
 
 
 def of_words(directory) -> str:
@@ -37,7 +45,7 @@ def of_words(directory) -> str:
   What a code cache holds of the tokenizer that made it.
   """
   parts = (("encoder", ""), ("tokenizer", ""))
-  return _digest(directory, parts).hexdigest()[:_DIGITS]
+  return _digest(directory, parts)
 
 
 def of_file(path) -> str:
@@ -46,28 +54,71 @@ def of_file(path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
 
 
+def of_bytes(data: bytes) -> str:
+  """What `of_file` tells of a file that holds these."""
+  return hashlib.sha256(data).hexdigest()[:_DIGITS]
+
+
 def _digest(directory, parts):
   directory = os.fspath(files.absolute(directory))
   stamps = tuple(_stamp(directory, name) for name, _ in parts)
-  return _digested(directory, parts, stamps).copy()
+  path = _folder() / of_bytes(repr((directory, parts, stamps)).encode())
+  if found := _kept(path):
+    return found
+  digest, seconds = _digested(directory, parts, stamps)
+  found = digest.hexdigest()[:_DIGITS]
+  if seconds >= _WORTH_KEEPING:
+    _keep(path, found)
+  return found
+
+
+def _folder() -> pathlib.Path:
+  """Where digests are kept: XDG_CACHE_HOME or ~/.cache."""
+  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(caches) / "lavit_jax" / "fingerprints"
+
+
+def _kept(path):
+  """The digest in a file, None if it holds none."""
+  try:
+    found = path.read_text()
+  except (OSError, ValueError):
+    return None
+  return found if re.fullmatch(rf"[0-9a-f]{{{_DIGITS}}}", found) else None
+
+
+def _keep(path, digest):
+  """Keeps a digest; a folder that cannot be written is no fault."""
+  unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.write_text(digest)
+    os.replace(unfinished, path)
+  except OSError as error:
+    _LOG.info("%s is not written (%s); weights are read again", path, error)
 
 
 def _stamp(directory, name):
-  """What changes when a part is written anew."""
+  """What changes when a part is written anew, or its weights exchanged."""
   checkpoints.read_meta(directory, name)  # or it says what is missing
   path = files.place(directory) / name / "part.json"
   if files.is_remote(path):
     return tuple(fetched.version(path).items())
-  found = path.stat()
-  return found.st_mtime_ns, found.st_ino, found.st_size
+  told = []
+  for inside in sorted(path.parent.rglob("*")):
+    if inside.is_file():
+      found, name = inside.stat(), str(inside.relative_to(path.parent))
+      told.append((name, found.st_mtime_ns, found.st_ino, found.st_size))
+  return tuple(told)
 
 
 @functools.lru_cache(maxsize=16)
 def _digested(directory, parts, stamps):
-  """A digest that has taken in some branches of parts, in order."""
+  """(a digest that has taken in branches of parts, seconds that it took)."""
   if not parts:
-    return hashlib.sha256()
-  digest = _digested(directory, parts[:-1], stamps[:-1]).copy()
+    return hashlib.sha256(), 0.0
+  before, seconds = _digested(directory, parts[:-1], stamps[:-1])
+  digest, begun = before.copy(), time.monotonic()
   name, branch = parts[-1]
   stored = checkpoints.StoredPart(directory, name)
   for path in stored.arrays:
@@ -78,4 +129,4 @@ def _digested(directory, parts, stamps):
     digest.update("".join(f"[{key!r}]" for key in keys).encode())
     array = np.ascontiguousarray(stored.read(path))
     digest.update(array.reshape(-1).view(np.uint8))
-  return digest
+  return digest, seconds + time.monotonic() - begun

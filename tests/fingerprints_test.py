@@ -70,3 +70,37 @@ def test_a_branch_is_the_same_wherever_it_is_kept(tmp_path):
 def test_a_part_that_is_not_there_is_named(tmp_path):
   with pytest.raises(errors.CheckpointError, match="no part 'encoder'"):
     fingerprints.of_part(tmp_path, "encoder")
+
+
+def test_what_took_long_to_read_is_not_read_at_the_next_start(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setattr(fingerprints, "_WORTH_KEEPING", 0.0)
+  model = tmp_path / "model"
+  _save(model, _tree(0), _tree(1))
+  first = fingerprints.of_words(model)
+  read, stored = [], checkpoints.StoredPart
+
+  def counted(directory, name):
+    read.append(name)
+    return stored(directory, name)
+
+  monkeypatch.setattr(checkpoints, "StoredPart", counted)
+  fingerprints._digested.cache_clear()  # as another process begins
+  assert fingerprints.of_words(model) == first
+  assert not read
+  _save(model, _tree(0), _tree(2))
+  assert fingerprints.of_words(model) != first
+  assert read == ["encoder", "tokenizer"]
+  # Weights that are exchanged under the same part.json.
+  for path in (model / "tokenizer").glob("weights*/**/*"):
+    path.touch()
+  fingerprints.of_words(model)
+  assert read.count("tokenizer") == 2
+  # A file that was cut off is none.
+  for path in (tmp_path / "cache").rglob("*"):
+    if path.is_file():
+      path.write_text("12")
+  fingerprints._digested.cache_clear()
+  assert len(fingerprints.of_words(model)) == 32

@@ -101,18 +101,28 @@ def _name_unreadable(source, assigned, log):
 def _name_rare(source, buckets, assigned, batch_size):
   """Says where a batch will show the same picture several times."""
   found = buckets_lib.rare(assigned, len(buckets), batch_size)
+  if not found:
+    return
+  assigned = np.asarray(assigned)
+  counts = np.bincount(assigned[assigned != buckets_lib.NONE])
+  others = np.count_nonzero(counts) > len(found)  # that could take them in
+  way_out = (
+    ". Take it from data.buckets to put them into the nearest other one"
+    if others
+    else f". Give more pictures, or a batch_size of at most {counts.max()}"
+  )
   for b, n in found.items():
     _LOG.warning(
       "bucket %s has %d of the %d pictures of %s: its batches of %d show each"
-      " about %.3g times, and come once in %.3g epochs. Take it from"
-      " data.buckets to put them into the nearest other one",
+      " about %.3g times, and come once in %.3g epochs%s",
       buckets[b],
       n,
-      int((np.asarray(assigned) != buckets_lib.NONE).sum()),
+      int(counts.sum()),
       source.name,
       batch_size,
       batch_size / n,
       batch_size / n,
+      way_out,
     )
 
 

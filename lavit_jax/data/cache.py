@@ -30,8 +30,9 @@ _IN_MEMORY = 256 << 20  # bytes of records that are simply kept in memory
 class Meta:
   """What a cache belongs to.
 
-  `source` and `tokenizer` are fingerprints; N = num_patches. `data` and
-  `model` say in words what they are of; caches of earlier versions do not.
+  `source`, `tokenizer` and `pictures` (see `picture_bytes.py`) are
+  fingerprints; N = num_patches. `data` and `model` say in words what they are
+  of. Caches of earlier versions have neither words nor `pictures`.
   """
 
   source: str
@@ -43,6 +44,7 @@ class Meta:
   format: int = _FORMAT
   data: str = ""
   model: str = ""
+  pictures: str = ""
 
 
 class CodeCache:
@@ -62,13 +64,14 @@ class CodeCache:
       raise _damaged(directory, f"{len(self._records)} records")
 
   @classmethod
-  def load(cls, directory, *, source=None, tokenizer=None):
+  def load(cls, directory, *, source=None, tokenizer=None, pictures=None):
     """Opens a finished cache.
 
     Args:
       directory: what `write` was given, or where that was copied on gs://.
       source: expected fingerprint of the data, None for any.
       tokenizer: expected fingerprint of the visual tokenizer, None for any.
+      pictures: expected one of their bytes; None, or a cache without: any.
 
     Raises:
       errors.DataError: missing, unfinished, damaged, or of other data or
@@ -87,6 +90,8 @@ class CodeCache:
     for kind, ours in (("source", source), ("tokenizer", tokenizer)):
       if ours is not None and ours != getattr(meta, kind):
         raise _foreign(directory, kind, getattr(meta, kind), ours)
+    if pictures and meta.pictures not in ("", pictures):
+      raise _foreign(directory, "pictures", meta.pictures, pictures)
     names = ["counts.npy", *(_shard(s) for s in range(_num_shards(meta)))]
     try:  # ArrayRecord reads from a disk alone
       here = fetched.folder(directory, names)
@@ -105,7 +110,8 @@ class CodeCache:
   def fingerprint(self) -> str:
     """Hex digest of what it was made of, and of how many codes came of it."""
     told = dataclasses.asdict(self.meta)
-    made = {k: v for k, v in told.items() if k not in _NOT_COMPARED}
+    empty = () if self.meta.pictures else ("pictures",)  # as it ever was
+    made = {k: v for k, v in told.items() if k not in _NOT_COMPARED + empty}
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(self.counts))
     return digest.hexdigest()[:32]
@@ -162,13 +168,17 @@ def write(directory, records, meta):
   partial = _partial(directory)
   done = 0
   try:
-    _begin(partial, meta)
-    done = _finished_shards(partial, meta)
-    stream = iter(records(done * meta.shard_size))
-    for shard in range(done, _num_shards(meta)):
-      _write_shard(partial, shard, stream, meta)
-      done = shard + 1
-    _finish(partial, directory, meta)
+    if (whole := _read_meta(partial)) is not None:  # all but its name is done
+      _check_same(partial, whole, meta)
+    else:
+      _begin(partial, meta)
+      done = _finished_shards(partial, meta)
+      stream = iter(records(done * meta.shard_size))
+      for shard in range(done, _num_shards(meta)):
+        _write_shard(partial, shard, stream, meta)
+        done = shard + 1
+      _finish(partial, meta)
+    _publish(partial, directory, meta)
   except OSError as error:
     raise _no_room(error, partial, done * meta.shard_size) from error
   return CodeCache.load(directory)
@@ -182,8 +192,9 @@ def resume_point(directory, meta):
     _check_same(directory, there, meta)
     return meta.num_images
   partial = _partial(directory)
-  if not partial.exists():
-    return 0
+  if (whole := _read_meta(partial)) is not None:
+    _check_same(partial, whole, meta)
+    return meta.num_images
   return min(_finished_shards(partial, meta) * meta.shard_size, meta.num_images)
 
 
@@ -240,17 +251,23 @@ def _finished_shards(partial, meta):
   return min(done, _num_shards(meta))
 
 
-def _finish(partial, directory, meta):
-  """Joins the counts, writes meta.json and gives the folder its name."""
-  seals = [
-    (partial / _shard(s)).with_suffix(".npy") for s in range(_num_shards(meta))
-  ]
-  counts = [np.load(path) for path in seals]
+def _seals(partial, meta):
+  shards = range(_num_shards(meta))
+  return [(partial / _shard(s)).with_suffix(".npy") for s in shards]
+
+
+def _finish(partial, meta):
+  """Joins the counts, then writes meta.json: all else is there before it."""
+  counts = [np.load(path) for path in _seals(partial, meta)]
   with (partial / "counts.tmp").open("wb") as file:
     np.save(file, np.concatenate([np.zeros(0, np.int32), *counts]))
   _sync_replace(partial / "counts.tmp", partial / "counts.npy")
   _replace_text(partial / "meta.json", json.dumps(dataclasses.asdict(meta)))
-  for path in [*seals, partial / "begun.json"]:
+
+
+def _publish(partial, directory, meta):
+  """Gives the folder its name, without what was needed to go on."""
+  for path in [*_seals(partial, meta), partial / "begun.json"]:
     path.unlink(missing_ok=True)
   os.replace(partial, directory)
 
@@ -349,6 +366,8 @@ def _check_same(directory, there, meta):
   """Refuses to mix the codes of two datasets, tokenizers or sizes."""
   for field in dataclasses.fields(meta):
     old, new = getattr(there, field.name), getattr(meta, field.name)
+    if field.name == "pictures" and not (old and new):
+      continue
     if old != new and field.name not in _NOT_COMPARED:
       words = {"source": "data", "tokenizer": "model"}.get(field.name)
       if words:

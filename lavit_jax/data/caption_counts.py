@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import pathlib
+import secrets
 import time
 
 import numpy as np
@@ -68,7 +69,7 @@ def _read(path, count):
 
 def _write(path, counts):
   """Keeps the counts; a folder that cannot be written is no fault."""
-  unfinished = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
+  unfinished = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.tmp")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with unfinished.open("wb") as file:

@@ -134,7 +134,7 @@ def fingerprint(source) -> str:
   """Hex digest of which pictures a source holds, at which size.
 
   A code cache records it, so that codes of one dataset are never taken for
-  those of another. Covers names and order, not pixels.
+  those of another. Covers names and order, not pixels: `picture_bytes.py`.
   """
   digest = hashlib.sha256()
   head = (source.name, source.image_size, source.num_images)

@@ -34,8 +34,8 @@ _TYPE = np.dtype("<f2")
 class Meta:
   """What a cache belongs to.
 
-  `source` and `vae` are fingerprints; a bucket of height h has latents of
-  h / scale places.
+  `source`, `vae` and `pictures` (see `picture_bytes.py`) are fingerprints; a
+  bucket of height h has latents of h / scale places.
   """
 
   source: str
@@ -47,6 +47,7 @@ class Meta:
   format: int = _FORMAT
   data: str = ""  # in words; "" in caches of earlier versions
   model: str = ""
+  pictures: str = ""  # likewise
 
   def __post_init__(self):
     pairs = tuple((int(h), int(w)) for h, w in self.buckets)
@@ -79,7 +80,9 @@ class LatentCache:
       self._place[chosen] = np.arange(len(chosen))
 
   @classmethod
-  def load(cls, directory, *, source=None, vae=None, buckets=None):
+  def load(
+    cls, directory, *, source=None, vae=None, buckets=None, pictures=None
+  ):
     """Opens a finished cache.
 
     Args:
@@ -88,6 +91,8 @@ class LatentCache:
       source: expected fingerprint of the data, None for any.
       vae: expected fingerprint of the autoencoder, None for any.
       buckets: expected heights and widths, None for any.
+      pictures: expected fingerprint of their bytes; None or "" for any. A
+        cache that does not tell passes.
 
     Raises:
       errors.DataError: missing, unfinished, damaged, or of other data, another
@@ -109,6 +114,8 @@ class LatentCache:
     for kind, ours in wanted.items():
       if ours is not None and ours != getattr(meta, kind):
         raise _foreign(directory, kind, _known(meta, kind), ours)
+    if pictures and meta.pictures not in ("", pictures):
+      raise _foreign(directory, "pictures", meta.pictures, pictures)
     return cls(directory, meta)
 
   def __len__(self):
@@ -118,6 +125,8 @@ class LatentCache:
     """Hex digest of what it was made of, and of which bucket has what."""
     told = dataclasses.asdict(self.meta)
     made = {k: v for k, v in told.items() if k not in _NOT_COMPARED}
+    if not made["pictures"]:  # caches of earlier versions stay what they are
+      del made["pictures"]
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(self.assigned))
     return digest.hexdigest()[:32]
@@ -165,11 +174,14 @@ def write(directory, records, meta, assigned) -> LatentCache:
     )
   partial = _partial(directory)
   try:
-    done = _begin(partial, meta, assigned)
-    assigned = np.load(partial / "assigned.npy")
-    order = _order(assigned, meta)
-    _append(partial, order, done, records, meta, assigned)
-    _replace(partial / "meta.json", json.dumps(dataclasses.asdict(meta)))
+    if (whole := _read_meta(partial)) is not None:  # all but its name is done
+      _check_same(partial, whole, meta)
+    else:
+      done = _begin(partial, meta, assigned)
+      assigned = np.load(partial / "assigned.npy")
+      order = _order(assigned, meta)
+      _append(partial, order, done, records, meta, assigned)
+      _replace(partial / "meta.json", json.dumps(dataclasses.asdict(meta)))
     (partial / "done.json").unlink(missing_ok=True)
     os.replace(partial, directory)
   except OSError as error:
@@ -192,7 +204,11 @@ def resume_point(directory, meta) -> int:
   if (there := _read_meta(directory)) is not None:
     _check_same(directory, there, meta)
     return int((np.load(directory / "assigned.npy") != buckets_lib.NONE).sum())
-  begun = _partial(directory) / "done.json"
+  partial = _partial(directory)
+  if (whole := _read_meta(partial)) is not None:
+    _check_same(partial, whole, meta)
+    return int((np.load(partial / "assigned.npy") != buckets_lib.NONE).sum())
+  begun = partial / "done.json"
   if not begun.exists():
     return 0
   fields = json.loads(begun.read_text())
@@ -343,6 +359,8 @@ def _check_same(directory, there, meta):
   """Refuses to mix the latents of two datasets, autoencoders or buckets."""
   for field in dataclasses.fields(meta):
     old, new = getattr(there, field.name), getattr(meta, field.name)
+    if field.name == "pictures" and not (old and new):
+      continue
     if old != new and field.name not in _NOT_COMPARED:
       theirs, ours = _known(there, field.name), _known(meta, field.name)
       raise _foreign(directory, field.name, theirs, ours)

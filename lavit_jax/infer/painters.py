@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lavit_jax import errors
-from lavit_jax.infer import batches, latent, own, painting, visual
+from lavit_jax.infer import batches, latent, made_of, own, painting, visual
 
 NEEDS = {  # the first that is whole is the default
   "highres": ("highres", "highres_pixels"),
@@ -78,8 +78,11 @@ def load(directory, kind: str, dtype: str = "float32"):
       autoencoders that ask for it, are float32 in any case.
 
   Raises:
-    errors.CheckpointError: a part is damaged, or lacks a network.
+    errors.CheckpointError: a part is damaged, lacks a network, or was trained
+      on other words.
   """
+  for part in NEEDS[kind]:
+    made_of.check_made_of(directory, part)
   if kind == "pixels":
     return own.Own(directory)
   return latent.Latent(directory, kind, dtype)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from lavit_jax import checkpoints, errors, files, fingerprints, vocabulary
-from lavit_jax.infer import batches, rules, visual
+from lavit_jax.infer import batches, made_of, rules, visual
 from lavit_jax.infer import quantize as int8
 from lavit_jax.models import llama, unified
 
@@ -70,6 +70,28 @@ def text_tokenizer(directory) -> vocabulary.TextTokenizer:
   return text
 
 
+def visual_tokenizer(
+  directory, dtype: str = "float32"
+) -> visual.VisualTokenizer:
+  """Encoder and visual tokenizer of a model directory, which fit together.
+
+  Args:
+    directory: a model directory.
+    dtype: of the encoder and of computation. Codes are told apart by small
+      differences: the tokenizer's weights stay float32.
+
+  Raises:
+    errors.CheckpointError: one is missing or damaged, or the tokenizer was
+      trained on another encoder.
+  """
+  made_of.check_made_of(directory, "tokenizer")
+  return visual.VisualTokenizer(
+    checkpoints.load_part(directory, "encoder", dtype=dtype),
+    checkpoints.load_part(directory, "tokenizer"),
+    dtype,
+  )
+
+
 class Language:
   """The LLM part with its continuous branch.
 
@@ -88,6 +110,8 @@ class Language:
     dtype: str = "float32",
     quantize: str | None = None,
   ):
+    """Reads the part; CheckpointError if it knows other visual words."""
+    made_of.check_made_of(directory, "llm")
     if quantize is None:
       part = checkpoints.load_part(directory, "llm", dtype=dtype)
     else:

@@ -96,13 +96,7 @@ class LaVIT:
   @functools.cached_property
   def visual(self) -> visual.VisualTokenizer:
     """Encoder and visual tokenizer."""
-    read = functools.partial(checkpoints.load_part, self.directory)
-    return visual.VisualTokenizer(
-      read("encoder", dtype=self._dtype),
-      # Codes are told apart by small differences: these stay as they are.
-      read("tokenizer"),
-      self._dtype,
-    )
+    return parts.visual_tokenizer(self.directory, self._dtype)
 
   @functools.cached_property
   def text(self) -> vocabulary.TextTokenizer:

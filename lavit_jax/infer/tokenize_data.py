@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax import checkpoints, files, fingerprints, images, progress
-from lavit_jax.data import cache, examples, faults, sources
-from lavit_jax.infer import visual
+from lavit_jax import files, fingerprints, images, progress
+from lavit_jax.data import cache, examples, faults, picture_bytes, sources
+from lavit_jax.infer import parts
 
 _BATCH = 64
 _SPLITS = ("train", "held_out")
@@ -42,7 +42,7 @@ def write_caches(
     errors.LavitError: as of `write_cache`.
   """
   files.require_local(out, "a code cache")
-  tokenizer = _load(model)
+  tokenizer = parts.visual_tokenizer(model)
   config = _data_config(data, tokenizer.image_size, held_out, fields)
   both = dict(zip(_SPLITS, sources.pair(config), strict=True))
   return {
@@ -88,7 +88,7 @@ def write_cache(
     `pictures`, `bad`, `mean_tokens`, `out`.
   """
   files.require_local(out, "a code cache")
-  tokenizer = _load(model)
+  tokenizer = parts.visual_tokenizer(model)
   config = _data_config(data, tokenizer.image_size, held_out, fields)
   source = sources.build(config, split)
   told = sources.describe(config, split, source)
@@ -104,13 +104,6 @@ def write_cache(
   )
 
 
-def _load(model) -> visual.VisualTokenizer:
-  return visual.VisualTokenizer(
-    checkpoints.load_part(model, "encoder"),
-    checkpoints.load_part(model, "tokenizer"),
-  )
-
-
 def _write(model, tokenizer, source, out, *, split, told, limit_share, quiet):
   """The cache of one source; its summary."""
   meta = cache.Meta(
@@ -121,6 +114,7 @@ def _write(model, tokenizer, source, out, *, split, told, limit_share, quiet):
     num_codes=tokenizer.num_codes,
     data=told,
     model=str(model),
+    pictures=picture_bytes.of(source),
   )
   log = faults.FaultLog("pictures", limit_share)
   label = f"tokenize {split}"

@@ -77,6 +77,8 @@ def _goes_on(before: str, after: str) -> bool:
   if word in _BEFORE_NUMBERS:
     return begins.isdigit()
   if word in _BEFORE_NAMES and begins.isupper():
+    if re.match(r"[A-Z]\.", following):  # an initial: "Dr. A. Smith"
+      return True
     return re.match(r"\w*", following)[0].lower() not in _BEGINNINGS
   if word in _BEFORE_NAMES | _BEFORE_SMALL:
     return begins.islower() or begins.isdigit()

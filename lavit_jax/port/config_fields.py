@@ -5,11 +5,13 @@ names it; see `diffusers_config.py` for the fields themselves.
 """
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lavit_jax import errors
 
+_LARGEST = 2**31 - 1
 ANY = object()  # every value of a field will do
 
 
@@ -89,7 +91,7 @@ class File:
   def whole(self, name: str) -> int:
     """A whole number, at least 1."""
     value = self.value(name)
-    if _is_whole(value):
+    if is_whole(value):
       return value
     self.wrong(name, "a positive whole number")
     return 1
@@ -97,8 +99,7 @@ class File:
   def real(self, name: str, least: float | None = None) -> float:
     """A number above 0, or at least `least`."""
     value = self.value(name)
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_real and (value > 0 if least is None else value >= least):
+    if is_number(value) and (value > 0 if least is None else value >= least):
       return value
     limit = "above 0" if least is None else f"of at least {least}"
     self.wrong(name, f"a number {limit}")
@@ -114,7 +115,7 @@ class File:
   def numbers(self, name: str) -> tuple[int, ...]:
     """A list of whole numbers, at least one."""
     value = self.value(name)
-    if _is_list(value, _is_whole):
+    if _is_list(value, is_whole):
       return tuple(value)
     self.wrong(name, "a list of positive whole numbers")
     return (1,)
@@ -129,7 +130,7 @@ class File:
 
   def per_level(self, name: str, levels: int) -> tuple[int, ...]:
     """One number for all levels or a list, as a number a level."""
-    if _is_whole(self.value(name)):
+    if is_whole(self.value(name)):
       return (self.value(name),) * levels
     found = self.numbers(name)
     if len(found) == levels:
@@ -138,8 +139,20 @@ class File:
     return (1,) * levels
 
 
-def _is_whole(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def is_number(value: Any) -> bool:
+  """Whether a value of a JSON file is a number that a float can be."""
+  if not isinstance(value, int | float) or isinstance(value, bool):
+    return False
+  try:
+    return math.isfinite(value)
+  except OverflowError:  # a whole number of hundreds of digits
+    return False
+
+
+def is_whole(value: Any) -> bool:
+  """Whether it is a whole number from 1 that an array's size can be."""
+  is_int = isinstance(value, int) and not isinstance(value, bool)
+  return is_int and 0 < value <= _LARGEST
 
 
 def _is_list(value: Any, fits) -> bool:

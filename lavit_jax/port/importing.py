@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax import checkpoints, errors, files, progress
+from lavit_jax import checkpoints, errors, files, fingerprints, progress
 from lavit_jax.port import (
   folder,
   hub,
   looks,
   names,
   official,
+  pixel_folders,
   plan,
   starts,
   tensors,
@@ -33,6 +34,13 @@ from lavit_jax.port import (
 DTYPES = ("keep", *tensors.DTYPES)
 _ARRAYS = ".arrays"  # scratch, inside the folder that is being built
 DEFAULT_CODES = 16384
+# What parts of one checkpoint were trained with: part.json says so.
+_WORDS = ("encoder", "tokenizer")
+_TRAINED_WITH = {
+  "tokenizer": ("encoder",),
+  "llm": ("text_tokenizer", *_WORDS),
+  **dict.fromkeys(("lowres", "highres", *pixel_folders.FOLDERS), _WORDS),
+}
 
 
 def run(
@@ -88,7 +96,8 @@ def run(
     with bar:
       writer = _Writer(partial, dtype, bar)
       for part in made.parts:
-        report[part.name] = writer.write(part)
+        with_what = _made_of(partial, part.name, words)
+        report[part.name] = writer.write(part, with_what)
     _write_files(partial, made)
   return {
     "source": made.source,
@@ -140,6 +149,24 @@ def _plan(place, only, heads, allow, codes, seed) -> plan.Plan:
   )
 
 
+def _made_of(partial, name: str, words: bytes | None) -> dict[str, str]:
+  """Fingerprints of what a part was trained with, of what is imported here.
+
+  Encoder and tokenizer, which come first, are read back for it: a small part
+  of what is imported, and in the computer's memory still.
+  """
+  there = checkpoints.parts_in(partial)
+  found = {}
+  if words is not None:
+    found["text_tokenizer"] = fingerprints.of_bytes(words)
+  wanted = _TRAINED_WITH.get(name, ())
+  if "encoder" in wanted and "encoder" in there:
+    found["encoder"] = fingerprints.of_part(partial, "encoder")
+  if "tokenizer" in wanted and set(_WORDS) <= set(there):
+    found["tokenizer"] = fingerprints.of_words(partial)
+  return {n: print_ for n, print_ in found.items() if n in wanted}
+
+
 def _write_files(partial, made):
   for name, data in made.files.items():
     path = partial / name
@@ -160,7 +187,7 @@ class _Writer:
     self._bar = bar
     self._done = 0
 
-  def write(self, part: plan.Part) -> dict[str, Any]:
+  def write(self, part: plan.Part, made_of) -> dict[str, Any]:
     """Writes one part; what it holds, for the report."""
     scratch = self._partial / _ARRAYS
     scratch.mkdir()
@@ -177,6 +204,7 @@ class _Writer:
           t.name: t.dtype.name for t in array.sources if t.dtype != stored
         }
     meta = _with_port(part.meta, dtypes=exceptions) | {"parameters": count}
+    meta |= {"made_of": made_of} if made_of else {}
     checkpoints.save_part(self._partial, part.name, names.unflatten(flat), meta)
     report = _summary(flat, count)
     self._bar.print(f"import: {part.name} is written")

@@ -7,13 +7,12 @@ transformers' defaults.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from lavit_jax import errors
-from lavit_jax.port import llama_folder
+from lavit_jax.port import config_fields, llama_folder
 
 _ABSENT = object()
 _OFF = (None, False)
@@ -94,7 +93,8 @@ _READ = """
   rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings
   use_sliding_window vocab_size
 """
-_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_FACTORS = ("partial_rotary_factor", "factor", "attention_factor")
+_ROPE = {"rope_type", "type", "rope_theta", *_FACTORS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +198,7 @@ class _File:
   def whole(self, name: str, default: Any = _ABSENT) -> int:
     """A whole number of at least 1; null where the default is None."""
     value = self._content.get(name, default)
-    if _is_whole(value) or (value is None and default is None):
+    if config_fields.is_whole(value) or (value is None and default is None):
       return value
     self._is_wrong(name, "a whole number, 1 or more")
     return 1
@@ -207,7 +207,7 @@ class _File:
     """A finite number above 0."""
     value = self._value(name)
     value = default if value is _ABSENT else value
-    if _is_number(value) and value > 0:
+    if config_fields.is_number(value) and value > 0:
       return float(value)
     self._is_wrong(name, "a number above 0")
     return 1.0
@@ -282,8 +282,9 @@ class _File:
     for name in ("rope_type", "type"):
       if settings.get(name, "default") != "default":
         self._is_wrong(f"{place}.{name}", "'default': no scaled positions")
-    if settings.get("partial_rotary_factor") not in _ONE:
-      self._is_wrong(f"{place}.partial_rotary_factor", "1")
+    for name in _FACTORS:
+      if settings.get(name) not in _ONE:
+        self._is_wrong(f"{place}.{name}", "1")
     for name in [n for n in settings if n not in _ROPE]:
       if isinstance(settings[name], Mapping):  # settings by kind of layer
         self._is_wrong(f"{place}.{name}", "one setting for all layers")
@@ -296,12 +297,3 @@ def _short(value) -> str:
   if value is None or isinstance(value, bool):
     return {None: "null", True: "true", False: "false"}[value]
   return re.sub(r"\s+", " ", repr(value))[:80]
-
-
-def _is_whole(value) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_number(value) -> bool:
-  known = isinstance(value, int | float) and not isinstance(value, bool)
-  return known and math.isfinite(value)

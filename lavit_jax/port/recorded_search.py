@@ -155,7 +155,7 @@ def draw(a, parts):
 
 
 def drawing_defaults(recorded) -> dict:
-  """Lengths and guidance of the recorded drawings, by their official names.
+  """Least length and guidance of what was drawn, by their official names.
 
   Args:
     recorded: the content of t2i_tokens.json; the release's where it says
@@ -163,7 +163,6 @@ def drawing_defaults(recorded) -> dict:
   """
   usual = {
     "min_length": official.DRAW["min_new_tokens"],
-    "max_length": official.DRAW["max_new_tokens"],
     "guidance_scale_for_llm": official.GUIDANCE_MULTIMODAL,
   }
   return usual | recorded.get("mm_defaults", {})

@@ -20,6 +20,7 @@ import numpy as np
 from lavit_jax import checkpoints, errors, images
 from lavit_jax.models import safety
 from lavit_jax.port import (
+  config_fields,
   exporting,
   llama_folder,
   names_safety,
@@ -130,6 +131,7 @@ def _check_pictures(folder, file, size):
     "resample": 3,  # bicubic
     "size": size,
     "crop_size": size,
+    "rescale_factor": 1 / 255,
     **dict.fromkeys(_DONE, True),
   }
   wrong = [
@@ -148,11 +150,11 @@ def _check_pictures(folder, file, size):
 def _is_setting(given, wanted) -> bool:
   """Whether a setting is one; sizes also as {"shortest_edge": 224}."""
   if isinstance(given, Mapping):
-    return bool(given) and set(given.values()) == {wanted}
-  if isinstance(wanted, list):
+    return bool(given) and all(v == wanted for v in given.values())
+  if isinstance(wanted, list | float):
     try:
       return np.allclose(np.asarray(given, float), wanted, rtol=0, atol=1e-6)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
       return False
   return given == wanted
 
@@ -170,8 +172,9 @@ def _config(fields: Mapping[str, Any], found, label) -> safety.SafetyConfig:
     if activation != "quick_gelu":
       raise ValueError(f"hidden_act is {activation!r}, expected 'quick_gelu'")
     for name, value in {**tower, "projection_dim": dim}.items():
-      whole = isinstance(value, int) and value > 0
-      number = isinstance(value, float) and name == "layer_norm_eps"
+      whole = config_fields.is_whole(value)
+      number = config_fields.is_number(value) and value > 0
+      number = number and name == "layer_norm_eps"
       if name in (*_FIELDS, "projection_dim") and not (whole or number):
         raise ValueError(f"{name} is {value!r}, expected a positive number")
     sizes = {ours: tower[theirs] for theirs, ours in _FIELDS.items()}

@@ -8,14 +8,13 @@ them. So it is here, but for fields that tell of a U-Net with which DDIM cannot
 do anything (those of flows, of continuous steps, of learned variances).
 """
 
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from lavit_jax import errors
 from lavit_jax.infer import schedules
-from lavit_jax.port import llama_folder
+from lavit_jax.port import config_fields, llama_folder
 
 FILE = "scheduler_config.json"
 _DDIM = "DDIMScheduler"
@@ -170,7 +169,15 @@ def _fields(content, label):
         f" {' or '.join(repr(a) for a in allowed if a is not None) or 'null'}."
         " Its U-Net was trained for another kind of steps than DDIM's."
       )
-  absent = content.get("_use_default_values", ())
+  absent = content.get("_use_default_values")
+  absent = [] if absent is None else absent
+  if not isinstance(absent, list | tuple) or not all(
+    isinstance(name, str) for name in absent
+  ):
+    raise errors.CheckpointError(
+      f"{label} has _use_default_values={absent!r}: expected a list of names,"
+      " or null."
+    )
   given = {k: v for k, v in content.items() if k not in absent}
   fields = {k: given.get(k, default) for k, default in DEFAULTS.items()}
   for name, value in fields.items():
@@ -191,19 +198,16 @@ def _unfit(name, value):
       None if value in _NAMES[name] else f"one of {', '.join(_NAMES[name])}"
     )
   if name == "trained_betas":
-    good = isinstance(value, list | tuple) and all(map(_is_number, value))
+    good = isinstance(value, list | tuple) and all(
+      map(config_fields.is_number, value)
+    )
     return None if value is None or good else "a list of numbers, or null"
   if isinstance(default, bool):
     return None if isinstance(value, bool) else "true or false"
   if isinstance(default, int):
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole = isinstance(value, int) and config_fields.is_number(value)
     return None if whole else "a whole number"
-  return None if _is_number(value) else "a number"
-
-
-def _is_number(value):
-  known = isinstance(value, int | float) and not isinstance(value, bool)
-  return known and math.isfinite(value)
+  return None if config_fields.is_number(value) else "a number"
 
 
 def unparse(schedule: schedules.Schedule) -> dict[str, Any]:

@@ -311,8 +311,8 @@ def read_index(path, label: str) -> dict[str, str]:
   repeated = []
 
   def pairs(items):
-    names = [name for name, _ in items]
-    repeated.extend(sorted({n for n in names if names.count(n) > 1}))
+    counts = collections.Counter(name for name, _ in items)
+    repeated.extend(sorted(name for name in counts if counts[name] > 1))
     return dict(items)
 
   try:

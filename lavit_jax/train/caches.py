@@ -3,7 +3,7 @@
 import shlex
 
 from lavit_jax import agreement, errors, fingerprints, hosts
-from lavit_jax.data import cache, latent_cache, sources
+from lavit_jax.data import cache, latent_cache, picture_bytes, sources
 from lavit_jax.train import latent_parts
 
 
@@ -12,7 +12,7 @@ def codes(config, pictures, prints) -> tuple[cache.CodeCache, cache.CodeCache]:
 
   Args:
     config: of a run of stage pretrain; `accept` may name train_cache.source,
-      train_cache.tokenizer, and likewise of held_out_cache.
+      .tokenizer and .pictures, and likewise of held_out_cache.
     pictures: its (train, held-out) sources.
     prints: their `examples.fingerprint`s.
 
@@ -37,18 +37,21 @@ def codes(config, pictures, prints) -> tuple[cache.CodeCache, cache.CodeCache]:
       "source": (print_, sources.describe(data, split, source)),
       "tokenizer": (words, str(config.model_dir)),
     }
+    if made.meta.pictures and (bytes_ := _bytes(source)):
+      told["pictures"] = bytes_, ""
     _check(config, f"{split}_cache", made, told, folder, split)
     found.append(made)
   return tuple(found)
 
 
-def latents(data, training: bool, prints, vae, read):
+def latents(data, training: bool, source, print_, vae, read):
   """The latent cache of training or held-out pictures; None without one.
 
   Args:
     data: config.data of a run of stage latents.
     training: of which of them.
-    prints: their (train, held-out) `examples.fingerprint`s.
+    source: these pictures.
+    print_: their `examples.fingerprint`.
     vae: the VaeConfig of the autoencoder.
     read: gives its weights; called where there is a cache.
 
@@ -61,7 +64,8 @@ def latents(data, training: bool, prints, vae, read):
     return None
   return latent_cache.LatentCache.load(
     folder,
-    source=prints[not training],
+    source=print_,
+    pictures=_bytes(source),
     vae=latent_parts.fingerprint(read(), vae),
     buckets=data.buckets,
   )
@@ -92,11 +96,17 @@ def _command(data, model, folder, split) -> str:
   return shlex.join(words)
 
 
+def _bytes(source) -> str:
+  """`picture_bytes.of` a source; "" but on the first process."""
+  return picture_bytes.of(source) if hosts.first() else ""
+
+
 def _check(config, name, made, told, folder, split):
   """Compares what a cache was made of with (fingerprint, words) of a run's."""
   theirs = {
     "source": (made.meta.source, made.meta.data),
     "tokenizer": (made.meta.tokenizer, made.meta.model),
+    "pictures": (made.meta.pictures, ""),
   }
   command = _command(config.data, config.model_dir, folder, split)
   way_out = f"write it again for this run, once it is deleted: {command}"

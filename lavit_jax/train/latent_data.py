@@ -12,7 +12,14 @@ import jax
 import numpy as np
 
 from lavit_jax import files, images, progress
-from lavit_jax.data import bucket_rows, examples, faults, latent_cache, sources
+from lavit_jax.data import (
+  bucket_rows,
+  examples,
+  faults,
+  latent_cache,
+  picture_bytes,
+  sources,
+)
 from lavit_jax.data import buckets as buckets_lib
 from lavit_jax.train import conditions, latent_parts
 
@@ -60,6 +67,7 @@ def write_cache(
     channels=net.config.latent_channels,
     data=sources.describe(data, split, source),
     model=str(model),
+    pictures=picture_bytes.of(source),
   )
   assigned = buckets_lib.assign(buckets_lib.sizes_of(source), meta.buckets)
   log = faults.FaultLog("pictures", faults.share_of(data))

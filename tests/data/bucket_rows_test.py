@@ -62,9 +62,22 @@ def test_a_bucket_with_fewer_pictures_than_a_batch_is_named(source, caplog):
   assert len(said) == 3
   assert "bucket (32, 24) has 2 of the 8 pictures" in said[2]
   assert "come once in 2 epochs" in said[2]
+  assert not any("nearest other" in line for line in said)  # all are rare
+  assert all("batch_size of at most 3" in line for line in said)
   caplog.clear()
   _batches(source, seed=None)  # held out: each once, with gaps
   assert "epochs" not in caplog.text
+
+
+def test_a_bucket_is_taken_away_only_where_another_is_left(source, caplog):
+  bucket_rows.batches(source, _BUCKETS, 3, seed=0)  # the last alone is rare
+  (said,) = [r.getMessage() for r in caplog.records if "epochs" in r.msg]
+  assert "Take it from data.buckets" in said
+  caplog.clear()
+  bucket_rows.batches(source, _BUCKETS[:1], 9, seed=0)
+  (said,) = [r.getMessage() for r in caplog.records if "epochs" in r.msg]
+  assert "Take it from data.buckets" not in said
+  assert "batch_size of at most 8" in said
 
 
 def test_hosts_together_see_what_one_host_sees(source):

@@ -1,7 +1,10 @@
 import dataclasses
 import errno
+import functools
+import hashlib
 import json
 import os
+import pathlib
 import string
 
 import hypothesis
@@ -266,3 +269,67 @@ def test_a_picture_out_of_range_is_an_index_error(tmp_path):
   for i in (-1, 10):
     with pytest.raises(IndexError, match=f"picture {i} of 10"):
       made.codes(i)
+
+
+def test_pictures_are_compared_where_both_sides_tell(tmp_path):
+  place, told = tmp_path / "a", dataclasses.replace(_META, pictures="these")
+  other = dataclasses.replace(_META, pictures="others")
+  cache.write(place, _records, told)
+  load = functools.partial(cache.CodeCache.load, place)
+  assert load(pictures="these").fingerprint() == load().fingerprint()
+  with pytest.raises(errors.DataError, match=r"pictures \(these, here others"):
+    load(pictures="others")
+  for step in (
+    lambda: cache.write(place, _records, other),
+    lambda: cache.resume_point(place, other),
+  ):
+    with pytest.raises(errors.DataError, match="another pictures"):
+      step()
+  cache.write(place, _records, _META)  # of a source that tells nothing
+  # One of an earlier version: used, and known to a run by the same digest.
+  meta = json.loads((place / "meta.json").read_text())
+  del meta["pictures"]
+  (place / "meta.json").write_text(json.dumps(meta))
+  old = load(pictures="others")
+  free = ("data", "model", "shard_size")
+  made = {k: v for k, v in meta.items() if k not in free}
+  digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
+  digest.update(np.ascontiguousarray(old.counts))
+  assert old.fingerprint() == digest.hexdigest()[:32]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4])
+def test_a_kill_before_the_name_loses_nothing(tmp_path, monkeypatch, kept):
+  """Of the seals and begun.json some are gone already."""
+  unlink, left, place = pathlib.Path.unlink, [kept], tmp_path / "codes"
+
+  def killed(path, missing_ok=False):
+    if path.suffix in (".npy", ".json"):
+      if not left[0]:
+        raise KeyboardInterrupt
+      left[0] -= 1
+    unlink(path, missing_ok)
+
+  def dies(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, "unlink", killed)
+    if kept == 4:
+      patch.setattr(cache.os, "replace", _replacing(place, os.replace, dies))
+    with pytest.raises(KeyboardInterrupt):
+      cache.write(place, _records, _META)
+  assert not place.exists()
+  assert cache.resume_point(place, _META) == 10
+  other = dataclasses.replace(_META, source="others")
+  with pytest.raises(errors.DataError, match="another source"):
+    cache.write(place, _records, other)
+  _check(cache.write(place, dies, _META))
+  left = {p.suffix for p in place.iterdir() if p.name.startswith("codes-")}
+  assert left == {".array_record"}
+  assert not (place / "begun.json").exists()
+
+
+def _replacing(place, replace, otherwise):
+  """os.replace, but for the folder's own name."""
+  return lambda a, b: otherwise() if b == place else replace(a, b)

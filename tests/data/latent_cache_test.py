@@ -1,6 +1,9 @@
 """The latent cache: whole or not at all, and of its own data alone."""
 
 import dataclasses
+import functools
+import hashlib
+import json
 import os
 import string
 from unittest import mock
@@ -148,3 +151,49 @@ def test_damage_and_absence_are_named(tmp_path):
   (tmp_path / "c").mkdir()
   with pytest.raises(errors.DataError, match="no latent cache"):
     _write(tmp_path / "c")
+
+
+def test_pictures_are_compared_where_both_sides_tell(tmp_path):
+  place, told = tmp_path / "a", dataclasses.replace(_META, pictures="these")
+  other = dataclasses.replace(_META, pictures="others")
+  _write(place, meta=told)
+  load = functools.partial(latent_cache.LatentCache.load, place)
+  assert load(pictures="these").fingerprint() == load().fingerprint()
+  with pytest.raises(errors.DataError, match=r"pictures \(these, here others"):
+    load(pictures="others")
+  for step in (
+    lambda: _write(place, meta=other),
+    lambda: latent_cache.resume_point(place, other),
+  ):
+    with pytest.raises(errors.DataError, match="another pictures"):
+      step()
+  _write(place, meta=_META)  # of a source that tells nothing
+  # One of an earlier version: used, and known to a run by the same digest.
+  meta = json.loads((place / "meta.json").read_text())
+  del meta["pictures"]
+  (place / "meta.json").write_text(json.dumps(meta))
+  old = load(pictures="others")
+  made = {k: v for k, v in meta.items() if k not in ("data", "model")}
+  digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
+  digest.update(np.ascontiguousarray(old.assigned))
+  assert old.fingerprint() == digest.hexdigest()[:32]
+
+
+def test_a_kill_before_the_name_loses_nothing(tmp_path):
+  place, replace = tmp_path / "a", os.replace
+
+  def killed(source, target):
+    if target == place:
+      raise KeyboardInterrupt
+    replace(source, target)
+
+  with (
+    mock.patch.object(latent_cache.os, "replace", killed),
+    pytest.raises(KeyboardInterrupt),
+  ):
+    _write(place)
+  assert not place.exists()
+  assert latent_cache.resume_point(place, _META) == 6
+  with pytest.raises(errors.DataError, match="another vae"):
+    _write(place, meta=dataclasses.replace(_META, vae="others"))
+  _check(_write(place, None))  # nothing is asked for again

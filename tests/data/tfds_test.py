@@ -14,6 +14,7 @@ from lavit_jax import errors, images  # noqa: E402
 from lavit_jax.data import (  # noqa: E402
   caption_counts,
   examples,
+  picture_bytes,
   pipeline,
   sources,
   tfds,
@@ -39,6 +40,7 @@ class TinyPictures(tensorflow_datasets.core.GeneratorBasedBuilder):
       features=features.FeaturesDict(
         {
           "image": features.Image(encoding_format="png"),
+          "depth": features.Image(encoding_format="png"),
           "caption": features.Text(),
           "captions": features.Sequence({"text": features.Text()}),
           "id": np.int64,
@@ -57,6 +59,7 @@ class TinyPictures(tensorflow_datasets.core.GeneratorBasedBuilder):
         i,
         {
           "image": _png(40 * i),
+          "depth": _png(40 * i),
           "caption": f"number {i}",
           "captions": [{"text": f"one {i}"}, {"text": f"two {i}"}],
           "id": i,
@@ -257,6 +260,17 @@ def test_what_other_data_are_have_another_digest(data_dir, ragged_dir):
   ]
   assert len(set(digests)) == 5
   assert _source(data_dir).contents() == digests[0]
+
+
+def test_caches_know_another_feature_and_another_preparation(
+  data_dir, parquet_dir
+):
+  """Though depth has the very bytes of image; texts are no matter."""
+  known = picture_bytes.of(_source(data_dir))
+  assert picture_bytes.of(_source(data_dir, image_feature="depth")) != known
+  assert picture_bytes.of(_source(parquet_dir)) != known
+  texts = _source(data_dir, text_feature="captions/text")
+  assert picture_bytes.of(texts) == known
 
 
 def test_a_prepared_folder_and_a_slice_can_be_named(data_dir):

@@ -39,6 +39,9 @@ WHOLE = (
   "a page dated Sept. 3",
   'a sign ("Mt. Rainier")',
   "a store that opens at 9 a.m.",
+  "a man named Dr. A. Smith",
+  "Dr. I. Newton and Mr. A. J. Foyt",
+  "Sgt. A.J. Strong",
 )
 
 
@@ -59,6 +62,8 @@ def test_an_abbreviation_ends_no_sentence(text):
     ("it opens at 9 a.m. The door is shut", "it opens at 9 a.m"),
     ("apples etc. A bowl", "apples etc"),
     ("a bottle of Dr. Pepper. a glass", "a bottle of Dr. Pepper"),
+    ("a man named Dr. A. Smith. He sits", "a man named Dr. A. Smith"),
+    ("a house on Main St. A dog", "a house on Main St"),
     ("a best. friend", "a best"),
     ("this is Dr.", "this is Dr"),
     ("cats vs.", "cats vs"),

@@ -2,6 +2,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
+import string
 
 import ml_dtypes
 import numpy as np
@@ -12,8 +14,15 @@ pytest.importorskip("safetensors", reason="reads safetensors files")
 
 from safetensors import torch as safe  # noqa: E402
 
-from lavit_jax import checkpoints, errors  # noqa: E402
+from lavit_jax import (  # noqa: E402
+  checkpoints,
+  errors,
+  fingerprints,
+  vocabulary,
+)
+from lavit_jax.infer import made_of, parts  # noqa: E402
 from lavit_jax.port import importing, names  # noqa: E402
+from tests import micro  # noqa: E402
 from tests.port import sources  # noqa: E402
 
 FILES = sources.FILES
@@ -115,6 +124,58 @@ def test_no_path_of_this_machine_is_stored(model):
     assert (
       str(source.parent) not in (directory / part / "part.json").read_text()
     )
+
+
+def test_parts_say_with_what_they_were_trained(model):
+  directory = model[1]
+  prints = {
+    "encoder": fingerprints.of_part(directory, "encoder"),
+    "tokenizer": fingerprints.of_words(directory),
+    "text_tokenizer": fingerprints.of_file(directory / "tokenizer.model"),
+  }
+  words = {n: prints[n] for n in ("encoder", "tokenizer")}
+  wanted = {
+    "encoder": {},
+    "tokenizer": {"encoder": prints["encoder"]},
+    "lowres": words,
+    "highres": words,
+    "llm": prints,
+  }
+  for part, told in wanted.items():
+    found = checkpoints.read_meta(directory, part)
+    assert found.get("made_of", {}) == told, part
+
+
+def test_other_words_than_an_imported_models_are_refused(model, tmp_path):
+  directory = tmp_path / "model"
+  shutil.copytree(model[1], directory)
+  assert parts.text_tokenizer(directory).size
+  sentences = [f"{a} {b}" for a in string.ascii_letters for b in "xyz"]
+  vocabulary.TextTokenizer.train(sentences, directory / "tokenizer.model", 330)
+  with pytest.raises(errors.CheckpointError, match="would be other words"):
+    parts.text_tokenizer(directory)
+  micro.perturb(directory, "encoder")
+  for part in ("tokenizer", "llm", "lowres", "highres"):
+    with pytest.raises(errors.CheckpointError, match="another encoder"):
+      made_of.check_made_of(directory, part)
+
+
+def test_the_language_model_is_not_read_again_to_know_it(
+  source, tmp_path, monkeypatch
+):
+  read, stored = [], checkpoints.StoredPart
+  monkeypatch.setattr(
+    checkpoints,
+    "StoredPart",
+    lambda folder, name: read.append(name) or stored(folder, name),
+  )
+  imported(source, tmp_path / "model")
+  assert sorted(read) == ["encoder", "tokenizer"]
+  read.clear()
+  imported(source, tmp_path / "other", only=["llm"])
+  meta = checkpoints.read_meta(tmp_path / "other", "llm")
+  assert set(meta["made_of"]) == {"text_tokenizer"}
+  assert not read
 
 
 def test_parts_are_added_to_a_model_that_lacks_them(source, tmp_path):

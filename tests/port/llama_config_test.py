@@ -65,6 +65,16 @@ def test_scaled_positions_are_refused_wherever_they_stand(tmp_path, kind, name):
   assert "rope_parameters.full_attention" in said
 
 
+@pytest.mark.parametrize("kind", [{}, {"type": "default"}])
+def test_positions_are_scaled_by_no_factor_whatever_their_kind(tmp_path, kind):
+  for place in ("rope_scaling", "rope_parameters"):
+    for name in ("factor", "attention_factor"):
+      said = refusal(tmp_path, **{place: {name: 4.0, **kind}})
+      assert f"{place}.{name} is 4.0, expected 1" in said
+      told = read(tmp_path, **{place: {name: 1.0, **kind}})
+      assert not told.notes
+
+
 def test_one_base_of_positions_is_taken_from_wherever_it_stands(tmp_path):
   of = lambda **fields: read(tmp_path, **fields).fields["rope_theta"]
   assert of(rope_theta=5e5, rope_scaling=None) == 5e5
@@ -80,7 +90,7 @@ def test_one_base_of_positions_is_taken_from_wherever_it_stands(tmp_path):
 @pytest.mark.parametrize(
   ("field", "values"),
   [
-    ("hidden_size", ["64", 64.0, None, 0, -1, True, [64]]),
+    ("hidden_size", ["64", 64.0, None, 0, -1, True, [64], 8 * 10**400]),
     ("num_attention_heads", [0, None, "4", 3, 32]),
     ("num_hidden_layers", [-1, 0, None, 1.5]),
     ("intermediate_size", [None, "x", {}]),
@@ -88,7 +98,7 @@ def test_one_base_of_positions_is_taken_from_wherever_it_stands(tmp_path):
     ("max_position_embeddings", [None, "4096", 0]),
     ("vocab_size", ["40", 0, 1.5]),
     ("rms_norm_eps", [None, "x", 0, -1e-6, float("nan"), float("inf"), True]),
-    ("rope_theta", ["x", None, 0, float("inf"), []]),
+    ("rope_theta", ["x", None, 0, float("inf"), [], 10**400]),
     ("rope_parameters", [[1], "linear", 3]),
     ("rope_scaling", [[1], "linear", 3]),
     ("tie_word_embeddings", ["yes", 1, []]),

@@ -263,5 +263,5 @@ def test_defaults_here_are_those_of_the_official_classes(golden):
   said = json.loads((golden / "t2i_tokens.json").read_text("utf-8"))
   assert recorded_search.drawing_defaults({}) == {
     name: said["mm_defaults"][name]
-    for name in ("min_length", "max_length", "guidance_scale_for_llm")
+    for name in ("min_length", "guidance_scale_for_llm")
   }

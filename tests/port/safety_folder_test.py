@@ -148,6 +148,15 @@ _CLIP = {
     {"resample": 2},
     {"size": {"shortest_edge": 64}},
     {"do_center_crop": False},
+    {"rescale_factor": 1 / 255},
+    {"rescale_factor": 1.0},
+    {"rescale_factor": None},
+    {"rescale_factor": "1/255"},
+    {"rescale_factor": 10**400},
+    {"size": {"shortest_edge": [32]}},
+    {"size": [32]},
+    {"image_mean": {"red": 0.5}},
+    {"image_mean": [10**400] * 3},
   ],
 )
 def test_pictures_are_prepared_as_the_checkpoint_says(tmp_path, change):
@@ -155,7 +164,8 @@ def test_pictures_are_prepared_as_the_checkpoint_says(tmp_path, change):
   (tmp_path / file).parent.mkdir()
   (tmp_path / file).write_text(json.dumps(_CLIP | change))
   check = lambda: safety_folder._check_pictures(tmp_path, file, 32)
-  if change in ({}, {"size": 32, "crop_size": 32}):
+  fine = ({}, {"size": 32, "crop_size": 32}, {"rescale_factor": 1 / 255})
+  if change in fine:
     check()
     return
   (name,) = change

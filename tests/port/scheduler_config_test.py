@@ -47,6 +47,7 @@ def test_missing_fields_take_ddims_defaults():
     alpha_to_one=True,
     clip=1.0,
   )
+  assert _parse(_use_default_values=None, steps_offset=3).steps_offset == 3
   changed = _parse(_use_default_values=["steps_offset", "clip_sample"])
   assert changed.steps_offset == 0
   assert changed.clip == 1.0
@@ -117,6 +118,12 @@ def test_every_field_of_ddim_reaches_the_schedule():
     ({"trained_betas": [0.1, 0.2]}, "scheduler_config.json.*2 betas for 1000"),
     ({"beta_end": 1.5}, "schedule.betas"),
     ({"clip_sample": True, "clip_sample_range": -1}, "schedule.clip"),
+    ({"beta_start": 10**400}, "beta_start=1000.*expected a number"),
+    ({"steps_offset": 10**400}, "steps_offset=1000.*whole number"),
+    ({"trained_betas": [10**400]}, "trained_betas"),
+    ({"_use_default_values": 3}, "_use_default_values=3.*list of names"),
+    ({"_use_default_values": "clip_sample"}, "list of names, or null"),
+    ({"_use_default_values": [["beta_end"]]}, "list of names, or null"),
   ],
 )
 def test_a_wrong_value_is_an_error_that_names_it(changes, message):

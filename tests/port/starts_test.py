@@ -9,7 +9,12 @@ pytest.importorskip("safetensors", reason="reads safetensors files")
 
 from safetensors import torch as safe  # noqa: E402
 
-from lavit_jax import checkpoints, errors, vocabulary  # noqa: E402
+from lavit_jax import (  # noqa: E402
+  checkpoints,
+  errors,
+  fingerprints,
+  vocabulary,
+)
 from lavit_jax.models import llama  # noqa: E402
 from lavit_jax.port import importing, names  # noqa: E402
 from lavit_jax.train import loop  # noqa: E402
@@ -49,8 +54,10 @@ def test_a_llama_becomes_the_part_llm_alone(tmp_path):
       assert ours.shape == (config.padded_vocab, 8)
       ours, value = ours[:TEXT], value[:TEXT]
     np.testing.assert_array_equal(ours, value, err_msg=path)
-  words = (tmp_path / "model" / "tokenizer.model").read_bytes()
-  assert words == sources.WORDS
+  path = tmp_path / "model" / "tokenizer.model"
+  assert path.read_bytes() == sources.WORDS
+  told = {"text_tokenizer": fingerprints.of_file(path)}
+  assert part.meta["made_of"] == told
 
 
 def test_new_rows_are_random_and_as_large_as_the_old(tmp_path):

@@ -3,9 +3,10 @@
 import logging
 import random
 
+import numpy as np
 import pytest
 
-from lavit_jax import checkpoints, errors
+from lavit_jax import checkpoints, errors, images
 from lavit_jax.infer import tokenize_data
 from lavit_jax.train import objectives
 from tests import micro
@@ -61,7 +62,13 @@ def _rename(root):
   (root / "my.jsonl").write_text(text)
 
 
+def _repaint(root):
+  for path in root.glob("*.png"):
+    images.to_pil(255 - np.asarray(images.load(path))).save(path)
+
+
 _CHANGES = {
+  "pixels": (_repaint, "train_cache.pictures"),
   "order": (_shuffle, "train_cache.source"),
   "names": (_rename, "train_cache.source"),
   "tokenizer": (

@@ -128,7 +128,8 @@ class LatentsObjective(diffusion.DiffusionObjective):
     stored = caches.latents(
       data,
       training,
-      self.pictures_of,
+      source,
+      self.pictures_of[not training],
       self._vae_config,
       lambda: latent_parts.read_tree(self._vae_branch),
     )
