@@ -58,20 +58,13 @@ def read_range(path, start: int, stop: int) -> bytes:
     with open(path, "rb") as file:
       file.seek(start)
       return file.read(stop - start)
-  system, name = _system(path)
+  system, name = files.system_of(path)
   return system.cat_file(name, start=start, end=stop)
-
-
-def _system(path):
-  """Gives the file system that fsspec has for a path, and its path there."""
-  import fsspec.core  # a dependency of gcsfs, not of this package
-
-  return fsspec.core.url_to_fs(os.fspath(path))
 
 
 def version(path: epath.Path) -> dict[str, str]:
   """Size and version of an object."""
-  system, name = _system(path)
+  system, name = files.system_of(path)
   found = system.info(name)
   return {
     key: str(found[key]) for key in _VERSION if found.get(key) is not None

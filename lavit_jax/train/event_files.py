@@ -39,7 +39,7 @@ class TensorBoardWriter:
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     mark = "events.out.tfevents."
-    first = not any(p.name.startswith(mark) for p in directory.iterdir())
+    first = not any(p.name.startswith(mark) for p in files.listing(directory))
     self._directory = directory
     self._before = []  # what is still being stored of earlier files
     self._begin()

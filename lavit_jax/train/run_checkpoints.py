@@ -267,11 +267,10 @@ class RunCheckpoints:
       return
     if hosts.first():
       for step in damaged:
-        target = self.directory.parent / _DAMAGED
-        target.mkdir(parents=True, exist_ok=True)
         name = f"{self.directory.name}-{step}-{int(time.time())}"
-        (self.directory / str(step)).rename(target / name)
-        _LOG.warning("it was moved to %s", target / name)
+        target = self.directory.parent / _DAMAGED / name
+        files.move_folder(self.directory / str(step), target)
+        _LOG.warning("it was moved to %s", target)
     hosts.barrier("lavit_damaged_moved")
     self._manager.reload()
 
