@@ -22,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lavit_jax import checkpoints, errors, files, hosts
+from lavit_jax import checkpoints, closing, errors, files, hosts
 
 _LOG = logging.getLogger(__name__)
 _SEAL = "files.json"
@@ -283,9 +283,7 @@ class RunCheckpoints:
 
   def close(self):
     """Waits for pending saves and closes."""
-    self.wait()
-    self._manager.close()
-    self._thread.shutdown()
+    closing.each([self.wait, self._manager.close, self._thread.shutdown])
 
 
 def kept(
