@@ -151,10 +151,18 @@ class RunCheckpoints:
       self._sealing = self._thread.submit(_seal, self.directory / str(step))
 
   def _sealed(self) -> None:
-    """Waits for the list: Orbax must not remove what is being listed."""
+    """Waits for the list: Orbax must not remove what is being listed.
+
+    What making it met ends no run: a checkpoint without one is as good.
+    """
     sealing, self._sealing = self._sealing, None
-    if sealing is not None:
-      sealing.result()
+    if sealing is not None and (error := sealing.exception()):
+      _LOG.warning(
+        "a checkpoint in %s is left without %s: %s",
+        self.directory,
+        _SEAL,
+        _first_line(error),
+      )
 
   def meta(self, step: int) -> dict[str, Any]:
     """The JSON part of a checkpoint: config, data position, stage."""
