@@ -144,7 +144,7 @@ def _free_place(folder) -> int:
 
 def _remove_weights(folder, besides: str | None) -> None:
   """Parameters that no part.json names, and those that were never finished."""
-  for path in folder.iterdir():
+  for path in files.listing(folder):
     # Orbax adds .orbax-checkpoint-tmp to what is not finished.
     if path.name.partition(".")[0] in _WEIGHTS and path.name != besides:
       path.rmtree(missing_ok=True)

@@ -102,6 +102,45 @@ def check_arrays_folder(path, *, write: bool) -> None:
     )
 
 
+def listing(folder: epath.Path) -> list[epath.Path]:
+  """What is in a folder; nothing if it is not there.
+
+  In an object store a folder that was just made is not: it is there while
+  something is in it.
+  """
+  try:
+    return list(folder.iterdir())
+  except FileNotFoundError:
+    return []
+
+
+def move_folder(source: epath.Path, target: epath.Path) -> None:
+  """Moves a folder to where none is; makes what it will be in.
+
+  In an object store every object is copied, by the store, before any is
+  removed: a kill leaves the old folder whole, or the new one.
+  """
+  if not is_remote(target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(target)
+    return
+  # epath moves nothing into a folder that is not there, and releases of gcsfs
+  # differ in what they do with a folder: they are given the objects.
+  system, start = system_of(source)
+  _, end = system_of(target)
+  system.invalidate_cache()
+  found = system.find(start)
+  system.copy(found, [end + name[len(start) :] for name in found])
+  source.rmtree()
+
+
+def system_of(path):
+  """Gives the file system that fsspec has for a path, and its path there."""
+  import fsspec.core  # a dependency of gcsfs, not of this package
+
+  return fsspec.core.url_to_fs(os.fspath(path))
+
+
 def open_bytes(path) -> io.BufferedReader:
   """Opens a file to read, with `peek`, which object stores' files lack."""
   file = place(path).open("rb")

@@ -3,18 +3,21 @@
 On a disk a log is one file. Objects cannot be appended to: there a log is cut
 into segments, `metrics-00000.jsonl` and so on, and only the newest one, which
 is small, is ever put there again. A thread does that, so that training waits
-for no network; what it could not store is an error of the next call.
+for no network; what it could not store is an error of the next call, and is
+stored by the one after that if the store then can.
 """
 
 import concurrent.futures
+import logging
 import os
 import re
 import time
 
 from etils import epath
 
-from lavit_jax import files
+from lavit_jax import closing, files
 
+_LOG = logging.getLogger(__name__)
 _OFTEN = 10.0  # seconds between two uploads of a log that nobody asked for
 _LEAST = 1.0  # seconds: a store takes one new version of an object a second
 SEGMENT = 1 << 20  # bytes, from which on a new segment is begun
@@ -89,10 +92,12 @@ class _Object:
 
   def __init__(self, path):
     self._path, self._data = path, bytearray()
-    self._sent, self._when = 0, time.monotonic()
+    self._when = time.monotonic()
+    self._sent = 0  # bytes that are stored
     self._stored: float | None = None  # when the thread last did
     self._pool = concurrent.futures.ThreadPoolExecutor(1, "lavit_log")
     self._upload: concurrent.futures.Future | None = None
+    self._done: concurrent.futures.Future | None = None  # of `close`
 
   @property
   def size(self) -> int:
@@ -114,7 +119,7 @@ class _Object:
       return  # the next one takes along what is new
     self._raise()
     if self._sent < len(self._data):
-      self._sent, self._when = len(self._data), time.monotonic()
+      self._when = time.monotonic()
       self._upload = self._pool.submit(self._store, bytes(self._data))
 
   def _raise(self) -> None:
@@ -128,26 +133,26 @@ class _Object:
     if self._stored is not None:
       time.sleep(max(self._stored + _LEAST - time.monotonic(), 0.0))
     self._path.write_bytes(data)
-    self._stored = time.monotonic()
+    self._sent, self._stored = len(data), time.monotonic()
 
   def finish(self) -> concurrent.futures.Future:
     """Stores the rest without waiting; nothing may be written any more."""
 
-    def last(before=self._upload, data=bytes(self._data), sent=self._sent):
-      if before is not None:
-        before.result()
-      if sent < len(data):
+    def last(before=self._upload, data=bytes(self._data)):
+      # The upload before is over: the pool has one thread.
+      if before is not None and (error := before.exception()):
+        _LOG.warning("%s could not be stored: %s", self._path, error)
+      if self._sent < len(data):
         self._store(data)
 
-    done = self._pool.submit(last)
-    self._upload, self._sent = None, len(self._data)
+    done, self._upload = self._pool.submit(last), None
     self._pool.shutdown(wait=False)
     return done
 
   def close(self) -> None:
-    if self._pool is not None:
-      done, self._pool = self.finish(), None
-      done.result()
+    if self._done is None:
+      self._done = self.finish()
+    self._done.result()
 
 
 class _Segments:
@@ -183,14 +188,9 @@ class _Segments:
 
   def sync(self) -> None:
     self._object.sync()
-    self._wait(lambda ending: ending.done())
-
-  def _wait(self, chosen) -> None:
-    """Raises what finishing earlier segments met, of those that are chosen."""
-    for ending in [e for e in self._ending if chosen(e)]:
-      self._ending.remove(ending)
-      ending.result()
+    over = [ending for ending in self._ending if ending.done()]
+    self._ending = [ending for ending in self._ending if ending not in over]
+    closing.each(ending.result for ending in over)
 
   def close(self) -> None:
-    self._object.close()
-    self._wait(lambda ending: True)
+    closing.each([self._object.close, *(e.result for e in self._ending)])

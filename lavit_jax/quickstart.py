@@ -52,7 +52,8 @@ def run(
     workdir: everything goes here; DIR/model is the model.
     minutes: rough budget of the stages; scales every phase's steps by
       minutes / sum(MINUTES). None keeps the committed steps.
-    data: a jsonl file of the user's own pictures instead of the shapes.
+    data: a jsonl file of the user's own pictures instead of the shapes, or of
+      what DIR/model was trained on.
     fields: of config.data, in place of the committed ones.
     evaluate_only: no training; evaluate `model` (default DIR/model).
     model: a model directory or "tiny"; only with evaluate_only.
@@ -87,7 +88,7 @@ def run(
   began = time.monotonic()
   metrics, exhibits = suite.evaluate(
     lavit,
-    data=_data_of(workdir, data, fields),
+    data=_data_of(workdir if model is None else None, data, fields),
     scenes=scenes,
     quiet=quiet,
   )
@@ -121,14 +122,19 @@ def train(
 
 
 def _data_of(workdir, data, fields):
-  """config.data of the run that is evaluated; the shapes by default."""
-  stored = workdir / "pretrain" / "config.json"
-  if stored.exists():
-    return json.loads(stored.read_text())["data"]
+  """config.data of what is evaluated.
+
+  What is given, else what the model of `workdir` was trained on, else the
+  shapes; None for a model of elsewhere.
+  """
   common = importlib.import_module("lavit_jax.configs.tiny.common")
   chosen = common.get_config("pretrain").data.to_dict()
+  stored = workdir and workdir / "pretrain" / "config.json"
+  if stored and stored.exists():
+    chosen = json.loads(stored.read_text())["data"]
   if data:
-    chosen |= {"kind": "jsonl", "path": str(data)}
+    path = str(files.absolute(data))
+    chosen |= {"kind": "jsonl", "path": path, "held_out_path": ""}
   return chosen | dict(fields or {})
 
 

@@ -3,6 +3,8 @@
 A recorder stands in for the model; whole runs are in the tests of the parts.
 """
 
+import contextlib
+import io
 import json
 import pathlib
 import shlex
@@ -20,7 +22,8 @@ import lavit_jax.train
 from lavit_jax import cli, errors
 from lavit_jax.commands import common, compiled
 from lavit_jax.commands import train as train_command
-from lavit_jax.infer import texts
+from lavit_jax.infer import prompts, texts
+from tests.train import fake_gcs
 
 CONFIG = """
 import ml_collections
@@ -285,6 +288,36 @@ def test_synthesize_tells_pictures_from_texts(model, capsys, tmp_path):
   parts = [pathlib.Path("b c.png"), "make it red"]
   assert model.called == ("synthesize_batch", [parts], {})
   assert Image.open(tmp_path / "e.png").size == (4, 4)
+
+
+def test_pictures_and_words_may_be_in_a_bucket(model, capsys, monkeypatch):
+  with fake_gcs.serving(monkeypatch) as store:
+    there = io.BytesIO()
+    Image.new("RGB", (8, 8), (0, 0, 77)).save(there, format="PNG")
+    store.pipe_file("gs://b/a.png", there.getvalue())
+    store.pipe_file("gs://b/w.json", b'[{"codes": [5, 301]}]')
+    for argv in (
+      ("synthesize", "gs://b/a.png", "make it red"),
+      ("caption", "gs://b/a.png", "--count", "3"),
+    ):
+      run(capsys, *argv)
+      ((picture, *_),) = model.called[1]
+      # A text would be a str; this is read as the pipeline reads a picture.
+      assert not isinstance(picture, str)
+      read = prompts.sized(picture, 4, False)
+      assert read[0, 0].tolist() == [0, 0, 77]
+    for argv in (
+      ("tokenize", "gs://b/a.png", "--overlay", "o.png"),
+      ("reconstruct", "gs://b/a.png"),
+      ("answer", "gs://b/a.png", "What?"),
+    ):
+      assert run(capsys, *argv)[0] == 0
+    run(capsys, "reconstruct", "--codes", "gs://b/w.json")
+    assert model.called == ("draw_codes", [[5, 301]], {})
+    err = failed(capsys, "generate", "gs://b/a.png")
+    assert "gs://b/a.png is a picture" in err
+    err = failed(capsys, "synthesize", "gs://b/missing.png", "red")
+    assert "gs://b/missing.png" in err
 
 
 def test_a_misspelt_picture_is_not_taken_for_text(model, capsys):
@@ -645,11 +678,15 @@ def test_a_shipped_config_is_found_from_anywhere(model, flag, split):
   assert not pathlib.Path("configs").exists()
 
 
-def test_help_says_where_compiled_programs_are_kept(capsys):
-  for name in ("caption", "answer", "generate", "synthesize", "reconstruct"):
-    with pytest.raises(SystemExit):
-      cli.main([name, "--help"])
-    assert compiled.HELP.strip() in capsys.readouterr().out
+@pytest.mark.parametrize(
+  "words",
+  ["quickstart", "train", "latents", "port verify", "caption", "answer"]
+  + ["generate", "synthesize", "reconstruct", "tokenize"],
+)
+def test_help_says_where_compiled_programs_are_kept(words, capsys):
+  with contextlib.suppress(SystemExit):  # argparse's way to end
+    cli.main([*words.split(), "--help"])
+  assert compiled.HELP.strip() in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,12 @@
 import collections
 import importlib.resources
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -116,6 +120,89 @@ def test_a_cache_that_was_written_anew_is_copied_anew(codes, store, tmp_path):
   np.testing.assert_array_equal(cache.CodeCache.load(codes).codes(0), [1])
 
 
+def _written_anew(store, tmp_path, codes, add):
+  """Another version of the cache in the store, and a process that reads it."""
+  other = lambda start: ((i, k, c + add) for i, k, c in _codes(start))
+  folder = tmp_path / f"version {add}"
+  cache.write(folder, other, _META)
+  fake_gcs.upload(store, folder, codes)
+
+
+def _ended():
+  """What the end of a process does: its locks are let go."""
+  for lock in fetched._locks.values():
+    lock.close()
+  fetched._locks.clear()
+
+
+def _copies(tmp_path):
+  """Files of the copies by their folder; locks have none."""
+  found = collections.defaultdict(list)
+  for path in (tmp_path / "fetched").rglob("*"):
+    if path.is_file() and path.stat().st_size:
+      found[path.parent].append(path.name)
+  return found
+
+
+def test_one_copy_of_a_place_is_kept(codes, store, tmp_path):
+  cache.CodeCache.load(codes)
+  fake_gcs.upload(store, tmp_path / "codes", "gs://bucket/another")
+  cache.CodeCache.load("gs://bucket/another")
+  for add in (1, 2, 3):
+    _ended()
+    _written_anew(store, tmp_path, codes, add)
+    np.testing.assert_array_equal(cache.CodeCache.load(codes).codes(0), [add])
+    assert len(_copies(tmp_path)) == 2  # that of another place stays
+
+
+def test_a_copy_that_is_read_is_not_removed(codes, store, tmp_path):
+  """Nor one of this process."""
+  old = cache.CodeCache.load(codes)
+  _written_anew(store, tmp_path, codes, 1)
+  new = cache.CodeCache.load(codes)
+  assert len(_copies(tmp_path)) == 2
+  np.testing.assert_array_equal(old.codes(0), [0])
+  np.testing.assert_array_equal(new.codes(0), [1])
+  script = (
+    "import sys, time; from lavit_jax import fetched\n"
+    "lock = fetched._lock(__import__('pathlib').Path(sys.argv[1]))\n"
+    "print('holds', flush=True); time.sleep(60)"
+  )
+  newest = max(_copies(tmp_path), key=lambda p: p.stat().st_mtime_ns)
+  (held,) = set(_copies(tmp_path)) - {newest}
+  _ended()
+  with subprocess.Popen(
+    [sys.executable, "-c", script, str(held)], stdout=subprocess.PIPE
+  ) as other:
+    assert other.stdout.readline() == b"holds\n"
+    _written_anew(store, tmp_path, codes, 2)
+    cache.CodeCache.load(codes)
+    assert held in _copies(tmp_path)
+    assert len(_copies(tmp_path)) == 2
+    other.kill()
+  _ended()
+  _written_anew(store, tmp_path, codes, 3)
+  cache.CodeCache.load(codes)
+  assert len(_copies(tmp_path)) == 1
+
+
+def test_what_a_killed_copy_left_is_removed(codes, tmp_path):
+  cache.CodeCache.load(codes)
+  (folder,) = _copies(tmp_path)
+  victim = next(folder.glob("*.array_record"))
+  stale = folder / f"{victim.name}.0123.tmp"
+  fresh = folder / f"{victim.name}.4567.tmp"  # of a process that copies now
+  for path in (stale, fresh):
+    path.write_bytes(b"x" * 99)
+  hours = time.time() - 7200
+  os.utime(stale, (hours, hours))
+  victim.unlink()
+  cache.CodeCache.load(codes)
+  assert victim.exists()
+  assert not stale.exists()
+  assert fresh.exists()
+
+
 def test_copies_that_were_cut_are_made_again(codes, tmp_path):
   cache.CodeCache.load(codes)
   for path in (tmp_path / "fetched").rglob("*.array_record"):
@@ -130,7 +217,7 @@ def test_what_does_not_fit_the_disk_is_refused_and_not_begun(
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
   with pytest.raises(errors.DataError, match="LAVIT_FETCHED"):
     cache.CodeCache.load(codes)
-  assert not [p for p in (tmp_path / "fetched").rglob("*") if p.is_file()]
+  assert not _copies(tmp_path)
 
 
 def test_a_cache_with_a_shard_missing_is_damaged(codes, store):

@@ -156,6 +156,91 @@ def test_a_line_that_cannot_be_stored_is_an_error_and_not_lost_in_silence(
     log.close()
 
 
+@pytest.fixture
+def failing_once(store, monkeypatch):
+  """Of every object, the first upload fails."""
+  kind, met = type(epath.Path(_FOLDER)), set()
+  put = kind.write_bytes
+
+  def once(self, data):
+    if self.name not in met:
+      met.add(self.name)
+      raise OSError("503")
+    return put(self, data)
+
+  monkeypatch.setattr(kind, "write_bytes", once)
+  return store
+
+
+def _failed(log):
+  """Writes a line whose upload fails, and waits for it."""
+  log.write(b"first\n")
+  log.sync()
+  assert log._object._upload.exception(20)
+
+
+def test_what_one_upload_lost_is_stored_by_the_next(failing_once, caplog):
+  path = epath.Path(f"{_FOLDER}/a.jsonl")
+  log = log_files.open_log(path)
+  _failed(log)
+  log.write(b"second\n")
+  log.close()
+  (piece,) = log_files.pieces(path)
+  assert piece.read_bytes() == b"first\nsecond\n"
+  assert "503" in caplog.text  # noted, though nothing was lost
+
+
+def test_a_call_that_met_an_error_may_be_made_again(failing_once):
+  path = epath.Path(f"{_FOLDER}/a.jsonl")
+  log = log_files.open_log(path)
+  _failed(log)
+  with pytest.raises(OSError, match="503"):
+    log.sync()
+  log.sync()
+  log._object._upload.result()
+  (piece,) = log_files.pieces(path)
+  assert piece.read_bytes() == b"first\n"
+  log.close()
+
+
+def test_a_full_segment_is_stored_whole_after_an_error(
+  failing_once, monkeypatch
+):
+  monkeypatch.setattr(log_files, "SEGMENT", 8)
+  path = epath.Path(f"{_FOLDER}/a.jsonl")
+  log = log_files.open_log(path)
+  _failed(log)
+  log.write(b"second\n")  # in the next segment, whose one upload fails
+  with pytest.raises(OSError, match="503"):
+    log.close()
+  with pytest.raises(OSError, match="503"):
+    log.close()  # not in silence
+  (piece,) = log_files.pieces(path)
+  assert piece.read_bytes() == b"first\n"
+
+
+def test_an_error_of_the_newest_segment_hides_none_before(store, monkeypatch):
+  met = []
+
+  def refused(self, data):
+    met.append(self.name)
+    raise OSError(f"403 {self.name}")
+
+  monkeypatch.setattr(log_files, "SEGMENT", 8)
+  monkeypatch.setattr(type(epath.Path(_FOLDER)), "write_bytes", refused)
+  log = log_files.open_log(epath.Path(f"{_FOLDER}/a.jsonl"))
+  for _ in range(3):
+    log.write(b"a line\n")
+  with pytest.raises(OSError, match="403") as caught:
+    log.close()
+  assert len(met) == 3  # all were tried, and all are told
+  told, error = "", caught.value
+  while error is not None:
+    told += "".join([str(error), *getattr(error, "__notes__", ())])
+    error = error.__context__
+  assert all(name in told for name in met)
+
+
 def test_tensorboard_reads_all_segments_in_order(store, monkeypatch, tmp_path):
   from tensorboard.backend.event_processing import event_file_loader
 

@@ -1,6 +1,7 @@
 """The main job end to end at width 16: every stage, evaluation, report."""
 
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -157,6 +158,53 @@ def test_bad_pictures_end_the_command_with_a_paragraph(run, tmp_path, capsys):
 def test_model_without_evaluate_only_is_refused(tmp_path):
   with pytest.raises(errors.UsageError, match="evaluate-only"):
     quickstart.run(tmp_path, model="tiny")
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+  """Which data each call of `run` evaluates on; no model is needed."""
+  found = []
+
+  def evaluate(lavit, *, data, scenes, quiet):
+    found.append(data)
+    return {}, None
+
+  nothing = lambda *unused, **more: pathlib.Path()
+  monkeypatch.setattr(quickstart.suite, "evaluate", evaluate)
+  monkeypatch.setattr(quickstart.pipeline.LaVIT, "load", nothing)
+  monkeypatch.setattr(quickstart.report_build, "write", nothing)
+  return found
+
+
+@pytest.mark.parametrize("trained_on", [None, "shapes", "jsonl"])
+def test_what_is_given_is_what_is_evaluated(evaluated, tmp_path, trained_on):
+  """Over what the workdir's run was trained on, if there was one."""
+  if trained_on:
+    cfg = micro.config("pretrain", tmp_path)
+    cfg.data.kind, cfg.data.path = trained_on, "/theirs.jsonl"
+    cfg.data.held_out_path, cfg.data.seed = "/theirs_too.jsonl", 77
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain/config.json").write_text(cfg.to_json_best_effort())
+
+  def data_of(**given):
+    quickstart.run(tmp_path, evaluate_only=True, **given)
+    return evaluated.pop()
+
+  found = data_of(data="my.jsonl", fields={"limit_share": 0.5})
+  assert (found["kind"], found["limit_share"]) == ("jsonl", 0.5)
+  assert found["path"] == str(pathlib.Path("my.jsonl").absolute())
+  assert not found["held_out_path"]  # theirs is none of my.jsonl
+  assert data_of(fields={"limit_share": 0.25})["limit_share"] == 0.25
+  if trained_on:  # and nothing given: what it was trained on
+    found = data_of()
+    assert (found["kind"], found["seed"]) == (trained_on, 77)
+    assert found["held_out_path"] == "/theirs_too.jsonl"
+  # Another model has nothing to do with the run of the workdir.
+  found = data_of(model="tiny")
+  assert (found["kind"], found["path"]) == ("shapes", "")
+  assert found["seed"] != 77
+  found = data_of(model="tiny", data="my.jsonl")
+  assert (found["kind"], found["seed"] != 77) == ("jsonl", True)
 
 
 def test_quickstart_passes_fields_to_every_stage(tmp_path):

@@ -131,7 +131,8 @@ WRITING = (
 def require_text(what: str, given: Sequence[str], hint: str) -> None:
   """UsageError for the first that is a picture file where text is expected."""
   for text in given:
-    if text.lower().endswith(SUFFIXES) and os.path.isfile(text):
+    there = text.startswith("gs://") or os.path.isfile(text)
+    if text.lower().endswith(SUFFIXES) and there:
       raise errors.UsageError(
         f"{text} is a picture, but {what} (text) is expected there. {hint}"
       )

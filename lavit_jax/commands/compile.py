@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from lavit_jax import errors
+from lavit_jax import errors, files
 from lavit_jax.commands import train
 
 _HELP = """\
@@ -39,7 +39,8 @@ fits; 3: it does not.
                          every remat policy; the best that fits comes last
   --batches B,B,...      with --sweep: these batch sizes
   --remats R,R,...       with --sweep: these policies of dots, full, ...
-  --hlo FILE             write the optimized program there
+  --hlo FILE             write the optimized program there; with --sweep, that
+                         of the best
   --cache DIR            keep the compiled program there, in the form of JAX's
                          compilation cache: put where a run looks for programs
                          (lavit train --help), it saves the run the time to
@@ -86,22 +87,28 @@ def run(argv: Sequence[str]) -> int:
     print(f"lavit compile: {warning}", file=sys.stderr)
 
   def one(config, phase=args.phase):
-    report, text = ahead.compile_for(
+    return ahead.compile_for(
       config,
       args.topology,
       slices=args.slices,
       what=args.program,
       phase=phase,
     )
-    if args.hlo and text:
-      pathlib.Path(args.hlo).write_text(text)
-    return report
 
   if args.sweep:
     return _sweep(args, config, one)
   if args.phase != "all":
-    return _told(args, [one(config)])
-  return _told(args, [one(config, x.name) for x in phases.phases_of(config)])
+    report, text = one(config)
+    _write_program(args, text)
+    return _told(args, [report])
+  steps = phases.phases_of(config)
+  return _told(args, [one(config, step.name)[0] for step in steps])
+
+
+def _write_program(args, text) -> None:
+  """To the file of --hlo, if it was given and there is a program."""
+  if args.hlo and text:
+    pathlib.Path(args.hlo).write_text(text)
 
 
 def _told(args, reports) -> int:
@@ -137,6 +144,12 @@ def _read(argv):
     )
   if args.slices < 1:
     raise errors.UsageError(f"--slices {args.slices}: expected 1 or more.")
+  files.require_local(args.hlo or "", "a program")
+  for flag in ("batches", "remats"):
+    if getattr(args, flag) is not None and not args.sweep:
+      raise errors.UsageError(
+        f"--{flag} goes with --sweep: it is what a sweep tries."
+      )
   one = [f"--{x}" for x in ("hlo", "sweep") if getattr(args, x)]
   if args.phase == "all" and (one or args.program != "step"):
     raise errors.UsageError(
@@ -170,16 +183,18 @@ def _sweep(args, config, one) -> int:
   size = config.batch_size
   batches = _numbers(args.batches) or (size // 2, size, 2 * size, 4 * size)
   remats = tuple(args.remats.split(",")) if args.remats else _REMATS
-  found = []
+  found, best = [], None
   for batch, remat in itertools.product(batches, remats):
     tried = copy.deepcopy(config)
     tried.batch_size = batch
     _set_remat(tried.model, remat)
-    report = one(tried)
+    report, text = one(tried)
     found.append((report, batch, remat))
     print(_line(report, batch, remat), file=sys.stderr, flush=True)
-  good = [entry for entry in found if entry[0].fits and not entry[0].unread]
-  best = max(good, key=lambda x: x[0].roofline["mfu_no_overlap"], default=None)
+    good = report.fits and not report.unread
+    if good and (best is None or _mfu(report) > _mfu(best[0])):
+      best = found[-1]
+      _write_program(args, text)
   if args.json:
     rows = [
       {"batch_size": batch, "remat": remat} | dataclasses.asdict(report)
@@ -193,6 +208,10 @@ def _sweep(args, config, one) -> int:
     print(_table(report))
     print(f"best: --config.batch_size={batch}, remat {remat}")
   return 0 if best else DOES_NOT_FIT
+
+
+def _mfu(report) -> float:
+  return report.roofline["mfu_no_overlap"]
 
 
 def _numbers(text):

@@ -4,10 +4,9 @@ import argparse
 import contextlib
 import json
 import os
-import pathlib
 import re
 
-from lavit_jax import errors, progress
+from lavit_jax import errors, files, progress
 from lavit_jax.commands import common
 
 _PIXELS = (
@@ -244,7 +243,7 @@ def _synthesize(args: argparse.Namespace) -> None:
   read = [part for part, picture in pairs if picture]
   common.require_files(read)
   common.note_scenes(args, read)
-  parts = [pathlib.Path(part) if picture else part for part, picture in pairs]
+  parts = [files.place(part) if picture else part for part, picture in pairs]
   _drawn(args, [parts], [{"parts": args.parts}])
 
 
@@ -300,7 +299,7 @@ def _read_codes(path: str):
   """Names and lists of words from a JSON file; UsageError if it has none."""
   common.require_files([path])
   try:
-    rows = json.loads(pathlib.Path(path).read_text("utf-8"))
+    rows = json.loads(files.place(path).read_bytes().decode("utf-8"))
     wrong = _wrong_codes(rows)
   except (ValueError, RecursionError) as error:
     wrong = f"it is no JSON in UTF-8 ({error})"

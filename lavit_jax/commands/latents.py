@@ -39,7 +39,8 @@ def add(subparsers) -> None:
 def latents(argv: Sequence[str]) -> int:
   """Reads a config file and its overrides, writes the cache; exit status."""
   if not argv or {"-h", "--help"} & set(argv):
-    print(_HELP, end="", file=sys.stdout if argv else sys.stderr)
+    told = f"{_HELP}\n{compiled.HELP}"
+    print(told, end="", file=sys.stdout if argv else sys.stderr)
     return 0 if argv else 2
   # No short forms: --config.data.x is not --config.
   parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

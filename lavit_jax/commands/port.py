@@ -124,6 +124,7 @@ def _add_verify(actions):
     example:
       lavit port verify runs/lavit_a golden/a
     """,
+    compiles=True,
   )
   parser.add_argument("model", metavar="MODEL")
   parser.add_argument("golden", metavar="GOLDEN_DIR")

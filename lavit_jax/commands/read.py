@@ -4,11 +4,10 @@ import argparse
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from lavit_jax import errors
+from lavit_jax import errors, files
 from lavit_jax.commands import caches, common, compiled
 
 
@@ -196,7 +195,7 @@ def _caption(args: argparse.Namespace) -> None:
 def _caption_scored(args, lavit, options) -> None:
   """Several texts a picture, the best first."""
   begin = [args.prompt] if args.prompt else []
-  prompts = [[pathlib.Path(path), *begin] for path in args.images]
+  prompts = [[files.place(path), *begin] for path in args.images]
   written = lavit.write(prompts, count=args.count, **options)
   rows = [
     {"image": path, "texts": [dataclasses.asdict(text) for text in texts]}

@@ -53,6 +53,7 @@ def add(subparsers) -> None:
     paths relative to the file. Interrupt the run anywhere and start it again:
     it goes on where it was. Results: DIR/report/index.html and metrics.json.
     """,
+    compiles=True,
   )
   parser.add_argument(
     "--workdir",

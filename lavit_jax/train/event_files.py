@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from lavit_jax import files, log_files
+from lavit_jax import closing, files, log_files
 from lavit_jax.train import crc32c
 
 _SERIAL = itertools.count()  # two writers in one second get two names
@@ -39,7 +39,7 @@ class TensorBoardWriter:
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     mark = "events.out.tfevents."
-    first = not any(p.name.startswith(mark) for p in directory.iterdir())
+    first = not any(p.name.startswith(mark) for p in files.listing(directory))
     self._directory = directory
     self._before = []  # what is still being stored of earlier files
     self._begin()
@@ -113,10 +113,8 @@ class TensorBoardWriter:
       self._before.pop(0).result()  # raises what storing it met
 
   def close(self) -> None:
-    """See `writers.MetricWriter`; a second call does nothing."""
-    self._file.close()
-    while self._before:
-      self._before.pop(0).result()
+    """See `writers.MetricWriter`; a second call closes nothing."""
+    closing.each([self._file.close, *(one.result for one in self._before)])
 
 
 def _png(image: np.ndarray) -> bytes:

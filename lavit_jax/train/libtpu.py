@@ -32,7 +32,7 @@ def use(path: str | None) -> None:
     errors.UsageError: there is none.
   """
   if path is None:
-    path = os.environ.get(VARIABLE)
+    path = os.environ.get(VARIABLE) or None
   if path is None:
     return
   given = pathlib.Path(path)

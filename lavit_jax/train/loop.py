@@ -15,7 +15,15 @@ import logging
 import jax
 import numpy as np
 
-from lavit_jax import checkpoints, errors, hosts, images, progress, sharding
+from lavit_jax import (
+  checkpoints,
+  closing,
+  errors,
+  hosts,
+  images,
+  progress,
+  sharding,
+)
 from lavit_jax.train import (
   averages,
   batch_log,
@@ -68,13 +76,14 @@ def train(
     run = _Run(config, workdir, quiet or not hosts.first())
     try:
       with run.stop_signal:
-        return run.train(stop_at)
-    except Exception as error:
+        metrics = run.train(stop_at)
+    except BaseException as error:
       if distributed.is_lost_peer(error):
         run.forget()
+      closing.after(error, run.close)
       raise
-    finally:
-      run.close()
+    run.close()
+    return metrics
 
 
 class _Run:
@@ -103,19 +112,18 @@ class _Run:
     self.evaluated: dict[str, float] = {}
 
   def close(self):
-    self.tracer.close()
-    self._close_logs()
+    calls = [self.tracer.close, self._close_logs]
     if self.checkpoints:
-      self.checkpoints.close()  # last: it may report a write that failed
+      calls.append(self.checkpoints.close)  # last: it waits for what is saved
+    closing.each(calls)
 
   def forget(self):
     """Leaves pending saves as they are: they cannot become complete."""
     self.checkpoints = None
 
   def _close_logs(self):
-    for log in (self.meter, self.writer, self.hashes):
-      if log:
-        log.close()
+    logs = (self.meter, self.writer, self.hashes)
+    closing.each(log.close for log in logs if log)
 
   def train(self, stop_at):
     last = self.phases[-1].stop

@@ -22,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lavit_jax import checkpoints, errors, files, hosts
+from lavit_jax import checkpoints, closing, errors, files, hosts
 
 _LOG = logging.getLogger(__name__)
 _SEAL = "files.json"
@@ -151,10 +151,18 @@ class RunCheckpoints:
       self._sealing = self._thread.submit(_seal, self.directory / str(step))
 
   def _sealed(self) -> None:
-    """Waits for the list: Orbax must not remove what is being listed."""
+    """Waits for the list: Orbax must not remove what is being listed.
+
+    What making it met ends no run: a checkpoint without one is as good.
+    """
     sealing, self._sealing = self._sealing, None
-    if sealing is not None:
-      sealing.result()
+    if sealing is not None and (error := sealing.exception()):
+      _LOG.warning(
+        "a checkpoint in %s is left without %s: %s",
+        self.directory,
+        _SEAL,
+        _first_line(error),
+      )
 
   def meta(self, step: int) -> dict[str, Any]:
     """The JSON part of a checkpoint: config, data position, stage."""
@@ -267,11 +275,10 @@ class RunCheckpoints:
       return
     if hosts.first():
       for step in damaged:
-        target = self.directory.parent / _DAMAGED
-        target.mkdir(parents=True, exist_ok=True)
         name = f"{self.directory.name}-{step}-{int(time.time())}"
-        (self.directory / str(step)).rename(target / name)
-        _LOG.warning("it was moved to %s", target / name)
+        target = self.directory.parent / _DAMAGED / name
+        files.move_folder(self.directory / str(step), target)
+        _LOG.warning("it was moved to %s", target)
     hosts.barrier("lavit_damaged_moved")
     self._manager.reload()
 
@@ -284,9 +291,7 @@ class RunCheckpoints:
 
   def close(self):
     """Waits for pending saves and closes."""
-    self.wait()
-    self._manager.close()
-    self._thread.shutdown()
+    closing.each([self.wait, self._manager.close, self._thread.shutdown])
 
 
 def kept(

@@ -10,7 +10,7 @@ import json
 import logging
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 
 from etils import epath
@@ -19,6 +19,7 @@ from lavit_jax import files, hosts
 
 _LOG = logging.getLogger(__name__)
 FILE = "versions.txt"
+_OURS = "lavit-jax"
 _LINE = re.compile(r"(?:# )?([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9.!+_-]+)")
 _HEAD = "# What this run began with. To go on with other versions, delete it.\n"
 _SHOWN = 12  # packages named in one warning
@@ -26,26 +27,48 @@ _MOST = 1 << 20  # bytes of the file
 
 
 def installed() -> dict[str, str]:
-  """Versions by normalized name, of what an index such as PyPI has.
+  """Versions by normalized name, without the part behind "+".
 
-  Left out is what came from a folder or a repository, this package first of
-  all, and the part of a version behind "+", which says how it was built.
+  That part says how a version was built, and where an index such as PyPI has
+  the version, it has it without.
   """
-  found = {}
-  for one in metadata.distributions():
-    name = one.metadata["Name"]
-    if not name or _is_local(one):
-      continue
-    name = re.sub(r"[-_.]+", "-", name).lower()
-    found.setdefault(name, one.version.partition("+")[0])  # first on the path
-  found.pop("lavit-jax", None)
+  found = {
+    name: one.version.partition("+")[0] for name, one in _distributions()
+  }
   return dict(sorted(found.items()))
 
 
-def _is_local(distribution) -> bool:
-  """Whether pip was given an address in place of a name."""
+def unpinned() -> set[str]:
+  """Those that pip cannot be asked for: no index has them as they are here.
+
+  This package, and what was installed from a repository or to be edited. What
+  only came from a file is not among them: conda installs all of its packages
+  from one.
+  """
+  found = {name for name, one in _distributions() if _is_own(one)}
+  return found | {_OURS}
+
+
+def _distributions() -> Iterator[tuple[str, metadata.Distribution]]:
+  """Normalized names and what has them, the first on the path alone."""
+  met = set()
+  for one in metadata.distributions():
+    name = re.sub(r"[-_.]+", "-", one.metadata["Name"] or "").lower()
+    if name and name not in met:
+      met.add(name)
+      yield name, one
+
+
+def _is_own(distribution) -> bool:
+  """Whether it was installed from a repository or to be edited (PEP 610)."""
   text = distribution.read_text("direct_url.json")
-  return bool(text) and "url" in json.loads(text)
+  if not text:
+    return False
+  try:
+    told = json.loads(text)
+    return "vcs_info" in told or bool(told.get("dir_info", {}).get("editable"))
+  except (ValueError, AttributeError, TypeError):  # nobody knows
+    return True
 
 
 def check(workdir: epath.Path) -> list[str]:
@@ -60,21 +83,33 @@ def check(workdir: epath.Path) -> list[str]:
   path = workdir / FILE
   here = {"python": _python()} | installed()
   if hosts.first() and not path.exists():
-    python, *rest = [f"{name}=={version}\n" for name, version in here.items()]
-    files.write_whole(path, f"{_HEAD}# {python}{''.join(rest)}".encode())
+    noted = {"python"} | unpinned()  # and no constraints of pip's
+    lines = [
+      f"{'# ' if name in noted else ''}{name}=={version}\n"
+      for name, version in here.items()
+    ]
+    files.write_whole(path, "".join([_HEAD, *lines]).encode())
   hosts.barrier("lavit_versions")
   found = differences(read(path), here)
   if found:
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     _LOG.warning(
       "this run began with other versions than are installed here: %s%s. Its"
-      " numbers may differ from here on. To go on with the old ones: pip"
-      " install -c %s …; to be content with these, delete that file",
+      " numbers may differ from here on. To go on with the old ones: %s …; to"
+      " be content with these, delete %s",
       "; ".join(found[:_SHOWN]),
       more,
+      _way_back(path),
       path,
     )
   return found
+
+
+def _way_back(path) -> str:
+  """The command that installs what a file has; pip reads none in a store."""
+  if files.is_remote(path):
+    return f"gcloud storage cp {path} . && pip install -c {FILE}"
+  return f"pip install -c {path}"
 
 
 def _python() -> str:

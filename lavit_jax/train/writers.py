@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
-from lavit_jax import files, log_files
+from lavit_jax import closing, files, log_files
 from lavit_jax.train import event_files
 
 GOODPUT = "goodput.jsonl"  # beside metrics.jsonl; see `meter`
@@ -93,8 +93,7 @@ class MultiWriter:
 
   def close(self) -> None:
     """See `MetricWriter`."""
-    for writer in self._writers:
-      writer.close()
+    closing.each(writer.close for writer in self._writers)
 
 
 class JsonLinesWriter:
@@ -132,7 +131,9 @@ class JsonLinesWriter:
 
   def _write(self, row: Mapping[str, Any]) -> None:
     self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-    self._file.flush()  # a kill loses no whole line
+    # On a disk a kill loses no whole line; in an object store those of the
+    # last ten seconds and more (see `log_files`).
+    self._file.flush()
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     """See `MetricWriter`."""
@@ -161,7 +162,7 @@ class JsonLinesWriter:
     self._file.sync()
 
   def close(self) -> None:
-    """See `MetricWriter`; a second call does nothing."""
+    """See `MetricWriter`; a second call closes nothing."""
     self._file.close()
 
 

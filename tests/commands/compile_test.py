@@ -1,10 +1,12 @@
 """What `lavit compile --cache` keeps is what a run looks for."""
 
+import dataclasses
+
 import pytest
 
-from lavit_jax import sharding
+from lavit_jax import cli, sharding
 from lavit_jax.commands import compile as command
-from lavit_jax.train import boundaries, loop, phases, program
+from lavit_jax.train import boundaries, libtpu, loop, phases, program
 from lavit_jax.train import compile as ahead
 from tests import micro
 
@@ -71,3 +73,62 @@ def _between(folder):
   return {
     path.name for name in names for path in folder.glob(f"jit_{name}-*-cache")
   }
+
+
+_COMPILE = ("compile", "--config=lavit_7b/pretrain.py", "--topology=v5e:2x4")
+
+
+@dataclasses.dataclass
+class _Report:
+  """What a sweep goes by."""
+
+  fits: bool
+  roofline: dict
+  unread: tuple = ()
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+  """Compiles nothing: how good each remat is, the better at 8 rows."""
+  good = {"dots": None, "attention": 0.3, "full": 0.2}
+
+  def compile_for(config, topology, **unused):
+    remat, size = config.model.llm.remat, config.batch_size
+    fits = good[remat] is not None
+    mfu = (good[remat] or 0.9) + (size == 8) * 0.5
+    text = f"{size} {remat}"
+    return _Report(fits, {"mfu_no_overlap": mfu}), text
+
+  monkeypatch.setattr(ahead, "compile_for", compile_for)
+  monkeypatch.setattr(libtpu, "warning", lambda: "")
+  monkeypatch.setattr(command, "keep_in", lambda folder: None)
+  for name in ("_line", "_table"):
+    monkeypatch.setattr(command, name, lambda *unused: "")
+
+
+def test_the_program_of_a_sweep_is_that_of_the_best(
+  compiling, tmp_path, capsys
+):
+  path = tmp_path / "best.hlo"
+  words = [*_COMPILE, "--sweep", "--hlo", str(path)]
+  assert cli.main([*words, "--batches", "4,8,16"]) == 0
+  assert "batch_size=8, remat attention" in capsys.readouterr().out
+  assert path.read_text() == "8 attention"
+  path.unlink()
+  assert cli.main([*words, "--remats", "dots"]) == command.DOES_NOT_FIT
+  assert not path.exists()  # none fits
+
+
+@pytest.mark.parametrize("flag", ["--batches", "--remats"])
+def test_what_belongs_to_a_sweep_is_refused_without_one(
+  compiling, capsys, flag
+):
+  assert cli.main([*_COMPILE, flag, "8"]) == 2
+  assert f"{flag} goes with --sweep" in capsys.readouterr().err
+
+
+def test_a_program_is_written_to_a_disk(compiling, capsys):
+  assert cli.main([*_COMPILE, "--hlo", "gs://bucket/x"]) == 2
+  assert "gs://bucket/x: a program is written to a disk" in (
+    capsys.readouterr().err
+  )

@@ -19,7 +19,11 @@ from orbax.checkpoint._src.path import gcs_utils
 
 
 class Files(memory.MemoryFileSystem):
-  """`gs://bucket/name` as memory; objects appear when they are closed."""
+  """`gs://bucket/name` as memory, with what gcsfs makes of folders.
+
+  There are none: a folder is there while an object is below it, and to make
+  or remove one does nothing.
+  """
 
   protocol = ("gcs", "gs")
   store: dict = {}  # noqa: RUF012, as fsspec has it
@@ -36,6 +40,22 @@ class Files(memory.MemoryFileSystem):
     for prefix in ("gs://", "gcs://"):
       path = path.removeprefix(prefix)
     return "/" + path.strip("/") if path.strip("/") else ""
+
+  def mkdir(self, path, create_parents=True, **kwargs):
+    bucket = "/" + self._strip_protocol(path).strip("/").partition("/")[0]
+    if not self.exists(bucket):
+      raise FileNotFoundError(bucket)
+
+  def makedirs(self, path, exist_ok=False):
+    self.mkdir(path)
+
+  def rmdir(self, path):
+    pass
+
+  def cp_file(self, path1, path2, **kwargs):
+    if not self.isfile(path1):
+      raise FileNotFoundError(path1)
+    super().cp_file(path1, path2, **kwargs)
 
   def _open(self, path, mode="rb", **kwargs):
     assert mode in ("rb", "wb"), f"an object store cannot open with {mode!r}"

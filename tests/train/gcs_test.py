@@ -22,6 +22,16 @@ def _checkpoints(folder):
   return run_checkpoints.RunCheckpoints(folder, keep=2)
 
 
+def _objects(store, folder):
+  """Contents of all objects below a folder, by their names there."""
+  start = "/" + folder.removeprefix("gs://") + "/"
+  return {
+    name.removeprefix(start): store.cat(name)
+    for name in store.store
+    if name.startswith(start)
+  }
+
+
 def test_checkpoints_are_saved_checked_and_restored(store):
   folder = "gs://bucket/run/checkpoints"
   run = _checkpoints(folder)
@@ -29,10 +39,13 @@ def test_checkpoints_are_saved_checked_and_restored(store):
     state = {"w": np.full(8, step, "float32")}
     run.save(step, state, {"data": step}, {"loss": 1.0 / step})
   run.close()
+  aside = "gs://bucket/run/damaged"
+  assert not store.exists(aside)
   names = {p.name for p in epath.Path(folder).iterdir()}
   assert names == {"2", "3"}
   damaged = epath.Path(folder) / "3" / "meta" / "metadata"
   damaged.write_bytes(b"")
+  before = _objects(store, f"{folder}/3")
   run = _checkpoints(folder)
   found = run.restore_newest(lambda step: {"w": np.zeros(8, "float32")})
   assert (found.step, found.meta) == (2, {"data": 2})
@@ -40,6 +53,8 @@ def test_checkpoints_are_saved_checked_and_restored(store):
   run.save(3, {"w": np.full(8, 33.0, "float32")}, {"data": 33})
   run.close()
   assert _checkpoints(folder).meta(3) == {"data": 33}
+  (moved,) = (p for p in epath.Path(aside).iterdir() if p.is_dir())
+  assert _objects(store, str(moved)) == before
 
 
 def test_a_run_in_the_store_is_the_run_on_a_disk(

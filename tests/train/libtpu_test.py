@@ -36,6 +36,8 @@ def test_a_path_without_a_libtpu_is_an_error(another, monkeypatch):
     libtpu.use("nowhere")
   with pytest.raises(errors.UsageError, match=r"elsewhere: no libtpu\.so"):
     libtpu.use(None)  # as the variable has it
+  monkeypatch.setenv(libtpu.VARIABLE, "")  # as `library` takes it: unset
+  libtpu.use(None)
   monkeypatch.delenv(libtpu.VARIABLE)
   libtpu.use(None)
   assert libtpu.VARIABLE not in os.environ

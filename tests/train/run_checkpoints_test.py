@@ -201,6 +201,32 @@ def test_training_waits_for_no_list_of_files(tmp_path, monkeypatch):
   assert (folder / "3" / "files.json").exists()
 
 
+@pytest.mark.parametrize(
+  "error", [OSError("503"), RuntimeError("Session is closed")]
+)
+def test_a_list_of_files_that_cannot_be_made_ends_no_run(
+  tmp_path, monkeypatch, caplog, error
+):
+  """A checkpoint without one is as good; loop calls `seal` at every step."""
+
+  def refused(folder):
+    raise error
+
+  monkeypatch.setattr(run_checkpoints, "sizes", refused)
+  folder = tmp_path / "checkpoints"
+  run = run_checkpoints.RunCheckpoints(folder, keep=2)
+  with caplog.at_level(logging.WARNING):
+    run.save(1, _state(1), {"data": 1})
+    run._manager.wait_until_finished()
+    run.seal()
+    run.save(2, _state(2), {"data": 2})
+    run.wait()
+    run.close()
+  assert caplog.text.count(f"files.json: {type(error).__name__}: {error}") == 2
+  assert not list(folder.rglob("files.json"))
+  assert _newest(folder).step == 2
+
+
 @pytest.mark.parametrize("keep", [0, -1])
 def test_a_run_keeps_at_least_one_checkpoint(tmp_path, keep):
   with pytest.raises(errors.ConfigError, match=f"checkpoint.keep={keep}"):

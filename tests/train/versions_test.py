@@ -1,10 +1,12 @@
 """Which libraries a run began with, and what is said when others go on."""
 
 import logging
+from importlib import metadata
 
 import pytest
 from lavit_jax.configs.lavit_7b import pretrain
 
+from lavit_jax import files
 from lavit_jax.train import versions, workdir
 from tests.train import fake_gcs
 
@@ -42,6 +44,10 @@ def test_a_run_that_goes_on_with_other_versions_is_warned(
     assert "jax 0.10.2, here 0.12.0" in record.getMessage()
     assert "here 3.99" in record.getMessage()
     assert str(path) in record.getMessage()
+    way = f"pip install -c {path} "
+    if files.is_remote(path):  # which pip cannot read
+      way = f"gcloud storage cp {path} . && pip install -c versions.txt "
+    assert way in record.getMessage()
     for same in ("libtpu", "torch", "orbax"):
       assert f"{same} " not in record.getMessage()
   assert path.read_text() == kept
@@ -57,6 +63,44 @@ def test_a_file_of_another_form_ends_no_run(tmp_path, caplog):
 def test_what_is_installed_from_an_index_is_listed_without_paths():
   found = versions.installed()
   assert {"jax", "flax", "orbax-checkpoint", "numpy"} <= set(found)
-  assert "lavit-jax" not in found
+  assert "lavit-jax" in versions.unpinned()
   for name, version in found.items():
     assert versions._LINE.fullmatch(f"{name}=={version}"), (name, version)
+
+
+_SOURCES = {  # as PEP 610 has them in direct_url.json
+  "plain": "",
+  "conda": '{"url": "file:///home/feedstock_root/work", "dir_info": {}}',
+  "wheel": '{"url": "https://x/wheel-1-py3-none-any.whl", "archive_info": {}}',
+  "editable": '{"url": "file:///home/me", "dir_info": {"editable": true}}',
+  "git": '{"url": "https://x/y", "vcs_info": {"vcs": "git", "commit_id": "0"}}',
+  "broken": "{",
+}
+
+
+def test_only_what_no_index_has_is_kept_from_pip(tmp_path, monkeypatch):
+  """But all is noted and compared."""
+
+  def put(version):
+    for name, text in [*_SOURCES.items(), ("Lavit_JAX", "")]:
+      info = tmp_path / "site" / f"{name}.dist-info"
+      info.mkdir(parents=True, exist_ok=True)
+      (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+      )
+      if text:
+        (info / "direct_url.json").write_text(text)
+
+  found = lambda: metadata.MetadataPathFinder.find_distributions(
+    metadata.DistributionFinder.Context(path=[str(tmp_path / "site")])
+  )
+  monkeypatch.setattr(versions.metadata, "distributions", found)
+  put("1.0+local")
+  assert versions.check(tmp_path) == []
+  lines = (tmp_path / "versions.txt").read_text().splitlines()
+  pinned = {line for line in lines if not line.startswith("#")}
+  assert pinned == {"plain==1.0", "conda==1.0", "wheel==1.0"}
+  put("2.0")
+  wanted = {*_SOURCES, "lavit-jax"}
+  changed = {f"{name} 1.0, here 2.0" for name in wanted}
+  assert set(versions.check(tmp_path)) == changed
