@@ -17,6 +17,7 @@ import numpy as np
 
 from lavit_jax import checkpoints, errors, hosts, images, progress, sharding
 from lavit_jax.train import (
+  accumulation,
   averages,
   batch_log,
   boundaries,
@@ -84,8 +85,9 @@ class _Run:
     self.config, self.workdir, self.quiet = config, workdir, quiet
     self.stop_signal = distributed.StopSignal()
     self.phases = phases_lib.phases_of(config)
-    self.objective = objectives.build(config)
     self.mesh = sharding.make_mesh(config.mesh.to_dict())
+    accumulation.check(config, self.mesh)
+    self.objective = objectives.build(config)
     self.rows = sharding.rows_of_process(self.mesh, config.batch_size)
     self.checkpoints = run_checkpoints.RunCheckpoints(
       workdir / "checkpoints",

@@ -8,7 +8,7 @@ import math
 import jax
 
 from lavit_jax import errors, sharding
-from lavit_jax.train import optimizer
+from lavit_jax.train import accumulation, optimizer
 from lavit_jax.train import state as state_lib
 
 # What XLA is told when it compiles a step, by the kind of device. Everywhere
@@ -135,7 +135,7 @@ def arguments(objective, config, phase, mesh):
 
 def _prepared(objective, config, phase, mesh):
   """What a step takes, the groups of its parameters, and its optimizer."""
-  sharding.check_batch(mesh, config.batch_size)
+  accumulation.check(config, mesh)
   with sharding.use(mesh):
     boxed = jax.eval_shape(state_lib.init_fn(objective, config.seed))
     state = abstract(boxed, mesh)
