@@ -157,7 +157,7 @@ def test_a_damaged_part_is_written_over(tmp_path, damage, saves):
   path = tmp_path / "llm" / "part.json"
   text = _DAMAGES[damage](path.read_text())
   path.write_text(text, errors="surrogateescape")
-  with pytest.raises(errors.CheckpointError, match="part.json"):
+  with pytest.raises(errors.CheckpointError, match=r"part\.json"):
     checkpoints.load_part(tmp_path, "llm")
   checkpoints.save_part(tmp_path, "llm", {"w": np.ones(3)}, {"step": 7})
   part = checkpoints.load_part(tmp_path, "llm")

@@ -82,9 +82,15 @@ def layout_of(state):
   return jax.tree.map(lambda x: x.sharding, state)
 
 
-def abstract(boxed, mesh):
-  """Boxed shapes as unboxed ones, each with its sharding."""
-  layout = sharding.param_shardings(boxed, mesh)
+def abstract(boxed, mesh, *, whole: bool = False):
+  """Boxed shapes as unboxed ones, each with its sharding.
+
+  Args:
+    boxed: abstract arrays.
+    mesh: over which they are split.
+    whole: see `sharding.param_shardings`.
+  """
+  layout = sharding.param_shardings(boxed, mesh, whole=whole)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     state_lib.unbox(boxed),

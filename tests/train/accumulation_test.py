@@ -171,7 +171,10 @@ def _config(rows, parts):
 )
 def test_every_part_has_a_row_for_every_device(rows, parts, said):
   """Asked before a step is made; what passes is split over all devices."""
-  mesh, config = sharding.make_mesh({"data": 4, "fsdp": 2}), _config(rows, parts)
+  mesh, config = (
+    sharding.make_mesh({"data": 4, "fsdp": 2}),
+    _config(rows, parts),
+  )
   with pytest.raises(errors.ConfigError) as caught:
     program.arguments(None, config, None, mesh)
   assert said in str(caught.value), caught.value
@@ -179,7 +182,10 @@ def test_every_part_has_a_row_for_every_device(rows, parts, said):
 
 @pytest.mark.parametrize(("rows", "parts"), [(8, 1), (16, 2), (48, 3)])
 def test_what_passes_is_cut_into_parts_on_all_devices(rows, parts):
-  mesh, config = sharding.make_mesh({"data": 4, "fsdp": 2}), _config(rows, parts)
+  mesh, config = (
+    sharding.make_mesh({"data": 4, "fsdp": 2}),
+    _config(rows, parts),
+  )
   accumulation.check(config, mesh)
   with sharding.use(mesh):
     x = sharding.put_batch({"x": np.zeros((rows, 3))}, mesh)["x"]

@@ -65,6 +65,9 @@ class PretrainObjective(base.Objective):
     )
     self._check_start()
     self.capacity = self._use_caches()
+    self.stored.check_assumed(
+      config, capacity=self.capacity, text_size=self.vocabulary.text_size
+    )
     self.model = unified.UnifiedModel(
       self.llama_config, self.tokenizer_config, self.capacity
     )
