@@ -36,11 +36,17 @@ class _Sums:
     return base.abstract(shapes)
 
   labels = base.Objective.labels
+  draws = base.Objective.draws
+  update_extra = base.Objective.update_extra
 
-  def loss(self, phase, params, frozen, state, batch, rng):
-    del phase, rng
+  def sums(self, phase, params, frozen, state, batch, draws):
+    del phase, state, draws
     out = (batch["x"] * frozen["used"]) @ params["net"]["kernel"]
-    return jnp.square(out).mean(), (state, {})
+    return {"square": jnp.square(out).sum()}, {}
+
+  def combine(self, phase, sums):
+    del phase
+    return sums["square"], {}
 
 
 _CONFIG = ml_collections.ConfigDict(

@@ -19,14 +19,8 @@ from lavit_jax import (
   vocabulary,
 )
 from lavit_jax.data import contents, examples, faults, pipeline, sources
-from lavit_jax.train import (
-  averages,
-  boundaries,
-  lora,
-  optimizer,
-  phases,
-  stored,
-)
+from lavit_jax.train import averages, boundaries, lora, optimizer, stored
+from lavit_jax.train import phases as phases_lib
 from lavit_jax.train import state as state_lib
 
 
@@ -67,7 +61,7 @@ class Objective:
     def label(path, _):
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       for prefix, group in rules:
-        if phases.begins(name, prefix):
+        if phases_lib.begins(name, prefix):
           used.add(prefix)
           return group
       return optimizer.FROZEN
