@@ -47,6 +47,8 @@ def writing(directory):
   """Names the disk when a write fails: full, over quota, not writable."""
   try:
     yield
+  except errors.LavitError:  # a ValueError too, which says what to do itself
+    raise
   except (OSError, ValueError) as e:  # Orbax reports a full disk as ValueError
     raise errors.CheckpointError(
       f"A checkpoint could not be written under {directory}:"
@@ -91,10 +93,11 @@ def save_part(
   if dtype is not None:
     params = jax.tree.map(lambda x: _cast(x, dtype), params)
   with writing(folder.parent):
-    place = _WEIGHTS[hosts.told(_free_place(folder))]
+    used = _intact_place(folder)
+    place = _WEIGHTS[hosts.told(int(used == _WEIGHTS[0]))]
     if hosts.first():
       folder.mkdir(parents=True, exist_ok=True)
-      _remove_weights(folder, besides=_place(folder))
+      _remove_weights(folder, besides=used)
     hosts.barrier(f"lavit_part_{name}_begun")
     if any(isinstance(x, np.memmap) for x in jax.tree.leaves(params)):
       mapped_arrays.save(folder / place, params)
@@ -122,10 +125,7 @@ def _place(folder) -> str | None:
   path = folder / _PART_FILE
   if not path.exists():
     return None
-  try:
-    place = json.loads(path.read_text()).get(_FIELD, _WEIGHTS[0])
-  except (ValueError, AttributeError) as e:
-    raise errors.CheckpointError(f"{path} is not valid JSON: {e}.") from e
+  place = _described(path).get(_FIELD, _WEIGHTS[0])
   if place not in _WEIGHTS:
     raise errors.CheckpointError(
       f"{path} says that its {_FIELD} are {place!r}; expected one of"
@@ -134,12 +134,28 @@ def _place(folder) -> str | None:
   return place
 
 
-def _free_place(folder) -> int:
-  """Which of _WEIGHTS a part does not use, by its number."""
+def _described(path) -> dict[str, Any]:
+  """What a part.json holds; CheckpointError if it is damaged."""
   try:
-    return int(_place(folder) == _WEIGHTS[0])
-  except errors.CheckpointError:  # what is damaged is written over
-    return 0
+    found = json.loads(path.read_text())
+  except ValueError as e:
+    raise errors.CheckpointError(
+      f"{path} is not valid JSON: {e}. It is damaged; make the part again."
+    ) from e
+  if not isinstance(found, dict):
+    raise errors.CheckpointError(
+      f"{path} holds a {type(found).__name__}; expected the description of a"
+      " part, a JSON object. It is damaged; make the part again."
+    )
+  return found
+
+
+def _intact_place(folder) -> str | None:
+  """`_place`; None of a damaged part too: it is written over."""
+  try:
+    return _place(folder)
+  except errors.CheckpointError:
+    return None
 
 
 def _remove_weights(folder, besides: str | None) -> None:
@@ -337,10 +353,7 @@ def read_meta(directory, name: str) -> dict[str, Any]:
       + f" Expected {path}. Train that stage with --config.model_dir="
       f"{directory}, or give a complete model directory."
     )
-  try:
-    meta = json.loads(path.read_text())
-  except json.JSONDecodeError as e:
-    raise errors.CheckpointError(f"{path} is not valid JSON: {e}.") from e
+  meta = _described(path)
   if meta.get("format") != FORMAT:
     raise errors.CheckpointError(
       f"{path} has format {meta.get('format')!r}; this version of lavit_jax"

@@ -124,7 +124,7 @@ def ways(name: str) -> int:
   return _ways(nn.logical_to_mesh_axes((name,), RULES), mesh)
 
 
-def param_shardings(variables, mesh: jax.sharding.Mesh):
+def param_shardings(variables, mesh: jax.sharding.Mesh, *, whole: bool = False):
   """Shardings of a tree of boxed (abstract) parameters.
 
   Args:
@@ -132,6 +132,8 @@ def param_shardings(variables, mesh: jax.sharding.Mesh):
       `jax.eval_shape(module.init, ...)` returns it. Leaves without a box are
       replicated.
     mesh: from `make_mesh`.
+    whole: large arrays may be whole on every device: they are none of a model,
+      whose size they do not grow with.
 
   Returns:
     The same tree, unboxed, of `jax.sharding.NamedSharding`.
@@ -150,7 +152,8 @@ def param_shardings(variables, mesh: jax.sharding.Mesh):
     if len(names) != len(value.shape):  # sums of an optimizer over an axis
       names = (None,) * len(value.shape)
     _check(name, value.shape, names, mesh)
-    _check_large(name, value, names, mesh)
+    if not whole:
+      _check_large(name, value, names, mesh)
     spec = nn.logical_to_mesh_axes(names, RULES)
     return jax.sharding.NamedSharding(mesh, spec)
 
@@ -164,7 +167,7 @@ def _check_large(path, value, names, mesh):
   axes = nn.logical_to_mesh_axes(names, RULES)
   if size > _LARGE and wanted > 1 and _ways(axes, mesh) == 1:
     raise errors.ConfigError(
-      f"Parameter {path} of shape {tuple(value.shape)}, {size / 1e6:.0f} MB,"
+      f"Array {path} of shape {tuple(value.shape)}, {size / 1e6:.0f} MB,"
       f" would be whole on every device, for its logical axes {names} are"
       " not split by this mesh. Give it axes that sharding.RULES maps to fsdp"
       " or tensor, or set config.mesh.fsdp above 1."

@@ -139,6 +139,40 @@ def test_which_weights_belong_to_a_part_is_no_path_of_the_file(tmp_path):
     checkpoints.load_part(tmp_path, "llm")
 
 
+_DAMAGES = {
+  "cut": lambda text: text[: len(text) // 2],
+  "empty": lambda text: "",
+  "a list": lambda text: "[]",
+  "no text": lambda text: "\udcff\udcfe",
+  "elsewhere": lambda text: '{"format": 1, "weights": "../../elsewhere"}',
+}
+
+
+@pytest.mark.parametrize("damage", _DAMAGES)
+@pytest.mark.parametrize("saves", [1, 2])
+def test_a_damaged_part_is_written_over(tmp_path, damage, saves):
+  """Whichever of the two folders its weights are in."""
+  for step in range(saves):
+    checkpoints.save_part(tmp_path, "llm", {"w": np.zeros(3)}, {"step": step})
+  path = tmp_path / "llm" / "part.json"
+  text = _DAMAGES[damage](path.read_text())
+  path.write_text(text, errors="surrogateescape")
+  with pytest.raises(errors.CheckpointError, match=r"part\.json"):
+    checkpoints.load_part(tmp_path, "llm")
+  checkpoints.save_part(tmp_path, "llm", {"w": np.ones(3)}, {"step": 7})
+  part = checkpoints.load_part(tmp_path, "llm")
+  assert part.meta["step"] == 7
+  np.testing.assert_array_equal(part.params["w"], np.ones(3))
+  assert len(list((tmp_path / "llm").iterdir())) == 2  # no remains
+
+
+@pytest.mark.parametrize("kind", [errors.CheckpointError, errors.UsageError])
+def test_an_error_that_says_what_to_do_is_not_called_a_full_disk(kind):
+  with pytest.raises(kind) as caught, checkpoints.writing("there"):
+    raise kind("Make the part again.")
+  assert str(caught.value) == "Make the part again."
+
+
 _LOSING = "*?[\\"
 
 

@@ -224,7 +224,7 @@ def _numbers(text):
 
 
 def _set_remat(model, remat):
-  """Sets every network's policy but those that the encoder freezes."""
+  """Sets the policy of every network that has one, frozen ones too."""
   for name, part in model.items():
     if hasattr(part, "items"):
       _set_remat(part, remat)

@@ -68,14 +68,6 @@ class TokenSelector(nn.Module):
     return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
 
 
-def sample_mask(
-  log_probs: jax.Array, rng: jax.Array, temperature: float = 1.0
-) -> jax.Array:
-  """A mask float[B, N] of zeros and ones; its gradient is the soft mask's."""
-  noise = gumbel(rng, log_probs.shape[:-1])
-  return mask_from_noise(log_probs, noise, temperature)
-
-
 def gumbel(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Noise float32[B, N, 2] of `mask_from_noise`, for a shape (B, N)."""
   return jax.random.gumbel(rng, (*shape, 2))

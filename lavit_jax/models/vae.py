@@ -211,9 +211,9 @@ class AutoencoderKL(nn.Module):
     self.quant_conv = project(2 * c.latent_channels)
     self.post_quant_conv = project(c.latent_channels)
 
-  def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """Pictures float[B, H, W, 3] made again from their latents."""
-    return self.decode(sample(*self.encode(x), key))
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Pictures float[B, H, W, 3] made again from their latents' means."""
+    return self.decode(self.encode(x)[0])
 
   def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The distribution of the latents of pictures.

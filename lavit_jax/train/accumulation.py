@@ -16,7 +16,45 @@ before it is cut.
 import jax
 import jax.numpy as jnp
 
-from lavit_jax import errors
+from lavit_jax import errors, sharding
+
+
+def check(config, mesh: jax.sharding.Mesh) -> None:
+  """Asks whether every part of a batch has rows for all devices.
+
+  A part with fewer would be whole on every device, where attention kernels
+  cannot be used: more memory and time than without parts.
+
+  Args:
+    config: of the run; of it `accumulate`, 1 if it is missing, and
+      `batch_size`.
+    mesh: whose data and fsdp split the rows.
+
+  Raises:
+    errors.ConfigError: they have not, or `accumulate` is no whole number of 1
+      or more.
+  """
+  parts, rows = config.get("accumulate", 1), config.batch_size
+  if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
+    raise errors.ConfigError(
+      f"config.accumulate={parts}: expected in how many parts a batch is run,"
+      " a whole number. Set it to 1 for none."
+    )
+  sharding.check_batch(mesh, rows)
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if rows % (parts * ways) == 0:
+    return
+  each = rows // ways
+  fits = min(
+    (n for n in range(1, each + 1) if each % n == 0),
+    key=lambda n: (abs(n - parts), -n),
+  )
+  nearest = max(round(rows / (parts * ways)), 1) * parts * ways
+  raise errors.ConfigError(
+    f"config.accumulate={parts} cuts a batch of {rows} rows into parts of"
+    f" {rows / parts:g}, which data x fsdp = {ways} devices do not divide. Set"
+    f" config.accumulate={fits}, or config.batch_size={nearest}."
+  )
 
 
 def value_and_grad(objective, phase, parts: int):

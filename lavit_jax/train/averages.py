@@ -85,7 +85,7 @@ def merged(rows: Sequence[Metrics], *, finite: bool = False):
   """
   rows = jax.tree.map(np.float64, jax.device_get(list(rows)))
   found = {}
-  for name in rows[0]:
+  for name in rows[0] if rows else ():
     column = [row[name] for row in rows]
     kept = [x for x in column if _is_finite(x) or not finite]
     if not kept:

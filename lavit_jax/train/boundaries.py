@@ -46,31 +46,52 @@ def begin(objective, phase, state, frozen, batch_at, mesh):
   Args:
     objective: a stage.
     phase: that begins.
-    state: `TrainState` on the mesh. Its moments, of the phase before, are
-      deleted: they would lie beside what is computed.
+    state: `TrainState` on the mesh. Its moments, and what `begin_phase`
+      replaces, are deleted, whoever else still holds them: they would lie
+      beside what is computed.
     frozen: the objective's, on the mesh.
     batch_at: index of a global batch to the batch, on the mesh.
     mesh: whose devices compute.
   """
-  for moment in jax.tree.leaves(state.opt_state):
-    moment.delete()
-  state = state.replace(opt_state=None)
-  layout = program.layout_of(state)
-  params, extra = objective.begin_phase(phase, state)
-  state = state.replace(
-    params=hosts.put(params, layout.params),
-    extra=hosts.put(extra, layout.extra),
-  )
+  _delete(state.opt_state)
+  state = _read(objective, phase, state.replace(opt_state=None))
   for fold in objective.folds(phase):
     programs = _programs(objective, fold, state, mesh)
-    carried = programs.start()
-    for number in range(fold.batches):
-      batch = batch_at(phase.start + number)
-      carried = programs.add(carried, np.int32(number), state, frozen, batch)
-    made = programs.finish(carried, state, frozen)
+    made = _folded(fold, programs, phase, state, frozen, batch_at)
     state = state.replace(extra=state.extra | made)
   init = _moments(objective, phase, state.params, mesh)
   return state.replace(opt_state=init(state, frozen))
+
+
+def _delete(tree):
+  for array in jax.tree.leaves(tree):
+    array.delete()
+
+
+def _read(objective, phase, state):
+  """The state with what `begin_phase` gives; what that replaces is deleted."""
+  layout = program.layout_of(state)
+  given = objective.begin_phase(phase, state)
+  kept = {id(x) for x in jax.tree.leaves(given)}
+  before = jax.tree.leaves((state.params, state.extra))
+  _delete([x for x in before if id(x) not in kept])
+  params, extra = hosts.put(given, (layout.params, layout.extra))
+  return state.replace(params=params, extra=extra)
+
+
+def _folded(fold, programs, phase, state, frozen, batch_at):
+  """What a fold makes; what it carries, and its batches, end with it."""
+  carried = programs.start()
+  for number in range(fold.batches):  # the next is put while one is added
+    batch = batch_at(phase.start + number)
+    carried = programs.add(carried, np.int32(number), state, frozen, batch)
+    del batch
+  return programs.finish(carried, state, frozen)
+
+
+def each(fold: Fold) -> str:
+  """The name of the program of one of its batches; see `lower`."""
+  return f"{fold.name}, each of {fold.batches} batches"
 
 
 def lower(objective, phase, state, frozen, batch, mesh):
@@ -94,9 +115,7 @@ def lower(objective, phase, state, frozen, batch, mesh):
     number = jax.ShapeDtypeStruct((), jnp.int32)
     carried = programs.carried
     found |= {
-      f"{fold.name}, each of {fold.batches} batches": programs.add.lower(
-        carried, number, state, frozen, batch
-      ),
+      each(fold): programs.add.lower(carried, number, state, frozen, batch),
       f"{fold.name}, at the end": programs.finish.lower(carried, state, frozen),
     }
   init = _moments(objective, phase, state.params, mesh)
@@ -114,7 +133,8 @@ class _Programs:
 
 
 def _programs(objective, fold, state, mesh) -> _Programs:
-  carried = program.abstract(jax.eval_shape(fold.start), mesh)
+  # No parameters: as whole on a device as the batches they are made of.
+  carried = program.abstract(jax.eval_shape(fold.start), mesh, whole=True)
   jit = functools.partial(
     jax.jit,
     keep_unused=True,

@@ -151,19 +151,24 @@ def _step(target, phase) -> tuple[Report, str]:
   """The step of a phase, and what is computed before it."""
   objective, mesh, start = target.objective, target.mesh, time.monotonic()
   lowered, given = program.lower(objective, target.config, phase, mesh)
+  next_batch = program.bytes_a_device(given[-1])
   report, text = _program(
     target,
     lowered,
     f"step of {target.config.stage}/{phase.name}",
     flops.of_step(objective, phase),
     time.monotonic() - start,
-    waiting=program.bytes_a_device(given[-1]),
+    waiting=next_batch,
   )
   if not report.memory:
     return report, text
   with sharding.use(mesh):
     before = boundaries.lower(objective, phase, *given, mesh)
-  made = [_boundary(name, x, target.chip) for name, x in before.items()]
+  reads = {boundaries.each(fold) for fold in objective.folds(phase)}
+  made = [
+    _boundary(name, x, target.chip, next_batch if name in reads else 0.0)
+    for name, x in before.items()
+  ]
   most = report.memory["total"]
   over = [one for one in made if one["memory"].get("total", most + 1) > most]
   bad = [one for one in made if not one["fits"]]
@@ -177,11 +182,11 @@ def _step(target, phase) -> tuple[Report, str]:
   ), text
 
 
-def _boundary(name, lowered, chip) -> dict[str, Any]:
+def _boundary(name, lowered, chip, waiting) -> dict[str, Any]:
   """What XLA says of a program that runs before a phase."""
   start, memory = time.monotonic(), {}
   try:
-    memory = _memory(lowered.compile(), chip)
+    memory = _memory(lowered.compile(), chip, waiting)
     fits, why = _fits(memory)
   except jax.errors.JaxRuntimeError as e:
     fits, why = False, _too_large(e)

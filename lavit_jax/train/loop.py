@@ -25,6 +25,7 @@ from lavit_jax import (
   sharding,
 )
 from lavit_jax.train import (
+  accumulation,
   averages,
   batch_log,
   boundaries,
@@ -93,8 +94,9 @@ class _Run:
     self.config, self.workdir, self.quiet = config, workdir, quiet
     self.stop_signal = distributed.StopSignal()
     self.phases = phases_lib.phases_of(config)
-    self.objective = objectives.build(config)
     self.mesh = sharding.make_mesh(config.mesh.to_dict())
+    accumulation.check(config, self.mesh)
+    self.objective = objectives.build(config)
     self.rows = sharding.rows_of_process(self.mesh, config.batch_size)
     self.checkpoints = run_checkpoints.RunCheckpoints(
       workdir / "checkpoints",
@@ -224,7 +226,7 @@ class _Run:
     return sharding.put_batch(batch, self.mesh, self.config.batch_size)
 
   def _train_phase(self, phase, end):
-    # Nothing else holds the state: what a phase replaces of it is let go.
+    # The phase and its steps delete what they replace of the state.
     state, self.state = self.state, None
     state = self._begin_phase(phase, state)
     labels = self.objective.labels(phase, state.params)
@@ -277,13 +279,14 @@ class _Run:
             self._after_step(step + 1, stop, state, window, bar)
         if self.stop_signal.after(step + 1):
           self.watch.check(step, _watched(metrics))
-          self._save_and_leave(step + 1, state)
+          self._save_and_leave(step + 1, state, window, bar)
         self.checkpoints.seal()
     self.meter.enter("start")
     return state
 
-  def _save_and_leave(self, step, state):
+  def _save_and_leave(self, step, state, window, bar):
     """Saves and raises Preempted."""
+    self._log(step, window, bar)
     self._save(step, state, None)
     self.checkpoints.wait()
     raise errors.Preempted(
@@ -298,21 +301,30 @@ class _Run:
     return step == stop or any(step % every == 0 for every in intervals)
 
   def _after_step(self, step, stop, state, window, bar):
-    config = self.config
-    if window and (step % config.log.every == 0 or step == stop):
-      found = averages.merged(window, finite=True)
-      found |= bar.rates() | self.meter.rates()
-      self.writer.write_scalars(step, found)
-      self.writer.flush()
-      window.clear()
-    metrics = None
+    config, metrics = self.config, None
+    saves = step % config.checkpoint.every == 0 or step == stop
+    if saves or step % config.log.every == 0:
+      self._log(step, window, bar)
     if step % config.eval.every == 0 or step == self.phases[-1].stop:
       self.meter.enter("evaluation")
       metrics = self.evaluated = self._evaluate(step, state)
       shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
       bar.print(f"{config.stage} step {step}, held out: {shown}")
-    if step % config.checkpoint.every == 0 or step == stop:
+    if saves:
       self._save(step, state, metrics)
+
+  def _log(self, step, window, bar):
+    """A row of the steps since the last one.
+
+    Before every checkpoint, so that none is lost to a run that goes on there.
+    """
+    if not window:
+      return
+    found = averages.merged(window, finite=True)
+    found |= bar.rates() | self.meter.rates()
+    self.writer.write_scalars(step, found)
+    self.writer.flush()
+    window.clear()
 
   def _evaluate(self, step, state):
     metrics = self.objective.evaluate(

@@ -26,6 +26,23 @@ class Phase:
     return self.settings.get(key, default)
 
 
+def begins(path: str, prefix: str) -> bool:
+  """Whether a path of a parameter begins with the names of `phase.train`.
+
+  Names are whole: "llm" is not "llm_proj". "" and "all" begin every path.
+  """
+  return prefix in ("", "all") or f"{path}/".startswith(f"{prefix}/")
+
+
+def trains(config, branch: str) -> bool:
+  """Whether some phase of the schedule trains a branch, or a part of it."""
+  return any(
+    begins(branch, prefix) or begins(prefix, branch)
+    for name in config.schedule
+    for prefix in config.phases[name].train
+  )
+
+
 def phases_of(config) -> list[Phase]:
   """Phases in the order of config.schedule, with their step ranges.
 

@@ -16,6 +16,7 @@ have these fields among them. What is left out has its usual value.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from lavit_jax import errors
@@ -26,11 +27,15 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _PARTS = ("selector", "merger", "quantizer", "decoder")
 
 
-def applied(config, **networks) -> dict[str, Any]:
+def applied(
+  config, *, trained: Sequence[str] = (), **networks
+) -> dict[str, Any]:
   """The networks' configs, computed as the run says.
 
   Args:
     config: of the run.
+    trained: names of those of the networks that change, or in whose dtype
+      something is computed that does.
     **networks: all that the stage reads, each a config as a part has it: of a
       network, or a `tokenizer.TokenizerConfig`, whose four parts then are
       computed alike (its encoder is a network of its own).
@@ -40,7 +45,8 @@ def applied(config, **networks) -> dict[str, Any]:
 
   Raises:
     errors.ConfigError: config.model.compute names a network that the stage
-      does not read, an unknown field, or a value that there is not.
+      does not read, a field that is unknown or that the network has not, or
+      a value that there is not, or with which it cannot be trained.
   """
   chosen = config.model.get("compute", {})
   chosen = {name: dict(fields) for name, fields in chosen.items()}
@@ -50,18 +56,21 @@ def applied(config, **networks) -> dict[str, Any]:
       f" {sorted(networks)} from its model directory. Change or remove them:"
       " a network that the stage trains has dtype and remat beside its sizes."
     )
+  for name, fields in chosen.items():
+    _check(name, networks[name], fields, name in trained)
   return {
-    name: _computed(network, _fields(name, chosen.get(name, {})))
+    name: _computed(network, DEFAULTS | chosen.get(name, {}))
     for name, network in networks.items()
   }
 
 
-def _fields(name, chosen) -> dict[str, Any]:
-  """All of `DEFAULTS` for one network, checked."""
-  if unknown := sorted(set(chosen) - set(DEFAULTS)):
+def _check(name, network, chosen, trained) -> None:
+  """Raises ConfigError for what is said of one network and cannot be."""
+  has = _has(network)
+  if unknown := sorted(set(chosen) - has):
     raise errors.ConfigError(
-      f"model.compute.{name} has {unknown}: expected some of"
-      f" {sorted(DEFAULTS)}. Remove or rename them."
+      f"model.compute.{name} has {unknown}: expected some of {sorted(has)},"
+      " which are all that this network has. Remove or rename them."
     )
   fields = DEFAULTS | chosen
   allowed = {"dtype": _DTYPES, "remat": tuple(layers.REMAT)}
@@ -71,7 +80,25 @@ def _fields(name, chosen) -> dict[str, Any]:
         f"model.compute.{name}.{field}={fields[field]!r}: expected one of"
         f" {values}."
       )
-  return fields
+  unroll = fields["unroll"]
+  if not isinstance(unroll, int) or isinstance(unroll, bool) or unroll < 1:
+    raise errors.ConfigError(
+      f"model.compute.{name}.unroll={unroll!r}: expected how many layers a"
+      " step of the scan has, a whole number of 1 or more."
+    )
+  if trained and fields["dtype"] == "float16":
+    raise errors.ConfigError(
+      f"model.compute.{name}.dtype='float16', but a phase trains in it, and"
+      " small gradients are zero in float16: the loss is not scaled. Set it to"
+      " 'bfloat16' or 'float32'."
+    )
+
+
+def _has(network) -> set[str]:
+  """Those of `DEFAULTS` that a network, or a part of it, has."""
+  if isinstance(network, tokenizer.TokenizerConfig):
+    return set().union(*(_has(getattr(network, part)) for part in _PARTS))
+  return set(DEFAULTS) & {field.name for field in dataclasses.fields(network)}
 
 
 def _computed(network, fields):

@@ -8,7 +8,7 @@ import math
 import jax
 
 from lavit_jax import errors, sharding
-from lavit_jax.train import optimizer
+from lavit_jax.train import accumulation, optimizer
 from lavit_jax.train import state as state_lib
 
 # What XLA is told when it compiles a step, by the kind of device. Everywhere
@@ -82,9 +82,15 @@ def layout_of(state):
   return jax.tree.map(lambda x: x.sharding, state)
 
 
-def abstract(boxed, mesh):
-  """Boxed shapes as unboxed ones, each with its sharding."""
-  layout = sharding.param_shardings(boxed, mesh)
+def abstract(boxed, mesh, *, whole: bool = False):
+  """Boxed shapes as unboxed ones, each with its sharding.
+
+  Args:
+    boxed: abstract arrays.
+    mesh: over which they are split.
+    whole: see `sharding.param_shardings`.
+  """
+  layout = sharding.param_shardings(boxed, mesh, whole=whole)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     state_lib.unbox(boxed),
@@ -135,7 +141,7 @@ def arguments(objective, config, phase, mesh):
 
 def _prepared(objective, config, phase, mesh):
   """What a step takes, the groups of its parameters, and its optimizer."""
-  sharding.check_batch(mesh, config.batch_size)
+  accumulation.check(config, mesh)
   with sharding.use(mesh):
     boxed = jax.eval_shape(state_lib.init_fn(objective, config.seed))
     state = abstract(boxed, mesh)

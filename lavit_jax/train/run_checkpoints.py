@@ -101,10 +101,14 @@ class RunCheckpoints:
 
   def _stored_metrics(self, step):
     """Those that `save` was given; None if a checkpoint has none."""
+    before = self.directory / str(step) / "metrics" / "metrics"
     try:
-      return self._stored_meta(step).get(_METRICS)
+      found = self._stored_meta(step).get(_METRICS)
+      if found is None and before.exists():  # where Orbax itself kept them
+        found = json.loads(before.read_text())
     except (OSError, ValueError):  # damaged, which `restore_newest` tells
       return None
+    return found if isinstance(found, dict) else None
 
   def latest_step(self) -> int | None:
     """The newest complete checkpoint's step, None for a new run."""

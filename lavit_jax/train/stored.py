@@ -5,11 +5,14 @@ so that a run can be compiled where neither weights nor data are.
 """
 
 import dataclasses
+import logging
 
-from lavit_jax import checkpoints, errors
+from lavit_jax import checkpoints, errors, hosts
 from lavit_jax.data import sources
 from lavit_jax.models import decoder, tokenizer, vae
 from lavit_jax.train import branches, latent_parts
+
+_LOG = logging.getLogger(__name__)
 
 
 class Stored:
@@ -26,6 +29,23 @@ class Stored:
   def sources(self, config):
     """The (train, held-out) sources of config.data."""
     return sources.pair(config.data.to_dict())
+
+  def check_assumed(self, config, **real):
+    """Warns where `lavit compile` measures another step than this run's.
+
+    Args:
+      config: of the run.
+      **real: what config.assumed should say, by its fields.
+    """
+    for name, value in real.items():
+      told = config.get("assumed", real).get(name)
+      if told != value and hosts.first():
+        _LOG.warning(
+          "config.assumed.%s=%s, but it is %s here: where this model_dir is"
+          " not, lavit compile measures another step than this run's. Give it"
+          " --config.assumed.%s=%s.",
+          *(name, told, value, name, value),
+        )
 
 
 class Outline:
@@ -94,3 +114,7 @@ class Outline:
   def check_start(self, run, config, schedule):
     """Nothing to check."""
     del run, config, schedule
+
+  def check_assumed(self, config, **real):
+    """Nothing to check: it is what is assumed."""
+    del config, real

@@ -60,7 +60,8 @@ def test_mask_is_exactly_zero_or_one_and_passes_gradient():
 
 def test_samples_keep_with_the_probability_given():
   keep = jnp.broadcast_to(jnp.array([0.1, 0.5, 0.8]), (4000, 3))
-  mask = selector.sample_mask(log_probs(keep), jax.random.key(0))
+  noise = selector.gumbel(jax.random.key(0), keep.shape)
+  mask = selector.mask_from_noise(log_probs(keep), noise)
   np.testing.assert_allclose(mask.mean(0), keep[0], atol=0.03)
 
 

@@ -2,12 +2,21 @@
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
 from lavit_jax import errors, sharding
-from lavit_jax.train import accumulation, averages, optimizer
+from lavit_jax.train import (
+  accumulation,
+  averages,
+  loop,
+  objectives,
+  optimizer,
+  program,
+)
 from lavit_jax.train import state as state_lib
+from tests import micro
 from tests.train import latent_micro, outlines, stubs
 from tests.train import parts as parts_lib
 
@@ -139,6 +148,60 @@ def test_rows_of_a_device_stay_in_every_part():
 def test_a_batch_that_does_not_divide_is_an_error():
   with pytest.raises(errors.ConfigError, match="accumulate=3"):
     accumulation.cut("x", jnp.arange(8), 3)
+
+
+def _config(rows, parts):
+  return ml_collections.ConfigDict(
+    {"batch_size": rows, "accumulate": parts, "seed": 0}
+  )
+
+
+@pytest.mark.parametrize(
+  ("rows", "parts", "said"),
+  [
+    (8, 2, "batch_size=16"),
+    (16, 4, "accumulate=2"),
+    (24, 2, "accumulate=3"),
+    (8, 0, "accumulate=0"),
+    (8, -1, "accumulate=-1"),
+    (8, 1.5, "accumulate=1.5"),
+    (8, True, "accumulate=True"),
+    (0, 2, "global batch of 0"),
+  ],
+)
+def test_every_part_has_a_row_for_every_device(rows, parts, said):
+  """Asked before a step is made; what passes is split over all devices."""
+  mesh, config = (
+    sharding.make_mesh({"data": 4, "fsdp": 2}),
+    _config(rows, parts),
+  )
+  with pytest.raises(errors.ConfigError) as caught:
+    program.arguments(None, config, None, mesh)
+  assert said in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(8, 1), (16, 2), (48, 3)])
+def test_what_passes_is_cut_into_parts_on_all_devices(rows, parts):
+  mesh, config = (
+    sharding.make_mesh({"data": 4, "fsdp": 2}),
+    _config(rows, parts),
+  )
+  accumulation.check(config, mesh)
+  with sharding.use(mesh):
+    x = sharding.put_batch({"x": np.zeros((rows, 3))}, mesh)["x"]
+    made = jax.jit(lambda x: accumulation.cut("x", x, parts))(x)
+  assert made.sharding.shard_shape(made.shape) == (parts, rows // parts // 8, 3)
+
+
+def test_a_run_and_its_report_ask_before_anything_is_read(
+  tmp_path, monkeypatch
+):
+  """Neither pictures nor weights; so a mistake costs no minutes."""
+  read = lambda *args: pytest.fail("read")
+  monkeypatch.setattr(objectives, "build", read)
+  cfg = micro.config("encoder", tmp_path, accumulate=2)
+  with pytest.raises(errors.ConfigError, match="accumulate=2"):
+    loop.train(cfg, tmp_path / "run", quiet=True)
 
 
 def test_contrast_cannot_be_run_in_parts():

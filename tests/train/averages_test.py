@@ -59,3 +59,7 @@ def test_what_is_not_finite_is_left_out_where_that_is_asked():
   only = averages.merged(rows[1:2], finite=True)
   assert math.isnan(only["loss"])
   assert averages.ratio(jnp.zeros(()), jnp.zeros(())) == 0
+
+
+def test_of_no_batch_there_are_no_numbers():
+  assert averages.merged([]) == {}

@@ -4,16 +4,20 @@ import dataclasses
 import functools
 import importlib
 import types
+import weakref
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
-from lavit_jax import sharding
+from lavit_jax import errors, sharding
 from lavit_jax.models import quantizer
 from lavit_jax.train import boundaries, objectives, phases, program, stored
 from lavit_jax.train import state as state_lib
+from lavit_jax.train.objectives import base
 from tests import micro
 
 
@@ -160,6 +164,123 @@ def test_the_moments_of_the_phase_before_are_gone_while_codes_are_made(
   monkeypatch.setattr(type(run.objective), "folds", watched)
   _begin(run, {}, jax.devices()[:1], opt_state=(moment,))
   assert seen == [True]
+
+
+_PARAMS, _CARRIED, _BATCH = 1 << 18, 1 << 19, 1 << 17  # bytes
+_SMALL = 1 << 14
+
+
+class _Replacing:
+  """A stage whose phase begins with weights read to the host, and a fold."""
+
+  config = ml_collections.ConfigDict(
+    dict(
+      seed=0,
+      optimizer=dict(
+        b1=0.9, b2=0.9, weight_decay=0.0, clip_norm=1.0, groups=dict(base=1.0)
+      ),
+    )
+  )
+  labels = base.Objective.labels
+
+  def __init__(self):
+    self.read = None  # a weak reference to what was read
+
+  def init(self, rng):
+    box = nn.LogicallyPartitioned(
+      jnp.ones((256, _PARAMS // 1024)), ("embed", "mlp")
+    )
+    return {"net": box}, {"sum": jnp.zeros(())}
+
+  def begin_phase(self, phase, state):
+    # JAX cannot take float64 as it is: the host's copy is one.
+    read = np.full(state.params["net"].shape, 2.0)
+    self.read = weakref.ref(read)
+    return {"net": read}, state.extra
+
+  def folds(self, phase):
+    def start():
+      whole = jnp.zeros((8, _CARRIED // 32))
+      return nn.LogicallyPartitioned(whole, ("act_batch", None))
+
+    def add(carried, number, state, frozen, batch):
+      return carried + batch["x"].mean() * state.params["net"].mean()
+
+    def finish(carried, state):
+      return {"sum": carried[0, 0] + state.extra["sum"]}
+
+    return (
+      boundaries.Fold(
+        name="sum", batches=3, start=start, add=add, finish=finish
+      ),
+    )
+
+
+def _live():
+  """Bytes of all arrays on all devices."""
+  return sum(
+    np.prod(x.sharding.shard_shape(x.shape))
+    * x.dtype.itemsize
+    * len(x.sharding.device_set)
+    for x in jax.live_arrays()
+  )
+
+
+def test_what_a_phase_replaces_is_gone_while_it_is_begun(monkeypatch):
+  """On eight devices, though who calls holds the state; nor is it on the host.
+
+  Before the moments are made, what folds carry and their batches are gone too.
+  """
+  objective = _Replacing()
+  settings = dict(steps=4, lr=0.1, warmup=0, train={"all": "base"})
+  phase = phases.Phase("train", 0, 4, settings)
+  mesh, seen = sharding.make_mesh({"fsdp": 8}), []
+  note = lambda: seen.append((_live() - before, objective.read() is None))
+  moments = boundaries._moments
+
+  def watched(*args):
+    init = moments(*args)
+
+    def noted(*args):
+      note()
+      return init(*args)
+
+    return noted
+
+  def batch_at(index):
+    note()
+    return sharding.put_batch({"x": np.ones((8, _BATCH // 32), "f4")}, mesh)
+
+  monkeypatch.setattr(boundaries, "_moments", watched)
+  before = _live()
+  with sharding.use(mesh):
+    init = state_lib.init_fn(objective, 0)
+    layout = program.layout_of(program.abstract(jax.eval_shape(init), mesh))
+    state = jax.jit(lambda: state_lib.unbox(init()), out_shardings=layout)()
+    begun = boundaries.begin(objective, phase, state, {}, batch_at, mesh)
+  assert begun.extra["sum"] == 3 * 2.0
+  (*folds, last) = seen
+  assert len(folds) == 3
+  for bytes_, gone in folds:
+    assert gone
+    assert bytes_ < _PARAMS + _CARRIED + _SMALL
+  assert last[1]
+  assert _PARAMS <= last[0] < _PARAMS + _SMALL
+
+
+def test_what_is_carried_may_be_whole_on_every_device(monkeypatch):
+  """On a mesh of `tensor` alone batches are; a parameter may not."""
+  monkeypatch.setattr(sharding, "_LARGE", _CARRIED - 1)
+  mesh = sharding.make_mesh({"tensor": -1})
+  objective = _Replacing()
+  (fold,) = objective.folds(None)
+  boxed = jax.eval_shape(state_lib.init_fn(objective, 0))
+  with sharding.use(mesh):
+    state = program.abstract(boxed, mesh)
+    made = boundaries._programs(objective, fold, state, mesh)
+    assert made.carried.sharding.is_fully_replicated
+    with pytest.raises(errors.ConfigError, match=r"Array .* whole on"):
+      program.abstract(jax.eval_shape(fold.start), mesh)
 
 
 def test_no_array_before_a_full_size_phase_is_larger_than_a_block():

@@ -158,8 +158,12 @@ def test_what_runs_before_a_phase_is_compiled_and_measured(tokenizer):
   for one in made.values():
     assert one["fits"]
     memory = one["memory"]
-    parts = ("arguments", "outputs", "temporaries", "code")
+    parts = ("arguments", "outputs", "temporaries", "code", "waiting")
     assert memory["total"] == sum(memory[name] for name in parts)
+    # The next batch is put while one is added, and while a step runs.
+    reads = one["program"] == each
+    assert memory["waiting"] == (report.memory["waiting"] if reads else 0)
+  assert report.memory["waiting"] > 0
   # Frozen parameters are in memory, whatever a program reads.
   objective = ahead.objective_of(cfg)
   frozen = jax.tree.leaves(state_lib.unbox(objective.frozen_shapes()))

@@ -11,6 +11,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,6 +25,7 @@ from lavit_jax.train import (
 )
 from lavit_jax.train import phases as phases_lib
 from tests import micro
+from tests.train import sharding_test
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -271,6 +273,51 @@ def test_a_step_is_read_when_the_next_has_begun_and_means_are_weighted(
   assert found[6]["loss"] == pytest.approx(mean([3, 4, 5]))
   assert [found[step]["tokens"] for step in (3, 6, 7)] == [6, 15, 7]
   assert all("visual_loss" not in row for row in rows)  # there was none
+
+
+class _Killed(BaseException):
+  """As SIGKILL: nothing is saved."""
+
+
+@pytest.mark.parametrize("end", ["no", "preempted", "killed"])
+def test_every_step_is_in_one_row_whatever_ends_the_run(
+  end, tmp_path, monkeypatch
+):
+  """Logged by fives and saved by threes; it ends in the midst of both."""
+
+  def step(state, frozen, batch):
+    metrics = {
+      "loss": averages.mean(jnp.float32(state.step), jnp.float32(1.0)),
+      "grad_norm": averages.of_step(jnp.float32(1.0)),
+      "tokens": averages.Sum(jnp.float32(1.0)),
+    }
+    return state.replace(step=state.step + 1), metrics
+
+  real, ends = loop._Run._hash, [] if end == "no" else [7]
+
+  def notice(self, number, batch):
+    if number in ends:
+      ends.clear()
+      if end == "killed":
+        raise _Killed
+      os.kill(os.getpid(), signal.SIGTERM)
+    real(self, number, batch)
+
+  monkeypatch.setattr(loop.program, "step", lambda *args: step)
+  monkeypatch.setattr(loop._Run, "_hash", notice)
+  cfg = sharding_test.stage_config("autoencoder", tmp_path)
+  cfg.log.every, cfg.checkpoint.every, cfg.eval.every = 5, 3, 100
+  cfg.phases.train.steps = 20
+  run = lambda: loop.train(cfg, tmp_path / "run", stop_at=16, quiet=True)
+  if end != "no":
+    with pytest.raises(_Killed if end == "killed" else errors.Preempted):
+      run()
+  run()
+  rows = writers.read_json_lines(tmp_path / "run" / "metrics.jsonl")
+  rows = [row for row in rows if "loss" in row]
+  assert sum(row["tokens"] for row in rows) == 16
+  assert sum(row["tokens"] * row["loss"] for row in rows) == sum(range(16))
+  assert (8 in [row["step"] for row in rows]) == (end == "preempted")
 
 
 def test_unknown_model_fields_name_the_nearest(micro_runs, tmp_path):

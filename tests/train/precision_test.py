@@ -29,7 +29,7 @@ from lavit_jax.train import (
 from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base, latents, pretrain
 from tests import micro
-from tests.train import latent_micro
+from tests.train import latent_micro, outlines
 
 _MESH = {"data": -1, "fsdp": 2, "context": 1, "tensor": 2}
 _TEXT = 300  # pieces
@@ -300,10 +300,16 @@ def test_what_is_not_said_has_its_usual_value():
 @pytest.mark.parametrize(
   ("compute", "message"),
   [
-    ({"encodr": {}}, r"names \['encodr'\].*'encoder', 'merger'"),
+    ({"encodr": {}}, r"names \['encodr'\].*'encoder', 'merger', 'vae'"),
     ({"encoder": {"type": "float32"}}, r"encoder has \['type'\]"),
     ({"encoder": {"dtype": "float31"}}, r"encoder\.dtype='float31'"),
     ({"merger": {"remat": "all"}}, r"merger\.remat='all'.*'dots'"),
+    ({"merger": {"unroll": 0}}, r"merger\.unroll=0"),
+    ({"merger": {"unroll": 1.5}}, r"merger\.unroll=1\.5"),
+    ({"encoder": {"unroll": True}}, r"encoder\.unroll=True"),
+    ({"vae": {"remat": "full"}}, r"vae has \['remat'\].*\['dtype'\]"),
+    ({"vae": {"unroll": 0}}, r"vae has \['unroll'\]"),
+    ({"merger": {"dtype": "float16"}}, r"merger\.dtype='float16'.*trains"),
   ],
 )
 def test_a_wrong_entry_is_refused(compute, message):
@@ -311,4 +317,29 @@ def test_a_wrong_entry_is_refused(compute, message):
   cfg.model.compute = compute
   words = latent_micro.TOKENIZER
   with pytest.raises(errors.ConfigError, match=message):
-    precision.applied(cfg, encoder=words.vit, merger=words.merger)
+    precision.applied(
+      cfg,
+      trained=("merger",),
+      encoder=words.vit,
+      merger=words.merger,
+      vae=vae.SD15_VAE,
+    )
+
+
+@pytest.mark.parametrize("stage", ["encoder", "autoencoder"])
+def test_a_stage_that_reads_no_network_takes_no_entry(stage):
+  entry = {"vae": {"dtype": "bfloat16"}}
+  with pytest.raises(errors.ConfigError, match=r"names \['vae'\]"):
+    outlines.build(stage, model__compute=entry)
+
+
+def test_what_trains_is_not_computed_in_float16():
+  """The merger of pretraining; where it is frozen it may be."""
+  half = {"merger": {"dtype": "float16"}}
+  with pytest.raises(errors.ConfigError, match="float16"):
+    outlines.build("pretrain", model__compute=half)
+  frozen = {"projection": "visual", "llm": "llm"}
+  built = outlines.build(
+    "pretrain", model__compute=half, phases__train__train=frozen
+  )
+  assert built.tokenizer_config.merger.dtype == "float16"

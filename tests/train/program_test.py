@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import pytest
 
 from lavit_jax import sharding
 from lavit_jax.train import phases, program
@@ -35,11 +36,17 @@ class _Sums:
     return base.abstract(shapes)
 
   labels = base.Objective.labels
+  draws = base.Objective.draws
+  update_extra = base.Objective.update_extra
 
-  def loss(self, phase, params, frozen, state, batch, rng):
-    del phase, rng
+  def sums(self, phase, params, frozen, state, batch, draws):
+    del phase, state, draws
     out = (batch["x"] * frozen["used"]) @ params["net"]["kernel"]
-    return jnp.square(out).mean(), (state, {})
+    return {"square": jnp.square(out).sum()}, {}
+
+  def combine(self, phase, sums):
+    del phase
+    return sums["square"], {}
 
 
 _CONFIG = ml_collections.ConfigDict(
@@ -67,6 +74,26 @@ def test_memory_counts_all_that_lives_through_a_run_used_or_not():
   _, frozen, batch = arguments
   assert program.bytes_a_device(frozen) == 4 * 8 + 4 * 64 * 32 // 2 + 2 * 21
   assert program.bytes_a_device(batch) == (4 * 8 * 8 + 4 * 8) // 4
+
+
+@pytest.mark.parametrize(
+  ("prefix", "branch", "trains"),
+  [
+    ("", "projection", True),
+    ("all", "projection", True),
+    ("projection", "projection", True),
+    ("projection/unet_proj", "projection", True),
+    ("projection_2", "projection", False),
+    ("project", "projection", False),
+    ("llm", "llm_proj", False),
+  ],
+)
+def test_a_branch_trains_by_whole_names_too(prefix, branch, trains):
+  phase = {"train": {prefix: "base"}}
+  config = ml_collections.ConfigDict(
+    {"schedule": ("a",), "phases": {"a": phase, "unused": {"train": {"": "x"}}}}
+  )
+  assert phases.trains(config, branch) == trains
 
 
 def test_labels_go_by_whole_names():

@@ -7,6 +7,7 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from lavit_jax import errors
@@ -174,6 +175,40 @@ def test_the_last_ones_and_the_best_one_are_kept(tmp_path, losses, mode):
   numbers = [_NAN if loss is None else loss for loss in losses]
   sign = 1 if mode == "min" else -1
   assert found == _model_of_keeping(numbers, keep=2, sign=sign)
+
+
+def _as_before(folder, losses):
+  """Checkpoints whose metrics Orbax kept, as earlier versions wrote them."""
+  options = ocp.CheckpointManagerOptions(
+    best_fn=lambda metrics: -metrics["loss"], max_to_keep=None
+  )
+  with ocp.CheckpointManager(
+    folder, options=options, item_names=("state", "meta")
+  ) as manager:
+    for step, loss in enumerate(losses, start=1):
+      args = ocp.args.Composite(
+        state=ocp.args.StandardSave(_state(step)),
+        meta=ocp.args.JsonSave({"data": step}),
+      )
+      manager.save(step, args=args, metrics={"loss": loss}, force=True)
+
+
+@pytest.mark.parametrize("damage", [None, "gone", "[1]"])
+def test_the_best_of_a_run_begun_by_an_earlier_version_is_kept(
+  tmp_path, damage
+):
+  folder = tmp_path / "checkpoints"
+  _as_before(folder, [2.0, 1.0, 3.0, 3.0])
+  stored = folder / "2" / "metrics" / "metrics"
+  if damage == "gone":
+    shutil.rmtree(stored.parent)
+  elif damage:
+    stored.write_text(damage)
+  run = run_checkpoints.RunCheckpoints(folder, keep=1)
+  run.save(5, _state(5), {"data": 5}, {"loss": 2.5})
+  run.close()
+  found = sorted(int(p.name) for p in folder.iterdir())
+  assert found == ([1, 5] if damage else [2, 5])
 
 
 def test_training_waits_for_no_list_of_files(tmp_path, monkeypatch):

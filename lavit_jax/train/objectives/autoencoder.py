@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lavit_jax import errors
 from lavit_jax.models import vae
-from lavit_jax.train import averages, conditions, denoising
+from lavit_jax.train import averages, conditions, denoising, precision
 from lavit_jax.train.objectives import base
 
 _FORGET = 0.05  # of the running moments of the latents
@@ -31,6 +31,7 @@ class AutoencoderObjective(base.Objective):
 
   def __init__(self, config, where=None):
     super().__init__(config, where)
+    precision.applied(config)  # it reads no network
     self.part = f"{config.model.kind}_pixels"
     self.vae = vae.AutoencoderKL(vae.VaeConfig(**config.model.vae.to_dict()))
     if config.data.image_size % self.vae.config.scale:
@@ -87,10 +88,8 @@ class AutoencoderObjective(base.Objective):
 
   def combine(self, phase, sums):
     """The error and a little of the divergence, means over pictures."""
-    total, count = (
-      sums["error"] + phase["kl_weight"] * sums["kl"],
-      sums["pictures"],
-    )
+    total = sums["error"] + phase["kl_weight"] * sums["kl"]
+    count = sums["pictures"]
     metrics = {
       "loss": averages.mean(total, count),
       "kl": averages.mean(sums["kl"], count),

@@ -20,6 +20,7 @@ from lavit_jax import (
 )
 from lavit_jax.data import contents, examples, faults, pipeline, sources
 from lavit_jax.train import averages, boundaries, lora, optimizer, stored
+from lavit_jax.train import phases as phases_lib
 from lavit_jax.train import state as state_lib
 
 
@@ -52,7 +53,7 @@ class Objective:
 
     `phase["train"]` maps the names with which a path begins ("merger",
     "selector/head", "" for everything) to a learning-rate group; what matches
-    none is frozen. Names are whole: "llm" is not "llm_proj".
+    none is frozen. See `phases.begins`.
     """
     rules = sorted(dict(phase["train"]).items(), key=lambda kv: -len(kv[0]))
     used = set()
@@ -60,7 +61,7 @@ class Objective:
     def label(path, _):
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       for prefix, group in rules:
-        if prefix in ("", "all") or f"{name}/".startswith(f"{prefix}/"):
+        if phases_lib.begins(name, prefix):
           used.add(prefix)
           return group
       return optimizer.FROZEN

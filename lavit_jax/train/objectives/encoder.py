@@ -15,7 +15,7 @@ import optax
 
 from lavit_jax import errors, images
 from lavit_jax.models import contrastive, llama, vision
-from lavit_jax.train import averages
+from lavit_jax.train import averages, precision
 from lavit_jax.train.objectives import base
 
 
@@ -28,6 +28,7 @@ class EncoderObjective(base.Objective):
 
   def __init__(self, config, where=None):
     super().__init__(config, where)
+    precision.applied(config)  # it reads no network
     tokenizer = self.text_tokenizer()
     words = {"vocab_size": tokenizer.size}
     self.model_config = contrastive.ContrastiveConfig(

@@ -35,6 +35,7 @@ from lavit_jax.train import (
   denoising,
   latent_parts,
   lora,
+  phases,
   precision,
   shapes,
 )
@@ -79,7 +80,13 @@ class LatentsObjective(diffusion.DiffusionObjective):
     self._vae_config = self.stored.autoencoder(where, self.kind)
     self._vae_branch = branches.Branch(where, self.part, "vae")
     made = {"encoder": words.vit, "tokenizer": words, "decoder": semantic}
-    made = precision.applied(config, **made, vae=self._vae_config)
+    learns = phases.trains(config, "projection")  # in the decoder's dtype
+    made = precision.applied(
+      config,
+      trained=("decoder",) if learns else (),
+      **made,
+      vae=self._vae_config,
+    )
     self.tokenizer = tokenizer.DynamicVisualTokenizer(
       dataclasses.replace(made["tokenizer"], vit=made["encoder"])
     )
@@ -381,21 +388,13 @@ class LatentsObjective(diffusion.DiffusionObjective):
     if self.kind == "lowres":
       tree["uncond"] = ema["uncond"][None]  # [1, U, D], as officially
     made = {self.part: (tree, self._meta())}
-    if self._told.meta is None or self._trains("projection"):
+    if self._told.meta is None or phases.trains(self.config, "projection"):
       own = latent_parts.read_tree(self._told.semantic)
       semantic = {"decoder": own} | ema["projection"]
       model = self._told.model
       meta = self._told.meta or latent_parts.conditioner_meta(self.kind, model)
       made[self.kind] = (semantic, meta)
     return made
-
-  def _trains(self, name):
-    """Whether some phase trains a branch of the parameters."""
-    phases = (self.config.phases[phase] for phase in self.config.schedule)
-    prefixes = [prefix for phase in phases for prefix in phase.train]
-    return any(
-      prefix in ("", "all") or prefix.startswith(name) for prefix in prefixes
-    )
 
   def _meta(self):
     """The meta of the part with the U-Net."""

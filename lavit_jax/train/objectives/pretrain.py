@@ -34,6 +34,7 @@ from lavit_jax.train import (
   caches,
   lora,
   losses,
+  phases,
   precision,
   shapes,
 )
@@ -51,7 +52,12 @@ class PretrainObjective(base.Objective):
   def __init__(self, config, where=None):
     super().__init__(config, where)
     words = self.stored.words(config.model_dir)
-    made = precision.applied(config, encoder=words.vit, merger=words.merger)
+    made = precision.applied(
+      config,
+      trained=("merger",) if phases.trains(config, "merger") else (),
+      encoder=words.vit,
+      merger=words.merger,
+    )
     self.tokenizer_config = dataclasses.replace(
       words, vit=made["encoder"], merger=made["merger"]
     )
@@ -65,6 +71,9 @@ class PretrainObjective(base.Objective):
     )
     self._check_start()
     self.capacity = self._use_caches()
+    self.stored.check_assumed(
+      config, capacity=self.capacity, text_size=self.vocabulary.text_size
+    )
     self.model = unified.UnifiedModel(
       self.llama_config, self.tokenizer_config, self.capacity
     )

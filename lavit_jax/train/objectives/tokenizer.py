@@ -292,13 +292,11 @@ class TokenizerObjective(base.Objective):
     """Cosine reconstruction + rate + entropy + commitment, by phase."""
     mean, count = averages.mean, sums["pictures"]
     recon = reconstruction_loss(sums, phase["detail_weight"])
-    loss, metrics = (
-      recon,
-      {
-        "recon_loss": mean(recon * count, count),
-        "kept_share": mean(sums["kept"], count),
-      },
-    )
+    loss = recon
+    metrics = {
+      "recon_loss": mean(recon * count, count),
+      "kept_share": mean(sums["kept"], count),
+    }
     if "entropy" in sums:
       loss = loss + selection_loss(sums, phase)
       metrics |= {
@@ -383,7 +381,8 @@ def reconstruction_sums(features, x_rec, valid):
     {"cosine": of 1 - cos (paper), "error": of the mean squared error}.
   """
   cosine = 1.0 - losses.cosine(features, x_rec)  # [B, N]
-  error = jnp.square(features - x_rec).mean(-1)
+  wide = lambda x: x.astype(jnp.float32)
+  error = jnp.square(wide(features) - wide(x_rec)).mean(-1)
   return {
     "cosine": (cosine.mean(1) * valid).sum(),
     "error": (error.mean(1) * valid).sum(),

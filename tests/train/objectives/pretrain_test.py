@@ -1,6 +1,7 @@
 """The pretrain stage."""
 
 import dataclasses
+import logging
 import shutil
 
 import flax.linen as nn
@@ -213,3 +214,26 @@ def test_a_lora_is_drawn_with_a_key_of_its_own(micro_runs, monkeypatch):
     jax.eval_shape(lambda: objective.init(key))
   (used,) = keys
   assert (jax.random.key_data(used) != jax.random.key_data(key)).any()
+
+
+def test_a_run_says_where_what_is_compiled_ahead_assumes_other_sizes(
+  micro_runs, caplog
+):
+  """By field and value; nothing where it assumes what is there, or nothing."""
+  cfg = micro.config("pretrain", micro_runs)
+  real = objectives.build(cfg)
+  right = {"capacity": real.capacity, "text_size": real.text.size}
+  for name, value in right.items():
+    cfg.assumed = right | {name: value + 8}
+    caplog.clear()
+    objectives.build(cfg)
+    (line,) = (r.getMessage() for r in caplog.records)
+    assert f"config.assumed.{name}={value + 8}" in line
+    assert f"--config.assumed.{name}={value}" in line
+    assert "lavit compile" in line
+  caplog.clear()
+  cfg.assumed = right
+  objectives.build(cfg)
+  del cfg["assumed"]
+  objectives.build(cfg)
+  assert not [r for r in caplog.records if r.levelno >= logging.WARNING]

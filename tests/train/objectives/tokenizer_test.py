@@ -61,6 +61,16 @@ def test_detail_is_the_squared_error_over_the_variance():
   np.testing.assert_allclose(detail, 3 * expected, rtol=1e-4)
 
 
+def test_both_terms_are_of_float32_whatever_the_features_are_in():
+  """Far from zero, where bfloat16 has few places for a difference."""
+  x, made = (jnp.bfloat16(8.0 + 0.2 * _features(seed)) for seed in (0, 1))
+  sums = tokenizer.reconstruction_sums(x, made, _VALID)
+  wide = lambda x: np.asarray(x, np.float64)[_KEPT]
+  error = np.square(wide(x) - wide(made)).mean((1, 2)).sum()
+  assert sums["error"].dtype == sums["cosine"].dtype == jnp.float32
+  np.testing.assert_allclose(sums["error"], error, rtol=1e-6)
+
+
 def test_nothing_valid_is_no_loss():
   x, none = _features(), np.zeros(4, np.float32)
   sums = tokenizer.reconstruction_sums(x, x + 1, none)
