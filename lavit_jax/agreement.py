@@ -115,7 +115,7 @@ def settle(
       _LOG.warning("%s: %s, as config.accept allows", what, one)
   wrong = [one for one in differences if one.name not in accept]
   if wrong:
-    ways = ", ".join(dict.fromkeys(one.way_out for one in wrong))
+    ways = " and ".join(dict.fromkeys(one.way_out for one in wrong))
     names = ",".join(sorted({*accept, *(one.name for one in wrong)}))
     raise error(
       f"{what} does not fit this run: {'; '.join(map(str, wrong))}. Either"

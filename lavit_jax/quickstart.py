@@ -111,6 +111,7 @@ def train(
 ) -> None:
   """The stages of `run` without evaluation and report; same arguments."""
   workdir = pathlib.Path(workdir)
+  files.check_arrays_folder(workdir, write=True)
   workdir.mkdir(parents=True, exist_ok=True)
   stages = _configs(workdir, configs or _committed, minutes, data, fields)
   share = 1.0 if minutes is None else minutes / sum(MINUTES.values())

@@ -150,7 +150,7 @@ def _check_holds(entry, row):
   said = sorted(row.keys() & known.SAYING)
   if entry.holds() or (entry.image is not None and not said):
     return
-  if entry.image is not None:
+  if entry.image is not None or "messages" in said:
     raise lines.BadLine(
       f"holds no text in {' and '.join(said)}, {row[said[0]]!r:.60}; fill it"
       " in, or leave it out"

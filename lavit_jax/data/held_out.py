@@ -33,9 +33,9 @@ def choose(entries, share):
   crowds = {k for k, n in sizes.items() if n > room}
   if crowds:
     _LOG.warning(
-      "%d of %d lines are joined by pictures they share into %d groups, too"
-      " large to be held out: all are trained on. Choose what is held out by"
-      " hand with config.data.held_out_path.",
+      "%d of %d lines are joined by pictures they share, and too many to be"
+      " held out (groups of this kind: %d): all are trained on. Choose what is"
+      " held out by hand with config.data.held_out_path.",
       sum(sizes[k] for k in crowds),
       len(entries),
       len(crowds),

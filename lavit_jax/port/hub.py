@@ -58,7 +58,7 @@ def resolve(source, only: Sequence[str] | None = None) -> pathlib.Path:
 def _failed(source, error):
   return errors.CheckpointError(
     f"{source} is no local path and could not be downloaded from the Hugging"
-    f" Face hub: {' '.join(str(error).split())[:300]} Check the id and the"
+    f" Face hub: {' '.join(str(error).split())[:300]}. Check the id and the"
     " network, then give the same command again: it goes on where it stopped."
   )
 
