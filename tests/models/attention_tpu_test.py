@@ -281,3 +281,17 @@ def test_full_size_attention_for_v5e_holds_no_logits(net, length, width):
     assert _calls(hlo, phase, "") == 1
   assert not re.search(rf"\[\d+,{length},{length}\]", hlo)
   assert not re.search(rf"\[\d+,\d+,{length},{length}\]", hlo)
+
+
+@pytest.mark.libtpu
+def test_making_parameters_warns_of_no_missing_kernel(caplog):
+  """Networks are looked at with one row, which no mesh divides."""
+  pytest.importorskip("libtpu")
+  layers._say_no_kernel.cache_clear()
+  mesh = sharding.make_mesh({"fsdp": 4}, topology.devices("v5e:2x2"))
+  rows = lambda count: jax.ShapeDtypeStruct((count, 256, 2, 64), jnp.bfloat16)
+  with sharding.use(mesh):
+    jax.eval_shape(layers.attention, *[rows(1)] * 3)
+    assert not caplog.records
+    jax.eval_shape(layers.attention, *[rows(6)] * 3)  # not by 4
+  assert "takes no kernel on this tpu" in caplog.text
