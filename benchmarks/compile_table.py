@@ -215,7 +215,9 @@ def pretrain_faults(report, text: str) -> list[str]:
   wrong = {
     "no splash kernel": not all(k in kernels for k in ("mha_fwd", "mha_dkv")),
     "all logits in float32": logits >= tokens,
-    "the encoder is differentiated": any("transpose" in n for n in encoder),
+    "the encoder is differentiated": any(
+      "transpose(jvp" in name for name in encoder
+    ),
     "the encoder runs twice": any("rematted" in name for name in encoder),
     "no encoder": not encoder,
     "executes over 1.35 x": report["executed_over_model"] > 1.35,

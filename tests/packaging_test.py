@@ -92,7 +92,7 @@ def test_the_metadata_names_the_command_and_no_heavy_requirement(wheel):
   metadata = email.parser.Parser().parsestr(read("METADATA"))
   assert metadata["Name"] == "lavit_jax"
   assert metadata["Requires-Python"] == ">=3.11"
-  extras = {"tpu", "cuda", "gcs", "torch", "eval", "app", "test", "test-core"}
+  extras = {"tpu", "cuda", "gcs", "torch", "eval", "test", "test-core"}
   assert set(metadata.get_all("Provides-Extra")) == extras
   base = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
   names = {r.split(">")[0].split("=")[0].strip().lower() for r in base}
