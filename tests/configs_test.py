@@ -120,7 +120,8 @@ def _layers(tree, path=()):
 def test_a_full_size_run_without_weights_to_start_from_says_what_to_do(
   name, monkeypatch
 ):
-  monkeypatch.setattr(sources, "build", lambda *_: _Squares())
+  pair = (_Squares(), _Squares())
+  monkeypatch.setattr(sources, "pair", lambda _: pair)
   cfg = _module(f"lavit_7b/{name}.py").get_config()
   with pytest.raises(errors.ConfigError, match=r"--config\.start_from=DIR"):
     objectives.build(cfg)
