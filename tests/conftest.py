@@ -52,6 +52,17 @@ def _forget_programs():
       jax.clear_caches()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _quickly(request):
+  """Programs of a file marked `quick` are hardly optimized."""
+  if request.node.get_closest_marker("quick") is None:
+    yield
+    return
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def micro_runs(tmp_path_factory, worker_id):
   """A root with every stage trained for a few steps at width 16.

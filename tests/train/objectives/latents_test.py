@@ -409,7 +409,7 @@ _WRONG = {
   "model": (
     {"model_dir": "nowhere"},
     errors.CheckpointError,
-    "no part 'tokenizer'",
+    "nowhere has no part",
   ),
 }
 
