@@ -7,8 +7,6 @@ import pytest
 
 from lavit_jax.infer import latents, schedules, solvers
 
-pytestmark = pytest.mark.quick
-
 _SCHEDULE = schedules.STABLE_DIFFUSION
 _SETTINGS = latents.Settings(height=32, width=48, steps=4)
 _SEEDS = jnp.array([3, 4])

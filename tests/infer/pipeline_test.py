@@ -8,8 +8,6 @@ from lavit_jax import errors, images
 from lavit_jax.data import shapes
 from lavit_jax.infer import pipeline
 
-pytestmark = pytest.mark.quick
-
 
 @pytest.fixture(scope="module")
 def lavit(micro_runs):
