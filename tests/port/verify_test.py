@@ -15,6 +15,7 @@ from lavit_jax.port import importing, verify
 
 pytestmark = [
   pytest.mark.slow,
+  pytest.mark.xdist_group("verify"),  # what its tests share is made once
   pytest.mark.xdist_group("verify"),
   pytest.mark.shared,
   pytest.mark.skipif(
