@@ -211,9 +211,9 @@ def _one_step(objective, phase, first, sizes, count):
     return jax.device_get((metrics, state.params, state.extra)), split
 
 
-def test_eight_devices_update_as_one_does(highres):
-  """Of SDXL's kind: all that Stable Diffusion 1.5's has is in it."""
-  objective, phase = highres
+@pytest.mark.parametrize("kind", ["lowres", "highres"])
+def test_eight_devices_update_as_one_does(kind, request):
+  objective, phase = request.getfixturevalue(kind)
   init = state_lib.init_fn(objective, 0)
   first = jax.device_get(jax.jit(lambda: state_lib.unbox(init()))())
   one, _ = _one_step(objective, phase, first, {}, 1)
