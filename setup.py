@@ -27,7 +27,8 @@ REQUIRED = [
   "tensorflow-datasets>=4.9.10",  # its data_source needs no TensorFlow
 ]
 
-# What some extras need, with bounds that the same lane runs with.
+# What some extras need, with bounds that the same lane runs with. Not among
+# them: PyTorch, and what the extra gcs asks for, which no lane installs.
 QWIX = "qwix>=0.1.5"  # int8 and fp8 products in training
 SAFETENSORS = "safetensors>=0.8.0"
 HUB = "huggingface_hub>=1.32.0"

@@ -1,7 +1,8 @@
 """Prints setup.py's requirements at their lower bounds, as pip constraints.
 
-What the package itself requires, and what its extras do apart from PyTorch:
-that and the tests' own tools are the newest on every lane.
+What the package itself requires, and setup.py's OPTIONAL of its extras. The
+tests' own tools and PyTorch are the newest on every lane, and no lane installs
+the extra gcs.
 """
 
 import pathlib

@@ -1,9 +1,8 @@
 #!/bin/bash
 # clu 0.0.12 with JAX 0.10.2: metrics.Std cannot be computed any more. Its
-# `compute` clips with `a_min`, an argument that jax.numpy.clip no longer has
-# (deprecated in JAX 0.4.27), so that it is found only when the first value is
-# asked for, at the end of an epoch: reduce and merge still work. Other metrics
-# of clu do.
+# `compute` clips with `a_min`, an argument that jax.numpy.clip does not have, so
+# that it is found only when the value is asked for: the sums are made as ever.
+# clu's Average, made of the same values, is computed.
 #
 # Seen 2026-11-28, clu 0.0.12, jax 0.10.2, flax 0.12.4, CPU:
 #   Average of 1 2 4: 2.3333

@@ -34,9 +34,9 @@ start_command() {
 }
 
 # survey: what every host says. Sets HOSTS, RUNNING (this run), OTHER (another
-# run), READY (hosts that have
-# this code and the versions of this workdir), STOPPED (on request) and, if no host
-# is running, STATUS_OF_ALL, the one that decides.
+# run), READY (hosts that have this code and the versions of this workdir),
+# STOPPED (on request) and, if no host is running, STATUS_OF_ALL, the one that
+# decides.
 survey() {
   local line field how key status code
   HOSTS=0 RUNNING=0 OTHER=0 READY=0 STATUS_OF_ALL=0 STOPPED=0

@@ -37,21 +37,21 @@ def codes(config, pictures, prints) -> tuple[cache.CodeCache, cache.CodeCache]:
       "source": (print_, sources.describe(data, split, source)),
       "tokenizer": (words, str(config.model_dir)),
     }
-    if made.meta.pictures and (bytes_ := _bytes(source)):
-      told["pictures"] = bytes_, ""
+    if made.meta.pictures and (seen := _seen(source)):
+      told["pictures"] = seen, ""
     _check(config, f"{split}_cache", made, told, folder, split)
     found.append(made)
   return tuple(found)
 
 
-def latents(data, training: bool, source, print_, vae, read):
+def latents(data, training: bool, source, fingerprint: str, vae, read):
   """The latent cache of training or held-out pictures; None without one.
 
   Args:
     data: config.data of a run of stage latents.
     training: of which of them.
     source: these pictures.
-    print_: their `examples.fingerprint`.
+    fingerprint: their `examples.fingerprint`.
     vae: the VaeConfig of the autoencoder.
     read: gives its weights; called where there is a cache.
 
@@ -64,8 +64,8 @@ def latents(data, training: bool, source, print_, vae, read):
     return None
   return latent_cache.LatentCache.load(
     folder,
-    source=print_,
-    pictures=_bytes(source),
+    source=fingerprint,
+    pictures=_seen(source),
     vae=latent_parts.fingerprint(read(), vae),
     buckets=data.buckets,
   )
@@ -96,7 +96,7 @@ def _command(data, model, folder, split) -> str:
   return shlex.join(words)
 
 
-def _bytes(source) -> str:
+def _seen(source) -> str:
   """`picture_bytes.of` a source; "" but on the first process."""
   return picture_bytes.of(source) if hosts.first() else ""
 
