@@ -61,7 +61,7 @@ def test_a_difference_is_an_error_until_it_is_accepted(caplog):
   for words in (
     "model.llm.rope_theta is 1000000.0 there, 10000.0 here",
     "encoder is 'a' there, 'b' here",
-    "give this, give that",
+    "Either give this and give that; or",
     "--config.accept=encoder,model.llm.rope_theta",
   ):
     assert words in str(caught.value)

@@ -1,10 +1,10 @@
-"""The comparison with PyTorch runs end to end, and notices differences."""
+"""The comparison with PyTorch notices where the two sides differ.
 
-import json
-import os
+The benchmarks themselves are run by hand: each takes minutes, and those that
+compare two sides end with status 1 where these disagree.
+"""
+
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,43 +14,6 @@ pytest.importorskip("transformers", reason="one of the sides")
 pytest.importorskip("safetensors", reason="reads what was exported")
 
 FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
-
-
-def ran(script, *arguments):
-  """What a script prints, as a toy."""
-  command = [sys.executable, FOLDER / script, "--small", *arguments]
-  # One device, as a user has it; conftest.py asks for eight.
-  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  done = subprocess.run(
-    list(map(str, command)), capture_output=True, text=True, env=environment
-  )
-  assert done.returncode == 0, done.stdout + done.stderr
-  return done
-
-
-@pytest.mark.slow
-def test_both_sides_agree_in_every_case_and_are_timed(tmp_path):
-  out = tmp_path / "out.json"
-  done = ran(
-    *("pytorch_side_by_side.py", "--batch", 2, "--repeats", 1, "--out", out)
-  )
-  cases = {
-    "caption": "ids of the best beam equal (2 rows)",
-    "vqa": "ids of the best beam equal (2 rows)",
-    "draw": "greedy guided ids equal (2 rows)",
-    "tokenize_reference": "keep masks equal",
-    "tokenize_compact": "keep masks equal",
-    "first_token_caption": "ids of the best beam equal (2 rows)",
-    "first_token_draw": "greedy guided ids equal (2 rows)",
-  }
-  for name, agreement in cases.items():
-    assert f"{name}, batch 2: {agreement}" in done.stdout
-    assert f"\n| {name} | 2 | " in done.stdout
-  report = json.loads((tmp_path / "out.json").read_text())
-  assert [row["case"] for row in report["rows"]] == list(cases)
-  for row in report["rows"]:
-    assert {"torch", "ours"} < set(row)
-    assert row["ours"]["compile_s"] > 0
 
 
 @pytest.fixture
@@ -124,34 +87,3 @@ def test_rows_of_another_length_are_a_disagreement(sides):
   good, text = written(sides, shorter)
   assert not good
   assert "ours wrote ids of shape (2, 5), not (2, 6)" in text
-
-
-@pytest.mark.parametrize(
-  ("script", "case"),
-  [
-    ("pretrain_step.py", "pretrain step"),
-    ("tokenizer_step.py", "tokenizer step"),
-  ],
-)
-def test_training_steps_have_the_losses_of_pytorch(script, case):
-  # One thread: two of PyTorch's wait for one another where others work, too.
-  done = ran(script, "--repeats", 1, "--threads", 1, "--json")
-  report = json.loads(done.stdout)
-  losses = report["losses"]
-  assert losses["ours"] == pytest.approx(losses["torch"], abs=1e-4)
-  assert len(losses["ours"]) == 4
-  assert losses["ours"][-1] < losses["ours"][0]
-  (row,) = report["rows"]
-  assert row["case"] == case
-  assert row["torch"]["median_s"] > 0
-  assert row["ours"]["median_s"] > 0
-
-
-def test_packed_rows_hold_more_and_mean_the_same():
-  report = json.loads(ran("packing.py", "--repeats", 2, "--json").stdout)
-  assert report["loss_apart"] < 1e-4
-  ways = report["ways"]
-  assert ways["packed"]["fill"] > 0.9
-  assert 0.3 < ways["padded"]["fill"] < ways["longest"]["fill"] < 0.9
-  assert ways["padded"]["rows"] == [4, 256]
-  assert ways["padded"]["ratio"] == 1.0

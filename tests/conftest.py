@@ -1,5 +1,6 @@
-"""Eight CPU devices for every test, and the persistent compilation cache."""
+"""What every test runs with: eight CPU devices, a cache of their programs."""
 
+import gc
 import os
 import pathlib
 
@@ -17,6 +18,9 @@ _CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+# Nearly all of them are compiled for longer than they run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import filelock  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -24,18 +28,25 @@ import pytest  # noqa: E402
 _MAX_RESIDENT = 3e9  # bytes
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-  """Slow tests first, to any process; those of a file to one and the same.
+  """Files with slow tests first: no process is left alone with them at the end.
 
-  What a file's tests share, fixtures and compiled programs, is then made once;
-  and no process is left alone with the slow ones at the end.
+  All tests of a file run in one process (pytest-xdist's loadfile): what they
+  share, fixtures and compiled programs, is made once.
   """
   is_slow = lambda item: item.get_closest_marker("slow") is not None
-  items.sort(key=is_slow, reverse=True)
-  for item in items:
-    if not is_slow(item) and not item.get_closest_marker("xdist_group"):
-      item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+  slow = {item.path for item in items if is_slow(item)}
+  items.sort(key=lambda item: (item.path not in slow, not is_slow(item)))
+
+
+def pytest_collection_finish():
+  """What the imports made stays: the collector need not look at it again.
+
+  Nor as often as by default, which a suite that traces programs feels.
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -53,14 +64,17 @@ def _forget_programs():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quickly(request):
-  """Programs of a file marked `quick` are hardly optimized."""
-  if request.node.get_closest_marker("quick") is None:
+def _optimized(request):
+  """Programs of a file marked `optimized` are, in its processes too."""
+  if request.node.get_closest_marker("optimized") is None:
     yield
     return
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+  before = jax.config.jax_disable_most_optimizations
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+  jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 
 _NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 _SETTINGS = ("LAVIT_MODEL", "LAVIT_SOURCE", "LAVIT_GOLDEN", "LAVIT_PICTURE")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 
 @pytest.fixture
@@ -68,19 +68,17 @@ def test_understanding_reads_with_an_imported_model(execute, tmp_path):
   assert "of 42 questions" in printed(outputs)
 
 
-@pytest.mark.parametrize("name", ["text_to_image", "multimodal_prompts"])
-def test_drawings_by_an_imported_model(execute, tmp_path, name):
-  """Random weights draw noise; in `text_to_image` in all six ratios."""
+def test_drawings_by_an_imported_model(execute, tmp_path):
+  """Random weights draw noise, in all six ratios."""
   pytest.importorskip("torch", reason="imports PyTorch files")
   from lavit_jax.port import importing, specimen
 
   source = specimen.write(tmp_path / "source")
   importing.run(source, tmp_path / "model", quiet=True)
-  outputs, shown = execute(name, LAVIT_MODEL=tmp_path / "model")
+  outputs, shown = execute("text_to_image", LAVIT_MODEL=tmp_path / "model")
   assert len(shown) >= 5
-  if name == "text_to_image":
-    assert "pixel decoders: highres, lowres" in printed(outputs)
-    assert "no highres decoder" not in printed(outputs)
+  assert "pixel decoders: highres, lowres" in printed(outputs)
+  assert "no highres decoder" not in printed(outputs)
 
 
 @pytest.mark.shared

@@ -11,9 +11,6 @@ import pytest
 from lavit_jax import cli, errors, quickstart
 from tests import micro
 
-# One evaluation serves all of them, so one process runs them all.
-pytestmark = pytest.mark.xdist_group("quickstart")
-
 
 @pytest.fixture(scope="module")
 def run(micro_runs, tmp_path_factory):

@@ -12,8 +12,6 @@ from lavit_jax.infer import beam, decode
 from lavit_jax.models import llama
 from lavit_jax.port import names
 
-pytestmark = pytest.mark.quick
-
 torch = pytest.importorskip("torch", reason="transformers is the judge here")
 transformers = pytest.importorskip("transformers", reason="it is the judge")
 

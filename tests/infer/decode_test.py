@@ -14,8 +14,6 @@ from lavit_jax.infer import decode
 from lavit_jax.models import llama
 from lavit_jax.port import names
 
-pytestmark = pytest.mark.quick
-
 _WARPED = pathlib.Path(__file__).parents[1] / "golden/llm_small.npz"
 _NO_EOS = 49  # an id these tests never let the model write
 CONFIG = llama.LlamaConfig(

@@ -13,6 +13,8 @@ from lavit_jax.infer import memory, painters, parts, quantize, rules
 from lavit_jax.models import llama
 from tests.train import latent_micro
 
+pytestmark = pytest.mark.optimized
+
 TINY = parts.resolve("tiny")
 
 

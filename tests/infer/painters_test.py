@@ -14,8 +14,6 @@ from lavit_jax.infer import safety as safety_lib
 from lavit_jax.models import safety
 from tests.train import latent_micro
 
-pytestmark = pytest.mark.quick
-
 CODES = [np.array([1, 5, 9]), np.array([2]), np.arange(16)]
 _QUICK = {"steps": 2}
 _FACTOR = latent_micro.VAE.scale

@@ -8,6 +8,8 @@ from lavit_jax import errors, images
 from lavit_jax.data import shapes
 from lavit_jax.infer import pipeline
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture(scope="module")
 def lavit(micro_runs):

@@ -22,6 +22,8 @@ from lavit_jax.infer import (
 )
 from lavit_jax.models import llama
 
+pytestmark = pytest.mark.optimized
+
 TINY = parts.resolve("tiny")
 SMALL = llama.LlamaConfig(
   vocab_size=50,

@@ -20,6 +20,8 @@ from lavit_jax.models import (
 from lavit_jax.train import state as state_lib
 from lavit_jax.train import topology
 
+pytestmark = pytest.mark.optimized
+
 _ROWS, _HEADS = 4, 4
 _LENGTH = 1536  # of the rows compiled for v5e; no other size is the same
 

@@ -11,8 +11,6 @@ from lavit_jax import errors
 from lavit_jax.models import decoder, merger
 from tests.golden import load
 
-pytestmark = pytest.mark.quick
-
 CONFIG = decoder.DecoderConfig(
   width=16,
   depth=2,

@@ -5,8 +5,6 @@ import pytest
 
 from lavit_jax.models import attention_forms, layers
 
-pytestmark = pytest.mark.quick
-
 
 def qkv(heads=4, groups=4, length=5, keys=5, dim=6):
   rngs = jax.random.split(jax.random.key(0), 3)

@@ -12,8 +12,6 @@ from lavit_jax import errors
 from lavit_jax.models import llama
 from lavit_jax.port import names
 
-pytestmark = pytest.mark.quick
-
 _GOLDEN = pathlib.Path(__file__).parents[1] / "golden/llm_small.npz"
 CONFIG = llama.LlamaConfig(
   vocab_size=50,

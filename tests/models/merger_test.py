@@ -11,8 +11,6 @@ from lavit_jax import errors
 from lavit_jax.models import layers, merger
 from tests.golden import load
 
-pytestmark = pytest.mark.quick
-
 CONFIG = merger.MergerConfig(width=16, depth=2, num_heads=2, mlp_dim=32)
 MASKS = ("rand", "all", "one", "none")
 

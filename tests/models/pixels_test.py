@@ -12,8 +12,6 @@ import pytest
 from lavit_jax.infer import diffusion, schedules
 from lavit_jax.models import pixels, unet
 
-pytestmark = pytest.mark.quick
-
 CONFIG = pixels.PixelDecoderConfig(
   image_size=8,
   patch=2,

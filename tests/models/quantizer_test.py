@@ -12,8 +12,6 @@ from lavit_jax.train import executed, hlo
 from tests import micro
 from tests.golden import load
 
-pytestmark = pytest.mark.quick
-
 
 def unit(rng, *shape):
   return layers.l2_normalize(jax.random.normal(rng, shape))

@@ -8,8 +8,6 @@ from lavit_jax import errors
 from lavit_jax.models import selector
 from tests.golden import load
 
-pytestmark = pytest.mark.quick
-
 
 def log_probs(keep):
   """float[B, N, 2] from p(keep) float[B, N]."""

@@ -10,8 +10,6 @@ from lavit_jax import errors
 from lavit_jax.models import selector, tokenizer
 from tests.golden import load
 
-pytestmark = pytest.mark.quick
-
 N = 16
 
 

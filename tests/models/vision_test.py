@@ -11,8 +11,6 @@ from lavit_jax import errors
 from lavit_jax.models import vision
 from tests.golden import load
 
-pytestmark = pytest.mark.quick
-
 CONFIG = vision.ViTConfig(
   image_size=8,
   patch_size=4,

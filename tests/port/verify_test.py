@@ -15,8 +15,6 @@ from lavit_jax.port import importing, verify
 
 pytestmark = [
   pytest.mark.slow,
-  pytest.mark.xdist_group("verify"),  # what its tests share is made once
-  pytest.mark.xdist_group("verify"),
   pytest.mark.shared,
   pytest.mark.skipif(
     not os.environ.get("LAVIT_SHARED"),

@@ -17,15 +17,8 @@ from lavit_jax.train import (
 )
 from lavit_jax.train import state as state_lib
 from tests import micro
-from tests.train import latent_micro, outlines, stubs
+from tests.train import outlines, stubs
 from tests.train import parts as parts_lib
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-  with latent_micro.quick():
-    yield
-
 
 _MASKS = ("random", "gumbel", "sampled", "expected")
 _SELECTING = dict(

@@ -26,12 +26,6 @@ _MESH = {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
 _SLACK = 4096  # bytes a device: metrics, keys, constants of programs
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-  with latent_micro.quick():
-    yield
-
-
 # Reading ----------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from lavit_jax.train import state as state_lib
 from tests import micro
 from tests.train import processes
 
-pytestmark = pytest.mark.libtpu
+pytestmark = [pytest.mark.libtpu, pytest.mark.optimized]
 pytest.importorskip("libtpu")
 
 

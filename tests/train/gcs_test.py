@@ -9,7 +9,7 @@ from lavit_jax import checkpoints, errors
 from lavit_jax.report import run_page
 from lavit_jax.train import loop, run_checkpoints, workdir, writers
 from tests import micro
-from tests.train import fake_gcs, latent_micro
+from tests.train import fake_gcs
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_run_in_the_store_is_the_run_on_a_disk(
   here, there = micro.branch(micro_runs, tmp_path, 2)
   work, away = "gs://bucket/runs/one", "gs://bucket/there"
   fake_gcs.upload(store, there, away)
-  with latent_micro.quick(), micro.one_device():
+  with micro.one_device():
     cfg = micro.config("pretrain", here)
     loop.train(cfg, here / "run", quiet=True)
     for stop in (1, None):

@@ -1,6 +1,5 @@
 """A micro model directory with every part that stage `latents` asks for."""
 
-import contextlib
 import dataclasses
 import importlib
 import pathlib
@@ -116,16 +115,6 @@ def config(kind, root, **updates):
       node = node[parent]
     node[last] = value
   return cfg
-
-
-@contextlib.contextmanager
-def quick():
-  """Programs compiled inside are hardly optimized."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  try:
-    yield
-  finally:
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def _init(init, seed, *args):

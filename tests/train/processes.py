@@ -44,8 +44,6 @@ class Group:
       env = os.environ | {
         "PYTHONPATH": str(_ROOT),
         "JAX_PLATFORMS": "cpu",
-        # Only the first process may keep programs: the others' are quick.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
       }
       if count > 1:

@@ -22,13 +22,6 @@ from lavit_jax.train import (
 )
 from lavit_jax.train.objectives import pretrain
 from tests import micro
-from tests.train import latent_micro
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-  with latent_micro.quick():
-    yield
 
 
 @pytest.fixture

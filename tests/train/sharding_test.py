@@ -11,7 +11,6 @@ from lavit_jax.train import objectives, optimizer
 from lavit_jax.train import phases as phases_lib
 from lavit_jax.train import state as state_lib
 from tests import micro
-from tests.train import latent_micro
 
 _MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
 _LONG = {"fsdp": 4, "context": 2}
@@ -43,12 +42,6 @@ def stage_config(stage, root):
   cfg.data.threads = 0
   cfg.model.vae.update(channels=(8, 16), groups=4, layers_per_block=1)
   return cfg
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-  with latent_micro.quick():
-    yield
 
 
 def _draw(abstract):

@@ -5,13 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.train import latent_micro, outlines, stubs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-  with latent_micro.quick():
-    yield
+from tests.train import outlines, stubs
 
 
 def _evaluate(case, *batches):

@@ -7,16 +7,10 @@ import pytest
 
 from lavit_jax.train import averages
 from lavit_jax.train.objectives import encoder
-from tests.train import latent_micro, outlines, stubs
+from tests.train import outlines, stubs
 
 _PAIRS = np.array([1, 0, 1, 1, 0, 1], np.float32)
 _KEPT = np.flatnonzero(_PAIRS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-  with latent_micro.quick():
-    yield
 
 
 def _unit(rng, *shape):

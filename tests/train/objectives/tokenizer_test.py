@@ -11,7 +11,7 @@ from lavit_jax import errors
 from lavit_jax.models import quantizer
 from lavit_jax.train import averages
 from lavit_jax.train.objectives import tokenizer
-from tests.train import latent_micro, outlines, stubs
+from tests.train import outlines, stubs
 
 _VALID = np.array([1, 0, 1, 1], np.float32)
 _KEPT = np.flatnonzero(_VALID)
@@ -26,12 +26,6 @@ _SELECT = dict(
 _CODES = dict(
   quantize=True, commitment=0.25, revive_below=0.05, keep_range=(0.2, 0.6)
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-  with latent_micro.quick():
-    yield
 
 
 def _features(seed=0, shape=(4, 9, 5)):
