@@ -19,7 +19,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 # Nearly all of them are compiled for longer than they run.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+_QUICK = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
 
 import filelock  # noqa: E402
 import jax  # noqa: E402
@@ -69,12 +69,11 @@ def _optimized(request):
   if request.node.get_closest_marker("optimized") is None:
     yield
     return
-  before = jax.config.jax_disable_most_optimizations
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-  jax.config.update("jax_disable_most_optimizations", before)
+  jax.config.update("jax_disable_most_optimizations", _QUICK)
 
 
 @pytest.fixture(scope="session")
