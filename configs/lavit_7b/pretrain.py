@@ -21,8 +21,9 @@ Rows of 2048 tokens read at most 4 pictures; for captions alone, without text,
 the backward pass (remat "dots"): 2.7 MB a token. With less memory than 16 GB a
 chip, or fewer chips, take remat "full" or "offload" (on v5e:16x16 4.4 GB a chip
 in place of 8.8, and 5.0 GB of the host's, by libtpu 0.0.52), or factored
-moments. With fewer chips `accumulate` runs the batch in parts, each at least a row a chip: on 64,
---config.mesh.fsdp=64 --config.accumulate=4. On 256 it has nothing to cut.
+moments. With fewer chips `accumulate` runs the batch in parts, each at least a
+row a chip: on 64, --config.mesh.fsdp=64 --config.accumulate=4. On 256 it has
+nothing to cut.
 --config.model.llm.matmul=int8 multiplies most of the LLM in int8, at twice the
 peak of these chips, and sends its weights as int8 (lavit_jax/models/narrow.py).
 """
