@@ -68,17 +68,19 @@ def test_understanding_reads_with_an_imported_model(execute, tmp_path):
   assert "of 42 questions" in printed(outputs)
 
 
-def test_drawings_by_an_imported_model(execute, tmp_path):
-  """Random weights draw noise, in all six ratios."""
+@pytest.mark.parametrize("name", ["text_to_image", "multimodal_prompts"])
+def test_drawings_by_an_imported_model(execute, tmp_path, name):
+  """Random weights draw noise; in `text_to_image` in all six ratios."""
   pytest.importorskip("torch", reason="imports PyTorch files")
   from lavit_jax.port import importing, specimen
 
   source = specimen.write(tmp_path / "source")
   importing.run(source, tmp_path / "model", quiet=True)
-  outputs, shown = execute("text_to_image", LAVIT_MODEL=tmp_path / "model")
+  outputs, shown = execute(name, LAVIT_MODEL=tmp_path / "model")
   assert len(shown) >= 5
-  assert "pixel decoders: highres, lowres" in printed(outputs)
-  assert "no highres decoder" not in printed(outputs)
+  if name == "text_to_image":
+    assert "pixel decoders: highres, lowres" in printed(outputs)
+    assert "no highres decoder" not in printed(outputs)
 
 
 @pytest.mark.shared
