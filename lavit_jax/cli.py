@@ -131,6 +131,12 @@ def _explain(error: Exception) -> str | None:
     )
   if isinstance(error, OSError) and error.filename:
     return f"cannot use {error.filename}: {error.strerror}."
+  if "ScopedVmemOom" in text:
+    return (
+      "a kernel needs more of a TPU's vector memory than it may take"
+      f" ({text[:200]}). Raise xla_tpu_scoped_vmem_limit_kib in the config's"
+      " compiler_options, or leave it out."
+    )
   if "RESOURCE_EXHAUSTED" in text:
     return (
       f"the device is out of memory ({text[:200]}). Use a smaller batch, or"

@@ -562,6 +562,10 @@ def raising(error):
     (FileNotFoundError(2, "No such file", "lost.png"), "lost.png"),
     (PermissionError(13, "Permission denied", "secret"), "secret: Permission"),
     (RuntimeError("RESOURCE_EXHAUSTED: 9 GB"), "out of memory"),
+    (
+      RuntimeError("RESOURCE_EXHAUSTED: E1: CompileTimeScopedVmemOom: f32[8]"),
+      "Raise xla_tpu_scoped_vmem_limit_kib",
+    ),
   ],
 )
 def test_known_errors_are_one_paragraph(

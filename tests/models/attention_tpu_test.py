@@ -278,6 +278,20 @@ def test_full_size_attention_for_v5e_holds_no_logits(net, length, width):
 
 
 @pytest.mark.libtpu
+def test_wide_float32_heads_leave_vector_memory_to_the_config():
+  """An autoencoder's attention, 8 rows a chip, where a config leaves 6 MiB."""
+  pytest.importorskip("libtpu")
+  mesh = sharding.make_mesh({"fsdp": 4}, topology.devices("v5e:2x2"))
+  rows = sharding.batch_sharding(mesh)
+  x = jax.ShapeDtypeStruct((32, 4096, 1, 512), jnp.float32, sharding=rows)
+  attend = lambda x: layers.attention(x + 1, x * 2, x - 1) + 1
+  with sharding.use(mesh):
+    lowered = jax.jit(attend).lower(x)
+  made = lowered.compile({"xla_tpu_scoped_vmem_limit_kib": "6144"})
+  assert _calls(made.as_text(), "fwd", "") == 1
+
+
+@pytest.mark.libtpu
 def test_making_parameters_warns_of_no_missing_kernel(caplog):
   """Networks are looked at with one row, which no mesh divides."""
   pytest.importorskip("libtpu")
