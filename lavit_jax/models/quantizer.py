@@ -71,16 +71,16 @@ def lookup(z: jax.Array, codes: jax.Array) -> jax.Array:
   z = layers.l2_normalize(z.astype(jnp.float32))
   size = min(_BLOCK, len(codes))
   blocks = -(-len(codes) // size)
-  pad = blocks * size - len(codes)
-  # |z|^2 is the same for every code.
-  lengths = jnp.pad(
-    jnp.square(codes).sum(-1), (0, pad), constant_values=jnp.inf
-  )
-  codes = jnp.pad(codes, ((0, pad), (0, 0)))
+  count = len(codes)
+  codes = jnp.pad(codes, ((0, blocks * size - count), (0, 0)))
   places = jnp.arange(size)
 
   def look(best, block):
-    codes, lengths, first = block
+    codes, first = block
+    # |z|^2 is the same for every code. Made here: lengths of all codes, split
+    # over chips, cannot be cut into blocks for v7x (libtpu 0.0.42.1).
+    lengths = jnp.square(codes).sum(-1)
+    lengths = jnp.where(first + places < count, lengths, jnp.inf)
     distance = lengths - 2.0 * jnp.einsum("...d,kd->...k", z, codes)
     least = distance.min(-1)
     # XLA's argmin is slow on a CPU.
@@ -90,11 +90,7 @@ def lookup(z: jax.Array, codes: jax.Array) -> jax.Array:
     return (jnp.where(nearer, least, best[0]), ids), None
 
   start = jnp.full(z.shape[:-1], jnp.inf), jnp.zeros(z.shape[:-1], jnp.int32)
-  parts = (
-    codes.reshape(blocks, size, -1),
-    lengths.reshape(blocks, size),
-    jnp.arange(blocks) * size,
-  )
+  parts = codes.reshape(blocks, size, -1), jnp.arange(blocks) * size
   (_, ids), _ = jax.lax.scan(look, start, parts)
   return ids.astype(jnp.int32)
 
