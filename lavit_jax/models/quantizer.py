@@ -78,7 +78,7 @@ def lookup(z: jax.Array, codes: jax.Array) -> jax.Array:
   def look(best, block):
     codes, first = block
     # |z|^2 is the same for every code. Made here: lengths of all codes, split
-    # over chips, cannot be cut into blocks for v7x (libtpu 0.0.42.1).
+    # over chips, are not cut for v7x: findings/libtpu_split_blocks.sh.
     lengths = jnp.square(codes).sum(-1)
     lengths = jnp.where(first + places < count, lengths, jnp.inf)
     distance = lengths - 2.0 * jnp.einsum("...d,kd->...k", z, codes)
