@@ -5,7 +5,7 @@
 Each block with its gradients, for the chip and the pictures a chip of README's
 table (SDXL: v6e and 1, Stable Diffusion 1.5: v5e and 8): seconds to compile,
 size of the code, and cycles by the compiler's own account, beside its default.
-Needs libtpu and no TPU. Takes 15 minutes (sd15: 2) on two cores.
+Needs libtpu and no TPU. Takes 15 minutes (sd15: 4) on two cores.
 """
 
 import argparse
