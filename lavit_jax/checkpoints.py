@@ -326,10 +326,18 @@ def _reading(path):
   """Says that a part is damaged where Orbax says it in its own words."""
   try:
     yield
-  except (ValueError, KeyError, OSError) as e:
+  except errors.LavitError:
+    raise
+  except Exception as e:
+    # Of an array that is cut or gone Orbax makes a plain Exception.
+    if type(e) is not Exception and not isinstance(
+      e, (ValueError, KeyError, OSError)
+    ):
+      raise
+    said = " ".join(str(e.__cause__ or e).split())
     raise errors.CheckpointError(
       f"{path} cannot be read as an Orbax checkpoint:"
-      f" {str(e).splitlines()[0][:300]} It is damaged or incomplete; restore"
+      f" {said[:300]} It is damaged or incomplete; restore"
       f" it from where it came, or make the {path.parent.name} part again."
     ) from e
 

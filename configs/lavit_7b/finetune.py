@@ -46,7 +46,9 @@ def get_config():
   cfg.data.length = 1024
   cfg.data.slots = 6  # pictures read a row
   cfg.data.window = 1024  # documents packed together
-  cfg.data.mixture = dict(image_text=1.0, vqa=1.0)
+  cfg.data.mixture = dict(
+    image_text=1.0, text_image=0.0, vqa=1.0, edit=0.0, document=0.0, text=0.0
+  )
   cfg.optimizer.weight_decay = 0.0
   cfg.optimizer.moments = "float32"
   cfg.optimizer.groups = dict(lora=1.0, visual=0.1)

@@ -56,7 +56,9 @@ def get_config():
   cfg.data.length = 2048
   cfg.data.slots = 4  # pictures read a row
   cfg.data.window = 8192  # documents packed together
-  cfg.data.mixture = dict(image_text=1.0, text_image=1.0, text=4.0)
+  cfg.data.mixture = dict(
+    image_text=1.0, text_image=1.0, vqa=0.0, edit=0.0, document=0.0, text=4.0
+  )
   cfg.optimizer.b2 = 0.95
   cfg.optimizer.weight_decay = 0.1
   cfg.optimizer.moments = "float32"  # or "bfloat16", "factored"

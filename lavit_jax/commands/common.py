@@ -4,6 +4,7 @@ import argparse
 import errno
 import functools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -105,7 +106,7 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
     group.add_argument(flag, type=int, metavar="N", dest=name, help=meaning)
   group.add_argument(
     "--length-penalty",
-    type=float,
+    type=number,
     metavar="X",
     help="of beams; above 0 prefers long texts",
   )
@@ -126,6 +127,14 @@ WRITING = (
   "seed",
   "parity",
 )
+
+
+def number(text: str) -> float:
+  """A finite number of the command line."""
+  value = float(text)  # argparse names the option of a ValueError
+  if not math.isfinite(value):
+    raise argparse.ArgumentTypeError(f"{text}: expected a finite number")
+  return value
 
 
 def require_text(what: str, given: Sequence[str], hint: str) -> None:
@@ -155,7 +164,7 @@ def add_data_fields(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument(
     "--limit-share",
-    type=float,
+    type=number,
     metavar="X",
     help="with --data: share of bad lines or pictures that is an error (0.05)",
   )
@@ -234,26 +243,43 @@ def require_files(paths: Sequence[str]) -> None:
       raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
-def outputs(out: str, count: int) -> list[pathlib.Path]:
+def outputs(
+  out: str, count: int, read: Sequence[str] = (), option: str = "--out"
+) -> list[pathlib.Path]:
   """Where to draw `count` pictures: out.png, or out_0.png, out_1.png, ….
 
+  Args:
+    out: the name given.
+    count: of pictures.
+    read: names of the pictures that are read, none of which is written over.
+    option: what the name was given as.
+
   Raises:
-    errors.UsageError: the name does not end as a picture's.
+    errors.UsageError: the name does not end as a picture's, or one of them is
+      read.
   """
   files.require_local(out, "a picture")
   path = pathlib.Path(out)
   if path.suffix.lower() not in SUFFIXES:
     raise errors.UsageError(
-      f"--out {out} does not end in a picture format; expected one of"
-      f" {' '.join(SUFFIXES)}. Try --out {path.with_suffix('.png')}."
+      f"{option} {out} does not end in a picture format; expected one of"
+      f" {' '.join(SUFFIXES)}. Try {option} {path.with_suffix('.png')}."
     )
-  if count == 1:
-    return [path]
-  digits = len(str(count - 1))
-  return [
-    path.with_name(f"{path.stem}_{i:0{digits}d}{path.suffix}")
-    for i in range(count)
-  ]
+  paths = [path]
+  if count > 1:
+    digits = len(str(count - 1))
+    paths = [
+      path.with_name(f"{path.stem}_{i:0{digits}d}{path.suffix}")
+      for i in range(count)
+    ]
+  originals = {os.path.realpath(name) for name in read}
+  for path in paths:
+    if os.path.realpath(path) in originals:
+      raise errors.UsageError(
+        f"{option} {out} would write over {path}, which is read. Give another"
+        f" {option}."
+      )
+  return paths
 
 
 def save(pictures, paths: Sequence[pathlib.Path]) -> None:

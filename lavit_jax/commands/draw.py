@@ -120,12 +120,12 @@ def _add_words(parser: argparse.ArgumentParser) -> None:
   common.add_parity(group)
 
 
-def _drawn(args: argparse.Namespace, prompts, shown) -> None:
+def _drawn(args: argparse.Namespace, prompts, shown, read=()) -> None:
   """Draws prompts, or prints their visual words; `shown` name them."""
   common.require_text(
     "--negative", [args.negative_prompts or ""], "Give words."
   )
-  paths = common.outputs(args.out, len(prompts))
+  paths = common.outputs(args.out, len(prompts), read)
   lavit, options = _load(args), common.given(args, *_WORDS)
   if args.ids:
     rows = [
@@ -244,7 +244,7 @@ def _synthesize(args: argparse.Namespace) -> None:
   common.require_files(read)
   common.note_scenes(args, read)
   parts = [files.place(part) if picture else part for part, picture in pairs]
-  _drawn(args, [parts], [{"parts": args.parts}])
+  _drawn(args, [parts], [{"parts": args.parts}], read)
 
 
 def _add_reconstruct(subparsers) -> None:
@@ -285,7 +285,7 @@ def _reconstruct(args: argparse.Namespace) -> None:
     common.require_files(args.images)
     common.note_scenes(args, args.images)
     shown = [{"image": image} for image in args.images]
-  paths = common.outputs(args.out, len(shown))
+  paths = common.outputs(args.out, len(shown), args.images)
   lavit, options = _load(args), common.given(args, *_PIXELS)
   with _bar() as tell:
     if args.codes:

@@ -106,7 +106,9 @@ def _tokenize_data(args: argparse.Namespace) -> None:
 
 def _tokenize_pictures(args: argparse.Namespace) -> None:
   common.require_files(args.images)
-  overlay = common.outputs(args.overlay, 1) if args.overlay else []
+  overlay = []
+  if args.overlay:
+    overlay = common.outputs(args.overlay, 1, args.images, "--overlay")
   common.note_scenes(args, args.images)
   rows = []
   options = common.given(args, "seed", "budget")

@@ -8,16 +8,18 @@ split over other processes, sees the same rows.
 """
 
 import dataclasses
+import logging
 
 import grain.python as grain
 import numpy as np
 
 from lavit_jax import errors
 from lavit_jax import vocabulary as vocabulary_lib
+from lavit_jax.data import examples, packing, sequences
 from lavit_jax.data import faults as faults_lib
-from lavit_jax.data import packing, sequences
 from lavit_jax.data import rows as rows_lib
 
+_LOG = logging.getLogger(__name__)
 _ENDLESS = 1 << 48  # rows of an endless dataset
 _AHEAD = 4  # batches decoded ahead of the one in use
 
@@ -173,6 +175,12 @@ def packed_rows(source, cache, tokenizer, vocabulary, *, mixture, **kwargs):
       does a source without examples of it.
     **kwargs: as of `packed_mixture`.
   """
+  if unknown := sorted(set(mixture) - set(examples.TASKS)):
+    raise errors.ConfigError(
+      f"mixture names {unknown}, which are no tasks. Expected some of"
+      f" {sorted(examples.TASKS)}. Change config.data.mixture."
+    )
+  _say_unused(source, mixture)
   if unknown := sorted(set(mixture) - set(source.tasks())):
     usable = sorted(set(source.tasks()) & set(mixture))
     if not any(mixture[t] for t in usable):
@@ -186,6 +194,23 @@ def packed_rows(source, cache, tokenizer, vocabulary, *, mixture, **kwargs):
     if weight and task in source.tasks() and source.num_examples(task)
   ]
   return packed_mixture(components, tokenizer, vocabulary, **kwargs)
+
+
+def _say_unused(source, mixture):
+  """Logs the examples that no weight lets in."""
+  unused = {
+    task: source.num_examples(task)
+    for task in source.tasks()
+    if not mixture.get(task) and source.num_examples(task)
+  }
+  if unused:
+    counts = ", ".join(f"{count} {task}" for task, count in unused.items())
+    _LOG.warning(
+      "%s has examples that are left out, since config.data.mixture gives"
+      " their tasks no weight: %s",
+      source.name,
+      counts,
+    )
 
 
 def packed_mixture(

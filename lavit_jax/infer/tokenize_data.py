@@ -164,6 +164,8 @@ def _records(source, tokenizer, start, log, bar):
         log.good()
       except images.ImageError as error:
         log.fault(source.image_key(index), error)
+    if not start and indices[-1] + 1 == source.num_images:
+      log.check()  # fewer than a share is judged by: all of them, then
     tokens = tokenizer.tokenize(batch, count=len(indices))
     for row, index in enumerate(indices):
       if good[row]:

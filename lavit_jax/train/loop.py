@@ -11,6 +11,7 @@ its share of each batch, and the first one writes logs and pictures.
 import io
 import json
 import logging
+import math
 
 import jax
 import numpy as np
@@ -38,6 +39,7 @@ from lavit_jax.train import (
   position,
   program,
   provenance,
+  ranges,
   run_checkpoints,
   tracing,
   writers,
@@ -73,9 +75,11 @@ def train(
     errors.PeerLost: another process of the run has died.
   """
   with distributed.failing_together():
+    ranges.check(config)
     workdir = workdir_lib.check(config, workdir)
     run = _Run(config, workdir, quiet or not hosts.first())
     try:
+      workdir_lib.claim(config, workdir)
       with run.stop_signal:
         metrics = run.train(stop_at)
     except BaseException as error:
@@ -150,6 +154,7 @@ class _Run:
       if step == last:
         if not self.evaluated:
           self.evaluated = self._evaluate(step, self.state)
+        self._check_result(step)
         self._export(self.state)
     return self.evaluated
 
@@ -387,6 +392,18 @@ class _Run:
       self.config.batch_size,
       resume_step=step - 1,
     )
+
+  def _check_result(self, step):
+    """Raises LavitError for weights that cannot be what was trained."""
+    loss = self.evaluated.get("loss", 0.0)
+    if not math.isfinite(loss):
+      raise errors.LavitError(
+        f"The held-out loss of stage {self.config.stage!r} at its last step,"
+        f" {step}, is {loss}: nothing was written to {self.config.model_dir}."
+        " Either the weights went wrong in the last steps, or the checkpoint"
+        f" {self.workdir / 'checkpoints' / str(step)} is damaged: remove it,"
+        " and give the same command again to go on from the one before."
+      )
 
   def _export(self, state):
     made = self.objective.exports(state.params, state.extra)

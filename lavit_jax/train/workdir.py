@@ -29,11 +29,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def check(config, workdir) -> epath.Path:
-  """The workdir as a path, made if it is missing, its config stored in it.
-
-  The versions of the libraries too: a run that goes on with others is warned.
-
-  With several processes all of them call this.
+  """The workdir as a path, if it is this run's or nobody's; writes nothing.
 
   Args:
     config: of the run.
@@ -48,7 +44,7 @@ def check(config, workdir) -> epath.Path:
     files.check_arrays_folder(folder, write=True)
   workdir = files.path_of(workdir)
   path = workdir / "config.json"
-  ours = json.loads(config.to_json_best_effort())
+  ours = _stored(config)
   theirs = json.loads(path.read_text()) if path.exists() else ours
   if _lacks_compute(theirs, ours):
     compute = ours["model"]["compute"]
@@ -64,14 +60,33 @@ def check(config, workdir) -> epath.Path:
       f" {', '.join(changed[:6])}. Use another --workdir, or the config"
       f" stored in {path}."
     )
+  return workdir
+
+
+def claim(config, workdir) -> epath.Path:
+  """`check`, and the workdir is this run's: its config is stored in it.
+
+  The versions of the libraries too: a run that goes on with others is warned.
+  Called once the config has been found good: one that is refused leaves the
+  workdir to the next.
+
+  With several processes all of them call this.
+  """
+  workdir = check(config, workdir)
+  ours = _stored(config)
   hosts.barrier("lavit_workdir")  # nobody reads what is being written
   if hosts.first():
     workdir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(ours, indent=1, sort_keys=True) + "\n"
-    files.write_whole(path, text.encode())
+    files.write_whole(workdir / "config.json", text.encode())
   hosts.barrier("lavit_workdir_made")
   versions.check(workdir)
   return workdir
+
+
+def _stored(config) -> dict:
+  """A config as JSON has it."""
+  return json.loads(config.to_json_best_effort())
 
 
 def differences(theirs: dict, ours: dict) -> list[str]:

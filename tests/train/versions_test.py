@@ -28,8 +28,8 @@ def test_a_run_that_goes_on_with_other_versions_is_warned(
   first = {"jax": "0.10.2", "libtpu": "0.0.52", "torch": "2.13"}
   monkeypatch.setattr(versions, "installed", lambda: first)
   with caplog.at_level(logging.WARNING):
-    path = workdir.check(cfg, folder) / "versions.txt"
-    workdir.check(cfg, folder)
+    path = workdir.claim(cfg, folder) / "versions.txt"
+    workdir.claim(cfg, folder)
   assert not caplog.records
   kept = path.read_text()
   assert "\njax==0.10.2\nlibtpu==0.0.52\ntorch==2.13\n" in kept
@@ -39,7 +39,7 @@ def test_a_run_that_goes_on_with_other_versions_is_warned(
   for _ in range(2):  # every time, not only the first
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-      workdir.check(cfg, folder)
+      workdir.claim(cfg, folder)
     (record,) = caplog.records
     assert "jax 0.10.2, here 0.12.0" in record.getMessage()
     assert "here 3.99" in record.getMessage()

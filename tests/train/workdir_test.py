@@ -12,31 +12,31 @@ from lavit_jax.train import workdir
 
 def test_a_run_goes_on_under_code_with_new_fields_that_are_off(tmp_path):
   cfg = pretrain.get_config()
-  workdir.check(cfg, tmp_path)
+  workdir.claim(cfg, tmp_path)
   path = tmp_path / "config.json"
   older = json.loads(path.read_text())
   del older["model"]["llm"]["matmul"]
   path.write_text(json.dumps(older))
-  workdir.check(cfg, tmp_path)
+  workdir.claim(cfg, tmp_path)
   assert json.loads(path.read_text())["model"]["llm"]["matmul"] == ""
   path.write_text(json.dumps(older))
   cfg.model.llm.matmul = "int8"
   with pytest.raises(errors.ConfigError, match=r"matmul \(None there, 'int8'"):
-    workdir.check(cfg, tmp_path)
+    workdir.claim(cfg, tmp_path)
 
 
 def test_how_a_step_is_computed_may_change_and_what_it_does_may_not(tmp_path):
   cfg = pretrain.get_config()
-  workdir.check(cfg, tmp_path)
+  workdir.claim(cfg, tmp_path)
   cfg.model.llm.remat = "full"  # in place of "dots"
   cfg.compiler_options = {"xla_tpu_scoped_vmem_limit_kib": "16384"}
   cfg.model.llm.unroll += 1
   cfg.mesh.fsdp = 2
   cfg.data.limit_share = 0.2  # what a run that stopped for it is told
-  workdir.check(cfg, tmp_path)
+  workdir.claim(cfg, tmp_path)
   cfg.model.llm.depth += 1
   with pytest.raises(errors.ConfigError, match=r"model\.llm\.depth"):
-    workdir.check(cfg, tmp_path)
+    workdir.claim(cfg, tmp_path)
 
 
 @pytest.mark.parametrize("field", ["workdir", "model_dir"])
@@ -50,13 +50,13 @@ def test_names_under_which_arrays_would_be_lost_are_refused_at_once(
   else:
     cfg.model_dir = str(tmp_path / "model[1]")
   with pytest.raises(errors.CheckpointError, match=r"has \[ in its name"):
-    workdir.check(cfg, work)
+    workdir.claim(cfg, work)
   assert not list(tmp_path.iterdir())
 
 
 def _older(cfg, folder):
   """The stored config of a run begun before `model.compute` was."""
-  workdir.check(cfg, folder)
+  workdir.claim(cfg, folder)
   path = folder / "config.json"
   stored = json.loads(path.read_text())
   del stored["model"]["compute"]
@@ -70,24 +70,35 @@ def test_a_run_from_before_compute_was_said_goes_on_as_it_is_said_now(
 ):
   cfg = module.get_config()
   path = _older(cfg, tmp_path)
-  workdir.check(cfg, tmp_path)
+  workdir.claim(cfg, tmp_path)
   dtype = cfg.model.compute.encoder.dtype
   assert f"encoder {dtype}" in caplog.text
   assert json.loads(path.read_text())["model"]["compute"]
   caplog.clear()
   cfg.model.compute.merger.remat = "attention"
-  workdir.check(cfg, tmp_path)
+  workdir.claim(cfg, tmp_path)
   assert not caplog.text
   cfg.model.compute.encoder.dtype = "float16"
   with pytest.raises(errors.ConfigError, match=r"compute\.encoder\.dtype"):
-    workdir.check(cfg, tmp_path)
+    workdir.claim(cfg, tmp_path)
 
 
 def test_a_dtype_that_is_left_out_is_float32(tmp_path):
   cfg = tiny.get_config()
-  workdir.check(cfg, tmp_path)
+  workdir.claim(cfg, tmp_path)
   del cfg.model.compute.encoder.dtype
-  workdir.check(cfg, tmp_path)
+  workdir.claim(cfg, tmp_path)
   cfg.model.compute.encoder.dtype = "bfloat16"
   with pytest.raises(errors.ConfigError, match="'float32' there, 'bfloat16'"):
-    workdir.check(cfg, tmp_path)
+    workdir.claim(cfg, tmp_path)
+
+
+def test_a_workdir_belongs_to_nobody_until_its_config_is_found_good(tmp_path):
+  cfg = pretrain.get_config()
+  workdir.check(cfg, tmp_path / "run")
+  assert not list(tmp_path.iterdir())
+  cfg.model.llm.depth += 1
+  workdir.claim(cfg, tmp_path / "run")
+  cfg.model.llm.depth += 1
+  with pytest.raises(errors.ConfigError, match=r"model\.llm\.depth"):
+    workdir.check(cfg, tmp_path / "run")
