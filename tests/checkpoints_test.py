@@ -10,6 +10,7 @@ import shutil
 import string
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -137,6 +138,36 @@ def test_which_weights_belong_to_a_part_is_no_path_of_the_file(tmp_path):
   path.write_text(json.dumps({"format": 1, "weights": "../../elsewhere"}))
   with pytest.raises(errors.CheckpointError, match="expected one of weights"):
     checkpoints.load_part(tmp_path, "llm")
+
+
+def _read_some(folder):
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  w = jax.ShapeDtypeStruct((300, 300), np.float32, sharding=here)
+  return checkpoints.load_arrays(folder, "llm", {"w": w})
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize(
+  "read",
+  [
+    lambda folder: checkpoints.load_part(folder, "llm"),
+    lambda folder: checkpoints.StoredPart(folder, "llm").read("w"),
+    _read_some,
+  ],
+  ids=["whole", "one by one", "some"],
+)
+def test_arrays_that_are_cut_or_gone_are_named(tmp_path, damage, read):
+  rng = np.random.default_rng(0)
+  w = rng.standard_normal((300, 300)).astype(np.float32)
+  checkpoints.save_part(tmp_path, "llm", {"w": w}, {})
+  files = [x for x in (tmp_path / "llm").rglob("*") if x.is_file()]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  if damage == "gone":
+    largest.unlink()
+  else:
+    largest.write_bytes(largest.read_bytes()[:1000])
+  with pytest.raises(errors.CheckpointError, match="damaged or incomplete"):
+    read(tmp_path)
 
 
 _DAMAGES = {

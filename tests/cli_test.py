@@ -511,6 +511,7 @@ def test_quickstart_hands_on_its_options(model, capsys, monkeypatch, tmp_path):
     ("generate x --count 0", "--count 0"),
     ("generate a.png", "a.png is a picture, but a prompt"),
     ("answer a.png a.png", "a.png is a picture, but a question"),
+    ("answer a.png  ", "A question is empty"),
     ("caption a.png --prompt a.png", "a.png is a picture, but --prompt"),
     ("generate x --negative a.png", "a.png is a picture, but --negative"),
     ("tokenize", "IMAGE"),
@@ -522,20 +523,31 @@ def test_quickstart_hands_on_its_options(model, capsys, monkeypatch, tmp_path):
     ("quickstart --allow-absolute", "--allow-absolute goes with --data"),
     ("tokenize --data x.jsonl", "--out DIR"),
     ("tokenize --data x.jsonl --out d", "x.jsonl"),
-    ("tokenize a.png --overlay kept", "--out kept"),
+    ("tokenize a.png --overlay kept", "--overlay kept.png"),
+    ("tokenize a.png --overlay a.png", "write over a.png, which is read"),
+    ("synthesize a.png blue --out ./a.png", "write over a.png, which is read"),
+    ("reconstruct a.png --out a.png", "write over a.png, which is read"),
     ("quickstart --model tiny", "--evaluate-only"),
     ("quickstart --minutes 0", "--minutes 0"),
     ("quickstart --data missing.jsonl", "missing.jsonl"),
   ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(model, capsys, argv, says):
-  assert says in failed(capsys, *argv.split())
+  assert says in failed(capsys, *argv.split(" "))
   assert model.loaded is None
 
 
 @pytest.mark.parametrize(
   "argv",
-  ["", "draw", "caption", "generate x --seed y", "generate x --size 512"],
+  [
+    "",
+    "draw",
+    "caption",
+    "generate x --seed y",
+    "generate x --size 512",
+    "generate x --guidance nan",
+    "caption a.png --length-penalty inf",
+  ],
 )
 def test_unknown_words_exit_with_2(argv, capsys):
   with pytest.raises(SystemExit) as stop:

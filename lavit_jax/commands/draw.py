@@ -53,6 +53,7 @@ def _add_drawing(parser: argparse.ArgumentParser, out: str) -> None:
   group = parser.add_argument_group(
     "how pixels are painted (by default as the pixel decoder wants it)"
   )
+  kinds = {"N": int, "PIXELS": int, "X": common.number, "HxW": _size}
   for flag, kind, name, meaning in (
     ("--decoder", "NAME", "decoder", "highres, lowres or pixels"),
     ("--ratio", "W:H", "ratio", "1:1, 4:3, 3:2, 16:9, 2:3 or 3:4"),
@@ -67,7 +68,9 @@ def _add_drawing(parser: argparse.ArgumentParser, out: str) -> None:
     ),
     ("--tile", "PIXELS", "tile", "decode in tiles, in less memory"),
   ):
-    convert = {"N": int, "PIXELS": int, "X": float, "HxW": _size}.get(kind)
+    convert = {"N": int, "PIXELS": int, "X": common.number, "HxW": _size}.get(
+      kind
+    )
     group.add_argument(
       flag, type=convert or str, metavar=kind, dest=name, help=meaning
     )
@@ -94,11 +97,12 @@ def _add_words(parser: argparse.ArgumentParser) -> None:
   group = parser.add_argument_group(
     "how visual words are chosen (by default as the model wants it)"
   )
+  real = common.number
   for flag, kind, name, meaning in (
-    ("--guidance", float, "guidance_scale", "closeness to the prompt; 1: off"),
-    ("--temperature", float, "temperature", "0 is greedy"),
+    ("--guidance", real, "guidance_scale", "closeness to the prompt; 1: off"),
+    ("--temperature", real, "temperature", "0 is greedy"),
     ("--top-k", int, "top_k", "keep the likeliest k words, 0 all"),
-    ("--top-p", float, "top_p", "keep words that hold this probability"),
+    ("--top-p", real, "top_p", "keep words that hold this probability"),
     ("--min-tokens", int, "min_new_tokens", "words at least"),
     ("--max-tokens", int, "max_new_tokens", "words at most"),
   ):

@@ -248,6 +248,8 @@ def _answer(args: argparse.Namespace) -> None:
   common.require_files([args.image])
   hint = "One picture a call: lavit answer IMAGE QUESTION ..."
   common.require_text("a question", args.questions, hint)
+  if not all(question.strip() for question in args.questions):
+    raise errors.UsageError(f"A question is empty: {args.questions}. {hint}")
   common.note_scenes(args, [args.image])
   options = common.given(args, "answerable_first", "lemmatize", *common.WRITING)
   answers = common.load(args).answer(args.image, args.questions, **options)

@@ -174,6 +174,7 @@ class _Run:
 
     found = self.checkpoints.restore_newest(abstract_at)
     if found is None:
+      self._say_replaced()
       fresh = jax.jit(
         lambda: state_lib.unbox(init()), out_shardings=self.layout
       )
@@ -186,6 +187,21 @@ class _Run:
       self.objective.free_rows,
     )
     return found.state
+
+  def _say_replaced(self):
+    """Warns of a part of another run that will be written over at the end."""
+    folder, part = self.config.model_dir, self.objective.part
+    if not hosts.first() or part not in checkpoints.parts_in(folder):
+      return
+    theirs = checkpoints.read_meta(folder, part).get("config")
+    ours = json.loads(self.config.to_json_best_effort())
+    if theirs is None or workdir_lib.differences(theirs, ours):
+      _LOG.warning(
+        "%s has a part %r that is not of this run: at its end this run writes"
+        " over it. To keep it, give another --config.model_dir.",
+        folder,
+        part,
+      )
 
   def _roll_back(self, bad):
     """The newest checkpoint's state; the batches up to step `bad` are over."""

@@ -407,3 +407,21 @@ def test_fill_of_the_embedded_mixture_is_95_percent(tmp_path):
   )
   fill = np.mean([(batches[k]["segments"] > 0).mean() for k in range(3)])
   assert fill >= 0.95
+
+
+def test_tasks_that_no_weight_lets_in_are_counted(caplog):
+  documents = _documents(0, 6)
+  source = fakes.Source({"document": documents, "vqa": documents[:2]})
+  _packed(source, _cache(0), mixture={"document": 1.0, "vqa": 0.0, "text": 1.0})
+  assert "no weight: 2 vqa" in caplog.text
+  caplog.clear()
+  _packed(source, _cache(0), mixture={"document": 1.0, "vqa": 1.0})
+  assert not caplog.text
+
+
+def test_a_task_that_there_is_not_is_refused():
+  source = fakes.Source({"document": _documents(0, 6)})
+  with pytest.raises(
+    errors.ConfigError, match=r"\['documents'\], which are no"
+  ):
+    _packed(source, _cache(0), mixture={"document": 1.0, "documents": 1.0})

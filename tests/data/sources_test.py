@@ -119,3 +119,8 @@ def test_every_config_has_the_fields_that_errors_name(name):
   )
   assert data.limit_share == 0.05
   assert data.allow_absolute is False
+
+
+def test_a_kind_of_file_without_a_file_is_told():
+  with pytest.raises(errors.ConfigError, match=r"--config\.data\.path="):
+    sources.build(_FIELDS | {"path": ""}, "train")

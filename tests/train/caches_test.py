@@ -129,3 +129,19 @@ def test_a_tokenizer_of_another_encoder_is_refused(root, made):
     objective.made_of()
   meta = checkpoints.read_meta(root / "model", "tokenizer")
   assert set(meta["made_of"]) == {"train_data", "held_out_data", "encoder"}
+
+
+def test_a_share_of_bad_pictures_is_judged_however_few_there_are(
+  root, tmp_path
+):
+  """Too few to be judged as they come: all of them, before the cache is."""
+  for path in sorted(root.glob("*.png"))[::2]:
+    path.write_bytes(path.read_bytes()[:60])
+  given = root / "model", str(root / "my.jsonl"), tmp_path / "codes"
+  with pytest.raises(errors.DataError, match="pictures are unusable"):
+    tokenize_data.write_caches(*given, quiet=True)
+  assert not (tmp_path / "codes" / "train").exists()
+  summary = tokenize_data.write_caches(
+    *given, quiet=True, fields={"limit_share": 0.9}
+  )
+  assert summary["train"]["bad"]

@@ -335,3 +335,30 @@ def test_metrics_are_in_json_lines_and_events(micro_runs):
   assert list(root.glob("events.out.tfevents*"))
   stored = json.loads((root / "config.json").read_text())
   assert stored["stage"] == "pretrain"
+
+
+def test_a_result_that_is_not_finite_is_not_written(micro_runs, tmp_path):
+  """As by weights that went wrong, or a checkpoint that was damaged."""
+  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  cfg = micro.config("pretrain", root, phases__train__steps=2)
+  before = checkpoints.read_meta(root / "model", "llm")
+  run = loop._Run(cfg, root / "work", quiet=True)
+  run.evaluated = {"loss": float("nan")}
+  with pytest.raises(
+    errors.LavitError, match="loss of stage 'pretrain' at its"
+  ):
+    run._check_result(2)
+  run.close()
+  assert checkpoints.read_meta(root / "model", "llm") == before
+
+
+def test_a_part_of_another_run_is_named_before_it_is_replaced(
+  micro_runs, tmp_path, caplog
+):
+  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  cfg = micro.config("pretrain", root, seed=5)
+  loop.train(cfg, root / "other", stop_at=1, quiet=True)
+  assert "has a part 'llm' that is not of this run" in caplog.text
+  caplog.clear()
+  loop.train(cfg, root / "other", stop_at=2, quiet=True)
+  assert "not of this run" not in caplog.text  # it was said
