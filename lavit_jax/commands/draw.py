@@ -68,11 +68,9 @@ def _add_drawing(parser: argparse.ArgumentParser, out: str) -> None:
     ),
     ("--tile", "PIXELS", "tile", "decode in tiles, in less memory"),
   ):
-    convert = {"N": int, "PIXELS": int, "X": common.number, "HxW": _size}.get(
-      kind
-    )
+    convert = kinds.get(kind, str)
     group.add_argument(
-      flag, type=convert or str, metavar=kind, dest=name, help=meaning
+      flag, type=convert, metavar=kind, dest=name, help=meaning
     )
   group.add_argument(
     "--no-safety-check",

@@ -91,11 +91,22 @@ def questions(row):
       raise lines.BadLine(
         f"answer is {one.get('answer')!r:.60}, expected some text"
       )
+    _check_agree(one, answers)
     answer = collections.Counter(answers).most_common(1)[0][0]
     kind = str(one.get("answer_type", one.get("type", "any")))
     check_unicode("answer_type", kind)
     out.append((kind, words(one, "question"), answer))
   return out, read
+
+
+def _check_agree(row, answers):
+  """Refuses an answer that is none of the answers: one of them is lost."""
+  plain = {answer.casefold() for answer in answers}
+  if other := [a for a in _answers(row, "answer") if a.casefold() not in plain]:
+    raise lines.BadLine(
+      f"answer is {other[0]!r:.40}, which is none of answers {answers!r:.60};"
+      " keep one of the two fields"
+    )
 
 
 def _answers(row, field):

@@ -31,6 +31,9 @@ _SIGNS = (  # how other files begin, what they are, what to do
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
+_TWICE = object()  # the key of a field's name that an object has twice
+
+
 class BadLine(ValueError):
   """A line that cannot be used; says why."""
 
@@ -116,10 +119,19 @@ def _lines(path, file):
 def _parse(line):
   """One line as a dict, or a BadLine."""
   try:
-    return _row(json.loads(line))
+    return _row(json.loads(line, object_pairs_hook=_object))
   except (ValueError, RecursionError) as error:
     start = line[:40].decode(errors="replace")
     return BadLine(f"is no JSON ({error}); begins with {start!r}")
+
+
+def _object(pairs):
+  """A JSON object; `_present` refuses one that says a field twice."""
+  made = dict(pairs)
+  if len(made) < len(pairs):
+    names = [name for name, _ in pairs]
+    made[_TWICE] = next(name for name in names if names.count(name) > 1)
+  return made
 
 
 def _row(value):
@@ -142,6 +154,8 @@ def _present(value, depth=1):
   if isinstance(value, dict | list) and depth > _DEEPEST:
     raise BadLine(f"is nested more than {_DEEPEST} deep")
   if isinstance(value, dict):
+    if _TWICE in value:
+      raise BadLine(f"has the field {value[_TWICE]!r:.40} twice; keep one")
     found = {k: v for k, v in value.items() if not _missing(v)}
     return {k: _present(v, depth + 1) for k, v in found.items()}
   if isinstance(value, list):
@@ -179,7 +193,7 @@ class _Array:
   def __init__(self, path, file):
     self.place = 0
     self._path, self._file, self._text = path, file, ""
-    self._decoder = json.JSONDecoder()
+    self._decoder = json.JSONDecoder(object_pairs_hook=_object)
     # What is no UTF-8 becomes lone surrogates, which an item is refused for.
     utf8 = codecs.getincrementaldecoder("utf-8-sig")
     self._decode = utf8("surrogateescape").decode

@@ -221,6 +221,10 @@ _USER = {"role": "user", "content": "hue?"}
     ),
     ({"messages": [{"role": "user", "content": " "}]}, "holds no"),
     ({"image": "a.png", "question": "a?", "answers": [{"a": 1}]}, "holds None"),
+    (
+      {"image": "a.png", "question": "a?", "answers": ["b"], "answer": "c"},
+      "answer is 'c', which is none of answers",
+    ),
     ({"image": "a.png", "question": "a?", "answer": float("inf")}, "holds inf"),
   ],
 )
@@ -392,6 +396,30 @@ def test_fields_that_are_not_read_are_named_once_for_the_file(tmp_path, caplog):
   assert "12 lines have a field 'title' (line 1: 'a cat 0')" in said
   assert "Known are" in said
   assert "caption" in said
+
+
+def test_lines_of_a_split_that_is_not_for_training_are_told(tmp_path, caplog):
+  rows = [_GOOD | {"split": split} for split in ("train", "restval", "test")]
+  _source(tmp_path, rows)
+  (said,) = [r.getMessage() for r in caplog.records]
+  assert "1 lines have a field 'split' (line 3: 'test')" in said
+  caplog.clear()
+  _source(tmp_path, rows, only={"split": "test"})
+  assert not caplog.text
+
+
+@pytest.mark.parametrize("kind", ["lines", "array"])
+def test_a_field_said_twice_is_a_bad_line(tmp_path, kind):
+  (tmp_path / "a.png").write_bytes(b"x")
+  good = json.dumps({"image": "a.png", "caption": "b"})
+  bad = good[:-1] + ', "caption": "c"}'
+  text = f"{bad}\n{good}" if kind == "lines" else f"[{bad}, {good}]"
+  path = tmp_path / "d.json"
+  path.write_text(text)
+  source = jsonl.JsonlSource(path, 8, limit_share=0.5)
+  assert (source.faults.bad, source.num_examples("image_text")) == (1, 1)
+  (reason,) = source.faults.reasons.values()
+  assert reason == "has the field 'caption' twice; keep one"
 
 
 def test_too_many_bad_lines_are_an_error(tmp_path):
