@@ -25,6 +25,7 @@ from lavit_jax.train import (
   objectives,
   phases,
   program,
+  ranges,
   roofline,
   serving,
   stored,
@@ -109,6 +110,7 @@ def compile_for(
   Raises:
     errors.LavitError: the config, the mesh or the topology is wrong.
   """
+  ranges.check(config)
   target = _Target.of(config, topology_name, slices)
   if what == "step":
     return _step(target, phase_of(config, phase))
