@@ -11,7 +11,6 @@ its share of each batch, and the first one writes logs and pictures.
 import io
 import json
 import logging
-import math
 
 import jax
 import numpy as np
@@ -154,7 +153,7 @@ class _Run:
       if step == last:
         if not self.evaluated:
           self.evaluated = self._evaluate(step, self.state)
-        self._check_result(step)
+        nonfinite.check_result(self.config, self.workdir, step, self.evaluated)
         self._export(self.state)
     return self.evaluated
 
@@ -174,7 +173,7 @@ class _Run:
 
     found = self.checkpoints.restore_newest(abstract_at)
     if found is None:
-      self._say_replaced()
+      workdir_lib.say_replaced(self.config, self.objective.part)
       fresh = jax.jit(
         lambda: state_lib.unbox(init()), out_shardings=self.layout
       )
@@ -187,21 +186,6 @@ class _Run:
       self.objective.free_rows,
     )
     return found.state
-
-  def _say_replaced(self):
-    """Warns of a part of another run that will be written over at the end."""
-    folder, part = self.config.model_dir, self.objective.part
-    if not hosts.first() or part not in checkpoints.parts_in(folder):
-      return
-    theirs = checkpoints.read_meta(folder, part).get("config")
-    ours = json.loads(self.config.to_json_best_effort())
-    if theirs is None or workdir_lib.differences(theirs, ours):
-      _LOG.warning(
-        "%s has a part %r that is not of this run: at its end this run writes"
-        " over it. To keep it, give another --config.model_dir.",
-        folder,
-        part,
-      )
 
   def _roll_back(self, bad):
     """The newest checkpoint's state; the batches up to step `bad` are over."""
@@ -408,18 +392,6 @@ class _Run:
       self.config.batch_size,
       resume_step=step - 1,
     )
-
-  def _check_result(self, step):
-    """Raises LavitError for weights that cannot be what was trained."""
-    loss = self.evaluated.get("loss", 0.0)
-    if not math.isfinite(loss):
-      raise errors.LavitError(
-        f"The held-out loss of stage {self.config.stage!r} at its last step,"
-        f" {step}, is {loss}: nothing was written to {self.config.model_dir}."
-        " Either the weights went wrong in the last steps, or the checkpoint"
-        f" {self.workdir / 'checkpoints' / str(step)} is damaged: remove it,"
-        " and give the same command again to go on from the one before."
-      )
 
   def _export(self, state):
     made = self.objective.exports(state.params, state.extra)

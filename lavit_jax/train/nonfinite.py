@@ -134,3 +134,24 @@ class Watch:
         " (config.nonfinite.limit) with later batches. Lower the learning rate"
         " of this phase (config.phases)."
       )
+
+
+def check_result(config, workdir, step: int, metrics) -> None:
+  """Raises LavitError for weights that cannot be what was trained.
+
+  Args:
+    config: of the run.
+    workdir: the run's, an `epath.Path`.
+    step: the last.
+    metrics: held-out ones; `loss` is looked at, if it is there.
+  """
+  loss = metrics.get("loss", 0.0)
+  if math.isfinite(loss):
+    return
+  raise errors.LavitError(
+    f"The held-out loss of stage {config.stage!r} at its last step, {step}, is"
+    f" {loss}: nothing was written to {config.model_dir}. Either the weights"
+    " went wrong in the last steps, or the checkpoint"
+    f" {workdir / 'checkpoints' / str(step)} is damaged: remove it, and give"
+    " the same command again to go on from the one before."
+  )

@@ -5,7 +5,7 @@ import logging
 
 from etils import epath
 
-from lavit_jax import errors, files, hosts
+from lavit_jax import checkpoints, errors, files, hosts
 from lavit_jax.train import versions
 
 # What may change when a run goes on: lengths of logs, where and how fast it
@@ -82,6 +82,21 @@ def claim(config, workdir) -> epath.Path:
   hosts.barrier("lavit_workdir_made")
   versions.check(workdir)
   return workdir
+
+
+def say_replaced(config, part: str) -> None:
+  """Warns of a part of another run that this one writes over at its end."""
+  folder = config.model_dir
+  if not hosts.first() or part not in checkpoints.parts_in(folder):
+    return
+  theirs = checkpoints.read_meta(folder, part).get("config")
+  if theirs is None or differences(theirs, _stored(config)):
+    _LOG.warning(
+      "%s has a part %r that is not of this run: at its end this run writes"
+      " over it. To keep it, give another --config.model_dir.",
+      folder,
+      part,
+    )
 
 
 def _stored(config) -> dict:
