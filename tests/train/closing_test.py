@@ -74,6 +74,13 @@ def test_checkpoints_that_could_not_be_written_are_closed(tmp_path):
     run._thread.submit(print)
 
 
+def _leave_config_alone(monkeypatch):
+  """The run is a stand-in, and has no config."""
+  monkeypatch.setattr(loop.ranges, "check", lambda config: None)
+  for name in ("check", "claim"):
+    monkeypatch.setattr(loop.workdir_lib, name, lambda config, workdir: "")
+
+
 @pytest.mark.parametrize(
   "error",
   [errors.Preempted("step 3 is saved"), ValueError("a bug"), SystemExit(2)],
@@ -92,7 +99,7 @@ def test_closing_replaces_no_error(monkeypatch, caplog, error):
     return run
 
   monkeypatch.setattr(loop, "_Run", made)
-  monkeypatch.setattr(loop.workdir_lib, "check", lambda config, workdir: "")
+  _leave_config_alone(monkeypatch)
   with (
     caplog.at_level(logging.WARNING),
     pytest.raises(type(error)) as caught,
@@ -110,6 +117,6 @@ def test_an_error_of_closing_alone_is_that_of_the_run(monkeypatch):
     return run
 
   monkeypatch.setattr(loop, "_Run", made)
-  monkeypatch.setattr(loop.workdir_lib, "check", lambda config, workdir: "")
+  _leave_config_alone(monkeypatch)
   with pytest.raises(OSError, match="the log is lost"):
     loop.train(None, "unused")
