@@ -37,8 +37,8 @@ def get_config():
   cfg.batch_size = 256
   cfg.mesh.fsdp = 8
   # All its blocks differ in shape, and none is under a scan: by default (16384)
-  # their convolutions compile for more than a quarter of an hour, in windows of
-  # this size for five minutes (benchmarks/unet_compile.py has what it costs).
+  # their convolutions did not compile in 13 minutes, in windows of this size
+  # they do in five (benchmarks/unet_compile.py has what it costs).
   cfg.compiler_options = {"xla_tpu_scoped_vmem_limit_kib": "8192"}
   cfg.vae_from = ""  # a model directory with another autoencoder
   cfg.model = dict(

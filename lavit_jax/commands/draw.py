@@ -127,6 +127,7 @@ def _drawn(args: argparse.Namespace, prompts, shown, read=()) -> None:
   common.require_text(
     "--negative", [args.negative_prompts or ""], "Give words."
   )
+  read = () if args.ids else read  # then nothing is drawn
   paths = common.outputs(args.out, len(prompts), read)
   lavit, options = _load(args), common.given(args, *_WORDS)
   if args.ids:

@@ -62,7 +62,10 @@ def add(subparsers) -> None:
     help="checkpoints, metrics and report (runs/quickstart)",
   )
   parser.add_argument(
-    "--minutes", type=float, metavar="M", help="fit all stages to this budget"
+    "--minutes",
+    type=common.number,
+    metavar="M",
+    help="fit all stages to this budget",
   )
   parser.add_argument(
     "--data", metavar="FILE", help="JSON lines with image and caption"

@@ -128,8 +128,8 @@ def unknown(row, used, within=""):
     plain = _plain(field)
     text = _text_in(value)
     about = _ABOUT.search(plain) and not _PICTURE.search(plain)
-    if plain == "split" and value not in _TRAINED:  # "test": not to be learnt
-      about = None
+    if plain == "split":
+      about = value in _TRAINED  # "test" is not to be learnt
     if text is not None and not about:
       yield name, text
 

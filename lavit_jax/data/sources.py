@@ -48,14 +48,14 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
     from lavit_jax.data import jsonl
 
     path, part = config["path"], split
+    if config.get("held_out_path"):
+      path = config["held_out_path"] if split == "held_out" else path
+      part = "all"
     if not path:
       raise errors.ConfigError(
         "config.data.kind='jsonl', but config.data.path is empty. Give a file"
         " of JSON lines: --config.data.path=my.jsonl."
       )
-    if config.get("held_out_path"):
-      path = config["held_out_path"] if split == "held_out" else path
-      part = "all"
     return jsonl.JsonlSource(
       path,
       config["image_size"],

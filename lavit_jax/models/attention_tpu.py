@@ -25,8 +25,8 @@ _WIDE = 256  # from here on blocks must be smaller to fit
 # chip was there to measure them on.
 _BLOCKS = {"TPU v6 lite": (1024, 1024)}
 _BLOCK = (512, 1024)
-# In float32 (an autoencoder's one head of 512) 512 keys take over 8 MB, more
-# than a config may leave a kernel: `compiler_options`.
+# In float32 (an autoencoder's one head of 512) 512 keys did not fit into 8 MiB,
+# which is what a config may leave a kernel: `compiler_options`.
 _BLOCK_OF_WIDE = (256, 256)
 # Of a row: a causal block on the diagonal computes twice what is needed.
 _LARGEST_SHARE = 4

@@ -111,7 +111,7 @@ def _encoder(net, params):
 def _records(source, meta, assigned, numbers, encoder, log, bar):
   """Latents of pictures; None for a bad one."""
   encode, size = encoder
-  done = int((assigned != buckets_lib.NONE).sum()) - len(numbers)
+  done = before = int((assigned != buckets_lib.NONE).sum()) - len(numbers)
   for chunk in _chunks(numbers, assigned, size):
     bucket = meta.buckets[assigned[chunk[0]]]
     pixels = np.zeros((size, *bucket, 3), np.uint8)
@@ -125,6 +125,8 @@ def _records(source, meta, assigned, numbers, encoder, log, bar):
         log.good()
       except images.ImageError as error:
         log.fault(source.image_key(int(i)), error)
+    if not before and done + len(chunk) == len(numbers):
+      log.check()  # fewer than a share is judged by: all of them, then
     made = encode(pixels)
     yield from (made[row] if fine else None for row, fine in enumerate(good))
     done += len(chunk)

@@ -2,11 +2,15 @@
 
 import dataclasses
 import math
+import numbers
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lavit_jax import errors
+
+_LARGEST = sys.float_info.max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,24 +18,25 @@ class Range:
   """Numbers from `low` to `high`, both among them unless they are open."""
 
   low: float
-  high: float = math.inf
+  high: float = _LARGEST
   whole: bool = False
   open_low: bool = False
   open_high: bool = False
 
   def __str__(self):
     kind = "an integer" if self.whole else "a number"
-    lowest = f"more than {self.low:g}" if self.open_low else f"{self.low:g}"
-    if self.high == math.inf:
+    lowest = f"more than {self.low}" if self.open_low else f"{self.low}"
+    if self.high >= _LARGEST:
       return f"{kind} {lowest}" + ("" if self.open_low else " or more")
-    return f"{kind} from {lowest} " + (
-      f"to less than {self.high:g}" if self.open_high else f"to {self.high:g}"
-    )
+    highest = f"less than {self.high}" if self.open_high else f"{self.high}"
+    return f"{kind} from {lowest} to {highest}"
 
   def __contains__(self, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
       return False
-    if self.whole and not isinstance(value, int):
+    # NumPy's compare in their own precision, and Python's integers exactly.
+    value = value if isinstance(value, int) else float(value)
+    if self.whole and isinstance(value, float) and not value.is_integer():
       return False
     above = value > self.low if self.open_low else value >= self.low
     return above and (
@@ -50,9 +55,9 @@ _RANGES = {
   r"data\.mixture\.\w+": Range(0),
   r"optimizer\.(b1|b2)": Range(0, 1, open_high=True),
   r"optimizer\.(weight_decay|groups\.\w+)": Range(0),
-  r"optimizer\.clip_norm": Range(0, open_low=True),
+  r"optimizer\.clip_norm": Range(0, math.inf, open_low=True),  # inf: never
   r"phases\.\w+\.(steps|warmup)": Range(0, whole=True),
-  r"phases\.\w+\.(lr|end_factor|min_snr|\w+_weight)": Range(0),
+  r"phases\.\w+\.(lr|end_factor|min_snr)": Range(0),
   r"phases\.\w+\.(mask_share|\w+_dropout|ema_decay)": _SHARE,
   r"model\.(\w+\.)*(width|depth|num_heads|num_kv_heads|mlp_dim|max_len"
   r"|patch_size|image_size|embed_dim|code_dim|num_codes|unroll)": _COUNT,
@@ -76,7 +81,7 @@ def check(config) -> None:
 def _wrong(fields: Mapping[str, Any]) -> Iterator[str]:
   """What is given and what was expected, of each field that is wrong."""
   for name, value in _leaves(fields, ""):
-    if isinstance(value, float) and math.isnan(value):
+    if isinstance(value, numbers.Real) and math.isnan(value):
       yield f"config.{name} is not a number (nan)"
       continue
     for pattern, among in _RANGES.items():

@@ -46,14 +46,6 @@ def check(config, workdir) -> epath.Path:
   path = workdir / "config.json"
   ours = _stored(config)
   theirs = json.loads(path.read_text()) if path.exists() else ours
-  if _lacks_compute(theirs, ours):
-    compute = ours["model"]["compute"]
-    _LOG.warning(
-      "%s was begun without config.model.compute: from here on the networks"
-      " of its model directory are computed as the config says (%s)",
-      workdir,
-      ", ".join(f"{name} {x.get('dtype')}" for name, x in compute.items()),
-    )
   if changed := differences(theirs, ours):
     raise errors.ConfigError(
       f"{workdir} holds a run with another config; it differs in"
@@ -72,13 +64,21 @@ def claim(config, workdir) -> epath.Path:
 
   With several processes all of them call this.
   """
-  workdir = check(config, workdir)
-  ours = _stored(config)
+  workdir = check(config, workdir)  # again: it may be another's by now
+  path, ours = workdir / "config.json", _stored(config)
+  if path.exists() and _lacks_compute(json.loads(path.read_text()), ours):
+    compute = ours["model"]["compute"]
+    _LOG.warning(
+      "%s was begun without config.model.compute: from here on the networks"
+      " of its model directory are computed as the config says (%s)",
+      workdir,
+      ", ".join(f"{name} {x.get('dtype')}" for name, x in compute.items()),
+    )
   hosts.barrier("lavit_workdir")  # nobody reads what is being written
   if hosts.first():
     workdir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(ours, indent=1, sort_keys=True) + "\n"
-    files.write_whole(workdir / "config.json", text.encode())
+    files.write_whole(path, text.encode())
   hosts.barrier("lavit_workdir_made")
   versions.check(workdir)
   return workdir
@@ -89,7 +89,10 @@ def say_replaced(config, part: str) -> None:
   folder = config.model_dir
   if not hosts.first() or part not in checkpoints.parts_in(folder):
     return
-  theirs = checkpoints.read_meta(folder, part).get("config")
+  try:
+    theirs = checkpoints.read_meta(folder, part).get("config")
+  except errors.CheckpointError:  # damaged: to be made again
+    return
   if theirs is None or differences(theirs, _stored(config)):
     _LOG.warning(
       "%s has a part %r that is not of this run: at its end this run writes"

@@ -4,6 +4,7 @@ import importlib
 import math
 import pathlib
 
+import numpy as np
 import pytest
 
 from lavit_jax import errors
@@ -26,7 +27,8 @@ def test_every_config_that_is_shipped_may_be_run(name):
 @pytest.mark.parametrize(
   ("field", "value", "says"),
   [
-    ("seed", -1, "seed=-1: expected an integer from 0 to"),
+    ("seed", -1, "seed=-1: expected an integer from 0 to 4294967295"),
+    ("phases.train.lr", math.inf, "phases.train.lr=inf: expected a number 0"),
     ("seed", 10**20, "seed=100000000000000000000: expected"),
     ("log.every", 0, "log.every=0: expected an integer 1 or more"),
     ("eval.every", 0, "eval.every=0"),
@@ -73,3 +75,12 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_made(
     loop.train(config, tmp_path / "run", quiet=True)
   assert says in str(caught.value)
   assert not (tmp_path / "run").exists()
+
+
+def test_numbers_of_other_kinds_that_mean_the_same_may_be_run():
+  config = micro.config("encoder", "models")
+  with config.ignore_type():
+    config.batch_size, config.phases.train.steps = np.int64(8), 4.0
+    config.optimizer.clip_norm = math.inf  # no clipping
+    config.phases.train.lr = np.float32(1e-3)
+  ranges.check(config)
