@@ -288,6 +288,22 @@ def test_every_axis_of_every_network_has_a_rule(highres):
   sharding.param_shardings(boxed, mesh)
 
 
+def test_a_share_of_bad_pictures_is_judged_however_few_there_are(
+  source, tmp_path
+):
+  """Too few to be judged as they come: all of them, before the cache is."""
+  photos = shutil.copytree(PHOTOS, tmp_path / "photos")
+  for path in sorted(photos.rglob("*.jpg"))[::2]:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  data = _config("lowres", tmp_path, source).data.to_dict()
+  data["path"] = data["held_out_path"] = str(photos / "index.jsonl")
+  with pytest.raises(errors.DataError, match="pictures are unusable"):
+    latent_data.write_cache(
+      source, "lowres", data, tmp_path / "cache", batch=4, quiet=True
+    )
+  assert not (tmp_path / "cache").exists()
+
+
 def test_training_from_cached_latents_is_training_without(source, tmp_path):
   """Cut from the centre, means: the loss is the same to float16's rounding."""
   root = _branch(source, tmp_path, "lowres")
