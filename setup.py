@@ -99,5 +99,5 @@ setuptools.setup(
   packages=[*PACKAGES, *(f"lavit_jax.{name}" for name in CONFIGS)],
   package_dir={"lavit_jax.configs": "configs"},
   package_data={"lavit_jax": ["weights/**/*", "weights/**/.*"]},
-  entry_points={"console_scripts": ["lavit=lavit_jax.cli:main"]},
+  entry_points={"console_scripts": ["lavit=lavit_jax.commands.main:main"]},
 )

@@ -26,9 +26,9 @@ import sys
 import tempfile
 
 import lavit_jax
-from lavit_jax import progress
+from lavit_jax.aot import executed, hlo, libtpu
+from lavit_jax.core import progress
 from lavit_jax.models import llama
-from lavit_jax.train import executed, hlo, libtpu
 
 _VOCAB = llama.LLAMA2_7B.padded_vocab
 _MOST_S = 400.0  # to compile a step

@@ -23,9 +23,10 @@ import time
 import numpy as np
 import torch
 
-from lavit_jax import vocabulary
+from lavit_jax.core import vocabulary
 from lavit_jax.models import llama
-from lavit_jax.port import llama_folder, names, sizes, writing
+from lavit_jax.port.formats import llama_folder, tensor_files
+from lavit_jax.port.tables import names, sizes
 
 SHARDS = 4
 WIDTH, MLP = 2048, 5504
@@ -61,10 +62,10 @@ def make_source(folder: pathlib.Path, gigabytes: float) -> int:
     names.LLM, sizes.abstract_llama(config), rows=text_size
   )
   half = np.dtype(np.float16)
-  specs = [writing.Spec(n, x.shape, half) for n, x in shapes.items()]
+  specs = [tensor_files.Spec(n, x.shape, half) for n, x in shapes.items()]
   total = sum(spec.nbytes for spec in specs)
   limit = total // SHARDS + max(spec.nbytes for spec in specs)
-  files = writing.shards(specs, limit, "pytorch_model", ".bin")
+  files = tensor_files.shards(specs, limit, "pytorch_model", ".bin")
   generator = torch.Generator().manual_seed(0)
   for file, group in files.items():
     state = {
@@ -75,7 +76,7 @@ def make_source(folder: pathlib.Path, gigabytes: float) -> int:
     }
     torch.save(state, folder / file)
   index = folder / "pytorch_model.bin.index.json"
-  index.write_bytes(writing.index_json(files))
+  index.write_bytes(tensor_files.index_json(files))
   return total
 
 

@@ -28,9 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import checkpoints, images, vocabulary
-from lavit_jax.data import sequences, shapes
-from lavit_jax.infer import decode, parts, quantize, visual
+from lavit_jax.core import images, vocabulary
+from lavit_jax.core.storage import checkpoints
+from lavit_jax.data import sequences
+from lavit_jax.data.sources import shapes
+from lavit_jax.infer import visual
+from lavit_jax.infer.decoding import decode
+from lavit_jax.infer.loading import parts, quantize
 from lavit_jax.models import llama
 
 TOKENS = 64

@@ -27,10 +27,10 @@ import numpy as np
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(_ROOT))
 
-from lavit_jax import checkpoints  # noqa: E402
-from lavit_jax.train import writers  # noqa: E402
-from tests import micro  # noqa: E402
-from tests.train import processes  # noqa: E402
+from lavit_jax.core.storage import checkpoints
+from lavit_jax.train.telemetry import writers
+from tests import micro
+from tests.train import processes
 
 
 def main(argv=None) -> int:

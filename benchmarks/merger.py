@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lavit_jax.models import merger
+from lavit_jax.models.tokenizer import merger
 
 NUM_PATCHES = 256
 KEPT = NUM_PATCHES // 3

@@ -16,7 +16,8 @@ import platform
 import shutil
 import time
 
-from lavit_jax.infer import pipeline, tokenize_data
+from lavit_jax.infer import pipeline
+from lavit_jax.jobs import tokenize
 from lavit_jax.train import loop
 
 STEPS = {"encoder": 150, "tokenizer": 300, "pretrain": 900}
@@ -85,7 +86,7 @@ def train(root, data):
       config.data.mixture = dict(image_text=1.0)
       config.data.cache_dir = str(root / "codes")
       config.data.held_out_cache_dir = str(root / "codes")
-      tokenize_data.write_cache(
+      tokenize.write_cache(
         config.model_dir, config.data.to_dict(), root / "codes"
       )
     loop.train(config, root / stage)

@@ -34,10 +34,9 @@ import jax
 import numpy as np
 from side_by_side import steps, steps_ours
 
-from lavit_jax import sharding
 from lavit_jax.commands import train as train_command
-from lavit_jax.data import packing
-from lavit_jax.train import averages
+from lavit_jax.core import averages, sharding
+from lavit_jax.data.batching import packing
 from lavit_jax.train import state as state_lib
 
 _LONGEST = 2 + 190 + 40

@@ -36,7 +36,7 @@ import tempfile
 
 from side_by_side import cases, compare, report, worker
 
-from lavit_jax import errors
+from lavit_jax.core import errors
 
 
 def main() -> int:

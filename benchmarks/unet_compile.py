@@ -17,9 +17,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lavit_jax import progress, sharding
-from lavit_jax.models import unet, unet_blocks
-from lavit_jax.train import hlo, program, topology
+from lavit_jax.aot import hlo, topology
+from lavit_jax.core import progress, sharding
+from lavit_jax.models.pixels import unet, unet_blocks
+from lavit_jax.train import program
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _OPTION = "xla_tpu_scoped_vmem_limit_kib"

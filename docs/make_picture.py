@@ -5,9 +5,9 @@ import pathlib
 
 import numpy as np
 
-from lavit_jax.data import shapes
+from lavit_jax.data.sources import shapes
+from lavit_jax.evaluate.report import figures
 from lavit_jax.infer import pipeline
-from lavit_jax.report import figures
 
 PROMPTS = (
   "a large red circle at the top left and a small blue ring at the bottom"

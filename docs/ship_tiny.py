@@ -13,7 +13,7 @@ import sys
 
 import jax.numpy as jnp
 
-from lavit_jax import checkpoints
+from lavit_jax.core.storage import checkpoints
 
 _TARGET = pathlib.Path(__file__).parents[1] / "lavit_jax" / "weights" / "tiny"
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from lavit_jax import cli
+from lavit_jax.commands import main
 
 if __name__ == "__main__":
-  sys.exit(cli.main())
+  sys.exit(main.main())

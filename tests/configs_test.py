@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax import checkpoints, errors, sharding
-from lavit_jax.data import sources
-from lavit_jax.infer import latents
-from lavit_jax.train import lora, objectives, stored
+from lavit_jax.core import errors, sharding
+from lavit_jax.core.storage import checkpoints
+from lavit_jax.data.sources import kinds
+from lavit_jax.diffusion import stable_diffusion
+from lavit_jax.models import lora
+from lavit_jax.train import objectives
 from lavit_jax.train import phases as phases_lib
 from lavit_jax.train import state as state_lib
+from lavit_jax.train.objectives.frozen import artifacts
 
 _ROOT = pathlib.Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(
@@ -45,7 +48,7 @@ def test_every_config_loads_and_says_how_it_is_launched(name):
 
 def test_buckets_of_the_highres_decoder_are_the_six_official_ratios():
   buckets = _module("lavit_7b/pixels_sdxl.py").get_config().data.buckets
-  assert buckets == tuple(latents.RATIOS.values())
+  assert buckets == tuple(stable_diffusion.RATIOS.values())
   buckets = _module("lavit_7b/pixels_sd15.py").get_config().data.buckets
   assert buckets == ((512, 512),)
 
@@ -76,7 +79,7 @@ def _batch(size):
 def test_full_size_pixel_decoders_fit_together(name, rank, capsys):
   cfg = _module(f"lavit_7b/{name}.py").get_config()
   cfg.model.lora = dict(rank=rank, alpha=float(rank))
-  objective = objectives.build(cfg, stored.Outline(cfg))
+  objective = objectives.build(cfg, artifacts.Outline(cfg))
   init = state_lib.init_fn(objective, 0)
   boxed = jax.eval_shape(init)
   mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
@@ -121,7 +124,7 @@ def test_a_full_size_run_without_weights_to_start_from_says_what_to_do(
   name, monkeypatch
 ):
   pair = (_Squares(), _Squares())
-  monkeypatch.setattr(sources, "pair", lambda _: pair)
+  monkeypatch.setattr(kinds, "pair", lambda _: pair)
   cfg = _module(f"lavit_7b/{name}.py").get_config()
   with pytest.raises(errors.ConfigError, match=r"--config\.start_from=DIR"):
     objectives.build(cfg)

@@ -21,9 +21,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Nearly all of them are compiled for longer than they run.
 _QUICK = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
 
-import filelock  # noqa: E402
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import filelock
+import jax
+import pytest
 
 _MAX_RESIDENT = 3e9  # bytes
 

@@ -14,9 +14,11 @@ from unittest import mock
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from lavit_jax import checkpoints, images, quickstart, sharding
-from lavit_jax.data import shapes
-from lavit_jax.models import tokenizer
+from lavit_jax.core import images, sharding
+from lavit_jax.core.storage import checkpoints
+from lavit_jax.data.sources import shapes
+from lavit_jax.jobs import quickstart
+from lavit_jax.models.tokenizer import tokenizer
 from lavit_jax.train import objectives
 
 SCENES = 40

@@ -59,7 +59,8 @@ def test_notebook_is_kept_without_outputs(path):
 
 def test_understanding_reads_with_an_imported_model(execute, tmp_path):
   pytest.importorskip("torch", reason="imports PyTorch files")
-  from lavit_jax.port import importing, specimen
+  from lavit_jax.port import importing
+  from lavit_jax.port.verify import specimen
 
   source = specimen.write(tmp_path / "source")
   importing.run(source, tmp_path / "model", quiet=True)
@@ -72,7 +73,8 @@ def test_understanding_reads_with_an_imported_model(execute, tmp_path):
 def test_drawings_by_an_imported_model(execute, tmp_path, name):
   """Random weights draw noise; in `text_to_image` in all six ratios."""
   pytest.importorskip("torch", reason="imports PyTorch files")
-  from lavit_jax.port import importing, specimen
+  from lavit_jax.port import importing
+  from lavit_jax.port.verify import specimen
 
   source = specimen.write(tmp_path / "source")
   importing.run(source, tmp_path / "model", quiet=True)
@@ -91,7 +93,7 @@ def test_drawings_by_an_imported_model(execute, tmp_path, name):
 def test_port_checkpoint_holds_an_official_checkpoint_to_its_recordings(
   execute, tmp_path
 ):
-  """Some of them; tests/port/verify_test.py takes all."""
+  """Some of them; tests/port/verify/verify_test.py takes all."""
   golden = pathlib.Path(os.environ["LAVIT_SHARED"]).absolute() / "golden" / "a"
   some = tmp_path / "recordings"
   some.mkdir()

@@ -87,7 +87,7 @@ def test_the_metadata_names_the_command_and_no_heavy_requirement(wheel):
   def read(name):
     return archive.read(f"{prefix}/{name}").decode()
 
-  assert "lavit = lavit_jax.cli:main" in read("entry_points.txt")
+  assert "lavit = lavit_jax.commands.main:main" in read("entry_points.txt")
   assert "Apache License" in read("licenses/LICENSE")
   metadata = email.parser.Parser().parsestr(read("METADATA"))
   assert metadata["Name"] == "lavit_jax"
@@ -110,10 +110,10 @@ def test_the_installed_package_runs_from_an_empty_folder(installed, tmp_path):
 
 def test_the_installed_package_finds_its_configs(installed, tmp_path):
   code = (
-    "import pathlib, lavit_jax.cli\n"
+    "import pathlib, lavit_jax.commands.main\n"
     "from lavit_jax.commands import train\n"
     "argv = ['--config', 'tiny/encoder.py', '--workdir', 'w']\n"
-    "print(train.read_config(argv)[0].stage, lavit_jax.cli.__file__)"
+    "print(train.read_config(argv)[0].stage, lavit_jax.commands.main.__file__)"
   )
   done = python(installed, tmp_path, "-c", code)
   assert done.returncode == 0, done.stderr

@@ -11,9 +11,10 @@ import pathlib
 
 import jax
 
-from lavit_jax import sharding
-from lavit_jax.train import objectives, optimizer, phases, program, stored
+from lavit_jax.core import sharding
+from lavit_jax.train import objectives, optimizer, phases, program
 from lavit_jax.train import state as state_lib
+from lavit_jax.train.objectives.frozen import artifacts
 
 FOLDER = pathlib.Path(__file__).parent / "golden" / "specs"
 NAMES = ("tokenizer", "pixels_sd15", "pixels_sdxl", "pretrain", "finetune")
@@ -24,7 +25,7 @@ def trees(name: str):
   """(config, mesh, abstract trees with shardings) of a full-size run."""
   module = importlib.import_module(f"lavit_jax.configs.lavit_7b.{name}")
   cfg = module.get_config()
-  objective = objectives.build(cfg, stored.Outline(cfg))
+  objective = objectives.build(cfg, artifacts.Outline(cfg))
   mesh = _mesh(cfg.mesh.to_dict(), DEVICES.get(name, 256))
   boxed = jax.eval_shape(state_lib.init_fn(objective, 0))
   state = program.abstract(boxed, mesh)

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 import PIL.Image
 
-from lavit_jax import images, vocabulary
+from lavit_jax.core import images, vocabulary
 
 GUIDANCE = 4.0
 TOP_K = 50

@@ -14,15 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import checkpoints, errors, images, vocabulary
-from lavit_jax.models import (
+from lavit_jax.core import errors, images, vocabulary
+from lavit_jax.core.storage import checkpoints
+from lavit_jax.models import llama
+from lavit_jax.models.encoder import vision
+from lavit_jax.models.tokenizer import (
   decoder,
-  llama,
   merger,
   quantizer,
   selector,
   tokenizer,
-  vision,
 )
 from lavit_jax.port import exporting
 from side_by_side import cases

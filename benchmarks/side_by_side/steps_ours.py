@@ -10,21 +10,22 @@ import ml_collections
 import numpy as np
 from flax import traverse_util
 
-from lavit_jax import sharding
 from lavit_jax.commands import train as train_command
-from lavit_jax.models import (
+from lavit_jax.core import averages, sharding
+from lavit_jax.models import llama
+from lavit_jax.models.encoder import vision
+from lavit_jax.models.tokenizer import (
   decoder,
-  llama,
   merger,
   quantizer,
   selector,
   tokenizer,
-  vision,
 )
-from lavit_jax.train import averages, losses, optimizer, program, stored
+from lavit_jax.train import losses, optimizer, program
 from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base
 from lavit_jax.train.objectives import tokenizer as tokenizer_stage
+from lavit_jax.train.objectives.frozen import artifacts
 from side_by_side import steps
 
 
@@ -118,7 +119,7 @@ def build(sizes, batch: int):
   config.data = {"image_size": sizes.image_size, "capacity": sizes.capacity}
   config.assumed = {"tokenizer": parts}
   config.phases, config.schedule = {"codes": phase}, ("codes",)
-  where = stored.Outline(config)
+  where = artifacts.Outline(config)
   return tokenizer_stage.TokenizerObjective(config, where), phase
 
 

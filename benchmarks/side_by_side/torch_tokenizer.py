@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lavit_jax import images
+from lavit_jax.core import images
 
 _EPS = 1e-6  # of the softmax with a policy
 _KEEP = 0

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lavit_jax import images
+from lavit_jax.core import images
 from side_by_side import steps, torch_tokenizer
 
 _UNDECAYED = ("embed", "norm", "bias")

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from lavit_jax.infer import latents, schedules
-from lavit_jax.models import unet, vae
-from lavit_jax.port import diffusers_config, names, names_pixels
+from lavit_jax.diffusion import schedules, stable_diffusion
+from lavit_jax.models.pixels import unet, vae
+from lavit_jax.port.diffusers import config as config_lib
+from lavit_jax.port.tables import names, pixel_names
 from side_by_side import ours, unet_cases
 
 _SCHEDULE = schedules.STABLE_DIFFUSION
@@ -43,19 +44,19 @@ def make(folder, sizes: unet_cases.Sizes) -> dict[str, int]:
   folder = pathlib.Path(folder) / "unet"
   folder.mkdir(parents=True, exist_ok=True)
   made = config(sizes)
-  shapes = diffusers_config.abstract_unet(made)
+  shapes = config_lib.abstract_unet(made)
   rng = np.random.default_rng(0)
   params = jax.tree_util.tree_map_with_path(
     functools.partial(_random, rng), shapes
   )
-  table = names_pixels.unet(made)
+  table = pixel_names.unet(made)
   tensors = {
     name: np.ascontiguousarray(value)
     for name, value in names.to_official(table, params).items()
   }
   path = folder / "diffusion_pytorch_model.safetensors"
   safetensors.numpy.save_file(tensors, path)
-  content = diffusers_config.unet_fields(made)
+  content = config_lib.unet_fields(made)
   (folder / "config.json").write_text(json.dumps(content))
   return {"unet": sum(x.size for x in jax.tree.leaves(params))}
 
@@ -87,7 +88,7 @@ class Side:
     tensors = safetensors.numpy.load_file(
       self._folder / "diffusion_pytorch_model.safetensors"
     )
-    params = names.to_ours(names_pixels.unet(made), tensors)
+    params = names.to_ours(pixel_names.unet(made), tensors)
     return unet.UNet(made), jax.tree.map(jnp.asarray, params)
 
   def work(self, case: unet_cases.Case, batch: int):
@@ -95,11 +96,13 @@ class Side:
     net, params = self._net
     side = 8 * self._sizes.latent
     given = unet_cases.inputs(self._sizes, batch)
-    settings = latents.Settings(height=side, width=side, steps=case.steps)
+    settings = stable_diffusion.Settings(
+      height=side, width=side, steps=case.steps
+    )
 
     @jax.jit
     def draw(params, noise, tokens, uncond):
-      return latents.lowres(
+      return stable_diffusion.lowres(
         lambda z, t, told: net.apply({"params": params}, z, t, **told),
         _SCHEDULE,
         settings,

@@ -5,7 +5,7 @@ import dataclasses
 import ml_collections
 from ml_collections import config_dict
 
-from lavit_jax.models import tokenizer
+from lavit_jax.models.tokenizer import tokenizer
 
 
 def get_config(stage: str) -> ml_collections.ConfigDict:
@@ -20,7 +20,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
   cfg.start_from = config_dict.placeholder(str)  # has to be given
   cfg.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)  # -1: the rest
   cfg.data = dict(
-    kind="jsonl",  # or "tfds": see lavit_jax/data/sources.py
+    kind="jsonl",  # or "tfds": see lavit_jax/data/sources/kinds.py
     image_size=224,  # what the encoder sees
     seed=0,
     path="data/pictures.jsonl",
@@ -52,7 +52,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     capacity=192,  # the most words of a picture in the data
   )
   cfg.compiler_options = {}  # of XLA, beside those of train/program.py
-  cfg.accept = ""  # differences that are meant: see lavit_jax/agreement.py
+  cfg.accept = ""  # differences that are meant: see lavit_jax/core/agreement.py
   cfg.accumulate = 1  # parts in which a batch is run, one after the other
   cfg.nonfinite = dict(policy="skip", limit=20)  # see train/nonfinite.py
   cfg.log = dict(every=50, profile=())  # profile: first and last step to trace

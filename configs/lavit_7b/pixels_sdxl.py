@@ -30,8 +30,9 @@ import dataclasses
 
 from lavit_jax.configs.lavit_7b import common
 
-from lavit_jax.infer import schedules
-from lavit_jax.models import decoder, unet, vae
+from lavit_jax.diffusion import schedules
+from lavit_jax.models.pixels import unet, vae
+from lavit_jax.models.tokenizer import decoder
 
 
 def get_config():

@@ -25,7 +25,8 @@ moments. With fewer chips `accumulate` runs the batch in parts, each at least a
 row a chip: on 64, --config.mesh.fsdp=64 --config.accumulate=4. On 256 it has
 nothing to cut.
 --config.model.llm.matmul=int8 multiplies most of the LLM in int8, at twice the
-peak of these chips, and sends its weights as int8 (lavit_jax/models/narrow.py).
+peak of these chips, and sends its weights as int8
+(lavit_jax/models/low_precision.py).
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ import dataclasses
 
 from lavit_jax.configs.lavit_7b import common
 
-from lavit_jax.models import decoder, merger, quantizer
+from lavit_jax.models.tokenizer import decoder, merger, quantizer
 
 
 def get_config():

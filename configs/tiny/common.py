@@ -12,7 +12,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
   cfg.model_dir = "runs/tiny/model"  # parts are read from and written to here
   cfg.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)  # -1: the rest
   cfg.data = dict(
-    kind="shapes",  # or "jsonl", "tfds": see lavit_jax/data/sources.py
+    kind="shapes",  # or "jsonl", "tfds": see lavit_jax/data/sources/kinds.py
     image_size=48,
     seed=0,
     train_size=20_000,
@@ -40,7 +40,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     clip_norm=1.0,
     groups=dict(base=1.0),
   )
-  cfg.accept = ""  # differences that are meant: see lavit_jax/agreement.py
+  cfg.accept = ""  # differences that are meant: see lavit_jax/core/agreement.py
   cfg.accumulate = 1  # parts in which a batch is run, one after the other
   cfg.nonfinite = dict(policy="stop", limit=0)  # see train/nonfinite.py
   cfg.log = dict(every=50, profile=())  # profile: first and last step to trace

@@ -20,7 +20,7 @@ def get_config():
       mlp_dim=384,
       max_len=512,
       unroll=4,
-      matmul="",  # or "int8", "fp8": see lavit_jax/models/narrow.py
+      matmul="",  # or "int8", "fp8": see lavit_jax/models/low_precision.py
     ),
     compute=dict(  # of what is read from model_dir: see train/precision.py
       encoder=dict(dtype="float32", remat="none", unroll=4),

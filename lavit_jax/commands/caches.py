@@ -5,7 +5,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lavit_jax import errors, files
+from lavit_jax.core import errors
+from lavit_jax.core.storage import files
 
 SPLITS = ("train", "held_out")
 

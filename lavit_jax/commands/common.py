@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
-from lavit_jax import errors, files
-from lavit_jax.commands import compiled
+from lavit_jax.core import compiled_programs, errors
+from lavit_jax.core.storage import files
 
 FORMATTER = functools.partial(
   argparse.RawDescriptionHelpFormatter, max_help_position=28
@@ -53,7 +53,7 @@ def command(
     help=summary,
     description=f"{summary[0].upper()}{summary[1:]}.",
     epilog=textwrap.dedent(details)
-    + (f"\n{compiled.HELP}" if compiles else ""),
+    + (f"\n{compiled_programs.HELP}" if compiles else ""),
     formatter_class=FORMATTER,
   )
   json_help = "print one JSON document"
@@ -203,7 +203,7 @@ def load(args: argparse.Namespace, **options):
   """The `LaVIT` of `--model`, with further options of `LaVIT.load`."""
   from lavit_jax.infer import pipeline
 
-  compiled.keep()
+  compiled_programs.keep()
   return pipeline.LaVIT.load(
     args.model, dtype=args.dtype, quantize=args.quantize, **options
   )
@@ -217,8 +217,9 @@ def note_scenes(args: argparse.Namespace, paths: Sequence[str]) -> None:
   """
   if args.json or not paths:
     return
-  from lavit_jax import checkpoints, images
-  from lavit_jax.infer import parts
+  from lavit_jax.core import images
+  from lavit_jax.core.storage import checkpoints
+  from lavit_jax.infer.loading import parts
 
   meta = checkpoints.read_meta(parts.resolve(args.model), "encoder")
   data = meta.get("config", {}).get("data", {})

@@ -11,8 +11,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from lavit_jax import errors, files
 from lavit_jax.commands import train
+from lavit_jax.core import errors
+from lavit_jax.core.storage import files
 
 _HELP = """\
 usage: lavit compile --config FILE --topology CHIP:SHAPE [options]
@@ -79,8 +80,9 @@ def run(argv: Sequence[str]) -> int:
   args, config = _read(argv)
   os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU that is there is left alone
   keep_in(args.cache)
-  from lavit_jax.train import compile as ahead
-  from lavit_jax.train import libtpu, phases
+  from lavit_jax.aot import compile as ahead
+  from lavit_jax.aot import libtpu
+  from lavit_jax.train import phases
 
   libtpu.use(args.libtpu)
   if warning := libtpu.warning():

@@ -6,8 +6,9 @@ import json
 import os
 import re
 
-from lavit_jax import errors, files, progress
 from lavit_jax.commands import common
+from lavit_jax.core import errors, progress
+from lavit_jax.core.storage import files
 
 _PIXELS = (
   "seed",
@@ -170,7 +171,7 @@ def _bar():
 
 def _save(args, pictures, paths, shown) -> None:
   """Writes drawings and prints where; those withheld are named."""
-  from lavit_jax.infer import safety
+  from lavit_jax.infer.pixels import safety
 
   common.save(pictures, paths)
   rows, lines = [], []

@@ -5,8 +5,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from lavit_jax import errors
-from lavit_jax.commands import caches, compiled, train
+from lavit_jax.commands import caches, train
+from lavit_jax.core import compiled_programs, errors
 
 _HELP = """\
 usage: lavit latents --config FILE --out DIR [--split NAME] [--json]
@@ -39,7 +39,7 @@ def add(subparsers) -> None:
 def latents(argv: Sequence[str]) -> int:
   """Reads a config file and its overrides, writes the cache; exit status."""
   if not argv or {"-h", "--help"} & set(argv):
-    told = f"{_HELP}\n{compiled.HELP}"
+    told = f"{_HELP}\n{compiled_programs.HELP}"
     print(told, end="", file=sys.stdout if argv else sys.stderr)
     return 0 if argv else 2
   # No short forms: --config.data.x is not --config.
@@ -60,11 +60,11 @@ def latents(argv: Sequence[str]) -> int:
       " Give one such as tiny/latents.py."
     )
   caches.check_out(args.out, args.split)
-  compiled.keep(least=None)
-  from lavit_jax.train import latent_data
+  compiled_programs.keep(least=None)
+  from lavit_jax.jobs import latents as latents_lib
 
   def write(split, out):
-    return latent_data.write_cache(
+    return latents_lib.write_cache(
       config.vae_from or config.start_from or config.model_dir,
       config.model.kind,
       config.data.to_dict(),

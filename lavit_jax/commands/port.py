@@ -4,7 +4,8 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from lavit_jax.commands import common, compiled
+from lavit_jax.commands import common
+from lavit_jax.core import compiled_programs
 
 
 def add(subparsers) -> None:
@@ -173,9 +174,9 @@ def _size(count: int) -> str:
 
 
 def _verify(args: argparse.Namespace) -> int:
-  from lavit_jax.port import verify
+  from lavit_jax.port.verify import verify
 
-  compiled.keep()
+  compiled_programs.keep()
   rows = verify.run(args.model, args.golden)
   counts = {
     status: sum(row.status == status for row in rows)

@@ -7,8 +7,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from lavit_jax import errors, files
-from lavit_jax.commands import caches, common, compiled
+from lavit_jax.commands import caches, common
+from lavit_jax.core import compiled_programs, errors
+from lavit_jax.core.storage import files
 
 
 def add(subparsers) -> None:
@@ -84,14 +85,15 @@ def _tokenize_data(args: argparse.Namespace) -> None:
   common.require_files([] if args.data == "shapes" else [args.data])
   common.require_files([args.held_out] if args.held_out else [])
   caches.check_out(args.out, args.split)
-  from lavit_jax.infer import pipeline, tokenize_data
+  from lavit_jax.infer import pipeline
+  from lavit_jax.jobs import tokenize
 
-  compiled.keep()
+  compiled_programs.keep()
   model, held_out = pipeline.resolve(args.model), args.held_out or ""
   if args.split:
-    write = functools.partial(tokenize_data.write_cache, split=args.split)
+    write = functools.partial(tokenize.write_cache, split=args.split)
   else:
-    write = tokenize_data.write_caches
+    write = tokenize.write_caches
   summary = write(
     model,
     args.data,
@@ -128,8 +130,8 @@ def _tokenize_pictures(args: argparse.Namespace) -> None:
 
 def _overlay_sheet(rows: Sequence[dict[str, Any]]):
   """One picture of all masks, with names below where there are several."""
-  from lavit_jax import images
-  from lavit_jax.report import figures
+  from lavit_jax.core import images
+  from lavit_jax.evaluate.report import figures
 
   size = 480 if len(rows) == 1 else 240
   masks = [

@@ -2,8 +2,8 @@
 
 import argparse
 
-from lavit_jax import files
 from lavit_jax.commands import common
+from lavit_jax.core.storage import files
 
 _FILE = "report.html"
 
@@ -41,7 +41,7 @@ def add(subparsers) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-  from lavit_jax.report import run_page
+  from lavit_jax.evaluate.report import run_page
 
   out = args.out or files.place(args.workdir) / _FILE
   path = run_page.write(args.workdir, out)

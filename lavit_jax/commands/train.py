@@ -8,8 +8,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from lavit_jax import errors
-from lavit_jax.commands import common, compiled
+from lavit_jax.commands import common
+from lavit_jax.core import compiled_programs, errors
 
 _TRAIN_HELP = """\
 usage: lavit train --config FILE --workdir DIR [--config.FIELD=VALUE ...]
@@ -93,9 +93,9 @@ def _quickstart(args: argparse.Namespace) -> None:
     )
   common.require_files([args.data] if args.data else [])
   fields = common.data_fields(args)
-  from lavit_jax import quickstart
+  from lavit_jax.jobs import quickstart
 
-  compiled.keep(least=None)
+  compiled_programs.keep(least=None)
   if not args.evaluate_only:
     use_cpu_cores(quickstart.common_batch())
   metrics = quickstart.run(
@@ -114,13 +114,14 @@ def train(argv: Sequence[str]) -> int:
   """Reads a config file and its overrides, trains that stage; exit status."""
   if not argv or {"-h", "--help"} & set(argv):
     print(
-      _TRAIN_HELP + compiled.HELP,
+      _TRAIN_HELP + compiled_programs.HELP,
       end="",
       file=sys.stdout if argv else sys.stderr,
     )
     return 0 if argv else 2
   config, workdir = read_config(argv)
-  from lavit_jax.train import distributed, loop
+  from lavit_jax.train import loop
+  from lavit_jax.train.resilience import distributed
 
   keep_compiled(workdir)
   distributed.initialize()
@@ -142,7 +143,7 @@ def keep_compiled(workdir: str) -> None:
     "LAVIT_COORDINATOR" not in os.environ
   )
   if alone:
-    compiled.keep(least=None)
+    compiled_programs.keep(least=None)
   elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = f"{workdir.rstrip('/')}/compiled"
     jax.config.update("jax_compilation_cache_dir", folder)

@@ -2,7 +2,8 @@
 
 import hashlib
 
-from lavit_jax.data import examples, lines
+from lavit_jax.data import examples
+from lavit_jax.data.records import lines
 
 _LOOKED_AT = 16  # examples of each task
 _CHUNK = 1 << 20  # bytes read at once: an array may be one line

@@ -8,7 +8,7 @@ import collections
 import logging
 import threading
 
-from lavit_jax import errors
+from lavit_jax.core import errors
 
 _LOG = logging.getLogger(__name__)
 _NAMED = 50  # log lines a kind of sample; the rest are only counted

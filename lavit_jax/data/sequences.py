@@ -18,8 +18,8 @@ import dataclasses
 
 import numpy as np
 
-from lavit_jax import errors
-from lavit_jax import vocabulary as vocabulary_lib
+from lavit_jax.core import errors
+from lavit_jax.core import vocabulary as vocabulary_lib
 from lavit_jax.data import examples
 
 

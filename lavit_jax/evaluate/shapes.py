@@ -10,7 +10,8 @@ import re
 
 import numpy as np
 
-from lavit_jax.data import shapes_scene, shapes_text
+from lavit_jax.data.shapes import scene
+from lavit_jax.data.shapes import text as text_lib
 from lavit_jax.evaluate import shapes_judge
 
 judge = shapes_judge.judge
@@ -48,18 +49,18 @@ def _parse_clause(clause):
     if kind in found[-1]:
       found.append({})
     found[-1][kind] = value
-  return [shapes_scene.Object(**fields) for fields in found if fields]
+  return [scene.Object(**fields) for fields in found if fields]
 
 
 @functools.cache
 def _meanings():
   """Word -> (kind, value), for every word of the grammar that means one."""
   table = {"left": ("column", "left"), "right": ("column", "right")}
-  table |= {color: ("color", color) for color in shapes_scene.COLORS}
-  table |= {shape: ("shape", shape) for shape in shapes_scene.SHAPES}
-  for size, words in shapes_text.SIZE_WORDS.items():
+  table |= {color: ("color", color) for color in scene.COLORS}
+  table |= {shape: ("shape", shape) for shape in scene.SHAPES}
+  for size, words in text_lib.SIZE_WORDS.items():
     table |= {word: ("size", size) for word, _ in words}
-  for row, words in shapes_text.ROW_WORDS.items():
+  for row, words in text_lib.ROW_WORDS.items():
     table |= {word: ("row", row) for word, _ in words}
   return table
 
@@ -84,13 +85,13 @@ def match(true, predicted):
           grown[key] = more
     best = grown
   right = max(best.values(), key=lambda counter: counter.total())
-  return {name: right[name] for name in shapes_scene.ATTRIBUTES}
+  return {name: right[name] for name in scene.ATTRIBUTES}
 
 
 def _right(obj, other):
   return collections.Counter(
     name
-    for name in shapes_scene.ATTRIBUTES
+    for name in scene.ATTRIBUTES
     if getattr(obj, name) is not None
     and getattr(obj, name) == getattr(other, name)
   )
@@ -104,11 +105,11 @@ def compare(true, predicted):
   """
   count = max(len(true), len(predicted))
   if not count:  # nothing there, nothing seen
-    names = ("attributes", "exact", *shapes_scene.ATTRIBUTES)
+    names = ("attributes", "exact", *scene.ATTRIBUTES)
     return dict.fromkeys(names, 1.0)
   right = match(true, predicted)
   shares = {name: n / count for name, n in right.items()}
-  total = sum(right.values()) / (len(shapes_scene.ATTRIBUTES) * count)
+  total = sum(right.values()) / (len(scene.ATTRIBUTES) * count)
   return {"attributes": total, "exact": float(total == 1.0)} | shares
 
 

@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 from PIL import Image
 
-from lavit_jax.data import shapes_render, shapes_scene
+from lavit_jax.data.shapes import render, scene
 
 _SIZE = 48  # every picture is read at this size
 _HALF = _SIZE // 2
@@ -23,7 +23,7 @@ _AMPLITUDES = (0.6, 1.15)  # paler and stronger than the palette, still read
 _MIN_STRENGTH = 0.3
 _MIN_EXPLAINED = 0.35
 _MAX_GROUND_CHROMA = 45
-_KINDS = tuple(itertools.product(shapes_scene.SHAPES, shapes_scene.SIZES))
+_KINDS = tuple(itertools.product(scene.SHAPES, scene.SIZES))
 # Rows: two axes of hue and chroma, one of lightness.
 _AXES = np.array(
   [
@@ -51,7 +51,7 @@ def judge(image):
   found = [
     _read(pixels[y : y + _HALF, x : x + _HALF], place)
     for place, (y, x) in zip(
-      shapes_scene.PLACES,
+      scene.PLACES,
       ((0, 0), (0, _HALF), (_HALF, 0), (_HALF, _HALF)),
       strict=True,
     )
@@ -72,7 +72,7 @@ def _read(window, place):
   ground = _ground(window)
   seen = (window - ground).reshape(-1, 3) @ _AXES.T  # [576, 3]
   sprites, energies = _bank()
-  colors = np.array(list(shapes_scene.COLORS.values()), np.float32)
+  colors = np.array(list(scene.COLORS.values()), np.float32)
   wanted = (colors - ground) @ _AXES.T  # [8, 3]
   # |seen - a * alpha * wanted|^2 falls by a (2 match - a full). One product a
   # kind is too small for BLAS to spread over threads, which would only wait.
@@ -88,8 +88,8 @@ def _read(window, place):
   ):
     return None
   shape, size = _KINDS[best[0]]
-  color = tuple(shapes_scene.COLORS)[best[2]]
-  return shapes_scene.Object(shape, color, size, place)
+  color = tuple(scene.COLORS)[best[2]]
+  return scene.Object(shape, color, size, place)
 
 
 def _ground(window):
@@ -125,8 +125,8 @@ def _bank():
 
 def _sprite_at(shape, size, dx, dy):
   """A softened sprite (dx, dy) pixels off the middle of a quadrant."""
-  extent = shapes_render.EXTENTS[size] * _HALF
-  alpha = shapes_render.sprite(shape, extent, 0, 0)
+  extent = render.EXTENTS[size] * _HALF
+  alpha = render.sprite(shape, extent, 0, 0)
   canvas = np.zeros((2 * _HALF, 2 * _HALF), np.float32)
   left = _HALF + dx - len(alpha) // 2
   top = _HALF + dy - len(alpha) // 2

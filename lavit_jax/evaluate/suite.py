@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax import checkpoints, errors, progress
-from lavit_jax.data import faults, rows, shapes, sources
+from lavit_jax.core import errors, progress
+from lavit_jax.core.storage import checkpoints
+from lavit_jax.data import faults
+from lavit_jax.data.batching import rows
+from lavit_jax.data.sources import kinds, shapes
 from lavit_jax.evaluate import shapes as shapes_scores
 from lavit_jax.evaluate import tokenizer as tokenizer_scores
 
@@ -58,12 +61,12 @@ def evaluate(
     for part in lavit.parts
   }
   if data["kind"] != "shapes":
-    source = sources.build(data, "held_out")
+    source = kinds.build(data, "held_out")
     _own_data(lavit, source, metrics, exhibits)
     return metrics, exhibits
   sized = dict(data) | {"held_out_size": max(scenes, CODE_PICTURES)}
-  held_out = sources.build(sized, "held_out")
-  never_seen = sources.build(sized, "never_seen")
+  held_out = kinds.build(sized, "held_out")
+  never_seen = kinds.build(sized, "never_seen")
   with progress.Progress(
     _STEPS, label="evaluate", stream=io.StringIO() if quiet else None
   ) as bar:

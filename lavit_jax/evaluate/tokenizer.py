@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax.models import selector
+from lavit_jax.models.tokenizer import selector
 
 _BATCH = 50
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from lavit_jax import errors
-from lavit_jax.infer import batches, rules
-from lavit_jax.infer import quantize as int8
+from lavit_jax.core import errors
+from lavit_jax.infer import batches
+from lavit_jax.infer.loading import quantize as int8
+from lavit_jax.infer.presets import rules
 
 
 def check_options(dtype, quantize, manner, max_batch):

@@ -15,11 +15,13 @@ from typing import Any
 
 import jax
 
-from lavit_jax import checkpoints, files
-from lavit_jax.infer import painters, safety
-from lavit_jax.infer import quantize as quantize_lib
-from lavit_jax.infer import rules as rules_lib
-from lavit_jax.models import llama, tokenizer, vae
+from lavit_jax.core.storage import checkpoints, files
+from lavit_jax.infer.loading import quantize as quantize_lib
+from lavit_jax.infer.pixels import decoders, safety
+from lavit_jax.infer.presets import rules as rules_lib
+from lavit_jax.models import llama
+from lavit_jax.models.pixels import vae
+from lavit_jax.models.tokenizer import tokenizer
 
 _READS = ("encoder", "tokenizer")
 _WRITES = (*_READS, "llm")
@@ -85,7 +87,7 @@ def needs(
     name: _loaded_bytes(name, part, dtype, quantize)
     for name, part in stored.items()
   }
-  paints = painters.NEEDS[decoder or painters.preferred(stored)]
+  paints = decoders.NEEDS[decoder or decoders.preferred(stored)]
   out = {}
   for task, parts in TASKS.items():
     if task in _PAINTS:

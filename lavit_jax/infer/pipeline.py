@@ -29,23 +29,21 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from lavit_jax import checkpoints, errors, files, images, vocabulary
+from lavit_jax.core import errors, images, vocabulary
+from lavit_jax.core.storage import checkpoints, files
 from lavit_jax.infer import (
   arguments,
   batches,
-  drawings,
+  image_generation,
   memory,
-  official,
-  painters,
-  painting,
-  parts,
-  prompts,
-  rules,
-  safety,
-  texts,
+  text_generation,
   visual,
-  wording,
 )
+from lavit_jax.infer.loading import parts
+from lavit_jax.infer.pixels import decoders, safety
+from lavit_jax.infer.pixels import options as options_lib
+from lavit_jax.infer.presets import official, rules
+from lavit_jax.infer.prompts import prompts, wording
 
 resolve = parts.resolve
 
@@ -115,9 +113,9 @@ class LaVIT:
 
   def _painter(self, kind: str | None):
     """A pixel decoder, of `painters.NEEDS`, or the default one."""
-    kind = painters.choose(self.parts, kind)
+    kind = decoders.choose(self.parts, kind)
     if kind not in self._painters:
-      self._painters[kind] = painters.load(self.directory, kind, self._dtype)
+      self._painters[kind] = decoders.load(self.directory, kind, self._dtype)
     return self._painters[kind]
 
   @functools.cached_property
@@ -177,7 +175,7 @@ class LaVIT:
     codes: Sequence[np.ndarray],
     *,
     seed: int = 0,
-    progress: painting.Progress | None = None,
+    progress: options_lib.Progress | None = None,
     **options,
   ) -> list[PIL.Image.Image]:
     """Paints pictures from lists of code numbers int[k], 1 <= k <= N.
@@ -191,8 +189,8 @@ class LaVIT:
       progress: called with (steps done, steps in all) as it goes on.
       **options: fields of `painting.Painting` (ratio, size, steps, …).
     """
-    how = rules.changed(painting.Painting(), options)
-    arrays = painters.paint(
+    how = rules.changed(options_lib.Painting(), options)
+    arrays = decoders.paint(
       self._painter(how.decoder),
       self.visual,
       codes,
@@ -224,7 +222,7 @@ class LaVIT:
     if parity or self.rules.short:
       clean = official.clean_caption if parity else wording.first_sentence
     seeds = arguments.seeds(seed, parity, len(asked))
-    written = texts.write(
+    written = text_generation.write(
       self._prompter, asked, rule, seeds=seeds, parity=parity
     )
     out = [clean(row[0].text) for row in written]
@@ -267,7 +265,7 @@ class LaVIT:
     def ask(which, prompt):
       rows = [[batch[i], prompt(asked[i])] for i in which]
       chosen = None if seeds is None else seeds[which]
-      written = texts.write(
+      written = text_generation.write(
         self._prompter, rows, rule, seeds=chosen, parity=parity
       )
       return [self._cut_answer(row[0].text, parity) for row in written]
@@ -286,7 +284,7 @@ class LaVIT:
 
   def write(
     self, prompts, *, count: int = 1, parity=False, seed=None, **options
-  ) -> list[list[texts.Text]]:
+  ) -> list[list[text_generation.Text]]:
     """Goes on with prompts of text and pictures, in words.
 
     Args:
@@ -303,7 +301,7 @@ class LaVIT:
     rule = rules.changed(self.rules.caption, options)
     seeds = arguments.seeds(seed, parity, len(prompts))
     how = {"seeds": seeds, "parity": parity, "count": count}
-    return texts.write(self._prompter, prompts, rule, **how)
+    return text_generation.write(self._prompter, prompts, rule, **how)
 
   def _paired(self, pictures, questions, parity):
     """Pictures, as many questions, and whether it was one question."""
@@ -362,7 +360,7 @@ class LaVIT:
     seed: int = 0,
     negative_prompts=None,
     parity: bool = False,
-    progress: painting.Progress | None = None,
+    progress: options_lib.Progress | None = None,
     **options,
   ) -> list[Any]:
     """Draws a picture for each prompt, a list of text and picture parts.
@@ -382,9 +380,9 @@ class LaVIT:
     """
     if count < 1:
       raise errors.UsageError(f"count={count}: expected 1 or more.")
-    words, pixels = rules.split(options, rules.Drawing, painting.Painting)
-    how = rules.changed(painting.Painting(), pixels)
-    painters.choose(self.parts, how.decoder)  # before the words are written
+    words, pixels = rules.split(options, rules.Drawing, options_lib.Painting)
+    how = rules.changed(options_lib.Painting(), pixels)
+    decoders.choose(self.parts, how.decoder)  # before the words are written
     against = arguments.one_each(
       "negative prompt", negative_prompts, len(prompts)
     )
@@ -427,7 +425,7 @@ class LaVIT:
     against = arguments.one_each(
       "negative prompt", negative_prompts, len(prompts)
     )
-    return drawings.write(
+    return image_generation.write(
       self._prompter,
       prompts,
       against,
@@ -464,7 +462,7 @@ class LaVIT:
     return {
       "directory": str(self.directory),
       "parts": parts,
-      "pixel_decoders": painters.available(self.parts),
+      "pixel_decoders": decoders.available(self.parts),
       "safety_checker": self._check_safety,
       "tasks": {task: need["possible"] for task, need in needs.items()},
       "memory": needs,

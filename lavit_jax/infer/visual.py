@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import checkpoints, errors, images
-from lavit_jax.models import selector, tokenizer
+from lavit_jax.core import errors, images
+from lavit_jax.core.storage import checkpoints
+from lavit_jax.models.tokenizer import selector, tokenizer
 
 _FEW_PATCHES = 64
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lavit_jax.models import dots, layers
+from lavit_jax.models import layers, matmul
 
 # lecun_normal over [D, 3, H * Dh]: the fan-in is the first axis alone.
 _QKV_INIT = nn.initializers.variance_scaling(
@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
     )
     dtype = jnp.dtype(self.dtype)
     kernel = kernel.astype(dtype).reshape(width, 3 * width)
-    qkv = dots.linear(x.astype(dtype), kernel)
+    qkv = matmul.linear(x.astype(dtype), kernel)
     qkv = qkv + self._bias(width).astype(dtype)
     qkv = qkv.reshape(batch, length, 3, self.num_heads, -1)
     out = layers.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], **kwargs)

@@ -8,18 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lavit_jax.models import (
-  activations,
-  attention_forms,
-  attention_gpu,
-  attention_mesh,
-  attention_tpu,
-  dots,
-)
+from lavit_jax.models import activations, matmul
+from lavit_jax.models.attention import forms, gpu, mesh, tpu
 
 _POLICIES = jax.checkpoint_policies
 # What backward recomputes of a layer, by name (`remat` in every config). The
-# products of `dots.linear` are named "product", what attention gives
+# products of `matmul.linear` are named "product", what attention gives
 # "attention_out".
 REMAT = {
   "none": None,  # keep everything
@@ -40,7 +34,7 @@ REMAT = {
 }
 
 _LONG = 128  # places of a row from which a kernel would matter
-_KERNELS = {"tpu": attention_tpu, "gpu": attention_gpu}
+_KERNELS = {"tpu": tpu, "gpu": gpu}
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,7 +54,7 @@ def attention(
 
   Masks combine: a key is seen where `mask`, `causal` and the segments all
   allow it. A query that sees no key gives zeros. With a `policy` the softmax
-  is LaVIT's (`attention_forms.policy_softmax`) and only `causal` may be added.
+  is LaVIT's (`attention.forms.policy_softmax`) and only `causal` may be added.
 
   Rows that see all keys, all but some keys (a mask of [B, 1, 1, M]), or those
   before them, packed or not, are computed by a library's kernel on the
@@ -104,28 +98,28 @@ def attention(
       " into the policy instead."
     )
   query = query * query.shape[-1] ** -0.5
-  if policy is None and attention_forms.is_of_keys(mask, causal, segment_ids):
-    segments = attention_forms.segments(query, key, mask, segment_ids)
+  if policy is None and forms.is_of_keys(mask, causal, segment_ids):
+    segments = forms.segments(query, key, mask, segment_ids)
     if form := _form(query, key, causal):
       return form(query, key, value, segments)
-  seen = attention_forms.combine(query, key, mask, causal, segment_ids)
-  return attention_forms.attend(query, key, value, seen, policy, policy_eps)
+  seen = forms.combine(query, key, mask, causal, segment_ids)
+  return forms.attend(query, key, value, seen, policy, policy_eps)
 
 
 def _form(query, key, causal):
   """The form that the current mesh asks for, None: einsums of whole arrays."""
-  platform = attention_mesh.platform()
+  platform = mesh.platform()
   kernel = _KERNELS.get(platform)
   if kernel and kernel.fits(query, key, causal=causal):
     return functools.partial(kernel.attend, causal=causal)
   # One row on a mesh that splits rows: parameters are made, nothing is run.
-  outline = query.shape[0] == 1 < attention_mesh.ways()[0]
+  outline = query.shape[0] == 1 < mesh.ways()[0]
   if kernel and not outline and min(query.shape[1], key.shape[1]) >= _LONG:
     shapes = (query.shape, key.shape, query.dtype.name)
-    _say_no_kernel(platform, *shapes, attention_mesh.ways())
-  split = max(attention_mesh.ways()) > 1
-  if causal and split and attention_mesh.fits(query, key):
-    return functools.partial(attention_mesh.attend, attention_mesh.einsums)
+    _say_no_kernel(platform, *shapes, mesh.ways())
+  split = max(mesh.ways()) > 1
+  if causal and split and mesh.fits(query, key):
+    return functools.partial(mesh.attend, mesh.einsums)
   return None
 
 
@@ -221,7 +215,7 @@ def dense(
     dtype=jnp.dtype(dtype),
     kernel_init=nn.with_logical_partitioning(kernel_init, axes),
     bias_init=nn.with_logical_partitioning(zeros, axes[-1:]),
-    dot_general=dots.dot_general,
+    dot_general=matmul.dot_general,
     name=name,
   )
 

@@ -19,8 +19,9 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from lavit_jax import errors
-from lavit_jax.models import activations, dots, layers, narrow
+from lavit_jax.core import errors
+from lavit_jax.models import activations, layers, low_precision
+from lavit_jax.models import matmul as matmul_lib
 
 _NO_CLASS = -1e9  # the logit of the padding rows of the head
 _VOCAB_MULTIPLE = 128
@@ -71,7 +72,7 @@ class LlamaConfig:
         f" num_kv_heads={self.num_kv_heads}: each key head serves equally many"
         " query heads. Change one of the two."
       )
-    narrow.check(self.matmul)
+    low_precision.check(self.matmul)
 
   @property
   def head_dim(self) -> int:
@@ -230,16 +231,16 @@ class Linear(nn.Module):
     scale = self.get_variable("params", "scale")
     x = x.astype(self.dtype)
     if scale is None and self.matmul:
-      y = narrow.linear(x, kernel.astype(self.dtype), self.matmul)
+      y = low_precision.linear(x, kernel.astype(self.dtype), self.matmul)
     elif scale is None:
-      y = dots.linear(x, kernel.astype(self.dtype))
+      y = matmul_lib.linear(x, kernel.astype(self.dtype))
     else:
-      y = dots.scaled(x, kernel, scale)
+      y = matmul_lib.scaled(x, kernel, scale)
     a, b = (self.get_variable("lora", name) for name in ("a", "b"))
     if a is None:
       return y
-    low = dots.linear(x, a.astype(self.dtype))
-    return y + dots.linear(low, b.astype(self.dtype))
+    low = matmul_lib.linear(x, a.astype(self.dtype))
+    return y + matmul_lib.linear(low, b.astype(self.dtype))
 
 
 class Attention(nn.Module):
@@ -452,7 +453,7 @@ def project(x, head, scale=None):
     equation = "bld,vd->blv"
     out = jnp.einsum(equation, x, head, preferred_element_type=jnp.float32)
   else:  # decoding
-    out = dots.tall(x[:, 0], head)[:, None]
+    out = matmul_lib.tall(x[:, 0], head)[:, None]
   return out if scale is None else out * scale
 
 

@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lavit_jax.models import llama, merger, tokenizer
+from lavit_jax.models import llama
+from lavit_jax.models.tokenizer import merger, tokenizer
 
 
 class UnifiedModel(nn.Module):

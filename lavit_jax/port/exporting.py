@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax import checkpoints, errors, files, progress
+from lavit_jax.core import errors, progress
+from lavit_jax.core.storage import checkpoints, files
 from lavit_jax.infer import pipeline
-from lavit_jax.port import folder, names, writing
+from lavit_jax.port.formats import folder, tensor_files
+from lavit_jax.port.tables import names
 
 FORMATS = ("official", "huggingface")
 _SCRATCH = ".scratch"
@@ -40,7 +42,7 @@ class Entry:
     value: gives the values where no part has them.
   """
 
-  spec: writing.Spec
+  spec: tensor_files.Spec
   part: checkpoints.StoredPart | None = None
   path: str = ""
   layer: int | None = None
@@ -94,7 +96,7 @@ def run(
     errors.CheckpointError: the format cannot hold this model.
   """
   files.require_local(destination, "an export")
-  from lavit_jax.port import hugging_face, official_files
+  from lavit_jax.port.writing import hugging_face, official_files
 
   writers = {
     "official": official_files.make,
@@ -161,7 +163,7 @@ def entries(
     depth = stored.shape[0] if names.is_stacked(row) else 1
     for i, name in enumerate(names.names_of(row, depth)):
       dtype = np.dtype(dtypes.get(name, stored.dtype))
-      spec = writing.Spec(prefix + name, shapes[name].shape, dtype)
+      spec = tensor_files.Spec(prefix + name, shapes[name].shape, dtype)
       layer = i if names.is_stacked(row) else None
       found.append(Entry(spec, part, root + row.ours, layer, row.transform))
   return in_order(found)
@@ -189,26 +191,26 @@ def _write_state(partial, state, tick) -> dict[str, Any]:
   stem = pathlib.PurePath(state.stem)
   target = partial / stem.parent
   target.mkdir(parents=True, exist_ok=True)
-  files = writing.shards(specs, size, stem.name, state.suffix)
+  files = tensor_files.shards(specs, size, stem.name, state.suffix)
   scratch = partial / _SCRATCH
   scratch.mkdir()
   views = {}
   for file, group in files.items():
     if state.suffix == ".safetensors":
-      views |= writing.map_safetensors(target / file, group)
+      views |= tensor_files.map_safetensors(target / file, group)
     else:
-      views |= writing.map_scratch(scratch / file, group)
+      views |= tensor_files.map_scratch(scratch / file, group)
   _fill(state.entries, views, tick)
   if state.suffix != ".safetensors":
     for file, group in files.items():
       arrays = {spec.name: views.pop(spec.name) for spec in group}
       content = next(iter(arrays.values())) if state.bare else arrays
-      writing.save_torch(target / file, content)
+      tensor_files.save_torch(target / file, content)
       (scratch / file).unlink()
-  writing.remove_folder(scratch)
+  tensor_files.remove_folder(scratch)
   if len(files) > 1:
     index = target / f"{stem.name}{state.suffix}.index.json"
-    index.write_bytes(writing.index_json(files))
+    index.write_bytes(tensor_files.index_json(files))
   return {
     str(stem.parent / file): {
       "tensors": len(group),

@@ -17,19 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax import checkpoints, errors, files, fingerprints, progress
-from lavit_jax.port import (
-  folder,
+from lavit_jax.core import errors, progress
+from lavit_jax.core.storage import checkpoints, files, fingerprints
+from lavit_jax.port.formats import folder, tensor_files, tensors
+from lavit_jax.port.reading import (
   hub,
   looks,
-  names,
   official,
   pixel_folders,
   plan,
   starts,
-  tensors,
-  writing,
 )
+from lavit_jax.port.tables import names
 
 DTYPES = ("keep", *tensors.DTYPES)
 _ARRAYS = ".arrays"  # scratch, inside the folder that is being built
@@ -173,9 +172,9 @@ def _write_files(partial, made):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
   for part, kept in made.kept.items():
-    path = partial / official.OFFICIAL / writing.KEPT.format(part)
+    path = partial / official.OFFICIAL / tensor_files.KEPT.format(part)
     path.parent.mkdir(parents=True, exist_ok=True)
-    writing.save_tensors(path, list(kept.items()))
+    tensor_files.save_tensors(path, list(kept.items()))
 
 
 class _Writer:
@@ -209,7 +208,7 @@ class _Writer:
     report = _summary(flat, count)
     self._bar.print(f"import: {part.name} is written")
     flat.clear()
-    writing.remove_folder(scratch)
+    tensor_files.remove_folder(scratch)
     return report
 
   def _stored_dtype(self, array):

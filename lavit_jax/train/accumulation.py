@@ -16,7 +16,7 @@ before it is cut.
 import jax
 import jax.numpy as jnp
 
-from lavit_jax import errors, sharding
+from lavit_jax.core import errors, sharding
 
 
 def check(config, mesh: jax.sharding.Mesh) -> None:

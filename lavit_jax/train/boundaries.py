@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import hosts
+from lavit_jax.core import hosts
 from lavit_jax.train import optimizer, program
 from lavit_jax.train import state as state_lib
 

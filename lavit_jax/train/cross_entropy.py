@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lavit_jax import sharding
+from lavit_jax.core import sharding
 
 NO_CLASS = -1e9  # the logit of a padding row: exp underflows to 0
 

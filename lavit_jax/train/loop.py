@@ -15,8 +15,8 @@ import logging
 import jax
 import numpy as np
 
-from lavit_jax import (
-  checkpoints,
+from lavit_jax.core import (
+  averages,
   closing,
   errors,
   hosts,
@@ -24,28 +24,27 @@ from lavit_jax import (
   progress,
   sharding,
 )
+from lavit_jax.core.storage import checkpoints
+from lavit_jax.cost import chips
 from lavit_jax.train import (
   accumulation,
-  averages,
-  batch_log,
   boundaries,
-  chips,
-  distributed,
-  meter,
-  nonfinite,
   objectives,
   optimizer,
-  position,
   program,
-  provenance,
   ranges,
-  run_checkpoints,
-  tracing,
-  writers,
 )
 from lavit_jax.train import phases as phases_lib
 from lavit_jax.train import state as state_lib
-from lavit_jax.train import workdir as workdir_lib
+from lavit_jax.train.resilience import (
+  data_position,
+  distributed,
+  nonfinite,
+  provenance,
+  run_checkpoints,
+)
+from lavit_jax.train.resilience import workdir as workdir_lib
+from lavit_jax.train.telemetry import batch_log, meter, tracing, writers
 
 _LOG = logging.getLogger(__name__)
 
@@ -108,7 +107,7 @@ class _Run:
       best_mode=self.objective.best_mode,
     )
     self.watch = nonfinite.Watch(nonfinite.policy_of(config), config.stage)
-    self.position = position.Position(config.batch_size)
+    self.position = data_position.Position(config.batch_size)
     self.state = None
     self.writer = None
     self.hashes = None
@@ -179,7 +178,7 @@ class _Run:
       )
       return fresh()
     provenance.check(found, self.made_of, self.config)
-    self.position = position.resume(
+    self.position = data_position.resume(
       found.meta,
       found.step,
       self.config.batch_size,
@@ -195,7 +194,7 @@ class _Run:
     step = int(state.step)
     self.watch.rolled_back(bad, step or None)
     size = self.config.batch_size
-    self.position = position.Position(size, skipped - step * size)
+    self.position = data_position.Position(size, skipped - step * size)
     self._close_logs()
     self._open_logs(step)
     if hosts.first():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lavit_jax import errors
+from lavit_jax.core import errors
 
 FROZEN = "frozen"
 MOMENTS = ("float32", "bfloat16", "factored")

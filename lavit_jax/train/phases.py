@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax import errors
+from lavit_jax.core import errors
 
 
 @dataclasses.dataclass(frozen=True)

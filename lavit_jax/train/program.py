@@ -7,7 +7,7 @@ import math
 
 import jax
 
-from lavit_jax import errors, sharding
+from lavit_jax.core import errors, sharding
 from lavit_jax.train import accumulation, optimizer
 from lavit_jax.train import state as state_lib
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lavit_jax import errors
+from lavit_jax.core import errors
 
 _LARGEST = sys.float_info.max
 

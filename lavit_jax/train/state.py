@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lavit_jax.train import accumulation, averages, nonfinite, optimizer
+from lavit_jax.core import averages
+from lavit_jax.train import accumulation, optimizer
+from lavit_jax.train.resilience import nonfinite
 
 
 @flax.struct.dataclass

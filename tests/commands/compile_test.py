@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 
-from lavit_jax import cli, sharding
+from lavit_jax.aot import compile as ahead
+from lavit_jax.aot import libtpu
 from lavit_jax.commands import compile as command
-from lavit_jax.train import boundaries, libtpu, loop, phases, program
-from lavit_jax.train import compile as ahead
+from lavit_jax.commands import main
+from lavit_jax.core import sharding
+from lavit_jax.train import boundaries, loop, phases, program
 from tests import micro
 
 
@@ -111,11 +113,11 @@ def test_the_program_of_a_sweep_is_that_of_the_best(
 ):
   path = tmp_path / "best.hlo"
   words = [*_COMPILE, "--sweep", "--hlo", str(path)]
-  assert cli.main([*words, "--batches", "4,8,16"]) == 0
+  assert main.main([*words, "--batches", "4,8,16"]) == 0
   assert "batch_size=8, remat attention" in capsys.readouterr().out
   assert path.read_text() == "8 attention"
   path.unlink()
-  assert cli.main([*words, "--remats", "dots"]) == command.DOES_NOT_FIT
+  assert main.main([*words, "--remats", "dots"]) == command.DOES_NOT_FIT
   assert not path.exists()  # none fits
 
 
@@ -123,12 +125,12 @@ def test_the_program_of_a_sweep_is_that_of_the_best(
 def test_what_belongs_to_a_sweep_is_refused_without_one(
   compiling, capsys, flag
 ):
-  assert cli.main([*_COMPILE, flag, "8"]) == 2
+  assert main.main([*_COMPILE, flag, "8"]) == 2
   assert f"{flag} goes with --sweep" in capsys.readouterr().err
 
 
 def test_a_program_is_written_to_a_disk(compiling, capsys):
-  assert cli.main([*_COMPILE, "--hlo", "gs://bucket/x"]) == 2
+  assert main.main([*_COMPILE, "--hlo", "gs://bucket/x"]) == 2
   assert "gs://bucket/x: a program is written to a disk" in (
     capsys.readouterr().err
   )

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lavit_jax import cli
-from lavit_jax.train import latent_data
+from lavit_jax.commands import main
+from lavit_jax.jobs import latents
 
 
 @pytest.fixture
@@ -17,35 +17,35 @@ def written(monkeypatch):
     calls.append((model, kind, data, out, options))
     return {"pictures": 3, "bad": 0, "bytes": 12, "out": out}
 
-  monkeypatch.setattr(latent_data, "write_cache", write_cache)
+  monkeypatch.setattr(latents, "write_cache", write_cache)
   return calls
 
 
 def test_the_config_says_what_is_cached(written, capsys):
   argv = ["latents", "--config", "tiny/latents.py", "--out", "cache"]
   more = ["--config.data.path=x.jsonl", "--config.start_from=sd", "--batch=2"]
-  assert cli.main([*argv, *more, "--split", "held_out", "--json"]) == 0
+  assert main.main([*argv, *more, "--split", "held_out", "--json"]) == 0
   assert json.loads(capsys.readouterr().out)["pictures"] == 3
   model, kind, data, out, options = written[0]
   assert (model, kind, out) == ("sd", "lowres", "cache")
   assert data["path"] == "x.jsonl"
   assert len(data["buckets"]) == 3
   assert options == {"split": "held_out", "batch": 2}
-  cli.main([*argv, "--config.vae_from=vae", "--split", "train"])
+  main.main([*argv, "--config.vae_from=vae", "--split", "train"])
   assert written[1][0] == "vae"
   assert "pictures: 3" in capsys.readouterr().out
 
 
 def test_both_parts_are_written_and_a_run_told_of_them(written, capsys):
   argv = ["latents", "--config", "tiny/latents.py", "--out", "cache"]
-  assert cli.main(argv) == 0
+  assert main.main(argv) == 0
   assert [call[3] for call in written] == ["cache/train", "cache/held_out"]
   splits = [call[4]["split"] for call in written]
   assert splits == ["train", "held_out"]
   out = capsys.readouterr().out
   assert "--config.data.latents_dir=cache/train" in out
   assert "--config.data.held_out_latents_dir=cache/held_out" in out
-  assert cli.main([*argv, "--json"]) == 0
+  assert main.main([*argv, "--json"]) == 0
   assert set(json.loads(capsys.readouterr().out)) == {"train", "held_out"}
 
 
@@ -65,11 +65,11 @@ def test_both_parts_are_written_and_a_run_told_of_them(written, capsys):
 def test_mistakes_are_named_before_anything_is_read(
   argv, words, written, capsys
 ):
-  assert cli.main(["latents", *argv]) == 2
+  assert main.main(["latents", *argv]) == 2
   assert words in capsys.readouterr().err
   assert not written
 
 
 def test_help_shows_an_example(capsys):
-  assert cli.main(["latents", "--help"]) == 0
+  assert main.main(["latents", "--help"]) == 0
   assert "lavit latents --config tiny/latents.py" in capsys.readouterr().out

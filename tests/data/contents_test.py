@@ -11,7 +11,8 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
-from lavit_jax.data import contents, jsonl, shapes
+from lavit_jax.data import contents
+from lavit_jax.data.sources import jsonl, shapes
 
 
 def _lines(folder, count=40):

@@ -4,8 +4,9 @@ import pathlib
 
 import numpy as np
 
-from lavit_jax import images
-from lavit_jax.data import cache, examples
+from lavit_jax.core import images
+from lavit_jax.data import examples
+from lavit_jax.data.caches import codes as codes_lib
 
 SIZE = 4  # pixels a side
 PATCHES = 9
@@ -59,7 +60,7 @@ class Cache:
   def __init__(self, counts):
     self.counts = np.array(counts, np.int32)
     self.num_patches = PATCHES
-    self.meta = cache.Meta(
+    self.meta = codes_lib.Meta(
       source="fake",
       tokenizer="fake",
       num_images=len(counts),

@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from lavit_jax import errors
+from lavit_jax.core import errors
 from lavit_jax.data import faults
 
 

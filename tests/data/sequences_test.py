@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lavit_jax import errors, vocabulary
+from lavit_jax.core import errors, vocabulary
 from lavit_jax.data import examples, sequences
 from tests.data import fakes
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from lavit_jax.data import shapes, shapes_scene, shapes_text
+from lavit_jax.data.shapes import scene as scene_lib
+from lavit_jax.data.shapes import text as text_lib
+from lavit_jax.data.sources import shapes
 from lavit_jax.evaluate import shapes as scores
 
 Object = shapes.Object
@@ -68,14 +70,14 @@ def test_the_judge_refuses_what_is_no_byte_image():
     scores.judge(np.zeros((48, 48), np.uint8))
 
 
-@pytest.mark.parametrize("split", shapes_scene.SPLITS)
+@pytest.mark.parametrize("split", scene_lib.SPLITS)
 def test_every_full_caption_is_parsed_back(split):
   source = shapes.ShapesSource(split, size=300)
   for i in range(300):
     scene = source.scene(i)
     assert tuple(scores.parse_caption(source.captions(i)[0])) == scene.objects
     for n in range(5):
-      words = shapes_text.full_caption(scene, np.random.default_rng((i, n)))
+      words = text_lib.full_caption(scene, np.random.default_rng((i, n)))
       assert set(scores.parse_caption(words)) == set(scene.objects), words
 
 
@@ -123,7 +125,7 @@ def test_matching_is_the_best_of_all_one_to_one_matchings():
       sum(
         getattr(a, name) == getattr(b, name)
         for a, b in zip(short, order, strict=True)
-        for name in shapes_scene.ATTRIBUTES
+        for name in scene_lib.ATTRIBUTES
       )
       for order in itertools.permutations(long_, len(short))
     )

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lavit_jax import errors
+from lavit_jax.core import errors
 from lavit_jax.evaluate import suite
 from tests.data import fakes
 

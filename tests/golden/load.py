@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax.models import (
+from lavit_jax.models.encoder import vision
+from lavit_jax.models.tokenizer import (
   decoder,
   merger,
   quantizer,
   selector,
   tokenizer,
-  vision,
 )
-from lavit_jax.port import names
+from lavit_jax.port.tables import names
 
 ROOT = pathlib.Path(__file__).parent
 VARIANT = ROOT / "a"

@@ -8,8 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lavit_jax import checkpoints, errors
-from lavit_jax.infer import memory, painters, parts, quantize, rules
+from lavit_jax.core import errors
+from lavit_jax.core.storage import checkpoints
+from lavit_jax.infer import memory
+from lavit_jax.infer.loading import parts, quantize
+from lavit_jax.infer.pixels import decoders
+from lavit_jax.infer.presets import rules
 from lavit_jax.models import llama
 from tests.train import latent_micro
 
@@ -137,7 +141,7 @@ def test_the_pixel_decoder_there_is_counted_with_its_own_dtypes(copy, tmp_path):
   needed = memory.needs(copy, dtype="bfloat16")["generate"]
   assert needed["possible"]
   assert needed["parts"][-2:] == ["highres", "highres_pixels"]
-  loaded = painters.load(copy, "highres", "bfloat16").params
+  loaded = decoders.load(copy, "highres", "bfloat16").params
   assert loaded["unet"]["conv_in"]["kernel"].dtype == jnp.bfloat16
   assert loaded["vae"]["quant_conv"]["kernel"].dtype == jnp.float32
   assert _held(loaded["told"]) == needed["weights"]["highres"]

@@ -4,8 +4,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from lavit_jax import errors, images
-from lavit_jax.data import shapes
+from lavit_jax.core import errors, images
+from lavit_jax.data.sources import shapes
 from lavit_jax.infer import pipeline
 
 pytestmark = pytest.mark.optimized

@@ -11,15 +11,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lavit_jax.models import (
-  contrastive,
-  decoder,
-  llama,
-  pixels,
-  tokenizer,
-  unified,
-  vae,
-)
+from lavit_jax.models import llama, unified
+from lavit_jax.models.encoder import contrastive
+from lavit_jax.models.pixels import pixel_decoder, vae
+from lavit_jax.models.tokenizer import decoder, tokenizer
 from tests.train import latent_micro
 
 _WORDS = tokenizer.with_dtype(latent_micro.TOKENIZER, "bfloat16")
@@ -75,7 +70,7 @@ def _pixels():
     out_channels=48,
     cross_dim=8,
   )
-  config = pixels.PixelDecoderConfig(
+  config = pixel_decoder.PixelDecoderConfig(
     image_size=32,
     patch=4,
     num_patches=_GRID,
@@ -83,7 +78,7 @@ def _pixels():
     grid_channels=8,
     unet=plain,
   )
-  return pixels.PixelDecoder(config), (
+  return pixel_decoder.PixelDecoder(config), (
     jnp.zeros((1, 32, 32, 3)),
     jnp.zeros((1,), jnp.int32),
     jnp.zeros((1, _GRID, _WIDTH)),

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.models import attention_forms, layers
+from lavit_jax.models import layers
+from lavit_jax.models.attention import forms
 
 
 def qkv(heads=4, groups=4, length=5, keys=5, dim=6):
@@ -100,7 +101,7 @@ def test_policy_eps_is_the_official_formula():
   policy = jnp.array([[1.0, 0.0, 1.0]])
   weights = np.exp([-2.0, 0.0, -1.0]) * [1, 0, 1]  # max over all, masked too
   expected = (weights + 0.1 / 3) / (weights.sum() + 0.1)
-  out = attention_forms.policy_softmax(logits, policy, 0.1)
+  out = forms.policy_softmax(logits, policy, 0.1)
   np.testing.assert_allclose(out[0], expected, rtol=1e-6)
 
 
@@ -191,7 +192,7 @@ def test_attention_in_blocks_is_attention(monkeypatch, kind, groups):
   run = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
   (_, whole), gradients = run(query, key, value)
   # Three queries at a time.
-  monkeypatch.setattr(attention_forms, "_LARGE_LOGITS", 4 * 11 * 3)
+  monkeypatch.setattr(forms, "_LARGE_LOGITS", 4 * 11 * 3)
   (_, blocks), again = run(query, key, value)
   np.testing.assert_allclose(blocks, whole, atol=1e-6)
   for a, b in zip(again, gradients, strict=True):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax import errors
+from lavit_jax.core import errors
 from lavit_jax.models import llama
-from lavit_jax.port import names
+from lavit_jax.port.tables import names
 
 _GOLDEN = pathlib.Path(__file__).parents[1] / "golden/llm_small.npz"
 CONFIG = llama.LlamaConfig(

@@ -6,21 +6,21 @@ import pytest
 torch = pytest.importorskip("torch", reason="reads PyTorch files")
 pytest.importorskip("safetensors", reason="reads safetensors files")
 
-from lavit_jax import cli  # noqa: E402
-from lavit_jax.port import verify  # noqa: E402
-from tests.port import sources  # noqa: E402
+from lavit_jax.commands import main
+from lavit_jax.port.verify import verify
+from tests.port import sources
 
 
 def test_import_and_export_report_what_they_did(tmp_path, capsys):
   source = str(sources.write(tmp_path / "source"))
   model, back = str(tmp_path / "model"), str(tmp_path / "back")
-  assert cli.main(["port", "import", source, model, "--json"]) == 0
+  assert main.main(["port", "import", source, model, "--json"]) == 0
   report = json.loads(capsys.readouterr().out)
   assert report["parts"]["encoder"]["dtypes"] == ["float32"]
   size = sum(x.size for x in sources.state()[sources.FILES["encoder"]].values())
   assert report["parts"]["encoder"]["parameters"] == size
   export = ["port", "export", model, back, "--format", "official"]
-  assert cli.main(export) == 0
+  assert main.main(export) == 0
   said = capsys.readouterr().out
   assert "visual_tokenizer/eva_vitg_psz14.bin" in said
   assert back in said
@@ -33,7 +33,7 @@ def test_a_source_that_does_not_fit_is_one_paragraph_and_status_2(
   state[sources.FILES["encoder"]].pop("cls_token")
   source = sources.write(tmp_path / "source", state)
   arguments = [str(source), str(tmp_path / "model"), "--only", "encoder"]
-  assert cli.main(["port", "import", *arguments]) == 2
+  assert main.main(["port", "import", *arguments]) == 2
   said = capsys.readouterr()
   assert said.err.count("\n") == 1
   assert said.err.startswith("lavit: ")
@@ -50,7 +50,7 @@ def test_options_reach_the_import(tmp_path, capsys):
   model = str(tmp_path / "model")
   options = ["--only", "encoder,lowres", "--heads", "4", "--dtype", "bfloat16"]
   options += ["--allow-missing", "norm.bias", "blocks.0.norm1.bias", "--json"]
-  assert cli.main(["port", "import", source, model, *options]) == 0
+  assert main.main(["port", "import", source, model, *options]) == 0
   report = json.loads(capsys.readouterr().out)
   assert set(report["parts"]) == {"encoder", "lowres"}
   assert report["parts"]["lowres"]["dtypes"] == ["bfloat16"]
@@ -80,13 +80,13 @@ def test_verify_prints_a_table_and_fails_by_its_status(
 ):
   found = rows(*states)
   monkeypatch.setattr(verify, "run", lambda model, golden: found)
-  assert cli.main(["port", "verify", "model", "golden"]) == status
+  assert main.main(["port", "verify", "model", "golden"]) == status
   lines = capsys.readouterr().out.splitlines()
   assert lines[-1] == ", ".join(f"1 {state}" for state in states)
   assert len(lines) == 2 + len(states)
   column = lines[0].index("status")
   assert [line[column:].split()[0] for line in lines[1:-1]] == list(states)
-  assert cli.main(["port", "verify", "model", "golden", "--json"]) == status
+  assert main.main(["port", "verify", "model", "golden", "--json"]) == status
   document = json.loads(capsys.readouterr().out)
   assert document["rows"] == [dataclasses.asdict(row) for row in found]
   assert document["pass"] == 1

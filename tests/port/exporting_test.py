@@ -10,20 +10,18 @@ transformers = pytest.importorskip(
 )
 pytest.importorskip("safetensors", reason="reads safetensors files")
 
-from safetensors import torch as safe  # noqa: E402
+from safetensors import torch as safe
 
-from lavit_jax import checkpoints, errors  # noqa: E402
-from lavit_jax.infer import pipeline  # noqa: E402
-from lavit_jax.models import llama  # noqa: E402
-from lavit_jax.port import (  # noqa: E402
-  exporting,
-  importing,
-  names,
-  official_files,
-  writing,
-)
-from tests.golden import load  # noqa: E402
-from tests.port import sources  # noqa: E402
+from lavit_jax.core import errors
+from lavit_jax.core.storage import checkpoints
+from lavit_jax.infer import pipeline
+from lavit_jax.models import llama
+from lavit_jax.port import exporting, importing
+from lavit_jax.port.formats import tensor_files
+from lavit_jax.port.tables import names
+from lavit_jax.port.writing import official_files
+from tests.golden import load
+from tests.port import sources
 
 FILES = sources.FILES
 
@@ -155,23 +153,23 @@ def test_large_language_models_are_cut_as_hugging_face_cuts_them(
 
 
 def test_shards_are_filled_up_to_the_limit():
-  spec = lambda name, n: writing.Spec(name, (n,), np.dtype(np.float16))
+  spec = lambda name, n: tensor_files.Spec(name, (n,), np.dtype(np.float16))
   specs = [spec("a", 3), spec("b", 2), spec("c", 9), spec("d", 1)]
-  files = writing.shards(specs, 10, "model", ".bin")
+  files = tensor_files.shards(specs, 10, "model", ".bin")
   assert [[s.name for s in group] for group in files.values()] == [
     ["a", "b"],
     ["c"],
     ["d"],
   ]
   assert next(iter(files)) == "model-00001-of-00003.bin"
-  assert list(writing.shards(specs, 99, "model", ".bin")) == ["model.bin"]
+  assert list(tensor_files.shards(specs, 99, "model", ".bin")) == ["model.bin"]
 
 
 @pytest.mark.parametrize("limit", [None, 300_000])
 def test_transformers_computes_the_same_logits(
   tmp_path, monkeypatch, limit, small
 ):
-  from lavit_jax.port import hugging_face
+  from lavit_jax.port.writing import hugging_face
 
   model = pipeline.resolve("tiny") if limit is None else small[1]
   if limit:
@@ -277,7 +275,7 @@ def test_an_interrupted_export_leaves_nothing(small, tmp_path, monkeypatch):
   def full(path, arrays):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(writing, "save_torch", full)
+  monkeypatch.setattr(tensor_files, "save_torch", full)
   with pytest.raises(errors.CheckpointError, match="could not be written"):
     exported(small[1], tmp_path / "back", "official")
   assert not any(tmp_path.iterdir())

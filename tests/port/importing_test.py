@@ -12,18 +12,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="reads PyTorch files")
 pytest.importorskip("safetensors", reason="reads safetensors files")
 
-from safetensors import torch as safe  # noqa: E402
+from safetensors import torch as safe
 
-from lavit_jax import (  # noqa: E402
-  checkpoints,
-  errors,
-  fingerprints,
-  vocabulary,
-)
-from lavit_jax.infer import made_of, parts  # noqa: E402
-from lavit_jax.port import importing, names  # noqa: E402
-from tests import micro  # noqa: E402
-from tests.port import sources  # noqa: E402
+from lavit_jax.core import errors, vocabulary
+from lavit_jax.core.storage import checkpoints, fingerprints
+from lavit_jax.infer.loading import made_of, parts
+from lavit_jax.port import importing
+from lavit_jax.port.tables import names
+from tests import micro
+from tests.port import sources
 
 FILES = sources.FILES
 PARTS = ("encoder", "tokenizer", "lowres", "highres", "llm")

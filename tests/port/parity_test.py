@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("torch", reason="imports PyTorch files")
 
-from lavit_jax.infer import batches, official, pipeline, visual
-from lavit_jax.models import tokenizer
+from lavit_jax.infer import batches, pipeline, visual
+from lavit_jax.infer.presets import official
+from lavit_jax.models.tokenizer import tokenizer
 from lavit_jax.port import importing
 
 pytestmark = [

@@ -6,14 +6,12 @@ import numpy as np
 import torch
 from safetensors import torch as safe
 
-from lavit_jax.infer import schedules
-from lavit_jax.models import unet, vae
-from lavit_jax.port import (
-  diffusers_config,
-  names,
-  pixel_folders,
-  scheduler_config,
-)
+from lavit_jax.diffusion import schedules
+from lavit_jax.models.pixels import unet, vae
+from lavit_jax.port.diffusers import config as config_lib
+from lavit_jax.port.diffusers import scheduler_config
+from lavit_jax.port.reading import pixel_folders
+from lavit_jax.port.tables import names
 
 FOLDERS = pixel_folders.FOLDERS
 STEM = pixel_folders.STEM
@@ -60,9 +58,9 @@ def config(part, kind):
 def state(part, kind, generation="to_q", dtype=torch.float32):
   """Random tensors of a network by official name."""
   if kind == "unet":
-    tree = diffusers_config.abstract_unet(UNETS[part])
+    tree = config_lib.abstract_unet(UNETS[part])
   else:
-    tree = diffusers_config.abstract_vae(VAE)
+    tree = config_lib.abstract_vae(VAE)
   rng = np.random.default_rng([len(part), len(kind)])
   table = pixel_folders.table_of(config(part, kind), generation)
   return {
@@ -116,8 +114,8 @@ def write(
 ):
   """Writes unet/, vae/, scheduler/ (and uncond, an array) and returns it."""
   fields = {
-    "unet": diffusers_config.unet_fields(UNETS[part]),
-    "vae": diffusers_config.vae_fields(VAE),
+    "unet": config_lib.unet_fields(UNETS[part]),
+    "vae": config_lib.vae_fields(VAE),
   }
   for kind, file in zip(fields, files, strict=True):
     tensors = state(part, kind, generation, dtype)

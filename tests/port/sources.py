@@ -8,17 +8,19 @@ import pathlib
 import numpy as np
 import torch
 
-from lavit_jax import vocabulary
-from lavit_jax.models import (
+from lavit_jax.core import vocabulary
+from lavit_jax.models import llama
+from lavit_jax.models.encoder import vision
+from lavit_jax.models.tokenizer import (
   decoder,
-  llama,
   merger,
   quantizer,
   selector,
   tokenizer,
-  vision,
 )
-from lavit_jax.port import llama_folder, names, official, sizes
+from lavit_jax.port.formats import llama_folder
+from lavit_jax.port.reading import official
+from lavit_jax.port.tables import names, sizes
 
 WORDS = (
   pathlib.Path(vocabulary.__file__).parent / "weights/tiny/tokenizer.model"

@@ -3,8 +3,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from lavit_jax import errors
-from lavit_jax.infer import beam, pipeline, texts
+from lavit_jax.core import errors
+from lavit_jax.infer import pipeline, text_generation
+from lavit_jax.infer.decoding import beam
 
 pytest.importorskip("torch", reason="imports PyTorch files")
 
@@ -88,8 +89,8 @@ def test_prompts_with_several_pictures_are_the_same_in_a_batch(lavit, pictures):
   for i, (prompt, against) in enumerate(zip(prompts, negative, strict=True)):
     alone = lavit.write_codes([prompt], negative_prompts=[against], seed=3 + i)
     np.testing.assert_array_equal(alone[0], both[i])
-  texts = lavit.write(prompts, max_new_tokens=6, min_new_tokens=1)
-  for prompt, (together,) in zip(prompts, texts, strict=True):
+  written = lavit.write(prompts, max_new_tokens=6, min_new_tokens=1)
+  for prompt, (together,) in zip(prompts, written, strict=True):
     ((alone,),) = lavit.write([prompt], max_new_tokens=6, min_new_tokens=1)
     assert alone.text == together.text
     np.testing.assert_allclose(alone.score, together.score, rtol=1e-4)
@@ -116,7 +117,7 @@ def test_greedy_scores_count_lengths_as_beams_do(lavit, pictures, offset):
       llm.params["llm"],
       prompt=prompter.padded(row, 6),
       num_beams=1,
-      suppress=texts._not_text(prompter, parity=False),
+      suppress=text_generation._not_text(prompter, parity=False),
       eos_id=llm.vocabulary.eos_id,
       length_offset=offset,
       **how,
@@ -136,13 +137,13 @@ def test_what_cannot_be_answered_is_said_so(lavit, pictures, monkeypatch):
     asked.append([row[1] for row in rows])
     known = {"a?": "No.", "b?": "yes, it is"}
     return [
-      [texts.Text(known.get(row[1].split('"')[1], ""), 0.0)]
+      [text_generation.Text(known.get(row[1].split('"')[1], ""), 0.0)]
       if '"' in row[1]
-      else [texts.Text("a dog, or not", 0.0)]
+      else [text_generation.Text("a dog, or not", 0.0)]
       for row in rows
     ]
 
-  monkeypatch.setattr(texts, "write", write)
+  monkeypatch.setattr(text_generation, "write", write)
   answers = lavit.answer(pictures[0], ["a?", "b?"], answerable_first=True)
   assert answers == ["unanswerable", "a dog"]
   assert asked[1] == ["Question: b? Answer:"]

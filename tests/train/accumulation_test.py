@@ -6,15 +6,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from lavit_jax import errors, sharding
-from lavit_jax.train import (
-  accumulation,
-  averages,
-  loop,
-  objectives,
-  optimizer,
-  program,
-)
+from lavit_jax.core import averages, errors, sharding
+from lavit_jax.train import accumulation, loop, objectives, optimizer, program
 from lavit_jax.train import state as state_lib
 from tests import micro
 from tests.train import outlines, stubs

@@ -13,11 +13,12 @@ import ml_collections
 import numpy as np
 import pytest
 
-from lavit_jax import errors, sharding
-from lavit_jax.models import quantizer
-from lavit_jax.train import boundaries, objectives, phases, program, stored
+from lavit_jax.core import errors, sharding
+from lavit_jax.models.tokenizer import quantizer
+from lavit_jax.train import boundaries, objectives, phases, program
 from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base
+from lavit_jax.train.objectives.frozen import artifacts
 from tests import micro
 
 
@@ -40,7 +41,7 @@ def run():
   """
   cfg = micro.assumed_tokenizer()
   cfg.schedule = ("codes",)
-  objective = objectives.build(cfg, stored.Outline(cfg))
+  objective = objectives.build(cfg, artifacts.Outline(cfg))
   shapes = state_lib.unbox(objective.frozen_shapes())
   frozen = _random(jax.random.key(1), shapes)
   init = state_lib.init_fn(objective, 0)
@@ -287,7 +288,7 @@ def test_no_array_before_a_full_size_phase_is_larger_than_a_block():
   """Mean features: encoder's; k-means: a batch's vectors x a block of codes."""
   module = importlib.import_module("lavit_jax.configs.lavit_7b.tokenizer")
   cfg = module.get_config()
-  objective = objectives.build(cfg, stored.Outline(cfg))
+  objective = objectives.build(cfg, artifacts.Outline(cfg))
   boxed = jax.eval_shape(state_lib.init_fn(objective, 0))
   state = state_lib.unbox(boxed)
   first, *_, last = phases.phases_of(cfg)

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax import errors
-from lavit_jax.models import decoder, unet
-from lavit_jax.train import latent_parts, lora, optimizer
+from lavit_jax.core import errors
+from lavit_jax.models import lora
+from lavit_jax.models.pixels import unet
+from lavit_jax.models.tokenizer import decoder
+from lavit_jax.train import optimizer
 from lavit_jax.train import state as state_lib
+from lavit_jax.train.objectives.frozen import latent_parts
 from tests.train import latent_micro, outlines
 
 # Every parameter by the last name of its path. A new name has to be put here.

@@ -9,19 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import checkpoints
-from lavit_jax.infer import schedules
-from lavit_jax.models import (
+from lavit_jax.core.storage import checkpoints
+from lavit_jax.diffusion import schedules
+from lavit_jax.models.encoder import vision
+from lavit_jax.models.pixels import unet, vae
+from lavit_jax.models.tokenizer import (
   decoder,
   merger,
   quantizer,
   selector,
   tokenizer,
-  unet,
-  vae,
-  vision,
 )
-from lavit_jax.train import latent_parts
+from lavit_jax.train.objectives.frozen import latent_parts
 
 TOKENIZER = tokenizer.TokenizerConfig(
   vit=vision.ViTConfig(

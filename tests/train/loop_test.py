@@ -15,15 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax import checkpoints, errors, vocabulary
-from lavit_jax.train import (
-  averages,
-  loop,
-  objectives,
-  run_checkpoints,
-  writers,
-)
+from lavit_jax.core import averages, errors, vocabulary
+from lavit_jax.core.storage import checkpoints
+from lavit_jax.train import loop, objectives
 from lavit_jax.train import phases as phases_lib
+from lavit_jax.train.resilience import run_checkpoints
+from lavit_jax.train.telemetry import writers
 from tests import micro
 from tests.train import sharding_test
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax import sharding
+from lavit_jax.core import sharding
 from lavit_jax.train import losses
 from tests.train import plain_losses
 

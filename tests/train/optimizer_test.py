@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from lavit_jax import errors
+from lavit_jax.core import errors
 from lavit_jax.train import optimizer
 
 _CONFIG = {

@@ -6,10 +6,11 @@ from unittest import mock
 import jax
 import numpy as np
 
-from lavit_jax import vocabulary
-from lavit_jax.train import objectives, phases, stored
+from lavit_jax.core import vocabulary
+from lavit_jax.train import objectives, phases
 from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base
+from lavit_jax.train.objectives.frozen import artifacts
 from tests.train import sharding_test
 
 _NOWHERE = "a folder that is not there"
@@ -35,7 +36,7 @@ def build(stage, **updates):
     node[last] = value
   pieces = lambda self: types.SimpleNamespace(size=TEXT)
   with mock.patch.object(base.Objective, "text_tokenizer", pieces):
-    return objectives.build(cfg, stored.Outline(cfg))
+    return objectives.build(cfg, artifacts.Outline(cfg))
 
 
 def phase_of(objective, name=None, **settings):

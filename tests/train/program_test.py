@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from lavit_jax import sharding
+from lavit_jax.core import sharding
 from lavit_jax.train import phases, program
 from lavit_jax.train.objectives import base
 

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from lavit_jax import errors
+from lavit_jax.core import errors
 from lavit_jax.train import loop, ranges
 from tests import micro
 

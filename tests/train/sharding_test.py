@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from lavit_jax.configs.tiny import autoencoder
 
-from lavit_jax import errors, sharding
+from lavit_jax.core import errors, sharding
 from lavit_jax.train import objectives, optimizer
 from lavit_jax.train import phases as phases_lib
 from lavit_jax.train import state as state_lib

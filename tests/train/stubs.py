@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import images
-from lavit_jax.models import layers, merger, quantizer, vision
-from lavit_jax.train import denoising
+from lavit_jax.core import images
+from lavit_jax.diffusion import denoising
+from lavit_jax.models import layers
+from lavit_jax.models.encoder import vision
+from lavit_jax.models.tokenizer import merger, quantizer
 from tests.train import outlines
 
 WIDTH = 8

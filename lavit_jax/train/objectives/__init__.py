@@ -2,7 +2,7 @@
 
 import importlib
 
-from lavit_jax import errors
+from lavit_jax.core import errors
 
 STAGES = {
   "encoder": ("encoder", "EncoderObjective"),

@@ -11,10 +11,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lavit_jax import errors
-from lavit_jax.models import vae
-from lavit_jax.train import averages, conditions, denoising, precision
-from lavit_jax.train.objectives import base
+from lavit_jax.core import averages, errors
+from lavit_jax.diffusion import denoising
+from lavit_jax.models.pixels import vae
+from lavit_jax.train.objectives import base, conditioning
+from lavit_jax.train.objectives.frozen import precision
 
 _FORGET = 0.05  # of the running moments of the latents
 
@@ -65,7 +66,7 @@ class AutoencoderObjective(base.Objective):
   def sums(self, phase, params, frozen, state, batch, draws):
     """Error and divergence of valid pictures; moments of their latents."""
     del phase, frozen, state
-    x, variables = conditions.to_unit(batch["image"]), {"params": params}
+    x, variables = conditioning.to_unit(batch["image"]), {"params": params}
     valid = batch["valid"]
     mean, logvar = self.vae.apply(variables, x, method="encode")
     noise = denoising.normal(draws["latents"], mean.shape[1:])
@@ -112,7 +113,7 @@ class AutoencoderObjective(base.Objective):
   def held_out_metrics(self, params, frozen, state, batch):
     """Error of pictures made again from their latents' means."""
     del frozen, state
-    x = conditions.to_unit(batch["image"])
+    x = conditioning.to_unit(batch["image"])
     made = self.vae.apply({"params": params}, x)
     square = jnp.square(made - x).mean((1, 2, 3))
     error = jnp.abs(made - x).mean((1, 2, 3))

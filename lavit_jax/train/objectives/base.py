@@ -8,20 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import (
+from lavit_jax.core import (
   agreement,
-  checkpoints,
+  averages,
   errors,
-  files,
-  fingerprints,
   hosts,
   sharding,
   vocabulary,
 )
-from lavit_jax.data import contents, examples, faults, pipeline, sources
-from lavit_jax.train import averages, boundaries, lora, optimizer, stored
+from lavit_jax.core.storage import checkpoints, files, fingerprints
+from lavit_jax.data import contents, examples, faults
+from lavit_jax.data.batching import pipeline
+from lavit_jax.data.sources import kinds
+from lavit_jax.models import lora
+from lavit_jax.train import boundaries, optimizer
 from lavit_jax.train import phases as phases_lib
 from lavit_jax.train import state as state_lib
+from lavit_jax.train.objectives.frozen import artifacts
 
 
 class Objective:
@@ -44,7 +47,7 @@ class Objective:
 
   def __init__(self, config, where=None):
     self.config = config
-    self.stored = where or stored.Stored()
+    self.stored = where or artifacts.Stored()
     self.source, self.held_out = self.stored.sources(config)
     self.last_phase = config.phases[config.schedule[-1]].to_dict()
 
@@ -261,7 +264,7 @@ class Objective:
     path = files.place(self.config.model_dir) / "tokenizer.model"
     if hosts.first() and not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
-      sentences = sources.sentences(self.source, limit=20_000)
+      sentences = kinds.sentences(self.source, limit=20_000)
       vocabulary.TextTokenizer.train(
         sentences, path, self.config.data.text_vocab
       )

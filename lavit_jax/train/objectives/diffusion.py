@@ -1,6 +1,6 @@
 """What stages `pixels` and `latents` share: the loss, the mean weights."""
 
-from lavit_jax.train import denoising
+from lavit_jax.diffusion import denoising
 from lavit_jax.train.objectives import base
 
 

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lavit_jax import errors, images
-from lavit_jax.models import contrastive, llama, vision
-from lavit_jax.train import averages, precision
+from lavit_jax.core import averages, errors, images
+from lavit_jax.models import llama
+from lavit_jax.models.encoder import contrastive, vision
 from lavit_jax.train.objectives import base
+from lavit_jax.train.objectives.frozen import precision
 
 
 class EncoderObjective(base.Objective):

@@ -24,23 +24,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import errors
-from lavit_jax.data import bucket_rows, faults
-from lavit_jax.infer import latents, schedules
-from lavit_jax.models import selector, tokenizer, unet, vae
-from lavit_jax.train import (
+from lavit_jax.core import errors
+from lavit_jax.data import faults
+from lavit_jax.data.batching import bucket_rows
+from lavit_jax.diffusion import denoising, schedules, stable_diffusion
+from lavit_jax.models import lora
+from lavit_jax.models.pixels import unet, vae
+from lavit_jax.models.tokenizer import selector, tokenizer
+from lavit_jax.train import phases
+from lavit_jax.train import state as state_lib
+from lavit_jax.train.objectives import base, conditioning, diffusion
+from lavit_jax.train.objectives.frozen import (
+  abstract_params,
   branches,
   caches,
-  conditions,
-  denoising,
   latent_parts,
-  lora,
-  phases,
   precision,
-  shapes,
 )
-from lavit_jax.train import state as state_lib
-from lavit_jax.train.objectives import base, diffusion
 
 
 class LatentsObjective(diffusion.DiffusionObjective):
@@ -65,7 +65,7 @@ class LatentsObjective(diffusion.DiffusionObjective):
     self._check()
     self._use_networks()
     if model.lora.rank and not self.stored.outline:
-      wanted = state_lib.unbox(shapes.denoiser(self.unet))
+      wanted = state_lib.unbox(abstract_params.denoiser(self.unet))
       branches.check({"unet": self._start("unet")}, {"unet": wanted})
     self._use_buckets()
 
@@ -100,7 +100,7 @@ class LatentsObjective(diffusion.DiffusionObjective):
     for name in config.schedule:
       phase = config.phases[name]
       denoising.check(self.schedule, phase)
-      conditions.check(name, phase)
+      conditioning.check(name, phase)
       if phase.sample_latents and config.data.latents_dir:
         raise errors.ConfigError(
           f"phases.{name}.sample_latents=True draws anew each time, but"
@@ -186,15 +186,15 @@ class LatentsObjective(diffusion.DiffusionObjective):
   def frozen_shapes(self):
     """Encoder, tokenizer, semantic decoder, autoencoder; under LoRA U-Net."""
     config, dtype = self.tokenizer.config, self.config.model.frozen_dtype
-    told = shapes.conditioner(self._told.model, dtype)
+    told = abstract_params.conditioner(self._told.model, dtype)
     made = {
-      "encoder": shapes.encoder(config.vit, dtype),
-      "tokenizer": latent_parts.used_words(shapes.words(config)),
+      "encoder": abstract_params.encoder(config.vit, dtype),
+      "tokenizer": latent_parts.used_words(abstract_params.words(config)),
       "semantic": told["decoder"],
-      "vae": shapes.autoencoder(self.vae),
+      "vae": abstract_params.autoencoder(self.vae),
     }
     if self.config.model.lora.rank:
-      made["unet"] = shapes.denoiser(self.unet, dtype)
+      made["unet"] = abstract_params.denoiser(self.unet, dtype)
     return made
 
   def frozen_branches(self):
@@ -277,7 +277,7 @@ class LatentsObjective(diffusion.DiffusionObjective):
       return batch["latents"].astype(jnp.float32) * factor
     mean, logvar = self.vae.apply(
       {"params": frozen["vae"]},
-      conditions.to_unit(batch["target"]),
+      conditioning.to_unit(batch["target"]),
       method="encode",
     )
     noise = None if keys is None else denoising.normal(keys, mean.shape[1:])
@@ -285,7 +285,7 @@ class LatentsObjective(diffusion.DiffusionObjective):
 
   def _condition(self, params, frozen, batch, gumbel=None):
     """What the U-Net is told of each picture: `tokens`, `pooled`, `sizes`."""
-    ids, valid = conditions.words(
+    ids, valid = conditioning.words(
       self.tokenizer, frozen, batch["image"], gumbel
     )
     codes = frozen["tokenizer"]["codebook"]["codes"]
@@ -354,7 +354,7 @@ class LatentsObjective(diffusion.DiffusionObjective):
   def draw(self, params, frozen, told, shape):
     """Latents float32[B, h, w, C] drawn without guidance, seeds 0 ... B - 1."""
     scale, count = self.vae.config.scale, len(told["tokens"])
-    settings = latents.Settings(
+    settings = stable_diffusion.Settings(
       height=shape[0] * scale,
       width=shape[1] * scale,
       steps=self.config.eval.sample_steps,
@@ -366,8 +366,10 @@ class LatentsObjective(diffusion.DiffusionObjective):
     seeds = jnp.arange(count)
     if self.kind == "lowres":
       uncond = params["uncond"]
-      return latents.lowres(*common, uncond, seeds=seeds, guidance=1)
-    return latents.highres(*common, told["pooled"], seeds=seeds, guidance=1)
+      return stable_diffusion.lowres(*common, uncond, seeds=seeds, guidance=1)
+    return stable_diffusion.highres(
+      *common, told["pooled"], seeds=seeds, guidance=1
+    )
 
   def decode(self, frozen, z):
     """Pictures float32[B, H, W, 3] in [-1, 1] of latents as drawn."""
@@ -381,7 +383,7 @@ class LatentsObjective(diffusion.DiffusionObjective):
     ema = state["ema"]
     net = ema["unet"]
     if self.config.model.lora.rank:
-      boxed = shapes.denoiser(self.unet)
+      boxed = abstract_params.denoiser(self.unet)
       net = self.with_lora(self._start("unet"), boxed, net, self.lora_scale)
     tree = {"unet": unet.unstacked(net)}
     tree["vae"] = latent_parts.read_tree(self._vae_branch)

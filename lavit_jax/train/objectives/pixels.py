@@ -11,17 +11,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lavit_jax import errors
-from lavit_jax.infer import schedules
-from lavit_jax.models import pixels, tokenizer
-from lavit_jax.train import (
+from lavit_jax.core import errors
+from lavit_jax.diffusion import denoising, schedules
+from lavit_jax.models.pixels import pixel_decoder
+from lavit_jax.models.tokenizer import tokenizer
+from lavit_jax.train.objectives import conditioning, diffusion
+from lavit_jax.train.objectives.frozen import (
+  abstract_params,
   branches,
-  conditions,
-  denoising,
   precision,
-  shapes,
 )
-from lavit_jax.train.objectives import diffusion
 
 
 class PixelsObjective(diffusion.DiffusionObjective):
@@ -41,10 +40,10 @@ class PixelsObjective(diffusion.DiffusionObjective):
       made["tokenizer"], vit=made["encoder"]
     )
     self.tokenizer = tokenizer.DynamicVisualTokenizer(self.tokenizer_config)
-    self.decoder_config = pixels.PixelDecoderConfig(
+    self.decoder_config = pixel_decoder.PixelDecoderConfig(
       **config.model.pixels.to_dict()
     )
-    self.decoder = pixels.PixelDecoder(self.decoder_config)
+    self.decoder = pixel_decoder.PixelDecoder(self.decoder_config)
     self.schedule = schedules.Schedule(**config.model.schedule.to_dict())
     self._check()
     self.use_images()
@@ -85,8 +84,8 @@ class PixelsObjective(diffusion.DiffusionObjective):
   def frozen_shapes(self):
     """Encoder and tokenizer."""
     config = self.tokenizer_config
-    words = shapes.words(config)
-    return {"encoder": shapes.encoder(config.vit), "tokenizer": words}
+    words = abstract_params.words(config)
+    return {"encoder": abstract_params.encoder(config.vit), "tokenizer": words}
 
   def frozen_branches(self):
     """Encoder and tokenizer."""
@@ -102,7 +101,7 @@ class PixelsObjective(diffusion.DiffusionObjective):
 
   def features(self, frozen, image):
     """x_rec float[B, N, D] of uint8[B, H, W, 3]; no gradient."""
-    return conditions.reconstructed_features(self.tokenizer, frozen, image)
+    return conditioning.reconstructed_features(self.tokenizer, frozen, image)
 
   def draws(self, phase, batch, rng):
     """Steps, noise, and which conditions are dropped."""
@@ -114,7 +113,7 @@ class PixelsObjective(diffusion.DiffusionObjective):
     sums = denoising.eps_sums(
       self._predict(params),
       self.schedule,
-      conditions.to_unit(batch["image"]),
+      conditioning.to_unit(batch["image"]),
       self.features(frozen, batch["image"]),
       batch["valid"],
       draws,
@@ -138,7 +137,7 @@ class PixelsObjective(diffusion.DiffusionObjective):
     """
     rng = jax.random.key(0)
     phase = dict(self.last_phase) | {"condition_dropout": 0.0, "draws": 1}
-    x = conditions.to_unit(batch["image"])
+    x = conditioning.to_unit(batch["image"])
     x_rec = self.features(frozen, batch["image"])
     _, metrics = denoising.eps_loss(
       self._predict(state["ema"]),

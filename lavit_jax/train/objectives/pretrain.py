@@ -17,29 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax import (
-  agreement,
-  checkpoints,
-  errors,
-  files,
-  fingerprints,
-  images,
-  vocabulary,
-)
-from lavit_jax.data import faults, pipeline
-from lavit_jax.models import llama, tokenizer, unified
-from lavit_jax.train import (
-  averages,
-  branches,
-  caches,
-  lora,
-  losses,
-  phases,
-  precision,
-  shapes,
-)
+from lavit_jax.core import agreement, averages, errors, images, vocabulary
+from lavit_jax.core.storage import checkpoints, files, fingerprints
+from lavit_jax.data import faults
+from lavit_jax.data.batching import pipeline
+from lavit_jax.models import llama, lora, unified
+from lavit_jax.models.tokenizer import tokenizer
+from lavit_jax.train import losses, phases
 from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base
+from lavit_jax.train.objectives.frozen import (
+  abstract_params,
+  branches,
+  caches,
+  precision,
+)
 
 
 class PretrainObjective(base.Objective):
@@ -144,7 +136,7 @@ class PretrainObjective(base.Objective):
         " to train the whole."
       )
     self._check_same_words(folder)
-    wanted = state_lib.unbox(shapes.llm(self.llama_config))
+    wanted = state_lib.unbox(abstract_params.llm(self.llama_config))
     branches.check({"llm": self._stored_llm()}, {"llm": wanted})
 
   def _stored_llm(self):
@@ -153,9 +145,11 @@ class PretrainObjective(base.Objective):
   def frozen_shapes(self):
     """The encoder; under LoRA the LLM too."""
     dtype = self.config.model.get("frozen_dtype", "float32")
-    made = {"encoder": shapes.encoder(self.tokenizer_config.vit, dtype)}
+    made = {
+      "encoder": abstract_params.encoder(self.tokenizer_config.vit, dtype)
+    }
     if self.lora["rank"]:
-      made["llm"] = shapes.llm(self.llama_config, dtype)
+      made["llm"] = abstract_params.llm(self.llama_config, dtype)
     return made
 
   def frozen_branches(self):
@@ -349,7 +343,7 @@ class PretrainObjective(base.Objective):
     }
     params = nn.meta.unbox(params)
     if self.lora["rank"]:
-      boxed, low = shapes.llm(self.llama_config), params.pop("lora")
+      boxed, low = abstract_params.llm(self.llama_config), params.pop("lora")
       where = self._stored_llm()
       params["llm"] = self.with_lora(where, boxed, low, self.lora_scale)
     return params, meta

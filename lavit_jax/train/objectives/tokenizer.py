@@ -18,17 +18,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lavit_jax import errors, fingerprints, images
-from lavit_jax.models import quantizer, selector, tokenizer, vision
-from lavit_jax.train import (
-  averages,
-  boundaries,
-  branches,
-  losses,
-  precision,
-  shapes,
-)
+from lavit_jax.core import averages, errors, images
+from lavit_jax.core.storage import fingerprints
+from lavit_jax.models.encoder import vision
+from lavit_jax.models.tokenizer import quantizer, selector, tokenizer
+from lavit_jax.train import boundaries, losses
 from lavit_jax.train.objectives import base
+from lavit_jax.train.objectives.frozen import (
+  abstract_params,
+  branches,
+  precision,
+)
 
 MASKS = ("random", "gumbel", "sampled", "expected")
 
@@ -70,7 +70,7 @@ class TokenizerObjective(base.Objective):
   def frozen_shapes(self):
     """The encoder."""
     dtype = self.config.model.get("frozen_dtype", "float32")
-    return {"encoder": shapes.encoder(self.model_config.vit, dtype)}
+    return {"encoder": abstract_params.encoder(self.model_config.vit, dtype)}
 
   def made_of(self):
     """Data and encoder."""

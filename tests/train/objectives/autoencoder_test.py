@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax import errors
-from lavit_jax.models import vae
+from lavit_jax.core import errors
+from lavit_jax.models.pixels import vae
 from lavit_jax.train import objectives
 
 

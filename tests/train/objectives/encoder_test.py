@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.train import averages
+from lavit_jax.core import averages
 from lavit_jax.train.objectives import encoder
 from tests.train import outlines, stubs
 

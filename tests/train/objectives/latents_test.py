@@ -11,20 +11,19 @@ import numpy as np
 import optax
 import pytest
 
-from lavit_jax import checkpoints, errors, images, sharding
-from lavit_jax.data import latent_cache
-from lavit_jax.infer import painters, schedules
-from lavit_jax.models import unet, vae
-from lavit_jax.train import (
-  latent_data,
-  loop,
-  lora,
-  objectives,
-  run_checkpoints,
-  writers,
-)
+from lavit_jax.core import errors, images, sharding
+from lavit_jax.core.storage import checkpoints
+from lavit_jax.data.caches import latents
+from lavit_jax.diffusion import schedules
+from lavit_jax.infer.pixels import decoders
+from lavit_jax.jobs import latents as latents_lib
+from lavit_jax.models import lora
+from lavit_jax.models.pixels import unet, vae
+from lavit_jax.train import loop, objectives
 from lavit_jax.train import phases as phases_lib
 from lavit_jax.train import state as state_lib
+from lavit_jax.train.resilience import run_checkpoints
+from lavit_jax.train.telemetry import writers
 from tests import micro
 from tests.train import latent_micro, outlines, parts, stubs
 
@@ -149,7 +148,7 @@ def test_what_is_written_is_a_part_as_imported_ones_are(straight, source):
   _equal(semantic.params["decoder"], old.params["decoder"])
   kernel = semantic.params["unet_proj"]["kernel"]
   assert (kernel != old.params["unet_proj"]["kernel"]).any()
-  painter = painters.load(straight / "model", "lowres")  # checks that all fit
+  painter = decoders.load(straight / "model", "lowres")  # checks that all fit
   assert painter.schedule.prediction == "velocity"
 
 
@@ -298,7 +297,7 @@ def test_a_share_of_bad_pictures_is_judged_however_few_there_are(
   data = _config("lowres", tmp_path, source).data.to_dict()
   data["path"] = data["held_out_path"] = str(photos / "index.jsonl")
   with pytest.raises(errors.DataError, match="pictures are unusable"):
-    latent_data.write_cache(
+    latents_lib.write_cache(
       source, "lowres", data, tmp_path / "cache", batch=4, quiet=True
     )
   assert not (tmp_path / "cache").exists()
@@ -309,13 +308,13 @@ def test_training_from_cached_latents_is_training_without(source, tmp_path):
   root = _branch(source, tmp_path, "lowres")
   cfg = _config("lowres", root, source)
   out = tmp_path / "cache"
-  summary = latent_data.write_cache(
+  summary = latents_lib.write_cache(
     source, "lowres", cfg.data.to_dict(), out, batch=4, quiet=True
   )
   assert summary["pictures"] == 8
   assert summary["bad"] == 0
   assert sum(p.stat().st_size for p in out.iterdir()) == summary["bytes"]
-  again = latent_data.write_cache(
+  again = latents_lib.write_cache(
     source, "lowres", cfg.data.to_dict(), out, quiet=True
   )
   assert again == summary
@@ -353,9 +352,9 @@ def _refuses_other_caches(root, source, out):
   build("another source", data__image_size=32, data__kind="shapes")
   build("random", errors.ConfigError, data__crop="random")
   build("draws anew", errors.ConfigError, phases__train__sample_latents=True)
-  meta = latent_cache.LatentCache.load(out).meta
+  meta = latents.LatentCache.load(out).meta
   with pytest.raises(errors.DataError, match="another vae"):
-    latent_cache.LatentCache.load(out, vae="other", source=meta.source)
+    latents.LatentCache.load(out, vae="other", source=meta.source)
 
 
 _WRONG = {

@@ -10,19 +10,18 @@ import numpy as np
 import optax
 import pytest
 
-from lavit_jax import checkpoints, sharding
-from lavit_jax.infer import schedules
-from lavit_jax.models import (
+from lavit_jax.core import averages, sharding
+from lavit_jax.core.storage import checkpoints
+from lavit_jax.diffusion import denoising, schedules
+from lavit_jax.models.encoder import vision
+from lavit_jax.models.pixels import pixel_decoder, unet
+from lavit_jax.models.tokenizer import (
   decoder,
   merger,
-  pixels,
   quantizer,
   selector,
   tokenizer,
-  unet,
-  vision,
 )
-from lavit_jax.train import averages, denoising
 from lavit_jax.train.objectives import pixels as objective_lib
 
 _TOKENIZER = tokenizer.TokenizerConfig(
@@ -47,7 +46,7 @@ _TOKENIZER = tokenizer.TokenizerConfig(
     out_dim=8,
   ),
 )
-_DECODER = pixels.PixelDecoderConfig(
+_DECODER = pixel_decoder.PixelDecoderConfig(
   image_size=32,
   patch=8,
   num_patches=4,
@@ -220,7 +219,7 @@ def test_the_exponential_mean_is_what_gets_exported(stage):
   np.testing.assert_allclose(jax.tree.leaves(shift), 0.9, atol=1e-5)
   exported, meta = objective.export(params, after)
   assert exported is after["ema"]
-  assert pixels.PixelDecoderConfig(**meta["pixels"]) == _DECODER
+  assert pixel_decoder.PixelDecoderConfig(**meta["pixels"]) == _DECODER
   assert schedules.Schedule(**meta["schedule"]) == schedules.PIXELS
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from lavit_jax import agreement, checkpoints, errors, vocabulary
+from lavit_jax.core import agreement, averages, errors, vocabulary
+from lavit_jax.core.storage import checkpoints
 from lavit_jax.models import llama
-from lavit_jax.train import averages, loop, objectives
+from lavit_jax.train import loop, objectives
 from lavit_jax.train.objectives import pretrain
 from tests import micro
 

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax import errors
-from lavit_jax.models import quantizer
-from lavit_jax.train import averages
+from lavit_jax.core import averages, errors
+from lavit_jax.models.tokenizer import quantizer
 from lavit_jax.train.objectives import tokenizer
 from tests.train import outlines, stubs
 

@@ -1,0 +1,299 @@
+"""Sources to batches, with Grain: random access, one integer of state.
+
+  packed = packed_rows(source, cache, tokenizer, vocabulary, mixture=…, …)
+  for batch in iterate(packed, start_batch=step): …
+
+Batch k is a pure function of the arguments and k: a run that is resumed, or
+split over other processes, sees the same rows.
+"""
+
+import dataclasses
+import logging
+
+import grain.python as grain
+import numpy as np
+
+from lavit_jax.core import errors
+from lavit_jax.core import vocabulary as vocabulary_lib
+from lavit_jax.data import examples, sequences
+from lavit_jax.data import faults as faults_lib
+from lavit_jax.data.batching import packing
+from lavit_jax.data.batching import rows as rows_lib
+
+_LOG = logging.getLogger(__name__)
+_ENDLESS = 1 << 48  # rows of an endless dataset
+_AHEAD = 4  # batches decoded ahead of the one in use
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+  """Rows by number (a grain.MapDataset of dicts) and the global batch size.
+
+  `faults` holds the FaultLogs of what was skipped so far.
+  """
+
+  rows: grain.MapDataset
+  batch_size: int
+  faults: tuple = ()
+
+  def __len__(self):
+    """Number of batches; the last may be padded. Endless ones are 2**48."""
+    return -(-len(self.rows) // self.batch_size)
+
+  def __getitem__(self, k):
+    """Global batch k."""
+    return next(iterate(self, start_batch=k, num_threads=0))
+
+
+class Iterator:
+  """Iterates over batches; `next_batch` is its whole state."""
+
+  def __init__(self, dataset, start):
+    self._iterator, self.next_batch = iter(dataset), start
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    batch = next(self._iterator)
+    self.next_batch += 1
+    return batch
+
+
+def iterate(batches, *, start_batch=0, num_threads=2, rows=None, skip=0):
+  """Iterates over some rows, this process's share, of every batch.
+
+  Args:
+    batches: a Batches.
+    start_batch: the batch to begin with, `next_batch` of an earlier iterator.
+    num_threads: threads that decode ahead; 0 decodes when asked.
+    rows: numbers, 0 ... B - 1, of the rows wanted of each batch of B; all by
+      default. `sharding.rows_of_process` tells those of a process.
+    skip: row of the first batch's first row, of endless rows only: where a run
+      left out some, or had batches of another size before.
+
+  Returns:
+    Iterator of dicts of arrays [len(rows), ...]. A finite dataset ends; its
+    last batch is filled up with zeros (weights and valid are zero there).
+
+  Raises:
+    errors.ConfigError: batches of no rows.
+  """
+  size, data = batches.batch_size, batches.rows
+  if size < 1:
+    raise errors.ConfigError(f"batch_size={size}: expected 1 or more.")
+  wanted = np.arange(size) if rows is None else np.asarray(rows)
+  share = len(wanted)
+
+  def row(local):
+    k, j = divmod(local, share)
+    number = skip + k * size + int(wanted[j])
+    if number < len(data):
+      return data[number]
+    return {name: np.zeros_like(value) for name, value in data[0].items()}
+
+  stop = len(batches) * share
+  local = grain.MapDataset.range(min(start_batch * share, stop), stop)
+  options = grain.ReadOptions(
+    num_threads=num_threads, prefetch_buffer_size=_AHEAD if num_threads else 0
+  )
+  dataset = local.map(row).batch(share).to_iter_dataset(options)
+  return Iterator(dataset, start_batch)
+
+
+def image_batches(
+  source,
+  batch_size,
+  *,
+  seed=None,
+  tokenizer=None,
+  text_length=None,
+  limit_share=0.05,
+):
+  """Batches of single pictures, with a caption each if a tokenizer is given.
+
+  Args:
+    source: an examples.Source.
+    batch_size: global number of pictures.
+    seed: of the endless shuffled order; None: each picture once, in order.
+    tokenizer: a vocabulary.TextTokenizer, or None for pictures alone.
+    text_length: T, ids of a caption; longer ones are cut.
+    limit_share: share of bad pictures that stops the run.
+
+  Returns:
+    Batches of image uint8[B, H, W, 3], valid float32[B], index int64[B], and
+    text int32[B, T], text_mask bool[B, T] (ids, then </s>, then padding).
+  """
+  log = faults_lib.FaultLog(f"pictures of {source.name}", limit_share)
+  if not source.num_images:
+    raise errors.DataError(f"{source.name} holds no pictures.")
+  order, length = range(source.num_images), source.num_images
+  if seed is not None:
+    order = packing.Order(length, packing.make_seed(seed))
+    length = _ENDLESS
+
+  def row(number):
+    i = int(order[number])
+    pixels, valid = rows_lib.picture(source, i, log)
+    out = {"image": pixels, "valid": np.float32(valid), "index": np.int64(i)}
+    if tokenizer is not None:
+      captions = source.captions(i)
+      rng = np.random.default_rng([seed or 0, number])
+      text = captions[rng.integers(len(captions))] if captions else ""
+      try:
+        ids = sequences.text_ids(tokenizer, text)
+      except vocabulary_lib.BadText as error:
+        log.fault(f"caption of {source.image_key(i)}", error)
+        ids = []
+      out["text"], out["text_mask"] = _text(ids, text_length)
+    return out
+
+  rows = grain.MapDataset.range(length).map(row)
+  return Batches(rows, batch_size, (log,))
+
+
+def _text(ids, length):
+  """Ids of a caption, cut to length and ended by </s>, and their mask.
+
+  Without a caption the mask is False everywhere.
+  """
+  ended = [*ids[: length - 1], vocabulary_lib.EOS_ID]
+  out, mask = np.zeros(length, np.int32), np.arange(length) < len(ended)
+  out[: len(ended)] = ended
+  return out, mask & bool(ids)
+
+
+def packed_rows(source, cache, tokenizer, vocabulary, *, mixture, **kwargs):
+  """Packed rows of one source: `packed_mixture` of its tasks.
+
+  Args:
+    source: an examples.Source.
+    cache: its CodeCache.
+    tokenizer: a vocabulary.TextTokenizer.
+    vocabulary: a vocabulary.Vocabulary.
+    mixture: weight of each task, counted in documents, of which one that is
+      longer than a row is one, whatever its rows; 0 leaves a task out, and so
+      does a source without examples of it.
+    **kwargs: as of `packed_mixture`.
+  """
+  if unknown := sorted(set(mixture) - set(examples.TASKS)):
+    raise errors.ConfigError(
+      f"mixture names {unknown}, which are no tasks. Expected some of"
+      f" {sorted(examples.TASKS)}. Change config.data.mixture."
+    )
+  _say_unused(source, mixture)
+  if unknown := sorted(set(mixture) - set(source.tasks())):
+    usable = sorted(set(source.tasks()) & set(mixture))
+    if not any(mixture[t] for t in usable):
+      raise errors.ConfigError(
+        f"mixture names {unknown}, but {source.name} only has"
+        f" {sorted(source.tasks())}; give one of these a weight."
+      )
+  components = [
+    packing.Component(source, task, weight, cache)
+    for task, weight in mixture.items()
+    if weight and task in source.tasks() and source.num_examples(task)
+  ]
+  return packed_mixture(components, tokenizer, vocabulary, **kwargs)
+
+
+def _say_unused(source, mixture):
+  """Logs the examples that no weight lets in."""
+  unused = {
+    task: source.num_examples(task)
+    for task in source.tasks()
+    if not mixture.get(task) and source.num_examples(task)
+  }
+  if unused:
+    counts = ", ".join(f"{count} {task}" for task, count in unused.items())
+    _LOG.warning(
+      "%s has examples that are left out, since config.data.mixture gives"
+      " their tasks no weight: %s",
+      source.name,
+      counts,
+    )
+
+
+def packed_mixture(
+  components,
+  tokenizer,
+  vocabulary,
+  *,
+  length,
+  slots,
+  batch_size,
+  seed=0,
+  window=1024,
+  limit_share=0.05,
+):
+  """Packed rows of several sources and tasks in exact proportions.
+
+  Args:
+    components: list of packing.Component.
+    tokenizer: a vocabulary.TextTokenizer.
+    vocabulary: a vocabulary.Vocabulary.
+    length: L, positions a row; of longer documents see `pieces`.
+    slots: S, pictures read a row; likewise.
+    batch_size: rows a global batch.
+    seed: of mixture, order and packing.
+    window: documents packed together.
+    limit_share: share of bad documents, or pictures, that stops the run; those
+      longer than a row are not bad, and counted apart.
+
+  Returns:
+    Batches of tokens, targets, segments, positions, slot, order int32[B, L];
+    weights float32[B, L]; pixels uint8[B, S, H, W, 3]; keep bool[B, S, N];
+    row, doc_hash int64[B]. Segments count from 1; 0 is padding.
+
+  Raises:
+    errors.ConfigError, errors.DataError: nothing to pack, sizes that differ
+      between components, or a cache of another codebook.
+  """
+  _check_components(components, vocabulary)
+  limits = (length, slots)
+  documents = rows_lib.Documents(
+    components,
+    tokenizer,
+    vocabulary,
+    limits=limits,
+    seed=seed,
+    limit_share=limit_share,
+    window=window,
+  )
+  settings = dict(limits=limits, seed=seed, window=window)
+  memo = rows_lib.memo_path(components, tokenizer, **settings)
+  plan = packing.Plan(documents.sizes, memo=memo, **settings)
+  rows = grain.MapDataset.range(_ENDLESS).map(rows_lib.Rows(plan, documents))
+  return Batches(rows, batch_size, documents.logs)
+
+
+def _check_components(components, vocabulary):
+  """Everything that can be known to be wrong before a batch is made."""
+  if not components:
+    raise errors.ConfigError(
+      "The mixture has no component with a weight and with examples."
+    )
+  for c in components:
+    cache, source = c.cache, c.source
+    if cache is None:
+      continue
+    if len(cache) != source.num_images:
+      raise errors.DataError(
+        f"The code cache {cache.directory} has {len(cache)} pictures, but"
+        f" {source.name} has {source.num_images}: it was made from other data."
+        " Run `lavit tokenize` for this data."
+      )
+    if cache.meta.num_codes != vocabulary.num_codes:
+      raise errors.DataError(
+        f"The code cache {cache.directory} has codes of a codebook of"
+        f" {cache.meta.num_codes}, the vocabulary one of"
+        f" {vocabulary.num_codes}. Run `lavit tokenize` with this tokenizer."
+      )
+  for what, values in (
+    ("image_size", {c.source.image_size for c in components}),
+    ("num_patches", {c.cache.num_patches for c in components if c.cache}),
+  ):
+    if len(values) > 1:
+      raise errors.ConfigError(
+        f"The sources of a mixture must agree on {what}, got {sorted(values)}."
+      )

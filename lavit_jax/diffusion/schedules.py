@@ -1,0 +1,255 @@
+"""Noise schedules of diffusion: how much noise a step holds, and what follows.
+
+With a_t the cumulative product of 1 - beta, z_t = sqrt(a_t) x + sqrt(1 - a_t)
+eps. Settings carry the meaning they have in diffusers' scheduler files; the
+goldens of the official sampler hold the numbers.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lavit_jax.core import errors
+
+KINDS = ("linear", "scaled_linear", "cosine", "squaredcos_cap_v2")
+SPACINGS = ("leading", "trailing", "linspace")
+PREDICTIONS = ("epsilon", "velocity", "sample")
+_STEEPEST = 0.999  # largest beta of "squaredcos_cap_v2"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+  """A noise schedule and how it is sampled.
+
+  Attributes:
+    num_steps: T, the steps of training.
+    kind: of the betas; "cosine" is Nichol & Dhariwal's (arXiv 2102.09672),
+      "squaredcos_cap_v2" diffusers' form of it, by betas of at most 0.999.
+    beta_start: first beta of the linear kinds.
+    beta_end: last beta of the linear kinds.
+    betas: T of them, instead of a kind.
+    zero_snr: rescale so that nothing is left of the picture at the last step
+      (Lin et al., arXiv 2305.08891).
+    spacing: which steps a short sampling visits; only "trailing" and
+      "linspace" begin at the last one, where nothing is left of the picture.
+    steps_offset: added to the steps of the "leading" spacing.
+    alpha_to_one: the last sampling step ends at a = 1, not at a_0.
+    prediction: what the network's output stands for; see `to_eps`.
+    clip: bound on the predicted picture at every step, None for none. A pair
+      (share, largest) is dynamic thresholding (arXiv 2205.11487); see `bound`.
+    shift: added to log(a / (1 - a)) of the cosine kind; negative = noisier.
+  """
+
+  num_steps: int = 1000
+  kind: str = "scaled_linear"
+  beta_start: float = 0.00085
+  beta_end: float = 0.012
+  spacing: str = "leading"
+  steps_offset: int = 1
+  alpha_to_one: bool = False
+  prediction: str = "epsilon"
+  clip: float | tuple[float, float] | None = None
+  shift: float = 0.0
+  betas: tuple[float, ...] | None = None
+  zero_snr: bool = False
+
+  def __post_init__(self):
+    for name in ("clip", "betas"):  # JSON and configs give lists
+      if isinstance(value := getattr(self, name), list):
+        object.__setattr__(self, name, tuple(value))
+    allowed = {"kind": KINDS, "spacing": SPACINGS, "prediction": PREDICTIONS}
+    for name, values in allowed.items():
+      if getattr(self, name) not in values:
+        raise errors.ConfigError(
+          f"{name}={getattr(self, name)!r} is not known: it must be one of"
+          f" {', '.join(values)}. Change schedule.{name}."
+        )
+    self._check_numbers()
+
+  def _check_numbers(self):
+    ends = (self.beta_start, self.beta_end)
+    betas = ends if self.betas is None else self.betas
+    bounds = self.clip if isinstance(self.clip, tuple) else (1.0, self.clip)
+    good = {
+      "num_steps": self.num_steps >= 1,
+      "steps_offset": self.steps_offset >= 0,
+      "betas": all(0 <= beta < 1 for beta in betas),
+      "clip": self.clip is None
+      or (len(bounds) == 2 and 0 < bounds[0] <= 1 and bounds[1] > 0),
+    }
+    for name, fine in good.items():
+      if not fine:
+        raise errors.ConfigError(
+          f"schedule.{name} is out of range in {self}: steps count from 1, an"
+          " offset from 0, betas lie in [0, 1), clip is a positive number or a"
+          " pair of a share within (0, 1] and a positive number."
+        )
+    if self.betas is not None and len(self.betas) != self.num_steps:
+      raise errors.ConfigError(
+        f"{len(self.betas)} betas for {self.num_steps} steps: give as many"
+        " betas as steps. Change schedule.betas or schedule.num_steps."
+      )
+
+
+STABLE_DIFFUSION = Schedule()
+PIXELS = Schedule(
+  kind="cosine",
+  spacing="trailing",
+  steps_offset=0,
+  alpha_to_one=True,
+  prediction="sample",
+  clip=1.0,
+)
+
+
+def alphas_cumprod(schedule: Schedule) -> np.ndarray:
+  """float32[T], a_t: falls from nearly 1 to nearly 0."""
+  table = _alphas(schedule)
+  if schedule.zero_snr:
+    root = np.sqrt(table)
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    table = root**2
+  return table.astype(np.float32)
+
+
+def _alphas(schedule):
+  """float64[T], before any rescaling."""
+  steps = schedule.num_steps
+  start, end = schedule.beta_start, schedule.beta_end
+  if schedule.betas is not None:
+    betas = np.asarray(schedule.betas, np.float64)
+  elif schedule.kind == "cosine":
+    time = np.arange(1, steps + 1) / (steps + 0.5)
+    level = np.clip(_squared_cosine(time), 1e-6, 1 - 1e-6)
+    odds = level / (1 - level) * np.exp(schedule.shift)
+    return odds / (1 + odds)
+  elif schedule.kind == "squaredcos_cap_v2":
+    level = _squared_cosine(np.arange(steps + 1) / steps)
+    betas = np.minimum(1 - level[1:] / level[:-1], _STEEPEST)
+  elif schedule.kind == "linear":
+    betas = np.linspace(start, end, steps)
+  else:
+    betas = np.linspace(start**0.5, end**0.5, steps) ** 2
+  return np.cumprod(1 - betas)
+
+
+def _squared_cosine(time):
+  return np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+
+
+def timesteps(schedule: Schedule, count: int) -> np.ndarray:
+  """int32[count], the visited steps from noisy to clean.
+
+  `timesteps(STABLE_DIFFUSION, 5)` is [801, 601, 401, 201, 1].
+
+  Raises:
+    errors.UsageError: count is not within 1 .. num_steps.
+  """
+  total = schedule.num_steps
+  check_count(schedule, count)
+  if schedule.spacing == "leading":
+    steps = np.arange(count)[::-1] * (total // count) + schedule.steps_offset
+  elif schedule.spacing == "trailing":
+    # Rounding may let arange take a step more, down to 0.
+    steps = np.round(np.arange(total, 0, -total / count)[:count]) - 1
+  else:
+    steps = np.linspace(0, total - 1, count).round()[::-1]
+  return np.clip(steps, 0, total - 1).astype(np.int32)
+
+
+def check_count(schedule: Schedule, count: int):
+  """UsageError unless count steps can be visited."""
+  if not 1 <= count <= schedule.num_steps:
+    raise errors.UsageError(
+      f"{count} sampling steps asked for, but the schedule has"
+      f" {schedule.num_steps}: give a number from 1 to {schedule.num_steps}."
+    )
+
+
+def _over(level: jax.Array, like: jax.Array) -> jax.Array:
+  """float[B] as float[B, 1, ...], or a scalar as it is."""
+  return level.reshape(level.shape + (1,) * (like.ndim - level.ndim))
+
+
+def add_noise(schedule: Schedule, x, noise, t):
+  """z_t of float[B, ...] pictures, float[B, ...] noise and int[B] steps."""
+  a = _over(jnp.asarray(alphas_cumprod(schedule))[t], x)
+  return jnp.sqrt(a) * x + jnp.sqrt(1 - a) * noise
+
+
+def to_eps(schedule: Schedule, output, z, a):
+  """The predicted noise, whatever the network's output stands for.
+
+  With prediction "epsilon" it is the output itself. With "velocity" (Salimans
+  & Ho, arXiv 2202.00512) eps = sqrt(a) output + sqrt(1 - a) z: a network that
+  gives 0 already copies the noise out of a noisy picture, and the predicted
+  picture stays bounded where nothing is left of it. With "sample" the output
+  is the picture, and eps = (z - sqrt(a) output) / sqrt(1 - a): a small network
+  on large patches then never has to carry noise through (Li & He, arXiv
+  2511.13720).
+
+  Args:
+    schedule: says which prediction.
+    output: float[B, ...].
+    z: float[B, ...], the noisy picture the output was computed from.
+    a: float[B] or float[], its a_t.
+  """
+  if schedule.prediction == "epsilon":
+    return output
+  a = _over(jnp.asarray(a), z)
+  if schedule.prediction == "sample":
+    return (z - jnp.sqrt(a) * output) / jnp.sqrt(1 - a)
+  return jnp.sqrt(a) * output + jnp.sqrt(1 - a) * z
+
+
+def to_picture(schedule: Schedule, output, z, a):
+  """The predicted clean picture; the arguments are those of `to_eps`."""
+  a = _over(jnp.asarray(a), z)
+  if schedule.prediction == "epsilon":
+    return (z - jnp.sqrt(1 - a) * output) / jnp.sqrt(a)
+  if schedule.prediction == "sample":
+    return output
+  return jnp.sqrt(a) * z - jnp.sqrt(1 - a) * output
+
+
+def bound(schedule: Schedule, picture: jax.Array) -> jax.Array:
+  """The predicted picture, float[B, ...], within the schedule's `clip`.
+
+  A pair (share, largest) bounds each picture at the quantile `share` of its
+  own absolute values, kept within 1 .. largest, and divides by that bound.
+  """
+  if schedule.clip is None:
+    return picture
+  if not isinstance(schedule.clip, tuple):
+    return jnp.clip(picture, -schedule.clip, schedule.clip)
+  share, largest = schedule.clip
+  flat = jnp.abs(picture.reshape(picture.shape[0], -1))
+  limit = jnp.clip(jnp.quantile(flat, share, axis=1), 1.0, largest)
+  limit = _over(limit, picture)
+  return jnp.clip(picture, -limit, limit) / limit
+
+
+def eps_error(schedule: Schedule, output, x, noise, a):
+  """Mean squared error of the predicted noise, float32[B].
+
+  Equal to that of `to_eps`, without its cancellation: for "velocity" it is
+  a * || output - (sqrt(a) noise - sqrt(1 - a) x) ||^2, for "sample"
+  a / (1 - a) * || output - x ||^2.
+
+  Args:
+    schedule: says which prediction.
+    output: float[B, ...], the network's for `add_noise(x, noise)`.
+    x: float[B, ...], clean pictures.
+    noise: float[B, ...].
+    a: float[B], alphas_cumprod of their steps.
+  """
+  axes = tuple(range(1, x.ndim))
+  if schedule.prediction == "epsilon":
+    return jnp.square(output - noise).mean(axes)
+  if schedule.prediction == "sample":
+    return a / (1 - a) * jnp.square(output - x).mean(axes)
+  wide = _over(a, x)
+  velocity = jnp.sqrt(wide) * noise - jnp.sqrt(1 - wide) * x
+  return a * jnp.square(output - velocity).mean(axes)

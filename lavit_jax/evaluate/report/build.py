@@ -1,0 +1,174 @@
+"""The report of a quickstart: what was measured, and pictures to look at."""
+
+import json
+import math
+import pathlib
+
+from lavit_jax.evaluate.report import figures, page
+from lavit_jax.train.telemetry import writers
+
+# The floors that the embedded default is held to (README).
+FLOORS = {
+  "caption_attributes": (0.60, None),
+  "t2i_attributes": (0.35, None),
+  "recon_gain": (0.6, None),
+  "recon_gain_objects": (0.4, None),
+  "codes_used_share": (0.8, None),
+  "kept_share": (0.28, 0.40),
+  "object_lift": (1.5, None),
+}
+_STAGES = ("encoder", "tokenizer", "pixels", "pretrain")
+
+
+def write(workdir, lavit, metrics, exhibits) -> pathlib.Path:
+  """Writes DIR/report/index.html and metrics.json; returns the folder."""
+  folder = pathlib.Path(workdir) / "report"
+  folder.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(metrics, indent=1, sort_keys=True)
+  (folder / "metrics.json").write_text(text + "\n")
+  report = page.Report(
+    title="LaVIT, trained from nothing",
+    subtitle=(
+      "Every stage from scratch; all numbers and pictures below are of"
+      " held-out data with deterministic token selection."
+    ),
+    metrics=_headline(metrics),
+    facts={
+      f"parameters of {part}": count
+      for part, count in metrics["parameters"].items()
+    },
+    seconds=metrics.get("seconds", {}),
+    sections=[s for s in _sections(lavit, metrics, exhibits) if s.blocks],
+    curves=_curves(pathlib.Path(workdir)),
+  )
+  page.build(report, folder)
+  return folder
+
+
+def _headline(metrics):
+  cards = []
+  floors = dict(FLOORS)
+  if "vqa_majority" in metrics:
+    floors["vqa_accuracy"] = (metrics["vqa_majority"] + 0.1, None)
+  names = (
+    "caption_attributes",
+    "caption_exact",
+    "vqa_accuracy",
+    "t2i_attributes",
+    "edit_attributes",
+    "recon_gain",
+    "recon_gain_objects",
+    "codes_used_share",
+    "perplexity",
+    "kept_share",
+    "object_lift",
+  )
+  for name in names:
+    if name in metrics:
+      low, high = floors.get(name, (None, None))
+      cards.append(
+        page.Metric(name=name, value=metrics[name], low=low, high=high)
+      )
+  return cards
+
+
+def _sections(lavit, metrics, exhibits):
+  yield _tokens_section(lavit, metrics, exhibits)
+  yield page.Section(
+    title="Captions and answers",
+    text="The picture enters as continuous tokens of the merger.",
+    blocks=[
+      *_gallery(exhibits.captions, ("picture", "reference", "model")),
+      *_gallery(exhibits.answers, ("picture", "question", "answer", "model")),
+    ],
+  )
+  yield page.Section(
+    title="Drawings and edits",
+    text="The LLM writes visual words; the pixel decoder paints them.",
+    blocks=[
+      *_gallery(exhibits.drawings, ("prompt", "drawn")),
+      *_gallery(exhibits.edits, ("picture", "instruction", "drawn")),
+    ],
+  )
+  rows = [
+    [name, value]
+    for name, value in sorted(metrics.items())
+    if isinstance(value, int | float)
+  ]
+  yield page.Section(
+    title="All metrics",
+    blocks=[page.Table(columns=("metric", "value"), rows=rows)],
+  )
+
+
+def _gallery(rows, labels):
+  if not rows:
+    return []
+  return [page.Gallery(rows=[list(row) for row in rows], labels=labels)]
+
+
+def _tokens_section(lavit, metrics, exhibits):
+  blocks = []
+  if exhibits.pictures:
+    side = math.isqrt(lavit.visual.num_patches)
+    rows = [
+      [
+        figures.fit(picture, 144),
+        figures.overlay_mask(picture, keep, size=144, grid=(side, side)),
+        figures.fit(redrawn, 144),
+      ]
+      for picture, keep, redrawn in zip(
+        exhibits.pictures, exhibits.keeps, exhibits.redrawn, strict=True
+      )
+    ]
+    labels = ("picture", "kept patches", "redrawn from its words")
+    blocks.append(page.Gallery(rows=rows, labels=labels))
+  if "recon_gain_random" in metrics:
+    names = {
+      "": "learned selection",
+      "_sampled": "learned, sampled",
+      "_random": "random mask of the same share",
+      "_no_codes": "without quantizer",
+    }
+    rows = [
+      [
+        label,
+        metrics[f"recon_gain{suffix}"],
+        metrics.get(f"recon_gain_objects{suffix}"),
+      ]
+      for suffix, label in names.items()
+    ]
+    columns = ("tokens", "recon_gain", "recon_gain_objects")
+    blocks.append(page.Table(columns=columns, rows=rows))
+  if exhibits.code_patches:
+    common = sorted(
+      exhibits.code_patches.items(), key=lambda kv: (-len(kv[1]), kv[0])
+    )[:64]
+    blocks.append(
+      page.Figure(
+        image=figures.codebook_sheet(dict(sorted(common))),
+        title="Codebook",
+        caption="Patches that were given the same visual word.",
+      )
+    )
+  return page.Section(
+    title="Pictures to visual words",
+    text="Bright patches are kept; the others are merged into them.",
+    blocks=blocks,
+  )
+
+
+def _curves(workdir):
+  """Stage -> metric -> points, from each stage's metrics.jsonl."""
+  curves = {}
+  for stage in _STAGES:
+    path = workdir / stage / "metrics.jsonl"
+    if not path.exists():
+      continue
+    points: dict[str, list] = {}
+    for row in writers.read_json_lines(path):
+      for name, value in row.items():
+        if name not in ("step", "time") and isinstance(value, int | float):
+          points.setdefault(name, []).append((row["step"], value))
+    curves[stage] = points
+  return curves

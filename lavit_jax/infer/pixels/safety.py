@@ -1,0 +1,71 @@
+"""Drawings held to the safety checker that came with a model."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import PIL.Image
+
+from lavit_jax.core import images
+from lavit_jax.core.storage import checkpoints
+from lavit_jax.infer import batches
+from lavit_jax.models.pixels import safety
+
+PART = "safety"
+MARK = "withheld"  # key of a picture's `info`
+
+
+class Checker:
+  """The part `safety`: Stable Diffusion's own checker."""
+
+  def __init__(self, directory):
+    """Reads the part; CheckpointError if it is damaged."""
+    part = checkpoints.load_part(directory, PART)
+    self._config = safety.SafetyConfig(**part.meta["safety"])
+    self._params = part.params
+
+  @functools.cached_property
+  def _withheld(self):
+    net = safety.SafetyChecker(self._config)
+
+    def withheld(params, pictures):
+      pixels = images.normalize(pictures)
+      return safety.withheld(*net.apply({"params": params}, pixels))
+
+    return jax.jit(withheld)
+
+  def check(self, pictures: Sequence[PIL.Image.Image]) -> list[PIL.Image.Image]:
+    """The pictures, those withheld black and with `info["withheld"]` True."""
+    size = self._config.image_size
+    small = np.stack([clip_square(picture, size) for picture in pictures])
+    flags = []
+    for chunk, count, _ in batches.chunks(small):
+      flags += np.asarray(self._withheld(self._params, chunk))[:count].tolist()
+    return [
+      _black(picture) if flag else picture
+      for picture, flag in zip(pictures, flags, strict=True)
+    ]
+
+
+def is_withheld(picture: PIL.Image.Image) -> bool:
+  """Whether the checker put this black picture in place of a drawing."""
+  return bool(picture.info.get(MARK))
+
+
+def clip_square(picture: PIL.Image.Image, size: int) -> np.ndarray:
+  """uint8[size, size, 3] as CLIP sees it: shorter side scaled, middle cut."""
+  width, height = picture.size
+  short = min(width, height)
+  scaled = picture.resize(
+    (int(size * width / short), int(size * height / short)),
+    PIL.Image.Resampling.BICUBIC,
+  )
+  left, top = (scaled.width - size) // 2, (scaled.height - size) // 2
+  return np.array(scaled.crop((left, top, left + size, top + size)), np.uint8)
+
+
+def _black(picture):
+  black = PIL.Image.new("RGB", picture.size)
+  black.info[MARK] = True
+  return black

@@ -1,0 +1,62 @@
+"""The official release's rules of pictures from pictures, to the letter.
+
+`LaVITDetokenizer` of jy0205/LaVIT (commit 8cde9b4) reads pictures as
+`official.preprocess` does not: they are scaled by bicubic interpolation
+without antialiasing, whatever their sides, and neither cropped nor rounded.
+"""
+
+import numpy as np
+
+from lavit_jax.core import images
+
+_SHARP = -0.75  # PyTorch's `a` of the cubic convolution
+
+
+def clip_pixels(pictures: np.ndarray, size: int) -> np.ndarray:
+  """Pictures as the official detokenizer shows them to the encoder.
+
+  Args:
+    pictures: float[B, H, W, 3] in [0, 1].
+    size: S, pixels a side.
+
+  Returns:
+    float32[B, S, S, 3], CLIP-normalised; bicubic overshoots are kept.
+  """
+  return images.normalize(bicubic(pictures, (size, size)))
+
+
+def bicubic(pictures: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+  """F.interpolate(mode="bicubic") of torch: no antialias.
+
+  Args:
+    pictures: float[B, H, W, C].
+    sides: H' and W'.
+
+  Returns:
+    float32[B, H', W', C].
+  """
+  rows, columns = (
+    _weights(before, after)
+    for before, after in zip(pictures.shape[1:3], sides, strict=True)
+  )
+  scaled = np.einsum("ih,bhwc,jw->bijc", rows, pictures, columns, optimize=True)
+  return scaled.astype(np.float32)
+
+
+def _weights(before: int, after: int) -> np.ndarray:
+  """float64[after, before]: what each pixel is made of, edges repeated."""
+  place = (np.arange(after) + 0.5) * before / after - 0.5
+  first = np.floor(place).astype(int)
+  table = np.zeros((after, before))
+  for offset in range(-1, 3):
+    source = np.clip(first + offset, 0, before - 1)
+    distance = np.abs(place - first - offset)
+    np.add.at(table, (np.arange(after), source), _cubic(distance))
+  return table
+
+
+def _cubic(x: np.ndarray) -> np.ndarray:
+  """The kernel of cubic convolution (Keys, 1981) at distances 0 <= x <= 2."""
+  near = ((_SHARP + 2) * x - (_SHARP + 3)) * x * x + 1
+  far = _SHARP * (((x - 5) * x + 8) * x - 4)
+  return np.where(x <= 1, near, far)

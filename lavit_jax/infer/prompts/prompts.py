@@ -1,0 +1,124 @@
+"""What users give, text and pictures, to rows and padded arrays."""
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lavit_jax.core import errors, images, vocabulary
+from lavit_jax.data import sequences
+from lavit_jax.infer import batches, visual
+from lavit_jax.infer.decoding import prompt_rows
+from lavit_jax.infer.loading import parts
+from lavit_jax.infer.presets import official
+
+_MULTIPLE = 16  # prompts are padded to it, so that few shapes compile
+
+
+class Prompter:
+  """Turns what users give into rows and padded arrays for one model."""
+
+  def __init__(
+    self,
+    see: visual.VisualTokenizer,
+    language: parts.Language,
+    text: vocabulary.TextTokenizer,
+    max_batch: int,
+  ):
+    self.visual = see
+    self.language = language
+    self.text = text
+    self.max_batch = max_batch
+
+  def parse(self, prompt, parity: bool = False) -> list:
+    """Parts of one prompt: text as it is, pictures uint8[size, size, 3].
+
+    Raises:
+      errors.UsageError: nothing in it.
+      images.ImageError: a part that is neither text nor a picture.
+    """
+    alone = isinstance(prompt, str | bytes | os.PathLike)
+    if alone or not isinstance(prompt, Sequence):
+      prompt = [prompt]
+    if not prompt:
+      raise errors.UsageError(
+        "An empty prompt: give at least one text or one picture."
+      )
+    size = self.visual.image_size
+    return [p if isinstance(p, str) else sized(p, size, parity) for p in prompt]
+
+  def rows(
+    self, parsed, *, form: str, seeds=None, parity: bool = False, end=()
+  ) -> list[list]:
+    """Rows of ids and continuous tokens (`prompt_rows`).
+
+    Args:
+      parsed: prompts as `parse` gives them.
+      form: how pictures enter, "continuous" or "codes".
+      seeds: int[n], to sample which patches of a prompt's pictures are kept;
+        None is deterministic.
+      parity: codes come without [IMG] and [/IMG]; "</s>" in a text is </s>.
+      end: ids after the last part.
+    """
+    vocab = self.language.vocabulary
+    pictures = [p for row in parsed for p in row if not isinstance(p, str)]
+    if seeds is not None:
+      counts = [sum(not isinstance(p, str) for p in row) for row in parsed]
+      seeds = np.repeat(seeds, counts)
+    tokens: list[Any] = []
+    if pictures and form == "continuous":
+      read, valid = self.language.read(
+        np.stack(pictures), seeds, self.max_batch
+      )
+      tokens = [row[kept] for row, kept in zip(read, valid, strict=True)]
+    elif pictures:
+      tokens = [vocab.to_ids(codes) for codes in self._codes(pictures, seeds)]
+    unmarked = parity and form == "codes"
+    made = prompt_rows.rows_of(
+      parsed,
+      iter(tokens),
+      encode=functools.partial(
+        _official_ids if parity else sequences.text_ids, self.text
+      ),
+      marks=None if unmarked else ([vocab.image_begin], [vocab.image_end]),
+      end=end,
+    )
+    if not all(made):
+      raise errors.UsageError(
+        "A prompt has no tokens: its text is empty. Write something, or give"
+        " a picture."
+      )
+    return made
+
+  def _codes(self, pictures, seeds):
+    codes = []
+    for chunk, count, start in batches.chunks(pictures, self.max_batch):
+      seed = None if seeds is None else batches.fill(seeds[start:], len(chunk))
+      rows = self.visual.tokenize(np.stack(chunk), seed=seed, count=count)
+      codes += [row["codes"] for row in rows]
+    return codes
+
+  def padded(self, rows, max_new_tokens: int, multiple: int = _MULTIPLE):
+    """Padded arrays of rows; UsageError where they do not fit the model."""
+    config = self.language.model.config
+    longest = max(map(prompt_rows.length_of, rows))
+    if longest + max_new_tokens > config.max_len:
+      raise errors.UsageError(
+        f"The prompt is {longest} tokens long and {max_new_tokens} more may"
+        f" follow, but this model reads at most {config.max_len} in all."
+        " Shorten the text, give fewer pictures, or lower max_new_tokens."
+      )
+    return prompt_rows.padded(rows, config.width, multiple=multiple)
+
+
+def _official_ids(text, part, before) -> list[int]:
+  """Ids of one text, whatever stands before it."""
+  del before
+  return official.encode(text, part)
+
+
+def sized(picture, size: int, parity: bool = False) -> np.ndarray:
+  """uint8[size, size, 3] of a picture in any form that `images.load` takes."""
+  return images.to_uint8(images.load(picture, plain=parity), size)

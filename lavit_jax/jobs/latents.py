@@ -1,0 +1,141 @@
+"""`lavit latents`: the latents of a whole dataset, on disk.
+
+What `lavit tokenize` is for words.
+"""
+
+import io
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lavit_jax.core import images, progress
+from lavit_jax.core.storage import files
+from lavit_jax.data import examples, faults, image_bytes
+from lavit_jax.data.batching import bucket_rows
+from lavit_jax.data.batching import buckets as buckets_lib
+from lavit_jax.data.caches import latents
+from lavit_jax.data.sources import kinds
+from lavit_jax.train.objectives import conditioning
+from lavit_jax.train.objectives.frozen import latent_parts
+
+
+def write_cache(
+  model,
+  kind: str,
+  data: Mapping[str, Any],
+  out,
+  *,
+  split: str = "train",
+  batch: int = 8,
+  quiet: bool = False,
+) -> dict[str, Any]:
+  """Writes the latents of every picture, each cut to its bucket.
+
+  Interrupt it anywhere and call it again: it goes on. Pictures that cannot be
+  read are marked, counted and named in the log.
+
+  Args:
+    model: a model directory whose part `kind`_pixels has an autoencoder.
+    kind: "lowres" or "highres".
+    data: config.data of the training to come, its `buckets` included.
+    out: the cache's directory; it appears when it is complete.
+    split: "train" or "held_out".
+    batch: pictures encoded at once.
+    quiet: no progress bar.
+
+  Returns:
+    `pictures`, `bad`, `bytes`, `out`.
+
+  Raises:
+    errors.LavitError: as of the data, the model and `caches.latents.write`.
+  """
+  files.require_local(out, "a latent cache")
+  source = kinds.build(data, split)
+  net, params = latent_parts.load_vae(model, kind)
+  latent_parts.check_buckets(data["buckets"], net.config)
+  meta = latents.Meta(
+    source=examples.fingerprint(source),
+    vae=latent_parts.fingerprint(params, net.config),
+    num_images=source.num_images,
+    buckets=data["buckets"],
+    scale=net.config.scale,
+    channels=net.config.latent_channels,
+    data=kinds.describe(data, split, source),
+    model=str(model),
+    pictures=image_bytes.of(source),
+  )
+  assigned = buckets_lib.assign(buckets_lib.sizes_of(source), meta.buckets)
+  log = faults.FaultLog("pictures", faults.share_of(data))
+  encode = _encoder(net, params)
+  with progress.Progress(
+    int((assigned != buckets_lib.NONE).sum()),
+    start=latents.resume_point(out, meta),
+    label=f"latents {split}",
+    stream=io.StringIO() if quiet else None,
+  ) as bar:
+    written = latents.write(
+      out,
+      lambda numbers: _records(
+        source, meta, assigned, numbers, (encode, batch), log, bar
+      ),
+      meta,
+      assigned,
+    )
+  good = sum(written.good(i) for i in range(len(written)))
+  return {
+    "pictures": len(written),
+    "bad": len(written) - good,
+    "bytes": sum(x.stat().st_size for x in pathlib.Path(out).iterdir()),
+    "out": str(pathlib.Path(out)),
+  }
+
+
+def _encoder(net, params):
+  """uint8[B, H, W, 3] to mean latents float16[B, h, w, C], compiled."""
+
+  @jax.jit
+  def encode(params, pictures):
+    x = conditioning.to_unit(pictures)
+    mean, _ = net.apply({"params": params}, x, method="encode")
+    return mean.astype("float16")
+
+  params = jax.device_put(params)
+  return lambda pictures: np.asarray(encode(params, pictures))
+
+
+def _records(source, meta, assigned, numbers, encoder, log, bar):
+  """Latents of pictures; None for a bad one."""
+  encode, size = encoder
+  done = before = int((assigned != buckets_lib.NONE).sum()) - len(numbers)
+  for chunk in _chunks(numbers, assigned, size):
+    bucket = meta.buckets[assigned[chunk[0]]]
+    pixels = np.zeros((size, *bucket, 3), np.uint8)
+    good = np.zeros(len(chunk), bool)
+    for row, i in enumerate(chunk):
+      try:
+        image = bucket_rows.original(source, int(i))
+        view = buckets_lib.view(image.size[::-1], bucket)
+        pixels[row] = images.cut(image, view.box, bucket)
+        good[row] = True
+        log.good()
+      except images.ImageError as error:
+        log.fault(source.image_key(int(i)), error)
+    if not before and done + len(chunk) == len(numbers):
+      log.check()  # fewer than a share is judged by: all of them, then
+    made = encode(pixels)
+    yield from (made[row] if fine else None for row, fine in enumerate(good))
+    done += len(chunk)
+    bar.update(done, examples=len(chunk))
+
+
+def _chunks(numbers, assigned, size):
+  """Pictures in order, at most `size` at once and all of one bucket."""
+  start = 0
+  for end in range(1, len(numbers) + 1):
+    full = end - start == size or end == len(numbers)
+    if full or assigned[numbers[end]] != assigned[numbers[start]]:
+      yield numbers[start:end]
+      start = end

@@ -1,0 +1,178 @@
+"""`lavit tokenize --data`: the visual words of a whole dataset, on disk."""
+
+import io
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lavit_jax.core import images, progress
+from lavit_jax.core.storage import files, fingerprints
+from lavit_jax.data import examples, faults, image_bytes
+from lavit_jax.data.caches import codes
+from lavit_jax.data.sources import kinds
+from lavit_jax.infer.loading import parts
+
+_BATCH = 64
+_SPLITS = ("train", "held_out")
+
+
+def write_caches(
+  model,
+  data: Mapping[str, Any] | str,
+  out,
+  *,
+  held_out: str = "",
+  fields: Mapping[str, Any] | None = None,
+  quiet: bool = False,
+) -> dict[str, dict[str, Any]]:
+  """Writes what a run of stage pretrain needs: out/train and out/held_out.
+
+  Args:
+    model: a model directory with encoder and tokenizer.
+    data: config.data, or the path of a jsonl file, or "shapes".
+    out: the folder of both caches.
+    held_out: with the path of a jsonl file: that of the held-out pictures; ""
+      holds out a tenth of the former, by hash.
+    fields: of config.data, in place of those of `data`.
+    quiet: no progress bar.
+
+  Returns:
+    {"train": what `write_cache` gives, "held_out": likewise}.
+
+  Raises:
+    errors.LavitError: as of `write_cache`.
+  """
+  files.require_local(out, "a code cache")
+  tokenizer = parts.visual_tokenizer(model)
+  config = _data_config(data, tokenizer.image_size, held_out, fields)
+  both = dict(zip(_SPLITS, kinds.pair(config), strict=True))
+  return {
+    split: _write(
+      model,
+      tokenizer,
+      source,
+      pathlib.Path(out) / split,
+      split=split,
+      told=kinds.describe(config, split, source),
+      limit_share=faults.share_of(config),
+      quiet=quiet,
+    )
+    for split, source in both.items()
+  }
+
+
+def write_cache(
+  model,
+  data: Mapping[str, Any] | str,
+  out,
+  *,
+  split: str = "train",
+  held_out: str = "",
+  fields: Mapping[str, Any] | None = None,
+  quiet: bool = False,
+) -> dict[str, Any]:
+  """Writes keep masks and codes of every picture of one part of a dataset.
+
+  Interrupt it anywhere and call it again: it goes on. Pictures that cannot be
+  read are marked, counted and named in the log.
+
+  Args:
+    model: a model directory with encoder and tokenizer.
+    data: config.data, or the path of a jsonl file, or "shapes".
+    out: the cache's directory; it appears when it is complete.
+    split: "train" or "held_out".
+    held_out: see `write_caches`.
+    fields: of config.data, in place of those of `data`.
+    quiet: no progress bar.
+
+  Returns:
+    `pictures`, `bad`, `mean_tokens`, `out`.
+  """
+  files.require_local(out, "a code cache")
+  tokenizer = parts.visual_tokenizer(model)
+  config = _data_config(data, tokenizer.image_size, held_out, fields)
+  source = kinds.build(config, split)
+  told = kinds.describe(config, split, source)
+  return _write(
+    model,
+    tokenizer,
+    source,
+    out,
+    split=split,
+    told=told,
+    limit_share=faults.share_of(config),
+    quiet=quiet,
+  )
+
+
+def _write(model, tokenizer, source, out, *, split, told, limit_share, quiet):
+  """The cache of one source; its summary."""
+  meta = codes.Meta(
+    source=examples.fingerprint(source),
+    tokenizer=fingerprints.of_words(model),
+    num_images=source.num_images,
+    num_patches=tokenizer.num_patches,
+    num_codes=tokenizer.num_codes,
+    data=told,
+    model=str(model),
+    pictures=image_bytes.of(source),
+  )
+  log = faults.FaultLog("pictures", limit_share)
+  label = f"tokenize {split}"
+  with progress.Progress(
+    source.num_images,
+    start=codes.resume_point(out, meta),
+    label=label,
+    stream=io.StringIO() if quiet else None,
+  ) as bar:
+    written = codes.write(
+      out, lambda start: _records(source, tokenizer, start, log, bar), meta
+    )
+  counts = np.asarray(written.counts)
+  good = counts[counts >= 0]
+  return {
+    "pictures": len(counts),
+    "bad": int((counts < 0).sum()),
+    "mean_tokens": float(good.mean()) if len(good) else 0.0,
+    "out": str(pathlib.Path(out)),
+  }
+
+
+def _data_config(data, image_size, held_out, fields) -> dict[str, Any]:
+  """config.data of what the command names."""
+  if isinstance(data, Mapping):
+    return {**data, **(fields or {})}
+  from lavit_jax.configs.tiny import common
+
+  config = common.get_config("pretrain").data.to_dict()
+  config["image_size"] = image_size
+  if str(data) != "shapes":
+    config |= {"kind": "jsonl", "path": str(data), "held_out_path": held_out}
+  return config | dict(fields or {})
+
+
+def _records(source, tokenizer, start, log, bar):
+  """(index, keep, codes) from picture `start` on; (index, None, None): bad."""
+  for first in range(start, source.num_images, _BATCH):
+    indices = range(first, min(first + _BATCH, source.num_images))
+    size = (source.image_size, source.image_size, 3)
+    batch = np.zeros((_BATCH, *size), np.uint8)
+    good = np.zeros(_BATCH, bool)
+    for row, index in enumerate(indices):
+      try:
+        batch[row] = source.image(index)
+        good[row] = True
+        log.good()
+      except images.ImageError as error:
+        log.fault(source.image_key(index), error)
+    if not start and indices[-1] + 1 == source.num_images:
+      log.check()  # fewer than a share is judged by: all of them, then
+    tokens = tokenizer.tokenize(batch, count=len(indices))
+    for row, index in enumerate(indices):
+      if good[row]:
+        yield index, tokens[row]["keep"], tokens[row]["codes"]
+      else:
+        yield index, None, None
+    bar.update(indices[-1] + 1, examples=len(indices))

@@ -1,0 +1,198 @@
+"""EVA-CLIP's vision transformer, the frozen encoder of LaVIT.
+
+Fang et al., arXiv 2211.07636; Sun et al., arXiv 2303.15389. LaVIT takes the
+output of the last block, without the final norm and without the CLS token.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lavit_jax.core import errors
+from lavit_jax.models import blocks, layers
+
+_NORM_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+  """Sizes of one encoder.
+
+  Attributes:
+    image_size: height and width of the picture, a multiple of patch_size.
+    mlp_dim: hidden width of the MLPs.
+    head_dim_out: width of EVA's `head`, which LaVIT does not use; 0: none,
+      and no final norm either.
+    mask_token: whether there is a learned embedding for hidden patches.
+    position_std: scale at which the position embedding starts. A ViT trained
+      from nothing for a short time keeps its features' place only if it
+      starts strong, and merger and decoder know places from features alone.
+    dtype: of the computation; parameters and norms are float32.
+    remat: name of a policy in `layers.REMAT`.
+    unroll: layers a scan step; more is faster to run, slower to compile.
+  """
+
+  image_size: int
+  patch_size: int
+  width: int
+  depth: int
+  num_heads: int
+  mlp_dim: int
+  head_dim_out: int = 0
+  mask_token: bool = False
+  position_std: float = 0.02
+  dtype: str = "float32"
+  remat: str = "none"
+  unroll: int = 1
+
+  def __post_init__(self):
+    if self.image_size % self.patch_size:
+      raise errors.ConfigError(
+        f"image_size={self.image_size} is not a multiple of"
+        f" patch_size={self.patch_size}: patches must tile the picture."
+        " Change vit.image_size or vit.patch_size."
+      )
+    if self.width % self.num_heads:
+      raise errors.ConfigError(
+        f"vit.width={self.width} is not a multiple of"
+        f" num_heads={self.num_heads}: heads must be equal in size."
+        " Change vit.width or vit.num_heads."
+      )
+
+  @property
+  def num_patches(self) -> int:
+    """N, patches of a picture."""
+    return (self.image_size // self.patch_size) ** 2
+
+
+EVA_VIT_G14 = ViTConfig(
+  image_size=224,
+  patch_size=14,
+  width=1408,
+  depth=40,
+  num_heads=16,
+  mlp_dim=6144,  # int(1408 * 4.3637)
+  head_dim_out=1024,
+  dtype="bfloat16",
+  remat="full",
+)
+TINY = ViTConfig(
+  image_size=48,
+  patch_size=8,
+  width=96,
+  depth=3,
+  num_heads=4,
+  mlp_dim=384,
+  mask_token=True,
+)
+
+
+class Block(nn.Module):
+  """Pre-norm attention and MLP."""
+
+  config: ViTConfig
+  return_output: bool = False
+
+  @nn.compact
+  def __call__(self, x, _):
+    """float[B, L, D] -> (float[B, L, D], the same or None)."""
+    c = self.config
+    norm = functools.partial(layers.LayerNorm, _NORM_EPS, c.dtype)
+    attention = blocks.SelfAttention(
+      c.num_heads, key_bias=False, dtype=c.dtype, name="attn"
+    )
+    x = x + attention(norm(name="norm1")(x))
+    x = x + layers.Mlp(c.mlp_dim, c.dtype, name="mlp")(norm(name="norm2")(x))
+    x = nn.with_logical_constraint(x, ("act_batch", "act_len", "act_embed"))
+    return x, (x if self.return_output else None)
+
+
+class EvaVit(nn.Module):
+  """Pixels to patch features."""
+
+  config: ViTConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    pixels: jax.Array,
+    *,
+    with_cls: bool = False,
+    return_layers: bool = False,
+    patch_mask: jax.Array | None = None,
+    use_head: bool = False,
+  ):
+    """Features of the last block, no norm.
+
+    Args:
+      pixels: float[B, H, W, 3], CLIP-normalised.
+      with_cls: keep the CLS token, first.
+      return_layers: also give every block's output.
+      patch_mask: bool[B, N]; where True the patch is hidden behind the
+        learned mask token (`config.mask_token`).
+      use_head: give EVA's own output instead, norm and `head` on the CLS
+        token (`config.head_dim_out`).
+
+    Returns:
+      float[B, N, D], or [B, 1 + N, D] with the CLS token, or float[B, head];
+      with `return_layers` a pair of that and float[depth, B, 1 + N, D].
+    """
+    c = self.config
+    if use_head and not c.head_dim_out:
+      raise ValueError(
+        "use_head=True needs an encoder with EVA's norm and head: this one has"
+        " vit.head_dim_out=0. Use an encoder that was imported with its head."
+      )
+    x = self._embed(pixels, patch_mask)
+    scan = layers.stack(Block, c.depth, c.remat, c.unroll)
+    x, outputs = scan(c, return_layers, name="blocks")(x, None)
+    if c.head_dim_out and (use_head or self.is_initializing()):
+      normed = layers.LayerNorm(_NORM_EPS, c.dtype, name="norm")(x)
+      axes = ("embed", "classes")
+      head = layers.dense(c.head_dim_out, axes, dtype=c.dtype, name="head")
+      logits = head(normed[:, 0])
+    if use_head:
+      return logits
+    x = x if with_cls else x[:, 1:]
+    return (x, outputs) if return_layers else x
+
+  def _embed(self, pixels, patch_mask):
+    """float[B, H, W, 3] to float[B, 1 + N, D], positions added."""
+    c = self.config
+    size = (c.image_size, c.image_size, 3)
+    if pixels.shape[1:] != size:
+      raise ValueError(
+        f"pixels have shape {pixels.shape}, the encoder takes [B, *{size}]:"
+        " resize the picture (lavit_jax.core.images.preprocess does)."
+      )
+    boxed, small = nn.with_logical_partitioning, nn.initializers.normal(0.02)
+    axes = ("patch", "embed")
+    embed = layers.dense(c.width, axes, dtype=c.dtype, name="patch_embed")
+    x = embed(patchify(pixels, c.patch_size))  # [B, N, D]
+    token = boxed(small, (None, "position", "embed"))
+    if c.mask_token:
+      hidden = self.param("mask_token", token, (1, 1, c.width))
+      if patch_mask is not None:
+        x = jnp.where(patch_mask[..., None], hidden.astype(x.dtype), x)
+    elif patch_mask is not None:
+      raise ValueError("patch_mask needs a model with vit.mask_token=True.")
+    cls = self.param("cls_token", token, (1, 1, c.width)).astype(x.dtype)
+    cls = jnp.broadcast_to(cls, (x.shape[0], 1, c.width))
+    x = jnp.concatenate([cls, x], axis=1)
+    places = boxed(
+      nn.initializers.normal(c.position_std), (None, "position", "embed")
+    )
+    shape = (1, 1 + c.num_patches, c.width)
+    return x + self.param("pos_embed", places, shape).astype(x.dtype)
+
+
+def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
+  """float[B, H, W, C] -> float[B, N, P*P*C], patches in raster order."""
+  batch, height, width, channels = pixels.shape
+  rows, columns = height // patch_size, width // patch_size
+  x = pixels.reshape(batch, rows, patch_size, columns, patch_size, channels)
+  x = x.transpose(0, 1, 3, 2, 4, 5)  # [B, rows, columns, P, P, C]
+  return x.reshape(batch, rows * columns, patch_size**2 * channels)

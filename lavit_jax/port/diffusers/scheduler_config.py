@@ -1,0 +1,245 @@
+"""diffusers' scheduler_config.json and our `Schedule`, both ways.
+
+Officially the file is loaded as a DDIMScheduler, whichever scheduler it names:
+fields that DDIM does not have are ignored (`skip_prk_steps` of a PNDM file,
+`interpolation_type` of an Euler file), and those that are missing, or listed
+under `_use_default_values`, take DDIM's defaults, `clip_sample` true among
+them. So it is here, but for fields that tell of a U-Net with which DDIM cannot
+do anything (those of flows, of continuous steps, of learned variances).
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from lavit_jax.core import errors
+from lavit_jax.diffusion import schedules
+from lavit_jax.port.formats import config_fields, llama_folder
+
+FILE = "scheduler_config.json"
+_DDIM = "DDIMScheduler"
+# Those that diffusers counts as compatible with DDIM and that share its betas.
+CLASSES = (
+  _DDIM,
+  "DDPMScheduler",
+  "DEISMultistepScheduler",
+  "DPMSolverMultistepScheduler",
+  "DPMSolverSDEScheduler",
+  "DPMSolverSinglestepScheduler",
+  "EulerAncestralDiscreteScheduler",
+  "EulerDiscreteScheduler",
+  "HeunDiscreteScheduler",
+  "KDPM2AncestralDiscreteScheduler",
+  "KDPM2DiscreteScheduler",
+  "LMSDiscreteScheduler",
+  "PNDMScheduler",
+  "UniPCMultistepScheduler",
+)
+DEFAULTS = {  # DDIMScheduler's
+  "num_train_timesteps": 1000,
+  "beta_start": 0.0001,
+  "beta_end": 0.02,
+  "beta_schedule": "linear",
+  "trained_betas": None,
+  "clip_sample": True,
+  "set_alpha_to_one": True,
+  "steps_offset": 0,
+  "prediction_type": "epsilon",
+  "thresholding": False,
+  "dynamic_thresholding_ratio": 0.995,
+  "clip_sample_range": 1.0,
+  "sample_max_value": 1.0,
+  "timestep_spacing": "leading",
+  "rescale_betas_zero_snr": False,
+}
+# Fields of the other schedulers that tell what the U-Net was trained for, at
+# the only values that DDIM, which has none of them, computes.
+_FIXED = {
+  "use_flow_sigmas": (None, False),
+  "use_dynamic_shifting": (None, False),
+  "shift_terminal": (None,),
+  "timestep_type": (None, "discrete"),
+  "variance_type": (
+    None,
+    "fixed_small",
+    "fixed_small_log",
+    "fixed_large",
+    "fixed_large_log",
+  ),
+}
+_SOLVERS = """
+  algorithm_type disable_corrector euler_at_final final_sigmas_type flow_shift
+  interpolation_type lambda_min_clipped lower_order_final noise_sampler_seed
+  predict_x0 sigma_max sigma_min skip_prk_steps solver_order solver_p
+  solver_type time_shift_type use_beta_sigmas use_exponential_sigmas
+  use_karras_sigmas use_lu_lambdas
+"""
+_PREDICTIONS = {
+  "epsilon": "epsilon",
+  "v_prediction": "velocity",
+  "sample": "sample",
+}
+_NAMES = {
+  "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+  "prediction_type": tuple(_PREDICTIONS),
+  "timestep_spacing": schedules.SPACINGS,
+}
+
+
+def load(path) -> schedules.Schedule:
+  """The schedule of a scheduler folder, or of its file.
+
+  Raises:
+    errors.CheckpointError: there is no such file, or see `parse`.
+  """
+  path = pathlib.Path(path)
+  file = path if path.suffix == ".json" else path / FILE
+  label = "/".join(file.parts[-3:])
+  return parse(llama_folder.read_json(file, label), label)
+
+
+def parse(content: Mapping[str, Any], label: str = FILE) -> schedules.Schedule:
+  """The schedule that a scheduler_config.json describes.
+
+  Args:
+    content: its fields.
+    label: what to call it in errors.
+
+  Raises:
+    errors.CheckpointError: it names an unknown scheduler, or a field has a
+      value that is not known or not of its kind.
+  """
+  name = content.get("_class_name", _DDIM)
+  if name not in CLASSES:
+    raise errors.CheckpointError(
+      f"{label} names the scheduler {name!r}, which cannot be loaded as DDIM:"
+      f" expected one of {', '.join(CLASSES)}."
+    )
+  fields = _fields(content, label)
+  clip = fields["clip_sample_range"] if fields["clip_sample"] else None
+  if fields["thresholding"]:
+    clip = (fields["dynamic_thresholding_ratio"], fields["sample_max_value"])
+  try:
+    return schedules.Schedule(
+      num_steps=fields["num_train_timesteps"],
+      kind=fields["beta_schedule"],
+      beta_start=fields["beta_start"],
+      beta_end=fields["beta_end"],
+      betas=fields["trained_betas"],
+      zero_snr=fields["rescale_betas_zero_snr"],
+      spacing=fields["timestep_spacing"],
+      steps_offset=fields["steps_offset"],
+      alpha_to_one=fields["set_alpha_to_one"],
+      prediction=_PREDICTIONS[fields["prediction_type"]],
+      clip=clip,
+    )
+  except errors.ConfigError as e:
+    raise errors.CheckpointError(f"{label} cannot be used. {e}") from e
+
+
+def notes(path) -> list[str]:
+  """One sentence on fields that no scheduler of CLASSES has, if any.
+
+  Args:
+    path: as `load` takes it.
+  """
+  path = pathlib.Path(path)
+  file = path if path.suffix == ".json" else path / FILE
+  label = "/".join(file.parts[-3:])
+  known = {*DEFAULTS, *_FIXED, *_SOLVERS.split()}
+  unknown = [
+    f"{name}={value!r}"[:100]
+    for name, value in sorted(llama_folder.read_json(file, label).items())
+    if name not in known and not name.startswith("_")
+  ]
+  if not unknown:
+    return []
+  return [
+    f"{label} has fields that lavit_jax does not know and left:"
+    f" {', '.join(unknown)}"
+  ]
+
+
+def _fields(content, label):
+  """All of DDIM's fields, each checked."""
+  for name, allowed in _FIXED.items():
+    if content.get(name) not in allowed:
+      raise errors.CheckpointError(
+        f"{label} has {name}={content[name]!r}: expected"
+        f" {' or '.join(repr(a) for a in allowed if a is not None) or 'null'}."
+        " Its U-Net was trained for another kind of steps than DDIM's."
+      )
+  absent = content.get("_use_default_values")
+  absent = [] if absent is None else absent
+  if not isinstance(absent, list | tuple) or not all(
+    isinstance(name, str) for name in absent
+  ):
+    raise errors.CheckpointError(
+      f"{label} has _use_default_values={absent!r}: expected a list of names,"
+      " or null."
+    )
+  given = {k: v for k, v in content.items() if k not in absent}
+  fields = {k: given.get(k, default) for k, default in DEFAULTS.items()}
+  for name, value in fields.items():
+    if expected := _unfit(name, value):
+      raise errors.CheckpointError(
+        f"{label} has {name}={value!r}: expected {expected}."
+      )
+  if fields["trained_betas"] is not None:
+    fields["trained_betas"] = tuple(map(float, fields["trained_betas"]))
+  return fields
+
+
+def _unfit(name, value):
+  """What the field should be where it is not, else None."""
+  default = DEFAULTS[name]
+  if name in _NAMES:
+    return (
+      None if value in _NAMES[name] else f"one of {', '.join(_NAMES[name])}"
+    )
+  if name == "trained_betas":
+    good = isinstance(value, list | tuple) and all(
+      map(config_fields.is_number, value)
+    )
+    return None if value is None or good else "a list of numbers, or null"
+  if isinstance(default, bool):
+    return None if isinstance(value, bool) else "true or false"
+  if isinstance(default, int):
+    whole = isinstance(value, int) and config_fields.is_number(value)
+    return None if whole else "a whole number"
+  return None if config_fields.is_number(value) else "a number"
+
+
+def unparse(schedule: schedules.Schedule) -> dict[str, Any]:
+  """The fields of a DDIMScheduler's file; `parse` gives the schedule back.
+
+  Raises:
+    errors.UsageError: diffusers has no such schedule.
+  """
+  if schedule.kind not in _NAMES["beta_schedule"] and schedule.betas is None:
+    raise errors.UsageError(
+      f"A schedule of kind {schedule.kind!r} cannot be written as {FILE}:"
+      f" diffusers knows {', '.join(_NAMES['beta_schedule'])}."
+    )
+  theirs = {ours: name for name, ours in _PREDICTIONS.items()}
+  dynamic = isinstance(schedule.clip, tuple)
+  fields = DEFAULTS | {
+    "num_train_timesteps": schedule.num_steps,
+    "beta_start": schedule.beta_start,
+    "beta_end": schedule.beta_end,
+    "beta_schedule": schedule.kind,
+    "trained_betas": schedule.betas and list(schedule.betas),
+    "clip_sample": schedule.clip is not None and not dynamic,
+    "set_alpha_to_one": schedule.alpha_to_one,
+    "steps_offset": schedule.steps_offset,
+    "prediction_type": theirs[schedule.prediction],
+    "thresholding": dynamic,
+    "timestep_spacing": schedule.spacing,
+    "rescale_betas_zero_snr": schedule.zero_snr,
+  }
+  if dynamic:
+    names = ("dynamic_thresholding_ratio", "sample_max_value")
+    fields |= dict(zip(names, schedule.clip, strict=True))
+  elif schedule.clip is not None:
+    fields["clip_sample_range"] = schedule.clip
+  return {"_class_name": _DDIM} | dict(sorted(fields.items()))

@@ -1,0 +1,127 @@
+"""config.data becomes a source with every field of it."""
+
+import importlib
+import json
+import pathlib
+
+import pytest
+from PIL import Image
+
+from lavit_jax import configs
+from lavit_jax.core import errors
+from lavit_jax.data.sources import kinds
+
+_CONFIGS = sorted(
+  f"{path.parent.name}.{path.stem}"
+  for path in pathlib.Path(configs.__file__).parent.glob("*/*.py")
+  if path.stem not in ("__init__", "common")
+)
+_FIELDS = {"kind": "jsonl", "image_size": 8, "held_out_path": ""}
+
+
+def _file(tmp_path, rows):
+  folder = tmp_path / "lines"
+  folder.mkdir()
+  Image.new("RGB", (1, 1)).save(tmp_path / "a.png")
+  Image.new("RGB", (1, 1)).save(folder / "b.png")
+  path = folder / "d.jsonl"
+  path.write_text("\n".join(map(json.dumps, rows)))
+  return path
+
+
+def test_pictures_outside_the_folder_need_a_field_that_the_error_names(
+  tmp_path,
+):
+  row = {"image": str(tmp_path / "a.png"), "caption": "x"}
+  data = _FIELDS | {"path": str(_file(tmp_path, [row])), "held_out_path": ""}
+  data["held_out_path"] = data["path"]
+  with pytest.raises(errors.DataError, match=r"config\.data\.allow_absolute"):
+    kinds.build(data, "held_out")
+  source = kinds.build(data | {"allow_absolute": True}, "held_out")
+  assert source.num_images == 1
+
+
+def _pair(tmp_path, caplog, train, held_out, **more):
+  """What `kinds.pair` warns of, of two files of {folder/file: rows}."""
+  data = _FIELDS | more
+  for field, (name, rows) in {
+    "path": train,
+    "held_out_path": held_out,
+  }.items():
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text("\n".join(map(json.dumps, rows)))
+    data[field] = str(path)
+  caplog.clear()
+  kinds.pair(data)
+  return [r.getMessage() for r in caplog.records if "held-out" in r.msg]
+
+
+def _pictures(folder, names):
+  folder.mkdir(exist_ok=True, parents=True)
+  for name in names:
+    Image.new("RGB", (1, 1)).save(folder / name)
+
+
+def _told(names):
+  return [{"image": name, "caption": "x"} for name in names]
+
+
+def test_pictures_that_two_files_share_are_counted(tmp_path, caplog):
+  names = [f"{i}.png" for i in range(12)]
+  _pictures(tmp_path / "a", names)
+  (tmp_path / "linked").symlink_to(tmp_path / "a")
+  (tmp_path / "files").mkdir()
+  for name in names[:3]:
+    (tmp_path / "files" / f"of_{name}").symlink_to(f"../a/{name}")
+  train = ("a/train.jsonl", _told(names[2:]))
+  up = {"allow_absolute": True}
+  for held_out, shared in (
+    (("a/held.jsonl", _told(names[:5])), "3 of 5"),
+    (("linked/held.jsonl", _told(names[:4])), "2 of 4"),
+    (("b/held.jsonl", _told([f"../a/{n}" for n in names])), "10 of 12"),
+    (("files/held.jsonl", _told([f"of_{n}" for n in names[:3]])), "1 of 3"),
+  ):
+    (said,) = _pair(tmp_path, caplog, train, held_out, **up)
+    assert f"{shared} held-out pictures are in the training data too" in said
+  assert not _pair(tmp_path, caplog, train, ("a/h.jsonl", _told(names[:2])))
+
+
+def test_pictures_of_one_name_in_two_folders_are_not_shared(tmp_path, caplog):
+  rows = _told(["0.png"])
+  for folder in "ab":
+    _pictures(tmp_path / folder, ["0.png"])
+  assert not _pair(tmp_path, caplog, ("a/d.jsonl", rows), ("b/d.jsonl", rows))
+
+
+def test_texts_that_are_held_out_of_their_own_file_are_told(tmp_path, caplog):
+  one = ("d.jsonl", [{"text": f"words {i}"} for i in range(4)])
+  (said,) = _pair(tmp_path, caplog, one, one)
+  assert "4 of 4 held-out examples" in said
+
+
+def test_how_many_lines_may_be_bad_is_a_field_that_the_error_names(tmp_path):
+  rows = [{"image": "b.png", "caption": "x"}] * 3 + [{}]
+  path = str(_file(tmp_path, rows))
+  data = _FIELDS | {"path": path, "held_out_path": path}
+  for share in ({}, {"limit_share": 0.2}):
+    with pytest.raises(errors.DataError, match=r"config\.data\.limit_share"):
+      kinds.build(data | share, "train")
+  assert kinds.build(data | {"limit_share": 0.3}, "train").faults.bad == 1
+  with pytest.raises(errors.ConfigError, match="limit_share=7"):
+    kinds.build(data | {"limit_share": 7}, "train")
+
+
+@pytest.mark.parametrize("name", _CONFIGS)
+def test_every_config_has_the_fields_that_errors_name(name):
+  dotted = name.removesuffix(".py").replace("/", ".")
+  data = (
+    importlib.import_module(f"lavit_jax.configs.{dotted}").get_config().data
+  )
+  assert data.limit_share == 0.05
+  assert data.allow_absolute is False
+
+
+def test_a_kind_of_file_without_a_file_is_told():
+  with pytest.raises(errors.ConfigError, match=r"--config\.data\.path="):
+    kinds.build(_FIELDS | {"path": ""}, "train")

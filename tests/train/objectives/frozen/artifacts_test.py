@@ -1,0 +1,59 @@
+"""Objectives by shape alone are those with weights and data."""
+
+import jax
+import pytest
+
+from lavit_jax.core import errors
+from lavit_jax.train import objectives
+from lavit_jax.train import state as state_lib
+from lavit_jax.train.objectives.frozen import artifacts
+from tests import micro
+from tests.train import sharding_test
+
+_STAGES = ("encoder", "tokenizer", "pixels", "autoencoder", "pretrain")
+
+
+def _shapes(tree):
+  return {
+    jax.tree_util.keystr(path): (tuple(x.shape), x.dtype)
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+@pytest.mark.parametrize("stage", _STAGES)
+def test_shapes_of_batches_and_frozen_arrays_are_those_that_come(
+  stage, micro_runs
+):
+  objective = objectives.build(sharding_test.stage_config(stage, micro_runs))
+  batch = next(objective.batches(0))
+  told = objective.batch_shapes()
+  assert {k: x.shape for k, x in batch.items()} == {
+    k: x.shape for k, x in told.items()
+  }
+  for name, array in batch.items():
+    assert jax.dtypes.canonicalize_dtype(array.dtype) == told[name].dtype
+  frozen = _shapes(state_lib.unbox(objective.frozen_shapes()))
+  real = _shapes(objective.frozen)
+  assert {k: frozen[k] for k in real} == real
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "pretrain"])
+def test_an_outline_has_the_shapes_of_the_real_objective(stage, micro_runs):
+  cfg = micro.config(stage, micro_runs)
+  real = objectives.build(cfg)
+  cfg = micro.assuming(cfg)
+  outline = objectives.build(cfg, artifacts.Outline(cfg))
+  assert outline.batch_shapes() == real.batch_shapes()
+  for shapes in (
+    lambda o: jax.eval_shape(state_lib.init_fn(o, 0)),
+    lambda o: o.frozen_shapes(),
+  ):
+    assert _shapes(shapes(outline)) == _shapes(shapes(real))
+
+
+def test_without_parts_and_without_assumptions_the_error_says_what_to_do(
+  micro_runs,
+):
+  cfg = micro.config("pretrain", micro_runs)
+  with pytest.raises(errors.ConfigError, match=r"config\.assumed"):
+    artifacts.Outline(cfg)

@@ -1,0 +1,86 @@
+"""Autoencoder and pixel decoder learn from real photographs, in seconds."""
+
+import importlib
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from lavit_jax.core import images, sharding
+from lavit_jax.core.storage import checkpoints
+from lavit_jax.models.pixels import vae
+from lavit_jax.train import loop, objectives
+from lavit_jax.train import state as state_lib
+from lavit_jax.train.objectives import conditioning
+from tests import micro
+from tests.train import latent_micro
+
+
+def _photographs(cfg):
+  path = pathlib.Path(os.environ["LAVIT_SHARED"]) / "data/A_coco/index.jsonl"
+  cfg.data.kind, cfg.data.path = "jsonl", str(path)
+  return cfg
+
+
+def _autoencoder(root):
+  module = importlib.import_module("lavit_jax.configs.tiny.autoencoder")
+  cfg = _photographs(module.get_config())
+  cfg.model_dir, cfg.batch_size = str(root / "model"), 16
+  cfg.model.vae.update({"channels": (8, 16), "groups": 4})
+  cfg.data.image_size = 16
+  cfg.eval.every = cfg.checkpoint.every = 1000
+  cfg.eval.batches, cfg.phases.train.steps = 2, 200
+  return cfg
+
+
+def _decoder(root):
+  buckets = ((16, 16),)  # each is compiled for by itself
+  cfg = _photographs(latent_micro.config("lowres", root))
+  cfg.data.buckets, cfg.batch_size = buckets, 16
+  cfg.model.unet.update({"channels": (16, 32), "num_heads": (2, 4)})
+  cfg.eval.batches, cfg.eval.sample_pictures, cfg.eval.sample_steps = 2, 16, 10
+  cfg.checkpoint.every = 1000
+  cfg.phases.train.update({"steps": 200, "lr": 3e-3})
+  return cfg
+
+
+def _untrained(cfg):
+  """Held-out metrics before the first step."""
+  objective = objectives.build(cfg)
+  with sharding.use(sharding.make_mesh({})):
+    init = state_lib.init_fn(objective, cfg.seed)
+    state = jax.jit(lambda: state_lib.unbox(init()))()
+    return objective.evaluate(state.params, objective.frozen, state.extra)
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_photographs_are_learnt(tmp_path):
+  """Errors of eps and of drawn pictures fall, on photographs held out."""
+  with micro.one_device():
+    latent_micro.save_model(tmp_path / "model", kinds=())
+    made = loop.train(_autoencoder(tmp_path), tmp_path / "vae", quiet=True)
+    assert made["picture_mse"] < 0.35 * _check_autoencoder(tmp_path)
+    before = _untrained(_decoder(tmp_path))
+    after = loop.train(_decoder(tmp_path), tmp_path / "unet", quiet=True)
+  assert after["eps_mse"] < 0.85 * before["eps_mse"]
+  assert after["latent_mse"] < 0.8 * before["latent_mse"]
+  assert after["picture_mse"] < 0.8 * before["picture_mse"]
+  assert {"lowres", "lowres_pixels"} <= set(
+    checkpoints.parts_in(tmp_path / "model")
+  )
+
+
+def _check_autoencoder(root):
+  """Latents times its factor have unit variance; that of the pictures."""
+  part = checkpoints.load_part(root / "model", "lowres_pixels")
+  net = vae.AutoencoderKL(vae.VaeConfig(**part.meta["vae"]))
+  folder = pathlib.Path(os.environ["LAVIT_SHARED"]) / "data/A_coco/images"
+  paths = sorted(folder.iterdir())[:32]
+  pictures = np.stack([images.to_uint8(images.load(p), 16) for p in paths])
+  x = conditioning.to_unit(pictures)
+  mean, _ = net.apply({"params": part.params["vae"]}, x, method="encode")
+  np.testing.assert_allclose(np.std(mean) * net.config.scaling_factor, 1, 0.15)
+  return float(np.var(x))
