@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from lavit_jax.core import vocabulary
+from lavit_jax.infer.loading import parts
 from lavit_jax.models import llama
 from lavit_jax.port.formats import llama_folder, tensor_files
 from lavit_jax.port.tables import names, sizes
@@ -50,7 +51,7 @@ def config_of(gigabytes: float, text_size: int) -> llama.LlamaConfig:
 
 def make_source(folder: pathlib.Path, gigabytes: float) -> int:
   """Writes the LLaMA folder; its bytes of weights."""
-  words = pathlib.Path(vocabulary.__file__).parent / "weights/tiny"
+  words = parts.resolve("tiny")
   words = words / "tokenizer.model"
   text_size = vocabulary.TextTokenizer.load(words).size
   config = config_of(gigabytes, text_size)

@@ -37,7 +37,6 @@ from side_by_side import steps, steps_ours
 from lavit_jax.commands import train as train_command
 from lavit_jax.core import averages, sharding
 from lavit_jax.data.batching import packing
-from lavit_jax.train import state as state_lib
 
 _LONGEST = 2 + 190 + 40
 _STEP = 32
@@ -121,7 +120,7 @@ class Trainer:
 
   def __init__(self, sizes: Sizes):
     objective, phase = steps_ours.build(sizes.model, 1)
-    init = lambda: state_lib.unbox(objective.init(jax.random.key(0)))[0]
+    init = lambda: sharding.unbox(objective.init(jax.random.key(0)))[0]
     tree = {"params": jax.jit(init)()}
     self._made = steps_ours.start(objective, phase, tree)
     self._step, self._state, self._frozen, self._mesh = self._made

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from lavit_jax.aot import hlo, topology
 from lavit_jax.core import progress, sharding
 from lavit_jax.models.pixels import unet, unet_blocks
-from lavit_jax.train import program
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _OPTION = "xla_tpu_scoped_vmem_limit_kib"
@@ -124,7 +123,7 @@ def compiled(
   init = lambda *given: module.init(jax.random.key(0), *given)["params"]
   with sharding.use(mesh):
     boxed = jax.eval_shape(init, *given)
-    params = program.abstract(boxed, mesh)
+    params = sharding.abstract(boxed, mesh)
     lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, *given)
     start = time.monotonic()
     done = lowered.compile({_OPTION: kib} if kib else {})

@@ -16,7 +16,7 @@ from lavit_jax.diffusion import stable_diffusion
 from lavit_jax.models import lora
 from lavit_jax.train import objectives
 from lavit_jax.train import phases as phases_lib
-from lavit_jax.train import state as state_lib
+from lavit_jax.train import step as step_lib
 from lavit_jax.train.objectives.frozen import artifacts
 
 _ROOT = pathlib.Path(__file__).parents[1] / "configs"
@@ -80,11 +80,11 @@ def test_full_size_pixel_decoders_fit_together(name, rank, capsys):
   cfg = _module(f"lavit_7b/{name}.py").get_config()
   cfg.model.lora = dict(rank=rank, alpha=float(rank))
   objective = objectives.build(cfg, artifacts.Outline(cfg))
-  init = state_lib.init_fn(objective, 0)
+  init = step_lib.init_fn(objective, 0)
   boxed = jax.eval_shape(init)
   mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
   sharding.param_shardings(boxed, mesh)
-  state = state_lib.unbox(boxed)
+  state = sharding.unbox(boxed)
   (phase,) = phases_lib.phases_of(cfg)
   objective.labels(phase, state.params)
   net = objective.frozen["unet"] if rank else state.params["unet"]

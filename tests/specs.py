@@ -12,8 +12,8 @@ import pathlib
 import jax
 
 from lavit_jax.core import sharding
-from lavit_jax.train import objectives, optimizer, phases, program
-from lavit_jax.train import state as state_lib
+from lavit_jax.train import lowering, objectives, optimizer, phases
+from lavit_jax.train import step as step_lib
 from lavit_jax.train.objectives.frozen import artifacts
 
 FOLDER = pathlib.Path(__file__).parent / "golden" / "specs"
@@ -27,8 +27,8 @@ def trees(name: str):
   cfg = module.get_config()
   objective = objectives.build(cfg, artifacts.Outline(cfg))
   mesh = _mesh(cfg.mesh.to_dict(), DEVICES.get(name, 256))
-  boxed = jax.eval_shape(state_lib.init_fn(objective, 0))
-  state = program.abstract(boxed, mesh)
+  boxed = jax.eval_shape(step_lib.init_fn(objective, 0))
+  state = sharding.abstract(boxed, mesh)
   phase = phases.phases_of(cfg)[-1]
   labels = objective.labels(phase, state.params)
   tx = optimizer.make(cfg.optimizer, phase, labels, boxed.params)
@@ -38,8 +38,8 @@ def trees(name: str):
     {
       "params": state.params,
       "extra": state.extra,
-      "optimizer": program.optimizer_state(tx, boxed.params, labels, mesh),
-      "frozen": program.abstract(objective.frozen_shapes(), mesh),
+      "optimizer": lowering.optimizer_state(tx, boxed.params, labels, mesh),
+      "frozen": sharding.abstract(objective.frozen_shapes(), mesh),
     },
   )
 

@@ -21,8 +21,8 @@ from lavit_jax.models.tokenizer import (
   selector,
   tokenizer,
 )
-from lavit_jax.train import losses, optimizer, program
-from lavit_jax.train import state as state_lib
+from lavit_jax.train import losses, lowering, optimizer
+from lavit_jax.train import step as step_lib
 from lavit_jax.train.objectives import base
 from lavit_jax.train.objectives import tokenizer as tokenizer_stage
 from lavit_jax.train.objectives.frozen import artifacts
@@ -39,14 +39,14 @@ def make(folder, sizes) -> int:
   """Writes the parameters that both sides start from; how many there are."""
   objective = build(sizes, 1)[0]
   params, extra = jax.jit(
-    lambda: state_lib.unbox(objective.init(jax.random.key(0)))
+    lambda: sharding.unbox(objective.init(jax.random.key(0)))
   )()
   tree = {"params": params, "extra": extra}
   count = sum(x.size for x in jax.tree.leaves(params))
   if isinstance(sizes, steps.Tokenizer):
     net = vision.EvaVit(objective.model_config.vit)
     pixels = jnp.zeros((1, sizes.image_size, sizes.image_size, 3))
-    init = lambda key: state_lib.unbox(net.init(key, pixels))["params"]
+    init = lambda key: sharding.unbox(net.init(key, pixels))["params"]
     tree["frozen"] = {"encoder": jax.jit(init)(jax.random.key(1))}
   flat = traverse_util.flatten_dict(tree, sep="/")
   np.savez(steps.weights_path(folder), **jax.device_get(flat))
@@ -165,25 +165,25 @@ def start(objective, phase, tree):
     tree: of `steps.read`.
   """
   mesh = sharding.make_mesh({"fsdp": -1})
-  boxed = jax.eval_shape(state_lib.init_fn(objective, 0))
+  boxed = jax.eval_shape(step_lib.init_fn(objective, 0))
   params = tree["params"]
   labels = objective.labels(phase, params)
   tx = optimizer.make(objective.config.optimizer, phase, labels, boxed.params)
-  state = state_lib.unbox(boxed).replace(
+  state = sharding.unbox(boxed).replace(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=tx.init(optimizer.select(params, labels)),
     extra=tree.get("extra", {}),
     rng=jax.random.key_data(jax.random.key(0)),
   )
-  layout = program.layout_of(program.abstract(boxed, mesh)).replace(
-    opt_state=program.layout_of(
-      program.optimizer_state(tx, boxed.params, labels, mesh)
+  layout = sharding.layout_of(sharding.abstract(boxed, mesh)).replace(
+    opt_state=sharding.layout_of(
+      lowering.optimizer_state(tx, boxed.params, labels, mesh)
     )
   )
   state = jax.device_put(state, layout)
   frozen = jax.device_put(tree.get("frozen", {}), sharding.replicated(mesh))
-  step = program.step(objective, phase, labels, tx, mesh, layout)
+  step = step_lib.jit_step(objective, phase, labels, tx, mesh, layout)
   return step, state, frozen, mesh
 
 

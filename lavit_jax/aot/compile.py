@@ -25,7 +25,7 @@ from lavit_jax.aot import (
 from lavit_jax.core import errors, sharding
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.cost import chips
-from lavit_jax.train import boundaries, objectives, phases, program, ranges
+from lavit_jax.train import boundaries, lowering, objectives, phases, ranges
 from lavit_jax.train.objectives.frozen import artifacts
 from lavit_jax.train.telemetry import flops
 
@@ -149,8 +149,8 @@ class _Target:
 def _step(target, phase) -> tuple[Report, str]:
   """The step of a phase, and what is computed before it."""
   objective, mesh, start = target.objective, target.mesh, time.monotonic()
-  lowered, given = program.lower(objective, target.config, phase, mesh)
-  next_batch = program.bytes_a_device(given[-1])
+  lowered, given = lowering.lower(objective, target.config, phase, mesh)
+  next_batch = sharding.bytes_a_device(given[-1])
   report, text = _program(
     target,
     lowered,

@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from lavit_jax.core import errors, sharding
+from lavit_jax.core import compiler_options, errors, sharding
 from lavit_jax.cost import networks
 from lavit_jax.models import llama
-from lavit_jax.train import program
 from lavit_jax.train.objectives.frozen import abstract_params
 
 PROGRAMS = ("prefill", "decode", "unet")
@@ -49,7 +48,7 @@ def _llm(what, objective, mesh):
   config = objective.llama_config.served()
   rows = objective.config.batch_size
   model = llama.Llama(config)
-  params = program.abstract(abstract_params.llm(config, "bfloat16"), mesh)
+  params = sharding.abstract(abstract_params.llm(config, "bfloat16"), mesh)
   length = _LENGTH if what == "prefill" else 1
   cache = jax.eval_shape(lambda: llama.init_cache(config, rows, _LENGTH + 1))
   heads = jax.sharding.PartitionSpec(None, ("data", "fsdp"), "tensor")
@@ -70,7 +69,7 @@ def _llm(what, objective, mesh):
     last = hidden[:, -1:]
     return model.apply(variables, last, method="logits"), cache
 
-  options = program.options(mesh, objective.config)
+  options = compiler_options.of_mesh(mesh, objective.config)
   made = jax.jit(run, donate_argnums=2, compiler_options=options)
   cost = networks.llama_layers(
     config, rows * length, _LENGTH if what == "prefill" else 2 * _LENGTH
@@ -85,7 +84,7 @@ def _llm(what, objective, mesh):
 def _unet(objective, mesh):
   net, batch = objective.unet, objective.batch_shapes()
   config, count = net.config, 2 * objective.config.batch_size  # guidance
-  params = program.abstract(abstract_params.denoiser(net, "bfloat16"), mesh)
+  params = sharding.abstract(abstract_params.denoiser(net, "bfloat16"), mesh)
   scale = objective.vae.config.scale
   height, width = (side // scale for side in batch["target"].shape[1:3])
   tokens = objective.tokenizer.config.num_patches
@@ -99,7 +98,7 @@ def _unet(objective, mesh):
   z, t = row(height, width, config.in_channels), row(dtype=jnp.int32)
   made = jax.jit(
     lambda params, z, t, given: net.apply({"params": params}, z, t, **given),
-    compiler_options=program.options(mesh, objective.config),
+    compiler_options=compiler_options.of_mesh(mesh, objective.config),
   )
   cost = networks.denoise(config, height, width, tokens)
   return made.lower(params, z, t, given), {"unet": (count * cost).forward}

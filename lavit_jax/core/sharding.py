@@ -256,3 +256,44 @@ def put_batch(
     )
     for name, value in batch.items()
   }
+
+
+def unbox(tree):
+  """A tree of (abstract) arrays without their logical-axis boxes.
+
+  Unlike `nn.meta.unbox` it adds no sharding constraint: the layout is given
+  from outside, by `param_shardings`.
+  """
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+  return jax.tree.map(
+    lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box
+  )
+
+
+def abstract(boxed, mesh, *, whole: bool = False):
+  """Boxed shapes as unboxed ones, each with its sharding.
+
+  Args:
+    boxed: abstract arrays.
+    mesh: over which they are split.
+    whole: see `param_shardings`.
+  """
+  layout = param_shardings(boxed, mesh, whole=whole)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    unbox(boxed),
+    layout,
+  )
+
+
+def layout_of(state):
+  """The shardings of a tree of arrays, abstract ones too."""
+  return jax.tree.map(lambda x: x.sharding, state)
+
+
+def bytes_a_device(tree) -> int:
+  """What one device holds of a tree of (abstract) arrays with shardings."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )

@@ -11,70 +11,22 @@ Both go through the tables of `names.py`. Arrays are read one at a time into
 mapped files, so memory holds about one of them.
 """
 
-import dataclasses
 import io
 import itertools
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from lavit_jax.core import errors, progress
-from lavit_jax.core.storage import checkpoints, files
+from lavit_jax.core.storage import files
 from lavit_jax.infer import pipeline
 from lavit_jax.port.formats import folder, tensor_files
 from lavit_jax.port.tables import names
+from lavit_jax.port.writing import export, hugging_face, official_files
 
-FORMATS = ("official", "huggingface")
+_WRITERS = {"official": official_files.make, "huggingface": hugging_face.make}
+FORMATS = tuple(_WRITERS)
 _SCRATCH = ".scratch"
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-  """One tensor of an exported file.
-
-  Attributes:
-    spec: its name, shape and dtype in the file.
-    part: where its values are: a part and a path in it, or None.
-    layer: which layer of a stacked array, or None.
-    transform: of `names.TRANSFORMS`, done backward.
-    value: gives the values where no part has them.
-  """
-
-  spec: tensor_files.Spec
-  part: checkpoints.StoredPart | None = None
-  path: str = ""
-  layer: int | None = None
-  transform: str = "same"
-  value: Callable[[], np.ndarray] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class StateFile:
-  """A file of tensors, or several shards of it.
-
-  Attributes:
-    stem: path under the export without suffix.
-    suffix: ".bin" or ".safetensors".
-    limit: bytes a shard, 0 for one file whatever its size.
-    bare: a .bin of its one tensor alone, not of a dict.
-  """
-
-  stem: str
-  suffix: str
-  entries: tuple[Entry, ...]
-  limit: int = 0
-  bare: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Export:
-  """All that is to be written."""
-
-  states: tuple[StateFile, ...]
-  files: Mapping[str, bytes]
-  notes: tuple[str, ...] = ()
 
 
 def run(
@@ -96,28 +48,22 @@ def run(
     errors.CheckpointError: the format cannot hold this model.
   """
   files.require_local(destination, "an export")
-  from lavit_jax.port.writing import hugging_face, official_files
-
-  writers = {
-    "official": official_files.make,
-    "huggingface": hugging_face.make,
-  }
-  if format not in writers:
+  if format not in _WRITERS:
     raise errors.UsageError(
       f"--format {format}: expected one of {', '.join(FORMATS)}."
     )
   source = pipeline.resolve(model)
   folder.require_new(destination)
-  export = writers[format](source)
-  total = sum(len(state.entries) for state in export.states)
+  made = _WRITERS[format](source)
+  total = sum(len(state.entries) for state in made.states)
   stream = io.StringIO() if quiet else None
   done = itertools.count(1)
   report = {}
   with folder.building(destination) as partial:
     with progress.Progress(total, label="export", stream=stream) as bar:
-      for state in export.states:
+      for state in made.states:
         report |= _write_state(partial, state, lambda: bar.update(next(done)))
-    for name, data in export.files.items():
+    for name, data in made.files.items():
       path = partial / name
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_bytes(data)
@@ -125,63 +71,8 @@ def run(
     "format": format,
     "directory": str(destination),
     "files": report,
-    "notes": list(export.notes),
+    "notes": list(made.notes),
   }
-
-
-def entries(
-  table: names.Table,
-  part: checkpoints.StoredPart,
-  *,
-  root: str = "",
-  prefix: str = "",
-  rows: int | None = None,
-) -> list[Entry]:
-  """The tensors of a table, as a part has them.
-
-  Args:
-    table: official names and paths.
-    part: holds arrays at `root` + the table's paths.
-    root: such as "llm/".
-    prefix: put before every official name.
-    rows: of the vocabulary, to which padded rows are cut.
-
-  Raises:
-    errors.CheckpointError: an array that the table names is not in the part.
-  """
-  flat = {row.ours: part.arrays.get(root + row.ours) for row in table}
-  if missing := [path for path, leaf in flat.items() if leaf is None]:
-    raise errors.CheckpointError(
-      f"The part {part.meta.get('part')} has no {', '.join(missing)} under"
-      f" {root or 'its root'!r}; this export needs all of it."
-    )
-  shapes = names.to_official(table, names.unflatten(flat), rows=rows)
-  dtypes = part.meta.get("port", {}).get("dtypes", {})
-  found = []
-  for row in table:
-    stored = flat[row.ours]
-    depth = stored.shape[0] if names.is_stacked(row) else 1
-    for i, name in enumerate(names.names_of(row, depth)):
-      dtype = np.dtype(dtypes.get(name, stored.dtype))
-      spec = tensor_files.Spec(prefix + name, shapes[name].shape, dtype)
-      layer = i if names.is_stacked(row) else None
-      found.append(Entry(spec, part, root + row.ours, layer, row.transform))
-  return in_order(found)
-
-
-def in_order(found: Iterable[Entry]) -> list[Entry]:
-  """Entries layer by layer, as a state_dict has them.
-
-  The table goes row by row; what stands before its stacked rows stays first,
-  and what follows them last.
-  """
-  found = list(found)
-  places = [i for i, e in enumerate(found) if e.layer is not None]
-  if not places:
-    return found
-  first, last = places[0], places[-1]
-  middle = sorted(found[first : last + 1], key=lambda e: e.layer or 0)
-  return found[:first] + middle + found[last + 1 :]
 
 
 def _write_state(partial, state, tick) -> dict[str, Any]:
@@ -220,9 +111,9 @@ def _write_state(partial, state, tick) -> dict[str, Any]:
   }
 
 
-def _fill(found: Sequence[Entry], views, tick):
+def _fill(found: Sequence[export.Entry], views, tick):
   """Puts values into the views; every stored array is read once."""
-  groups: dict[tuple, list[Entry]] = {}
+  groups: dict[tuple, list[export.Entry]] = {}
   for entry in found:
     groups.setdefault((id(entry.part), entry.path), []).append(entry)
   for group in groups.values():

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax.core import hosts
-from lavit_jax.train import optimizer, program
-from lavit_jax.train import state as state_lib
+from lavit_jax.core import compiler_options, hosts, sharding
+from lavit_jax.train import lowering, optimizer
+from lavit_jax.train import step as step_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def _delete(tree):
 
 def _read(objective, phase, state):
   """The state with what `begin_phase` gives; what that replaces is deleted."""
-  layout = program.layout_of(state)
+  layout = sharding.layout_of(state)
   given = objective.begin_phase(phase, state)
   kept = {id(x) for x in jax.tree.leaves(given)}
   before = jax.tree.leaves((state.params, state.extra))
@@ -100,7 +100,7 @@ def lower(objective, phase, state, frozen, batch, mesh):
   Args:
     objective: a stage.
     phase: that begins.
-    state: abstract and sharded; see `program.lower`, also for the next two.
+    state: abstract and sharded; see `lowering.lower`, also for the next two.
     frozen: likewise.
     batch: likewise.
     mesh: current, of devices that may be a topology which is not there.
@@ -134,23 +134,23 @@ class _Programs:
 
 def _programs(objective, fold, state, mesh) -> _Programs:
   # No parameters: as whole on a device as the batches they are made of.
-  carried = program.abstract(jax.eval_shape(fold.start), mesh, whole=True)
+  carried = sharding.abstract(jax.eval_shape(fold.start), mesh, whole=True)
   jit = functools.partial(
     jax.jit,
     keep_unused=True,
-    compiler_options=program.options(mesh, objective.config),
+    compiler_options=compiler_options.of_mesh(mesh, objective.config),
   )
 
   def start():
-    return state_lib.unbox(fold.start())
+    return sharding.unbox(fold.start())
 
   def finish(carried, state, frozen):
     del frozen  # in memory beside it
     return fold.finish(carried, state)
 
   made = jax.eval_shape(fold.finish, carried, state)
-  layout = program.layout_of({name: state.extra[name] for name in made})
-  over = program.layout_of(carried)
+  layout = sharding.layout_of({name: state.extra[name] for name in made})
+  over = sharding.layout_of(carried)
   return _Programs(
     carried,
     jit(_named(start, fold), out_shardings=over),
@@ -173,9 +173,9 @@ def _moments(objective, phase, params, mesh):
   """The jitted (state, frozen) -> fresh moments of a phase."""
   config = objective.config
   labels = objective.labels(phase, params)
-  boxed = jax.eval_shape(state_lib.init_fn(objective, config.seed)).params
+  boxed = jax.eval_shape(step_lib.init_fn(objective, config.seed)).params
   tx = optimizer.make(config.optimizer, phase, labels, boxed)
-  made = program.optimizer_state(tx, boxed, labels, mesh)
+  made = lowering.optimizer_state(tx, boxed, labels, mesh)
 
   def moments(state, frozen):
     del frozen  # in memory beside them
@@ -184,6 +184,6 @@ def _moments(objective, phase, params, mesh):
   return jax.jit(
     moments,
     keep_unused=True,
-    out_shardings=program.layout_of(made),
-    compiler_options=program.options(mesh, config),
+    out_shardings=sharding.layout_of(made),
+    compiler_options=compiler_options.of_mesh(mesh, config),
   )

@@ -26,16 +26,9 @@ from lavit_jax.core import (
 )
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.cost import chips
-from lavit_jax.train import (
-  accumulation,
-  boundaries,
-  objectives,
-  optimizer,
-  program,
-  ranges,
-)
+from lavit_jax.train import boundaries, lowering, objectives, optimizer, ranges
 from lavit_jax.train import phases as phases_lib
-from lavit_jax.train import state as state_lib
+from lavit_jax.train import step as step_lib
 from lavit_jax.train.resilience import (
   data_position,
   distributed,
@@ -97,7 +90,7 @@ class _Run:
     self.stop_signal = distributed.StopSignal()
     self.phases = phases_lib.phases_of(config)
     self.mesh = sharding.make_mesh(config.mesh.to_dict())
-    accumulation.check(config, self.mesh)
+    step_lib.check_accumulation(config, self.mesh)
     self.objective = objectives.build(config)
     self.rows = sharding.rows_of_process(self.mesh, config.batch_size)
     self.checkpoints = run_checkpoints.RunCheckpoints(
@@ -158,24 +151,22 @@ class _Run:
 
   def _first_state(self):
     """That of the newest checkpoint which can be read; a fresh one if none."""
-    init = state_lib.init_fn(self.objective, self.config.seed)
+    init = step_lib.init_fn(self.objective, self.config.seed)
     boxed = jax.eval_shape(init)
-    abstract = program.abstract(boxed, self.mesh)
-    self.layout = program.layout_of(abstract)
+    abstract = sharding.abstract(boxed, self.mesh)
+    self.layout = sharding.layout_of(abstract)
 
     def abstract_at(step):
       phase = next((p for p in self.phases if step <= p.stop), self.phases[-1])
       labels = self.objective.labels(phase, abstract.params)
       tx = optimizer.make(self.config.optimizer, phase, labels, boxed.params)
-      opt = program.optimizer_state(tx, boxed.params, labels, self.mesh)
+      opt = lowering.optimizer_state(tx, boxed.params, labels, self.mesh)
       return abstract.replace(opt_state=opt)
 
     found = self.checkpoints.restore_newest(abstract_at)
     if found is None:
       workdir_lib.say_replaced(self.config, self.objective.part)
-      fresh = jax.jit(
-        lambda: state_lib.unbox(init()), out_shardings=self.layout
-      )
+      fresh = jax.jit(lambda: sharding.unbox(init()), out_shardings=self.layout)
       return fresh()
     provenance.check(found, self.made_of, self.config)
     self.position = data_position.resume(
@@ -217,7 +208,7 @@ class _Run:
 
   def _boxed(self):
     """The parameters' shapes with their logical axes."""
-    init = state_lib.init_fn(self.objective, self.config.seed)
+    init = step_lib.init_fn(self.objective, self.config.seed)
     return jax.eval_shape(init).params
 
   def _device_batch(self, index: int):
@@ -235,8 +226,8 @@ class _Run:
     state = self._begin_phase(phase, state)
     labels = self.objective.labels(phase, state.params)
     tx = optimizer.make(self.config.optimizer, phase, labels, self._boxed())
-    step_fn = program.step(
-      self.objective, phase, labels, tx, self.mesh, program.layout_of(state)
+    step_fn = step_lib.jit_step(
+      self.objective, phase, labels, tx, self.mesh, sharding.layout_of(state)
     )
     first = int(state.step)
     stop = min(phase.stop, end)

@@ -13,10 +13,9 @@ from lavit_jax.aot import collectives, executed, hlo, libtpu, topology
 from lavit_jax.aot import compile as ahead
 from lavit_jax.commands import compile as command
 from lavit_jax.commands import main
-from lavit_jax.core import errors, sharding
+from lavit_jax.core import compiler_options, errors, sharding
 from lavit_jax.models import llama
-from lavit_jax.train import boundaries, program
-from lavit_jax.train import state as state_lib
+from lavit_jax.train import boundaries
 from lavit_jax.train.objectives.frozen import abstract_params
 from tests import micro
 from tests.train import processes
@@ -160,7 +159,7 @@ def test_what_runs_before_a_phase_is_compiled_and_measured(tokenizer):
   assert report.memory["waiting"] > 0
   # Frozen parameters are in memory, whatever a program reads.
   objective = ahead.objective_of(cfg)
-  frozen = jax.tree.leaves(state_lib.unbox(objective.frozen_shapes()))
+  frozen = jax.tree.leaves(sharding.unbox(objective.frozen_shapes()))
   sizes = [x.size * x.dtype.itemsize for x in frozen]
   at_end = made["kmeans, at the end"]["memory"]
   assert at_end["arguments"] > sum(sizes) / 2  # two ways of fsdp
@@ -293,28 +292,30 @@ def test_what_libtpu_dumps_and_what_jaxlib_reads_say_the_same(
 def test_a_config_tells_the_compiler_what_is_for_its_chips():
   config = micro.config("pretrain", "models")
   mesh = sharding.make_mesh({}, topology.devices("v6e:2x2")[:1])
-  plain = program.options(mesh, config)
+  plain = compiler_options.of_mesh(mesh, config)
   config.compiler_options = {
     "xla_tpu_scoped_vmem_limit_kib": "8192",
     "xla_gpu_autotune_level": "0",
   }
   own = {"xla_tpu_scoped_vmem_limit_kib": "8192"}
-  assert program.options(mesh, config) == plain | own
-  assert not program.options(sharding.make_mesh({}, jax.devices()[:1]), config)
+  assert compiler_options.of_mesh(mesh, config) == plain | own
+  assert not compiler_options.of_mesh(
+    sharding.make_mesh({}, jax.devices()[:1]), config
+  )
   config.compiler_options = {"scoped_vmem": "8192"}
   with pytest.raises(errors.ConfigError, match=r"\['scoped_vmem'\]"):
-    program.options(mesh, config)
+    compiler_options.of_mesh(mesh, config)
 
 
 def test_a_mesh_without_fsdp_of_a_large_model_is_an_error():
   config = dataclasses.replace(llama.LLAMA2_7B, width=4096, depth=1)
   devices = topology.devices("v5e:2x4")
   mesh = sharding.make_mesh({"context": 8}, devices)
-  made = program.abstract(abstract_params.llm(config), mesh)
+  made = sharding.abstract(abstract_params.llm(config), mesh)
   assert made["embedding"].sharding.is_fully_replicated  # as configured
   mesh = sharding.make_mesh({"tensor": 8}, devices)
   with pytest.raises(errors.ConfigError, match="whole on every device"):
-    program.abstract({"table": made["embedding"]}, mesh)
+    sharding.abstract({"table": made["embedding"]}, mesh)
 
 
 def test_collectives_of_a_step_are_found(compiled):

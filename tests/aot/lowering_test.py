@@ -19,7 +19,7 @@ from lavit_jax.models.attention import gpu
 from lavit_jax.models.pixels import unet, unet_blocks
 from lavit_jax.models.tokenizer import merger, tokenizer
 from lavit_jax.train import objectives, optimizer, phases
-from lavit_jax.train import state as state_lib
+from lavit_jax.train import step as step_lib
 from lavit_jax.train.objectives import base
 from lavit_jax.train.objectives.frozen import artifacts
 from tests import micro
@@ -89,14 +89,14 @@ def _lower_step(cfg, name, platform):
     cfg.data.image_size = 224
   objective = objectives.build(cfg, artifacts.Outline(cfg))
   phase = next(p for p in phases.phases_of(cfg) if p.name == name)
-  boxed = jax.eval_shape(state_lib.init_fn(objective, 0))
-  state = state_lib.unbox(boxed)
+  boxed = jax.eval_shape(step_lib.init_fn(objective, 0))
+  state = sharding.unbox(boxed)
   labels = objective.labels(phase, state.params)
   tx = optimizer.make(cfg.optimizer, phase, labels, boxed.params)
   trainable = optimizer.select(state.params, labels)
   state = state.replace(opt_state=jax.eval_shape(tx.init, trainable))
-  step = state_lib.make_step(objective, phase, labels, tx)
-  frozen = state_lib.unbox(objective.frozen_shapes())
+  step = step_lib.make_step(objective, phase, labels, tx)
+  frozen = sharding.unbox(objective.frozen_shapes())
   made = _lower(step, platform, state, frozen, objective.batch_shapes())
   return made, len(jax.tree.leaves(state))
 
@@ -157,7 +157,7 @@ def test_attention_to_later_places_lowers_with_the_kernel(
   layers._say_no_kernel.cache_clear()
   net, apply, args = _net_to_later_places(kind)
   init = lambda: net.init(jax.random.key(0), *args)
-  params = state_lib.unbox(jax.eval_shape(init))
+  params = sharding.unbox(jax.eval_shape(init))
   loss = lambda *args: apply(*args).astype(jnp.float32).sum()
   made = _lower(jax.grad(loss), platform, params, *args)
   count = made.mlir_module().count(f"@{_KERNEL[platform]}")
@@ -198,7 +198,7 @@ def test_prefill_and_decode_lower(platform):
   model = llama.Llama(config)
   tokens = jnp.zeros((2, 128), jnp.int32)
   params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens))
-  params = state_lib.unbox(params)["params"]
+  params = sharding.unbox(params)["params"]
   prompt = {"tokens": tokens, "mask": jnp.ones((2, 128), bool)}
   prefill = functools.partial(decode.prefill, model, max_new_tokens=8)
   logits = (2, config.padded_vocab), jnp.float32
@@ -219,7 +219,7 @@ def test_sampling_steps_of_the_unet_lower(kind, platform):
   net = unet.UNet(latent_micro.unet_config(kind))
   sizes = latent_micro.SIZES[kind]
   init = lambda: latent_micro.latent_parts.init_unet(net, jax.random.key(0))
-  params = state_lib.unbox(jax.eval_shape(init))
+  params = sharding.unbox(jax.eval_shape(init))
   tokens = np.zeros((2, 5, sum(sizes["dims"])), np.float32)
   given = {}
   if pooled := sizes["pooled"]:

@@ -9,7 +9,7 @@ from lavit_jax.aot import libtpu
 from lavit_jax.commands import compile as command
 from lavit_jax.commands import main
 from lavit_jax.core import sharding
-from lavit_jax.train import boundaries, loop, phases, program
+from lavit_jax.train import boundaries, loop, lowering, phases
 from tests import micro
 
 
@@ -38,7 +38,7 @@ def test_a_run_finds_the_program_that_was_compiled_ahead(
   (phase,) = phases.phases_of(cfg)
   with micro.devices(2):
     mesh = sharding.make_mesh(sizes)
-    lowered, _ = program.lower(objective, elsewhere, phase, mesh)
+    lowered, _ = lowering.lower(objective, elsewhere, phase, mesh)
     lowered.compile()
     kept = _steps(cache)
     assert len(kept) == 1
@@ -58,7 +58,7 @@ def test_a_run_finds_what_was_compiled_for_between_its_phases(
   (phase,) = phases.phases_of(cfg)
   with micro.devices(2):
     mesh = sharding.make_mesh(sizes)
-    _, given = program.lower(objective, elsewhere, phase, mesh)
+    _, given = lowering.lower(objective, elsewhere, phase, mesh)
     with sharding.use(mesh):
       made = boundaries.lower(objective, phase, *given, mesh)
     for lowered in made.values():

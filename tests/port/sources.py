@@ -3,12 +3,11 @@
 import dataclasses
 import functools
 import json
-import pathlib
 
 import numpy as np
 import torch
 
-from lavit_jax.core import vocabulary
+from lavit_jax.infer.loading import parts
 from lavit_jax.models import llama
 from lavit_jax.models.encoder import vision
 from lavit_jax.models.tokenizer import (
@@ -22,9 +21,7 @@ from lavit_jax.port.formats import llama_folder
 from lavit_jax.port.reading import official
 from lavit_jax.port.tables import names, sizes
 
-WORDS = (
-  pathlib.Path(vocabulary.__file__).parent / "weights/tiny/tokenizer.model"
-).read_bytes()
+WORDS = (parts.resolve("tiny") / "tokenizer.model").read_bytes()
 HEADS, CODES = 3, 8
 ROWS = 32002 + CODES
 WIDTH = 24

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from lavit_jax.core import averages, errors, sharding
-from lavit_jax.train import accumulation, loop, objectives, optimizer, program
-from lavit_jax.train import state as state_lib
+from lavit_jax.train import loop, lowering, objectives, optimizer
+from lavit_jax.train import step as step_lib
 from tests import micro
 from tests.train import outlines, stubs
 from tests.train import parts as parts_lib
@@ -48,14 +48,14 @@ def _step(objective, phase, case, parts):
   config.accumulate = parts
   labels = objective.labels(phase, case.params)
   tx = optimizer.make(config.optimizer, phase, labels, case.boxed)
-  state = state_lib.TrainState(
+  state = step_lib.TrainState(
     step=jnp.int32(3),
     params=case.params,
     opt_state=jax.jit(tx.init)(optimizer.select(case.params, labels)),
     extra=case.extra,
     rng=jax.random.key_data(jax.random.key(5)),
   )
-  made = state_lib.make_step(objective, phase, labels, tx)
+  made = step_lib.make_step(objective, phase, labels, tx)
   return jax.device_get(jax.jit(made)(state, case.frozen, case.batch)[0])
 
 
@@ -107,7 +107,7 @@ def test_parts_hold_a_part_of_the_activations():
 
 
 def _lower(objective, phase, case, parts):
-  made = accumulation.value_and_grad(objective, phase, parts)
+  made = step_lib.value_and_grad(objective, phase, parts)
   run = lambda *args: made(lambda trainable: trainable, *args)
   return jax.jit(run).lower(*case.args, jax.random.key(0))
 
@@ -127,13 +127,13 @@ def test_one_part_is_one_pass():
 
 
 def test_rows_of_a_device_stay_in_every_part():
-  rows = accumulation.cut("x", jnp.arange(8), 2)
+  rows = step_lib.split_batch("x", jnp.arange(8), 2)
   np.testing.assert_array_equal(rows, [[0, 2, 4, 6], [1, 3, 5, 7]])
 
 
 def test_a_batch_that_does_not_divide_is_an_error():
   with pytest.raises(errors.ConfigError, match="accumulate=3"):
-    accumulation.cut("x", jnp.arange(8), 3)
+    step_lib.split_batch("x", jnp.arange(8), 3)
 
 
 def _config(rows, parts):
@@ -162,7 +162,7 @@ def test_every_part_has_a_row_for_every_device(rows, parts, said):
     _config(rows, parts),
   )
   with pytest.raises(errors.ConfigError) as caught:
-    program.arguments(None, config, None, mesh)
+    lowering.arguments(None, config, None, mesh)
   assert said in str(caught.value), caught.value
 
 
@@ -172,10 +172,10 @@ def test_what_passes_is_cut_into_parts_on_all_devices(rows, parts):
     sharding.make_mesh({"data": 4, "fsdp": 2}),
     _config(rows, parts),
   )
-  accumulation.check(config, mesh)
+  step_lib.check_accumulation(config, mesh)
   with sharding.use(mesh):
     x = sharding.put_batch({"x": np.zeros((rows, 3))}, mesh)["x"]
-    made = jax.jit(lambda x: accumulation.cut("x", x, parts))(x)
+    made = jax.jit(lambda x: step_lib.split_batch("x", x, parts))(x)
   assert made.sharding.shard_shape(made.shape) == (parts, rows // parts // 8, 3)
 
 
@@ -195,7 +195,7 @@ def test_contrast_cannot_be_run_in_parts():
   case = outlines.Case(objective)
   with pytest.raises(errors.ConfigError, match="among all pictures"):
     jax.eval_shape(
-      lambda: accumulation.value_and_grad(objective, phase, 2)(
+      lambda: step_lib.value_and_grad(objective, phase, 2)(
         lambda x: x, *case.args, jax.random.key(0)
       )
     )

@@ -15,8 +15,8 @@ import pytest
 
 from lavit_jax.core import errors, sharding
 from lavit_jax.models.tokenizer import quantizer
-from lavit_jax.train import boundaries, objectives, phases, program
-from lavit_jax.train import state as state_lib
+from lavit_jax.train import boundaries, objectives, phases
+from lavit_jax.train import step as step_lib
 from lavit_jax.train.objectives import base
 from lavit_jax.train.objectives.frozen import artifacts
 from tests import micro
@@ -42,10 +42,10 @@ def run():
   cfg = micro.assumed_tokenizer()
   cfg.schedule = ("codes",)
   objective = objectives.build(cfg, artifacts.Outline(cfg))
-  shapes = state_lib.unbox(objective.frozen_shapes())
+  shapes = sharding.unbox(objective.frozen_shapes())
   frozen = _random(jax.random.key(1), shapes)
-  init = state_lib.init_fn(objective, 0)
-  state = jax.jit(lambda: state_lib.unbox(init()))()
+  init = step_lib.init_fn(objective, 0)
+  state = jax.jit(lambda: sharding.unbox(init()))()
 
   def batch_at(index):
     rng = np.random.default_rng(index)
@@ -72,11 +72,11 @@ def _begin(run, sizes, devices, opt_state=None):
   """The state that the phase begins with, on a mesh."""
   mesh = sharding.make_mesh(sizes, devices)
   with sharding.use(mesh):
-    boxed = jax.eval_shape(state_lib.init_fn(run.objective, 0))
-    layout = program.layout_of(program.abstract(boxed, mesh))
+    boxed = jax.eval_shape(step_lib.init_fn(run.objective, 0))
+    layout = sharding.layout_of(sharding.abstract(boxed, mesh))
     state = jax.device_put(run.state, layout).replace(opt_state=opt_state)
-    frozen = program.abstract(run.objective.frozen_shapes(), mesh)
-    frozen = jax.device_put(run.frozen, program.layout_of(frozen))
+    frozen = sharding.abstract(run.objective.frozen_shapes(), mesh)
+    frozen = jax.device_put(run.frozen, sharding.layout_of(frozen))
     put = functools.partial(sharding.put_batch, mesh=mesh)
     return boundaries.begin(
       run.objective,
@@ -255,9 +255,9 @@ def test_what_a_phase_replaces_is_gone_while_it_is_begun(monkeypatch):
   monkeypatch.setattr(boundaries, "_moments", watched)
   before = _live()
   with sharding.use(mesh):
-    init = state_lib.init_fn(objective, 0)
-    layout = program.layout_of(program.abstract(jax.eval_shape(init), mesh))
-    state = jax.jit(lambda: state_lib.unbox(init()), out_shardings=layout)()
+    init = step_lib.init_fn(objective, 0)
+    layout = sharding.layout_of(sharding.abstract(jax.eval_shape(init), mesh))
+    state = jax.jit(lambda: sharding.unbox(init()), out_shardings=layout)()
     begun = boundaries.begin(objective, phase, state, {}, batch_at, mesh)
   assert begun.extra["sum"] == 3 * 2.0
   (*folds, last) = seen
@@ -275,13 +275,13 @@ def test_what_is_carried_may_be_whole_on_every_device(monkeypatch):
   mesh = sharding.make_mesh({"tensor": -1})
   objective = _Replacing()
   (fold,) = objective.folds(None)
-  boxed = jax.eval_shape(state_lib.init_fn(objective, 0))
+  boxed = jax.eval_shape(step_lib.init_fn(objective, 0))
   with sharding.use(mesh):
-    state = program.abstract(boxed, mesh)
+    state = sharding.abstract(boxed, mesh)
     made = boundaries._programs(objective, fold, state, mesh)
     assert made.carried.sharding.is_fully_replicated
     with pytest.raises(errors.ConfigError, match=r"Array .* whole on"):
-      program.abstract(jax.eval_shape(fold.start), mesh)
+      sharding.abstract(jax.eval_shape(fold.start), mesh)
 
 
 def test_no_array_before_a_full_size_phase_is_larger_than_a_block():
@@ -289,24 +289,24 @@ def test_no_array_before_a_full_size_phase_is_larger_than_a_block():
   module = importlib.import_module("lavit_jax.configs.lavit_7b.tokenizer")
   cfg = module.get_config()
   objective = objectives.build(cfg, artifacts.Outline(cfg))
-  boxed = jax.eval_shape(state_lib.init_fn(objective, 0))
-  state = state_lib.unbox(boxed)
+  boxed = jax.eval_shape(step_lib.init_fn(objective, 0))
+  state = sharding.unbox(boxed)
   first, *_, last = phases.phases_of(cfg)
   (mean,) = objective.folds(first)
   (kmeans,) = objective.folds(last)
   assert not objective.folds(dataclasses.replace(first, start=1))
-  carried = state_lib.unbox(jax.eval_shape(kmeans.start))
+  carried = sharding.unbox(jax.eval_shape(kmeans.start))
   jaxpr = jax.make_jaxpr(kmeans.finish)(carried, state)
   words = cfg.batch_size * cfg.data.capacity
   assert micro.largest_array(jaxpr) == words * quantizer._BLOCK
   number = jax.ShapeDtypeStruct((), jnp.int32)
-  frozen = state_lib.unbox(objective.frozen_shapes())
+  frozen = sharding.unbox(objective.frozen_shapes())
   batch = objective.batch_shapes()
   vit = objective.model_config.vit
   # The widest of the encoder: hidden layer, or attention of every head.
   tokens = vit.num_patches + 1
   widest = max(vit.mlp_dim, vit.num_heads * tokens)
   for fold in (mean, kmeans):
-    carried = state_lib.unbox(jax.eval_shape(fold.start))
+    carried = sharding.unbox(jax.eval_shape(fold.start))
     jaxpr = jax.make_jaxpr(fold.add)(carried, number, state, frozen, batch)
     assert micro.largest_array(jaxpr) <= cfg.batch_size * tokens * widest

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.core import errors
+from lavit_jax.core import errors, sharding
 from lavit_jax.models import lora
 from lavit_jax.models.pixels import unet
 from lavit_jax.models.tokenizer import decoder
 from lavit_jax.train import optimizer
-from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives.frozen import latent_parts
 from tests.train import latent_micro, outlines
 
@@ -139,7 +138,7 @@ def test_a_parameter_without_axes_is_an_error():
 
 def test_the_state_of_the_optimizer_does_not_depend_on_what_decays():
   """So that a run goes on from a checkpoint of another choice."""
-  params = state_lib.unbox(CASES["LoRA"]())
+  params = sharding.unbox(CASES["LoRA"]())
   labels = jax.tree.map(lambda _: "base", params)
   config = dict(
     b1=0.9, b2=0.98, weight_decay=0.1, clip_norm=1.0, groups={"base": 1.0}

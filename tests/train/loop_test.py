@@ -255,7 +255,7 @@ def test_a_step_is_read_when_the_next_has_begun_and_means_are_weighted(
     }
     return state.replace(step=state.step + 1), metrics
 
-  monkeypatch.setattr(loop.program, "step", lambda *args: step)
+  monkeypatch.setattr(loop.step_lib, "jit_step", lambda *args: step)
   cfg = micro.config("pretrain", root, phases__train__steps=9, log__every=3)
   cfg.checkpoint.every = 100
   loop.train(cfg, root / "run", stop_at=7, quiet=True)
@@ -300,7 +300,7 @@ def test_every_step_is_in_one_row_whatever_ends_the_run(
       os.kill(os.getpid(), signal.SIGTERM)
     real(self, number, batch)
 
-  monkeypatch.setattr(loop.program, "step", lambda *args: step)
+  monkeypatch.setattr(loop.step_lib, "jit_step", lambda *args: step)
   monkeypatch.setattr(loop._Run, "_hash", notice)
   cfg = sharding_test.stage_config("autoencoder", tmp_path)
   cfg.log.every, cfg.checkpoint.every, cfg.eval.every = 5, 3, 100

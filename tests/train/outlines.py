@@ -6,9 +6,8 @@ from unittest import mock
 import jax
 import numpy as np
 
-from lavit_jax.core import vocabulary
+from lavit_jax.core import sharding, vocabulary
 from lavit_jax.train import objectives, phases
-from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base
 from lavit_jax.train.objectives.frozen import artifacts
 from tests.train import sharding_test
@@ -63,7 +62,7 @@ def draw(abstract, seed=0):
       drawn = 1 + drawn / 10
     return drawn.astype(leaf.dtype)
 
-  return jax.tree_util.tree_map_with_path(one, state_lib.unbox(abstract))
+  return jax.tree_util.tree_map_with_path(one, sharding.unbox(abstract))
 
 
 class Case:
@@ -77,7 +76,7 @@ class Case:
   def __init__(self, objective, rows=8):
     self.objective = objective
     self.boxed, extra = jax.eval_shape(objective.init, jax.random.key(0))
-    extra = state_lib.unbox(extra)
+    extra = sharding.unbox(extra)
     self.params = draw(self.boxed)
     self.frozen = draw(objective.frozen, 1)
     self.extra = draw(extra, 2)

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 
-from lavit_jax.train import accumulation, optimizer
+from lavit_jax.train import optimizer
+from lavit_jax.train import step as step_lib
 
 
 def assert_same(a, b, tolerance=2e-5):
@@ -42,7 +43,7 @@ def assert_parts_are_the_whole(objective, phase, case):
 
 def outcome(objective, phase, case, parts):
   """(gradients, new state, metrics)."""
-  made = accumulation.value_and_grad(objective, phase, parts)
+  made = step_lib.value_and_grad(objective, phase, parts)
 
   @jax.jit
   def run(params, frozen, extra, batch):

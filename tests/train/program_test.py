@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.core import sharding
-from lavit_jax.train import phases, program
+from lavit_jax.train import lowering, phases
 from lavit_jax.train.objectives import base
 
 
@@ -68,12 +68,12 @@ def test_memory_counts_all_that_lives_through_a_run_used_or_not():
   """Frozen arrays and columns of a batch that the step never reads."""
   mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   (phase,) = phases.phases_of(_CONFIG)
-  lowered, arguments = program.lower(_Sums(), _CONFIG, phase, mesh)
+  lowered, arguments = lowering.lower(_Sums(), _CONFIG, phase, mesh)
   memory = lowered.compile().memory_analysis()
-  assert memory.argument_size_in_bytes == program.bytes_a_device(arguments)
+  assert memory.argument_size_in_bytes == sharding.bytes_a_device(arguments)
   _, frozen, batch = arguments
-  assert program.bytes_a_device(frozen) == 4 * 8 + 4 * 64 * 32 // 2 + 2 * 21
-  assert program.bytes_a_device(batch) == (4 * 8 * 8 + 4 * 8) // 4
+  assert sharding.bytes_a_device(frozen) == 4 * 8 + 4 * 64 * 32 // 2 + 2 * 21
+  assert sharding.bytes_a_device(batch) == (4 * 8 * 8 + 4 * 8) // 4
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from lavit_jax.configs.tiny import autoencoder
 from lavit_jax.core import errors, sharding
 from lavit_jax.train import objectives, optimizer
 from lavit_jax.train import phases as phases_lib
-from lavit_jax.train import state as state_lib
+from lavit_jax.train import step as step_lib
 from tests import micro
 
 _MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -66,12 +66,12 @@ class _Case:
     self.objective = objectives.build(cfg)
     self.phase = next(p for p in phases_lib.phases_of(cfg) if p.name == name)
     self.batch = next(self.objective.batches(start))
-    init = state_lib.init_fn(self.objective, 0)
+    init = step_lib.init_fn(self.objective, 0)
     self.boxed = jax.eval_shape(init)
-    extra = jax.jit(lambda: state_lib.unbox(init()).extra)()
-    self.first = state_lib.TrainState(
+    extra = jax.jit(lambda: sharding.unbox(init()).extra)()
+    self.first = step_lib.TrainState(
       step=np.int32(3),
-      params=_draw(state_lib.unbox(self.boxed.params)),
+      params=_draw(sharding.unbox(self.boxed.params)),
       opt_state=None,
       extra=jax.device_get(extra),
       rng=np.array([0, 7], np.uint32),
@@ -92,7 +92,7 @@ class _Case:
       return jax.device_get(out), jax.tree.leaves(layout.params)
 
   def _differentiate(self, state, frozen, batch):
-    rng = state_lib.step_rng(state)
+    rng = step_lib.step_rng(state)
 
     def loss(trainable):
       params = optimizer.merge(trainable, state.params)

@@ -18,9 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lavit_jax.core import errors, images
-from lavit_jax.core.storage import checkpoints
 from lavit_jax.models.pixels import safety
-from lavit_jax.port import exporting
 from lavit_jax.port.formats import config_fields, llama_folder, tensors
 from lavit_jax.port.reading import pixel_folders, plan
 from lavit_jax.port.tables import safety_names
@@ -185,27 +183,3 @@ def _config(fields: Mapping[str, Any], found, label) -> safety.SafetyConfig:
       f"{label} describes a network that cannot be made here: {e}. Expected"
       " Stable Diffusion's safety checker."
     ) from e
-
-
-def export(model: pathlib.Path, part: checkpoints.StoredPart, kept: str):
-  """The folder as it was, one file of weights.
-
-  Args:
-    model: the directory that the part is of.
-    part: `safety`.
-    kept: folder of the model in which an import kept small files.
-  """
-  port = part.meta["port"]
-  place = port["place"]
-  stem = "model" if port["suffix"] == ".safetensors" else "pytorch_model"
-  table = safety_names.table(port["names"])
-  state = exporting.StateFile(
-    f"{place}/{stem}",
-    port["suffix"],
-    tuple(exporting.entries(table, part)),
-  )
-  files = {
-    f"{place}/{path.name}": path.read_bytes()
-    for path in sorted((model / kept / place).iterdir())
-  }
-  return exporting.Export((state,), files)

@@ -23,11 +23,10 @@ import numpy as np
 from lavit_jax.core import errors
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.models import llama
-from lavit_jax.port import exporting
 from lavit_jax.port.formats import llama_folder, tensor_files
 from lavit_jax.port.reading import official, pixel_folders, safety_folder
 from lavit_jax.port.tables import names
-from lavit_jax.port.writing import pixel_files
+from lavit_jax.port.writing import export, pixel_files, safety_files
 
 _SHARD = 5 * 10**9  # bytes, the usual size of shards
 _VISUAL = "visual_tokenizer"
@@ -42,7 +41,7 @@ _NAMES = {
 }
 
 
-def make(model) -> exporting.Export:
+def make(model) -> export.Export:
   """What to write for a model directory (pathlib.Path).
 
   Raises:
@@ -56,14 +55,14 @@ def make(model) -> exporting.Export:
     files |= _llm_files(model, parts["llm"])
   visual = _visual(parts)
   if visual:
-    states.append(exporting.StateFile(_VISUAL, ".safetensors", tuple(visual)))
+    states.append(export.StateFile(_VISUAL, ".safetensors", tuple(visual)))
     files[f"{_VISUAL}.json"] = llama_folder.to_json(_sizes(parts, visual))
   for name in [name for name in pixel_folders.FOLDERS if name in parts]:
     folder = pixel_files.diffusers_folder(model, parts[name])
     states += folder.states
     files |= folder.files
   if safety_folder.PART in parts:
-    folder = safety_folder.export(
+    folder = safety_files.make(
       model, parts[safety_folder.PART], official.OFFICIAL
     )
     states += folder.states
@@ -76,13 +75,13 @@ def make(model) -> exporting.Export:
     )
   if "pixels" in parts:
     notes.append("the part pixels was left: no Hugging Face class reads it")
-  return exporting.Export(tuple(states), files, tuple(notes))
+  return export.Export(tuple(states), files, tuple(notes))
 
 
-def _language_model(part) -> exporting.StateFile:
+def _language_model(part) -> export.StateFile:
   rows = part.meta["llama"]["vocab_size"]
-  found = exporting.entries(names.LLM, part, root="llm/", rows=rows)
-  return exporting.StateFile("llm/model", ".safetensors", tuple(found), _SHARD)
+  found = export.entries(names.LLM, part, root="llm/", rows=rows)
+  return export.StateFile("llm/model", ".safetensors", tuple(found), _SHARD)
 
 
 def _llm_files(model, part) -> dict[str, bytes]:
@@ -96,7 +95,7 @@ def _llm_files(model, part) -> dict[str, bytes]:
   return {f"llm/{name}": data for name, data in files.items()}
 
 
-def _visual(parts) -> list[exporting.Entry]:
+def _visual(parts) -> list[export.Entry]:
   found = []
   if "encoder" in parts:
     found += _present(names.ENCODER, parts["encoder"], "encoder.")
@@ -119,7 +118,7 @@ def _visual(parts) -> list[exporting.Entry]:
 def _present(table, part, prefix, root=""):
   """Entries of the rows of a table that the part has."""
   rows = tuple(row for row in table if root + row.ours in part.arrays)
-  return exporting.entries(rows, part, root=root, prefix=prefix)
+  return export.entries(rows, part, root=root, prefix=prefix)
 
 
 def _extra(part, path, name):
@@ -128,7 +127,7 @@ def _extra(part, path, name):
   if leaf is None:
     return []
   spec = tensor_files.Spec(name, tuple(leaf.shape), np.dtype(leaf.dtype))
-  return [exporting.Entry(spec, part, path)]
+  return [export.Entry(spec, part, path)]
 
 
 def _sizes(parts, visual):

@@ -11,11 +11,10 @@ import numpy as np
 from lavit_jax.core import errors
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.models import llama
-from lavit_jax.port import exporting
 from lavit_jax.port.formats import llama_folder, tensor_files, tensors
 from lavit_jax.port.reading import official, pixel_folders, safety_folder
 from lavit_jax.port.tables import names
-from lavit_jax.port.writing import pixel_files
+from lavit_jax.port.writing import export, pixel_files, safety_files
 
 _SHARD = 10 * 10**9  # bytes, as transformers 4.33 cuts .bin files
 _HEAD = 1024  # classes of EVA's unused head in the official file
@@ -23,7 +22,7 @@ _COPY = "encoder."
 _NEEDED = ("encoder", "tokenizer", "llm")
 
 
-def make(model) -> exporting.Export:
+def make(model) -> export.Export:
   """What to write for a model directory (pathlib.Path).
 
   A model of nothing but pixel decoders gives their files alone.
@@ -51,10 +50,10 @@ def make(model) -> exporting.Export:
   else:
     states, files = _understanding(model, parts)
   more, said = _decoders(model, parts)
-  for export in more:
-    states += export.states
-    files |= export.files
-  return exporting.Export(tuple(states), files, (*notes, *said))
+  for one in more:
+    states += one.states
+    files |= one.files
+  return export.Export(tuple(states), files, (*notes, *said))
 
 
 def _understanding(model, parts):
@@ -77,8 +76,8 @@ def _decoders(model, parts):
   found, notes = [], []
   for name, table in (("lowres", names.LOWRES), ("highres", names.HIGHRES)):
     if name in parts:
-      state = _state(name, exporting.entries(table, parts[name]))
-      found.append(exporting.Export((state,), {}))
+      state = _state(name, export.entries(table, parts[name]))
+      found.append(export.Export((state,), {}))
     else:
       notes.append(f"no {official.FILES[name]}: the model has no part {name}")
   for name, folder in pixel_folders.FOLDERS.items():
@@ -92,15 +91,15 @@ def _decoders(model, parts):
       notes.append(f"no {folder}/: the model has no part {name}")
   if safety_folder.PART in parts:
     part = parts[safety_folder.PART]
-    found.append(safety_folder.export(model, part, official.OFFICIAL))
+    found.append(safety_files.make(model, part, official.OFFICIAL))
   if "pixels" in parts:
     notes.append("the part pixels has no place in the official layout")
   return found, notes
 
 
-def _state(name, entries) -> exporting.StateFile:
+def _state(name, entries) -> export.StateFile:
   stem = official.FILES[name].removesuffix(".bin")
-  return exporting.StateFile(stem, ".bin", tuple(entries))
+  return export.StateFile(stem, ".bin", tuple(entries))
 
 
 def _check_layout(llm):
@@ -128,15 +127,15 @@ def _kept(model) -> dict[str, tensors.Tensor]:
   return found
 
 
-def _kept_entry(name, tensor) -> exporting.Entry:
+def _kept_entry(name, tensor) -> export.Entry:
   spec = tensor_files.Spec(name, tensor.shape, tensor.dtype)
-  return exporting.Entry(spec, value=tensor.read, path=name)
+  return export.Entry(spec, value=tensor.read, path=name)
 
 
-def _encoder(part) -> list[exporting.Entry]:
+def _encoder(part) -> list[export.Entry]:
   """EVA's tensors; norm and head, which LaVIT skips, filled in if need be."""
   table = [r for r in names.ENCODER if r.ours in part.arrays]
-  found = exporting.entries(tuple(table), part)
+  found = export.entries(tuple(table), part)
   width = part.meta["vit"]["width"]
   dtype = part.arrays["cls_token"].dtype
   shapes = {
@@ -150,41 +149,41 @@ def _encoder(part) -> list[exporting.Entry]:
     if name not in have:
       value = np.asarray(float(name == "norm.weight"), dtype)
       spec = tensor_files.Spec(name, shape, np.dtype(dtype))
-      found.append(exporting.Entry(spec, value=lambda v=value: v, path=name))
+      found.append(export.Entry(spec, value=lambda v=value: v, path=name))
   return found
 
 
-def _tokenizer(parts, encoder, kept) -> list[exporting.Entry]:
+def _tokenizer(parts, encoder, kept) -> list[export.Entry]:
   part = parts["tokenizer"]
   table = tuple(r for r in names.TOKENIZER if r.ours in part.arrays)
-  found = exporting.entries(table, part)
+  found = export.entries(table, part)
   if len(table) < len(names.TOKENIZER):  # trained here: the LLM's projection
     projection = names.UNDERSTANDING[-2:]
-    found += exporting.entries(projection, parts["llm"])
+    found += export.entries(projection, parts["llm"])
   copies = part.meta.get("port", {}).get("encoder_copies", [])
   file = official.FILES["tokenizer"]
   return found + [_copy(file, name, encoder, kept) for name in copies]
 
 
-def _copy(file, name, encoder, kept) -> exporting.Entry:
+def _copy(file, name, encoder, kept) -> export.Entry:
   """A tensor `encoder.*` of another file than the encoder's."""
   if tensor := kept.get(f"{file}:{name}"):
     return _kept_entry(name, tensor)
   wanted = name.removeprefix(_COPY)
   entry = next(e for e in encoder if e.spec.name == wanted)
   spec = tensor_files.Spec(name, entry.spec.shape, entry.spec.dtype)
-  return exporting.Entry(
+  return export.Entry(
     spec, entry.part, entry.path, entry.layer, entry.transform, entry.value
   )
 
 
-def _overlay(parts, encoder, kept) -> list[exporting.Entry]:
+def _overlay(parts, encoder, kept) -> list[export.Entry]:
   """The tensors of visual_weight.bin: those it had, else the whole branch."""
   llm, file = parts["llm"], official.FILES["overlay"]
   table = names.UNDERSTANDING
   if "selector/norm/scale" in llm.arrays:
     table = table + names.UNDERSTANDING_SELECTOR
-  found = exporting.entries(table, llm)
+  found = export.entries(table, llm)
   listed = llm.meta.get("port", {}).get("overlay")
   if listed is None:
     return found
@@ -199,9 +198,9 @@ def _overlay(parts, encoder, kept) -> list[exporting.Entry]:
   ]
 
 
-def _language_model(llm, kept) -> exporting.StateFile:
+def _language_model(llm, kept) -> export.StateFile:
   rows = llm.meta["llama"]["vocab_size"]
-  found = exporting.entries(names.LLM, llm, root="llm/", rows=rows)
+  found = export.entries(names.LLM, llm, root="llm/", rows=rows)
   prefix = f"{official.LLM_FOLDER}:"
   found += [
     _kept_entry(name.removeprefix(prefix), tensor)
@@ -209,7 +208,7 @@ def _language_model(llm, kept) -> exporting.StateFile:
     if name.startswith(prefix)
   ]
   stem = f"{official.LLM_FOLDER}/pytorch_model"
-  return exporting.StateFile(stem, ".bin", tuple(found), _SHARD)
+  return export.StateFile(stem, ".bin", tuple(found), _SHARD)
 
 
 def _small_files(model, llm) -> dict[str, bytes]:

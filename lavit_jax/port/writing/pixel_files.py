@@ -18,12 +18,12 @@ from lavit_jax.core import errors
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.diffusion import schedules
 from lavit_jax.models.pixels import unet, vae
-from lavit_jax.port import exporting
 from lavit_jax.port.diffusers import config as config_lib
 from lavit_jax.port.diffusers import scheduler_config
 from lavit_jax.port.formats import llama_folder, tensors
 from lavit_jax.port.reading import official, pixel_folders
 from lavit_jax.port.tables import names
+from lavit_jax.port.writing import export
 
 _SHARD = 10 * 10**9  # bytes, as diffusers cuts files of safetensors
 _CONFIGS = {"unet": unet.UNetConfig, "vae": vae.VaeConfig}
@@ -39,7 +39,7 @@ _FIELDS = {
 
 def official_folder(
   model: pathlib.Path, part: checkpoints.StoredPart
-) -> exporting.Export:
+) -> export.Export:
   """pixel_decoding/ or highres_pixel_decoding/ of a part.
 
   Args:
@@ -59,15 +59,15 @@ def official_folder(
     states += _as_imported(f"{folder}/{kind}", file, found, kept / kind, kind)
   if "uncond" in part.arrays:
     stem = f"{folder}/{pixel_folders.UNCOND.removesuffix('.bin')}"
-    found = tuple(exporting.entries(names.UNCOND, part))
-    states.append(exporting.StateFile(stem, ".bin", found, bare=True))
+    found = tuple(export.entries(names.UNCOND, part))
+    states.append(export.StateFile(stem, ".bin", found, bare=True))
   files = _others(kept) | _described(part, kept)
-  return exporting.Export(tuple(states), _under(folder, files))
+  return export.Export(tuple(states), _under(folder, files))
 
 
 def diffusers_folder(
   model: pathlib.Path, part: checkpoints.StoredPart
-) -> exporting.Export:
+) -> export.Export:
   """The same as safetensors under today's names, in a folder of the part.
 
   Arguments and errors are those of `official_folder`.
@@ -75,7 +75,7 @@ def diffusers_folder(
   folder = part.meta["part"]
   kept = model / official.OFFICIAL / pixel_folders.FOLDERS[folder]
   states = [
-    exporting.StateFile(
+    export.StateFile(
       f"{folder}/{kind}/{pixel_folders.STEM}",
       ".safetensors",
       _entries(part, kind, "to_q"),
@@ -85,22 +85,20 @@ def diffusers_folder(
   ]
   if "uncond" in part.arrays:
     stem = pixel_folders.UNCOND.removesuffix(".bin")
-    found = tuple(exporting.entries((names.Row(stem, "uncond"),), part))
-    states.append(
-      exporting.StateFile(f"{folder}/{stem}", ".safetensors", found)
-    )
+    found = tuple(export.entries((names.Row(stem, "uncond"),), part))
+    states.append(export.StateFile(f"{folder}/{stem}", ".safetensors", found))
   files = _under(folder, _described(part, kept))
-  return exporting.Export(tuple(states), files)
+  return export.Export(tuple(states), files)
 
 
 def _under(folder, files):
   return {f"{folder}/{path}": data for path, data in files.items()}
 
 
-def _entries(part, kind, generation) -> tuple[exporting.Entry, ...]:
+def _entries(part, kind, generation) -> tuple[export.Entry, ...]:
   """Tensors of a network, under the names of diffusers."""
   table = pixel_folders.table_of(_config(part, kind), generation)
-  return tuple(exporting.entries(table, part, root=f"{kind}/"))
+  return tuple(export.entries(table, part, root=f"{kind}/"))
 
 
 def _config(part, kind):
@@ -114,7 +112,7 @@ def _config(part, kind):
   return _CONFIGS[kind](**fields)
 
 
-def _as_imported(place, file, found, kept, kind) -> list[exporting.StateFile]:
+def _as_imported(place, file, found, kept, kind) -> list[export.StateFile]:
   """The files that the weights were in, if they still are the same weights.
 
   Args:
@@ -135,16 +133,16 @@ def _as_imported(place, file, found, kept, kind) -> list[exporting.StateFile]:
     file = pixel_folders.weight_files(kind)[0]
   # One file whatever its size: the official classes' diffusers has no shards.
   name = pathlib.PurePath(file)
-  return [exporting.StateFile(f"{place}/{name.stem}", name.suffix, found)]
+  return [export.StateFile(f"{place}/{name.stem}", name.suffix, found)]
 
 
-def _shards(place, shards, found) -> list[exporting.StateFile]:
+def _shards(place, shards, found) -> list[export.StateFile]:
   """A file for each that an index names."""
-  groups: dict[str, list[exporting.Entry]] = {}
+  groups: dict[str, list[export.Entry]] = {}
   for entry in found:
     groups.setdefault(shards[entry.spec.name], []).append(entry)
   return [
-    exporting.StateFile(
+    export.StateFile(
       f"{place}/{pathlib.PurePath(file).stem}",
       pathlib.PurePath(file).suffix,
       tuple(group),

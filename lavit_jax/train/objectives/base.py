@@ -23,7 +23,6 @@ from lavit_jax.data.sources import kinds
 from lavit_jax.models import lora
 from lavit_jax.train import boundaries, optimizer
 from lavit_jax.train import phases as phases_lib
-from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives.frozen import artifacts
 
 
@@ -97,7 +96,7 @@ class Objective:
     Raises:
       errors.CheckpointError: what is stored is damaged or does not fit.
     """
-    wanted = state_lib.unbox(self.frozen_shapes())
+    wanted = sharding.unbox(self.frozen_shapes())
     return self.stored.load(self.frozen_branches(), wanted, layout)
 
   @functools.cached_property
@@ -128,7 +127,7 @@ class Objective:
       low: the LoRA, see `lora.init`, unboxed.
       scale: alpha / rank.
     """
-    wanted, layout = state_lib.unbox(boxed), None
+    wanted, layout = sharding.unbox(boxed), None
     place = getattr(jax.tree.leaves(low)[0], "sharding", None)
     if isinstance(place, jax.sharding.NamedSharding):
       layout = {"net": sharding.param_shardings(boxed, place.mesh)}

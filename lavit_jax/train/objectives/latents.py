@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax.core import errors
+from lavit_jax.core import errors, sharding
 from lavit_jax.data import faults
 from lavit_jax.data.batching import bucket_rows
 from lavit_jax.diffusion import denoising, schedules, stable_diffusion
@@ -32,7 +32,6 @@ from lavit_jax.models import lora
 from lavit_jax.models.pixels import unet, vae
 from lavit_jax.models.tokenizer import selector, tokenizer
 from lavit_jax.train import phases
-from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base, conditioning, diffusion
 from lavit_jax.train.objectives.frozen import (
   abstract_params,
@@ -65,7 +64,7 @@ class LatentsObjective(diffusion.DiffusionObjective):
     self._check()
     self._use_networks()
     if model.lora.rank and not self.stored.outline:
-      wanted = state_lib.unbox(abstract_params.denoiser(self.unet))
+      wanted = sharding.unbox(abstract_params.denoiser(self.unet))
       branches.check({"unet": self._start("unet")}, {"unet": wanted})
     self._use_buckets()
 

@@ -17,14 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax.core import agreement, averages, errors, images, vocabulary
+from lavit_jax.core import (
+  agreement,
+  averages,
+  errors,
+  images,
+  sharding,
+  vocabulary,
+)
 from lavit_jax.core.storage import checkpoints, files, fingerprints
 from lavit_jax.data import faults
 from lavit_jax.data.batching import pipeline
 from lavit_jax.models import llama, lora, unified
 from lavit_jax.models.tokenizer import tokenizer
 from lavit_jax.train import losses, phases
-from lavit_jax.train import state as state_lib
 from lavit_jax.train.objectives import base
 from lavit_jax.train.objectives.frozen import (
   abstract_params,
@@ -136,7 +142,7 @@ class PretrainObjective(base.Objective):
         " to train the whole."
       )
     self._check_same_words(folder)
-    wanted = state_lib.unbox(abstract_params.llm(self.llama_config))
+    wanted = sharding.unbox(abstract_params.llm(self.llama_config))
     branches.check({"llm": self._stored_llm()}, {"llm": wanted})
 
   def _stored_llm(self):

@@ -24,10 +24,10 @@ from collections.abc import Mapping
 
 import jax
 
+from lavit_jax.core import sharding
 from lavit_jax.cost import networks as net
 from lavit_jax.models.pixels import unet
 from lavit_jax.train import optimizer
-from lavit_jax.train import state as state_lib
 
 
 def of_step(
@@ -60,7 +60,7 @@ def of_step(
 def trained(objective, phase) -> frozenset[str]:
   """Top-level names of the parameters that a phase trains at least partly."""
   params, _ = jax.eval_shape(objective.init, jax.random.key(0))
-  labels = objective.labels(phase, state_lib.unbox(params))
+  labels = objective.labels(phase, sharding.unbox(params))
   return frozenset(
     name
     for name, tree in labels.items()
@@ -229,5 +229,5 @@ def _pretrain(objective, phase, batch, segment):
 def _llama_lora(objective, tokens) -> net.Cost:
   """The low-rank changes of the LLM, whose shapes say what they cost."""
   params, _ = jax.eval_shape(objective.init, jax.random.key(0))
-  leaves = jax.tree.leaves(state_lib.unbox(params["lora"]))
+  leaves = jax.tree.leaves(sharding.unbox(params["lora"]))
   return net.Cost(2.0 * tokens * sum(leaf.size for leaf in leaves))

@@ -10,7 +10,6 @@ import pytest
 from lavit_jax.core import sharding
 from lavit_jax.models import layers, llama
 from lavit_jax.models.attention import mesh as mesh_lib
-from lavit_jax.train import state as state_lib
 
 _MESHES = (
   {"context": 8},
@@ -58,7 +57,7 @@ def test_a_split_sequence_equals_a_whole_one(sizes, packed):
   tokens, segments = _rows()
   segments = segments if packed else None
   init = lambda: model.init(jax.random.key(0), tokens)
-  variables = state_lib.unbox(jax.jit(init)())
+  variables = sharding.unbox(jax.jit(init)())
   one = _loss_and_gradients(model, variables, tokens, segments)
   mesh = sharding.make_mesh(sizes)
   with sharding.use(mesh):
@@ -103,7 +102,7 @@ def test_a_later_token_changes_no_earlier_one_on_any_part():
   model = llama.Llama(config)
   tokens = jnp.zeros((1, 32), jnp.int32)
   segments = jnp.where(jnp.arange(32) < 20, 1, 2)[None]
-  params = state_lib.unbox(model.init(jax.random.key(0), tokens))
+  params = sharding.unbox(model.init(jax.random.key(0), tokens))
   embeds = jax.random.normal(jax.random.key(1), (1, 32, config.width))
 
   def at(embeds, place):

@@ -14,7 +14,6 @@ from lavit_jax.models import blocks, layers, llama
 from lavit_jax.models.attention import mesh as mesh_lib
 from lavit_jax.models.attention import tpu
 from lavit_jax.models.pixels import unet_blocks
-from lavit_jax.train import state as state_lib
 
 pytestmark = pytest.mark.optimized
 
@@ -210,7 +209,7 @@ def _compiled(sizes, remat):
     layout = sharding.param_shardings(boxed, mesh)
     variables = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      state_lib.unbox(boxed),
+      sharding.unbox(boxed),
       layout,
     )
     rows = sharding.batch_sharding(mesh)
@@ -261,7 +260,7 @@ def test_full_size_attention_for_v5e_holds_no_logits(net, length, width):
     boxed = jax.eval_shape(lambda x: net.init(jax.random.key(0), x), x)
     variables = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      state_lib.unbox(boxed),
+      sharding.unbox(boxed),
       sharding.param_shardings(boxed, mesh),
     )
     loss = lambda *args: net.apply(*args).astype(jnp.float32).sum()

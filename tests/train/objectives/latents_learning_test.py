@@ -12,7 +12,7 @@ from lavit_jax.core import images, sharding
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.models.pixels import vae
 from lavit_jax.train import loop, objectives
-from lavit_jax.train import state as state_lib
+from lavit_jax.train import step as step_lib
 from lavit_jax.train.objectives import conditioning
 from tests import micro
 from tests.train import latent_micro
@@ -50,8 +50,8 @@ def _untrained(cfg):
   """Held-out metrics before the first step."""
   objective = objectives.build(cfg)
   with sharding.use(sharding.make_mesh({})):
-    init = state_lib.init_fn(objective, cfg.seed)
-    state = jax.jit(lambda: state_lib.unbox(init()))()
+    init = step_lib.init_fn(objective, cfg.seed)
+    state = jax.jit(lambda: sharding.unbox(init()))()
     return objective.evaluate(state.params, objective.frozen, state.extra)
 
 

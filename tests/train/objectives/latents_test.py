@@ -21,7 +21,7 @@ from lavit_jax.models import lora
 from lavit_jax.models.pixels import unet, vae
 from lavit_jax.train import loop, objectives
 from lavit_jax.train import phases as phases_lib
-from lavit_jax.train import state as state_lib
+from lavit_jax.train import step as step_lib
 from lavit_jax.train.resilience import run_checkpoints
 from lavit_jax.train.telemetry import writers
 from tests import micro
@@ -187,7 +187,7 @@ def _one_step(objective, phase, first, sizes, count):
   mesh = sharding.make_mesh(sizes, jax.devices()[:count])
   batch = next(objective.batches(0))
   with sharding.use(mesh):
-    init = state_lib.init_fn(objective, 0)
+    init = step_lib.init_fn(objective, 0)
     layout = sharding.param_shardings(jax.eval_shape(init), mesh)
     state = jax.device_put(first, layout)
     labels = objective.labels(phase, state.params)
@@ -195,7 +195,7 @@ def _one_step(objective, phase, first, sizes, count):
     tx = optax.sgd(lambda _: 0.1)
     state = state.replace(opt_state=tx.init(state.params))
     frozen = jax.device_put(objective.frozen, sharding.replicated(mesh))
-    step = jax.jit(state_lib.make_step(objective, phase, labels, tx))
+    step = jax.jit(step_lib.make_step(objective, phase, labels, tx))
     state, metrics = step(state, frozen, sharding.put_batch(batch, mesh))
     split = any(
       not leaf.sharding.is_fully_replicated
@@ -207,8 +207,8 @@ def _one_step(objective, phase, first, sizes, count):
 @pytest.mark.parametrize("kind", ["lowres", "highres"])
 def test_eight_devices_update_as_one_does(kind, request):
   objective, phase = request.getfixturevalue(kind)
-  init = state_lib.init_fn(objective, 0)
-  first = jax.device_get(jax.jit(lambda: state_lib.unbox(init()))())
+  init = step_lib.init_fn(objective, 0)
+  first = jax.device_get(jax.jit(lambda: sharding.unbox(init()))())
   one, _ = _one_step(objective, phase, first, {}, 1)
   moved = jax.tree.map(
     lambda a, b: np.abs(a - b).max(), one[1]["unet"], first.params["unet"]
@@ -246,7 +246,7 @@ def test_parts_are_the_whole_batch(kind, source, tmp_path):
 def test_the_kind_of_sdxl_draws_and_is_written_as_imported(source, tmp_path):
   root = _branch(source, tmp_path, "highres")
   objective = objectives.build(_config("highres", root, source))
-  shapes = state_lib.unbox(jax.eval_shape(state_lib.init_fn(objective, 0)))
+  shapes = sharding.unbox(jax.eval_shape(step_lib.init_fn(objective, 0)))
   state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
   batch = next(objective.batches(0))
   height, width = batch["target"].shape[1:3]
@@ -273,7 +273,7 @@ def test_the_kind_of_sdxl_draws_and_is_written_as_imported(source, tmp_path):
 
 def test_every_axis_of_every_network_has_a_rule(highres):
   objective, _ = highres
-  init = state_lib.init_fn(objective, 0)
+  init = step_lib.init_fn(objective, 0)
   mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   boxed = jax.eval_shape(init)
   sharding.param_shardings(boxed, mesh)  # an axis without a rule would raise

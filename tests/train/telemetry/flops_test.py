@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lavit_jax.core import sharding
 from lavit_jax.cost import networks as net
 from lavit_jax.models import llama
 from lavit_jax.models.encoder import vision
@@ -24,7 +25,7 @@ from lavit_jax.models.tokenizer import (
   tokenizer,
 )
 from lavit_jax.train import objectives, optimizer
-from lavit_jax.train import state as state_lib
+from lavit_jax.train import step as step_lib
 from lavit_jax.train.objectives.frozen import artifacts, latent_parts
 from lavit_jax.train.telemetry import flops
 from tests.train import plain_losses
@@ -78,7 +79,7 @@ def _counted(function, *args):
 
 def _params(module, *args, **kwargs):
   made = jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs)
-  return state_lib.unbox(made)["params"]
+  return sharding.unbox(made)["params"]
 
 
 def _assert_agrees(counted, formula, tolerance=_TOLERANCE):
@@ -211,7 +212,7 @@ def test_semantic_decoders():
 
 def test_the_unet_with_odd_sides():
   net_, (height, width), tokens = unet.UNet(_UNET), (30, 25), 16
-  params = state_lib.unbox(
+  params = sharding.unbox(
     jax.eval_shape(lambda: latent_parts.init_unet(net_, jax.random.key(0)))
   )
 
@@ -284,8 +285,8 @@ def _outline(stage, **changes):
 
 def _counted_step(objective, phase):
   """What XLA counts in loss and gradients of a stage."""
-  init = state_lib.init_fn(objective, 0)
-  state = state_lib.unbox(jax.eval_shape(init))
+  init = step_lib.init_fn(objective, 0)
+  state = sharding.unbox(jax.eval_shape(init))
   labels = objective.labels(phase, state.params)
 
   def grads(params, frozen, extra, batch):

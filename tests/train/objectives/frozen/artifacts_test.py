@@ -3,9 +3,9 @@
 import jax
 import pytest
 
-from lavit_jax.core import errors
+from lavit_jax.core import errors, sharding
 from lavit_jax.train import objectives
-from lavit_jax.train import state as state_lib
+from lavit_jax.train import step as step_lib
 from lavit_jax.train.objectives.frozen import artifacts
 from tests import micro
 from tests.train import sharding_test
@@ -32,7 +32,7 @@ def test_shapes_of_batches_and_frozen_arrays_are_those_that_come(
   }
   for name, array in batch.items():
     assert jax.dtypes.canonicalize_dtype(array.dtype) == told[name].dtype
-  frozen = _shapes(state_lib.unbox(objective.frozen_shapes()))
+  frozen = _shapes(sharding.unbox(objective.frozen_shapes()))
   real = _shapes(objective.frozen)
   assert {k: frozen[k] for k in real} == real
 
@@ -45,7 +45,7 @@ def test_an_outline_has_the_shapes_of_the_real_objective(stage, micro_runs):
   outline = objectives.build(cfg, artifacts.Outline(cfg))
   assert outline.batch_shapes() == real.batch_shapes()
   for shapes in (
-    lambda o: jax.eval_shape(state_lib.init_fn(o, 0)),
+    lambda o: jax.eval_shape(step_lib.init_fn(o, 0)),
     lambda o: o.frozen_shapes(),
   ):
     assert _shapes(shapes(outline)) == _shapes(shapes(real))

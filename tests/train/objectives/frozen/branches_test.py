@@ -11,8 +11,8 @@ import pytest
 from lavit_jax.core import errors, sharding
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.models import lora
-from lavit_jax.train import loop, objectives, phases, program
-from lavit_jax.train import state as state_lib
+from lavit_jax.train import loop, lowering, objectives, phases
+from lavit_jax.train import step as step_lib
 from lavit_jax.train.objectives.frozen import abstract_params, branches
 from tests import micro
 from tests.train import latent_micro
@@ -111,7 +111,7 @@ def _count(monkeypatch, cfg, workdir, *, run):
   that is held beside it are there already, and nothing has to compile.
   """
   before = {id(x): x for x in jax.live_arrays()}
-  make, seen = program.step, {}
+  make, seen = step_lib.jit_step, {}
 
   def counted(*args):
     real = make(*args)
@@ -126,7 +126,7 @@ def _count(monkeypatch, cfg, workdir, *, run):
 
     return step
 
-  monkeypatch.setattr(program, "step", counted)
+  monkeypatch.setattr(step_lib, "jit_step", counted)
   monkeypatch.setattr(checkpoints, "load_part", None)  # onto one device
   with pytest.raises(_SeenError):
     loop.train(cfg, workdir, quiet=True)
@@ -161,8 +161,8 @@ def test_a_run_holds_what_its_step_needs_on_every_device_and_no_more(
   objective = objectives.build(cfg)
   mesh = sharding.make_mesh(cfg.mesh.to_dict())
   phase = phases.phases_of(cfg)[0]
-  arguments = program.arguments(objective, cfg, phase, mesh)
-  need = program.bytes_a_device(arguments)  # as `lavit compile` lowers it
+  arguments = lowering.arguments(objective, cfg, phase, mesh)
+  need = sharding.bytes_a_device(arguments)  # as `lavit compile` lowers it
   assert all(need <= found <= need + _SLACK for found in alive.values()), (
     need,
     alive,
@@ -182,7 +182,7 @@ def test_a_lora_is_merged_in_the_shares_of_its_mesh(micro_runs, tmp_path):
       lambda x, place: jax.device_put(
         rng.normal(size=x.shape).astype(np.float32), place
       ),
-      state_lib.unbox(boxed),
+      sharding.unbox(boxed),
       sharding.param_shardings(boxed, mesh),
     )
     low = jax.device_get(params["lora"])

@@ -21,8 +21,7 @@ from lavit_jax.models import llama
 from lavit_jax.models.pixels import vae
 from lavit_jax.models.tokenizer import decoder
 from lavit_jax.port.tables import names, sizes
-from lavit_jax.train import objectives, phases, program
-from lavit_jax.train import state as state_lib
+from lavit_jax.train import lowering, objectives, phases
 from lavit_jax.train.objectives import base, latents, pretrain
 from lavit_jax.train.objectives.frozen import (
   abstract_params,
@@ -43,7 +42,7 @@ def _jaxpr(cfg, where=None, phase=None):
   objective = objectives.build(cfg, where)
   found = phases.phases_of(cfg)
   phase = next(p for p in found if p.name == (phase or found[-1].name))
-  traced, arguments = program.trace(objective, cfg, phase, mesh)
+  traced, arguments = lowering.trace(objective, cfg, phase, mesh)
   places = jax.tree.map(lambda x: x.sharding.spec, arguments)
   text = f"{traced.jaxpr}\n{jax.tree.structure(arguments)}\n{places}"
   return re.sub(r"0x[0-9a-f]+", "0x", text)
@@ -125,7 +124,7 @@ def imported(tmp_path_factory):
   for part, meta in _as_imported().items():
     path = model / part / "part.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | meta))
-  llm = state_lib.unbox(abstract_params.llm(_LLAMA))
+  llm = sharding.unbox(abstract_params.llm(_LLAMA))
   llm = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), llm)
   meta = {"llama": dataclasses.asdict(_LLAMA)}
   checkpoints.save_part(model, "llm", {"llm": llm}, meta)
