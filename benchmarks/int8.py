@@ -5,7 +5,7 @@
 For the shipped `tiny`, for the golden checkpoint where LAVIT_SHARED names the
 folder that has it, for each DIR, and (size and speed alone) for a LLaMA of
 0.2 billion random weights, whose layers are large enough to tell about speed.
-Texts are held-out shapes scenes: captions with the codes of their pictures,
+Texts are held-out shapes scenes: captions with the codes of their images,
 [/IMG] at the end, and sentences. The golden weights are random, so that their
 perplexity says nothing about language. Speed: 64 tokens, greedy, batch 1, all
 in turn; the ratio is that of int8 over float32. `working_mb` is the memory of
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax.core import images, vocabulary
+from lavit_jax.core import image_io, vocabulary
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.data import sequences
 from lavit_jax.data.sources import shapes
@@ -50,7 +50,7 @@ LARGE = llama.LlamaConfig(
 
 
 def texts_of(directory, count: int) -> dict[str, np.ndarray]:
-  """`count` captions with their pictures as ids, and as many sentences.
+  """`count` captions with their images as ids, and as many sentences.
 
   Returns:
     dict(tokens int32[2 * count, L], mask bool[2 * count, L]).
@@ -63,14 +63,14 @@ def texts_of(directory, count: int) -> dict[str, np.ndarray]:
     checkpoints.load_part(directory, "tokenizer"),
   )
   source = shapes.ShapesSource("held_out", size=count)
-  pictures = [
-    images.to_uint8(images.load(source.image(i)), see.image_size)
+  images = [
+    image_io.to_uint8(image_io.load(source.image(i)), see.image_size)
     for i in range(count)
   ]
   rows = []
-  for i, picture in enumerate(see.tokenize(np.stack(pictures))):
+  for i, image in enumerate(see.tokenize(np.stack(images))):
     row = sequences.text_ids(text, source.captions(i)[0])
-    codes = vocab.to_ids(picture["codes"]).tolist()
+    codes = vocab.to_ids(image["codes"]).tolist()
     rows.append([*row, vocab.image_begin, *codes, vocab.image_end])
     rows.append([*sequences.text_ids(text, source.sentences(i)), vocab.eos_id])
   return decode.left_pad(rows)

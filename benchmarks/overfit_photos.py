@@ -53,7 +53,7 @@ def main():
 
 
 def subset(source, folder, count):
-  """The first `count` lines of a jsonl file with their pictures, in folder."""
+  """The first `count` lines of a jsonl file with their images, in folder."""
   folder.mkdir(parents=True, exist_ok=True)
   lines = []
   with source.open() as file:

@@ -2,7 +2,7 @@
 
   python benchmarks/packing.py [--json] [--out times.json]
 
-Documents are like captioned pictures: 2 marks, 90 visual words on average (a
+Documents are like captioned images: 2 marks, 90 visual words on average (a
 third of 256 patches, 30 to 190, by a normal distribution of deviation 30), and
 a caption of 6 to 40 pieces, 12 in the median. A LLaMA of 17 M parameters
 takes a whole step (forward, backward, AdamW, float32) on as many positions,
@@ -67,7 +67,7 @@ SMALL = Sizes(
 
 
 def documents(rng, count: int, vocab_size: int) -> list[np.ndarray]:
-  """Ids of documents as long as captioned pictures are."""
+  """Ids of documents as long as captioned images are."""
   visual = np.clip(rng.normal(90, 30, count), 30, 190)
   caption = np.clip(rng.lognormal(np.log(12), 0.4, count), 6, 40)
   lengths = 2 + visual.astype(int) + caption.astype(int)

@@ -14,7 +14,7 @@ turn, A B A B, and medians are printed. Inputs and outputs are numpy arrays.
   vqa          100 continuous tokens, 5 beams, 10 new tokens, length penalty 0
   draw         20 ids and [IMG], guidance 4 (two streams), 85 new tokens, top-k
                50, text suppressed
-  tokenize     pictures 224 x 224 to codes, a third of 256 patches kept; ours
+  tokenize     images 224 x 224 to codes, a third of 256 patches kept; ours
                twice: with the official merger, and in the compact form of
                models trained here. PyTorch's is the official one both times.
   first_token  the prompts of caption and draw, one new token

@@ -3,11 +3,11 @@
   python benchmarks/tokenizer_step.py [--out times.json]
   python benchmarks/tokenizer_step.py --profile DIR
 
-Pictures of 224 px, a frozen ViT of 12 layers and width 384 (196 patches), four
+Images of 224 px, a frozen ViT of 12 layers and width 384 (196 patches), four
 layers each of merger and decoder, 4096 codes; the phase "codes": the frozen
 selector's kept patches are merged, quantized and decoded, codes move by
 exponential means. Forward, backward, clipping, AdamW; float32, as many threads
-(2), a process for each side, the same parameters and pictures. First the
+(2), a process for each side, the same parameters and images. First the
 losses of four steps in a row must agree to 1e-4; then the sides run in turn,
 A B A B, and medians are printed.
 

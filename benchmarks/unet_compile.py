@@ -2,7 +2,7 @@
 
   python benchmarks/unet_compile.py [--net sdxl|sd15] [--kib 8192,12288,16384]
 
-Each block with its gradients, for the chip and the pictures a chip of README's
+Each block with its gradients, for the chip and the images a chip of README's
 table (SDXL: v6e and 1, Stable Diffusion 1.5: v5e and 8): seconds to compile,
 size of the code, and cycles by the compiler's own account, beside its default.
 Needs libtpu and no TPU. Takes 15 minutes (sd15: 4) on two cores.
@@ -32,7 +32,7 @@ class Net:
 
   config: unet.UNetConfig
   topology: str
-  pictures: int  # a chip
+  images: int  # a chip
   blocks: dict[str, tuple[nn.Module, list[tuple[int, ...]]]]
 
 
@@ -110,7 +110,7 @@ def compiled(
   devices = topology.devices(net.topology, 1)
   mesh = sharding.make_mesh({"fsdp": -1}, devices)
   rows = sharding.batch_sharding(mesh)
-  count = net.pictures * len(devices)
+  count = net.images * len(devices)
   given = [
     jax.ShapeDtypeStruct((count, *shape), jnp.bfloat16, sharding=rows)
     for shape in shapes

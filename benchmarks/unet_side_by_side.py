@@ -13,7 +13,7 @@ memory is the most that each process has held (of ours while compiling, too).
 
 Single convolutions of such a U-Net are timed by themselves too.
 
-Then what decoding a 1024 x 1024 picture takes by the autoencoder of Stable
+Then what decoding a 1024 x 1024 image takes by the autoencoder of Stable
 Diffusion at full size, whole and in tiles, as XLA lays it out in advance.
 
 Needs the extra `test`, 4 GB of memory and no one else on the machine.

@@ -1,4 +1,4 @@
-"""Draws docs/tiny.png, the picture of README: python docs/make_picture.py."""
+"""Draws docs/tiny.png, the image of README: python docs/make_image.py."""
 
 import math
 import pathlib
@@ -22,14 +22,14 @@ def main():
   """One sheet: kept patches, captions, drawings and edits."""
   lavit = pipeline.LaVIT.load("tiny")
   source = shapes.ShapesSource("held_out", size=50)
-  pictures = [source.image(i) for i in range(3)]
+  images = [source.image(i) for i in range(3)]
   side = math.isqrt(lavit.visual.num_patches)
   tiles, labels = [], []
-  for picture, token, caption in zip(
-    pictures, lavit.tokenize(pictures), lavit.caption(pictures), strict=True
+  for image, token, caption in zip(
+    images, lavit.tokenize(images), lavit.caption(images), strict=True
   ):
     shown = figures.overlay_mask(
-      picture, token["keep"], size=192, grid=(side, side)
+      image, token["keep"], size=192, grid=(side, side)
     )
     tiles += [np.asarray(shown)]
     labels += [f"{len(token['codes'])} words: {caption}"]
@@ -38,8 +38,8 @@ def main():
     labels += [f"drawn: {prompt}"]
   for i in (3, 4, 5):
     before, words, _ = source.example("edit", i).parts
-    picture = source.image(before.image)
-    tiles += [picture, lavit.synthesize([picture, words.text])]
+    image = source.image(before.image)
+    tiles += [image, lavit.synthesize([image, words.text])]
     labels += ["before", f"edited: {words.text}"]
   sheet = figures.contact_sheet(tiles, labels, columns=6, cell=176)
   sheet.save(pathlib.Path(__file__).with_name("tiny.png"), optimize=True)

@@ -54,7 +54,7 @@ def test_buckets_of_the_highres_decoder_are_the_six_official_ratios():
 
 
 class _Squares:
-  """A source of which only the number of pictures is asked."""
+  """A source of which only the number of images is asked."""
 
   image_size, num_images, name = 224, 4096, "squares"
 
@@ -64,7 +64,7 @@ _VAE_COUNT = 83_653_863
 
 
 def _batch(size):
-  """Abstract arrays of two pictures of a bucket."""
+  """Abstract arrays of two images of a bucket."""
   shapes = {
     "image": ((2, 224, 224, 3), np.uint8),
     "target": ((2, *size, 3), np.uint8),
@@ -79,7 +79,7 @@ def _batch(size):
 def test_full_size_pixel_decoders_fit_together(name, rank, capsys):
   cfg = _module(f"lavit_7b/{name}.py").get_config()
   cfg.model.lora = dict(rank=rank, alpha=float(rank))
-  objective = objectives.build(cfg, artifacts.Outline(cfg))
+  objective = objectives.build(cfg, artifacts.AbstractArtifacts(cfg))
   init = step_lib.init_fn(objective, 0)
   boxed = jax.eval_shape(init)
   mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})

@@ -14,7 +14,7 @@ from unittest import mock
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from lavit_jax.core import images, sharding
+from lavit_jax.core import image_io, sharding
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.data.sources import shapes
 from lavit_jax.jobs import quickstart
@@ -143,12 +143,12 @@ def own_cache():
     compilation_cache.reset_cache()
 
 
-def pictures(folder, count=SCENES):
-  """A jsonl file of `count` pictures with captions, written to a folder."""
+def images(folder, count=SCENES):
+  """A jsonl file of `count` images with captions, written to a folder."""
   source = shapes.ShapesSource(size=count)
   rows = []
   for i in range(count):
-    images.to_pil(source.image(i)).save(folder / f"{i}.png")
+    image_io.to_pil(source.image(i)).save(folder / f"{i}.png")
     rows.append({"image": f"{i}.png", "caption": source.captions(i)[0]})
   path = folder / "my.jsonl"
   path.write_text("\n".join(map(json.dumps, rows)) + "\n")

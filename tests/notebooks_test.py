@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 @pytest.fixture
 def execute(monkeypatch):
-  """Runs a notebook under settings: its outputs, and pictures among them."""
+  """Runs a notebook under settings: its outputs, and images among them."""
 
   def run(name, **settings):
     for variable in _SETTINGS:
@@ -42,7 +42,7 @@ def printed(outputs):
 @pytest.mark.parametrize(
   "name", sorted(path.stem for path in _NOTEBOOKS.glob("*.ipynb"))
 )
-def test_notebook_runs_and_shows_pictures(execute, name):
+def test_notebook_runs_and_shows_images(execute, name):
   _, shown = execute(name)
   assert len(shown) >= 5
 

@@ -122,7 +122,7 @@ def test_the_installed_package_finds_its_configs(installed, tmp_path):
   assert pathlib.Path(path).is_relative_to(installed)
 
 
-def test_the_installed_package_describes_a_picture(installed, tmp_path):
+def test_the_installed_package_describes_a_image(installed, tmp_path):
   """`lavit caption` with the shipped weights, nothing of the checkout near."""
   Image.new("RGB", (60, 40), (90, 90, 90)).save(tmp_path / "scene.png")
   command = ("-m", "lavit_jax", "caption", "scene.png", "--json")

@@ -25,7 +25,7 @@ def trees(name: str):
   """(config, mesh, abstract trees with shardings) of a full-size run."""
   module = importlib.import_module(f"lavit_jax.configs.lavit_7b.{name}")
   cfg = module.get_config()
-  objective = objectives.build(cfg, artifacts.Outline(cfg))
+  objective = objectives.build(cfg, artifacts.AbstractArtifacts(cfg))
   mesh = _mesh(cfg.mesh.to_dict(), DEVICES.get(name, 256))
   boxed = jax.eval_shape(step_lib.init_fn(objective, 0))
   state = sharding.abstract(boxed, mesh)

@@ -8,13 +8,13 @@ import dataclasses
 import numpy as np
 import PIL.Image
 
-from lavit_jax.core import images, vocabulary
+from lavit_jax.core import image_io, vocabulary
 
 GUIDANCE = 4.0
 TOP_K = 50
 BATCHES = (1, 8)
 _SMALL_PROMPT, _SMALL_NEW = 9, 6  # what --small cuts prompts and texts to
-_BLOBS = 12  # a picture is so many random colours a side, made smooth
+_BLOBS = 12  # an image is so many random colours a side, made smooth
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ SMALL = Sizes(
   num_codes=64,
 )
 CODE_DIM = 32
-SHARE_KEPT = 1 / 3  # of the patches, on the average over pictures
+SHARE_KEPT = 1 / 3  # of the patches, on the average over images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def _draw(name, new_tokens, count):
 def _tokenize(form):
   name = f"tokenize_{form}"
   return Case(
-    name=name, kind="tokenize", unit="pictures", count=1, merger_form=form
+    name=name, kind="tokenize", unit="images", count=1, merger_form=form
   )
 
 
@@ -176,7 +176,7 @@ def drawing_prompt(case: Case, sizes: Sizes, batch: int) -> np.ndarray:
   return ids
 
 
-def pictures(sizes: Sizes, batch: int) -> np.ndarray:
+def images(sizes: Sizes, batch: int) -> np.ndarray:
   """Blots of colour, some paler than others: uint8[B, H, W, 3]."""
   rng = np.random.default_rng(3)
   found = []
@@ -185,7 +185,7 @@ def pictures(sizes: Sizes, batch: int) -> np.ndarray:
     even = ((i + 1) % 4) / 16
     pixels = (1 - even) * pixels + even * pixels[0, 0]
     image = PIL.Image.fromarray(pixels.astype(np.uint8))
-    found.append(images.to_uint8(image, sizes.image_size))
+    found.append(image_io.to_uint8(image, sizes.image_size))
   return np.stack(found)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax.core import errors, images, vocabulary
+from lavit_jax.core import errors, image_io, vocabulary
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.models import llama
 from lavit_jax.models.encoder import vision
@@ -29,7 +29,7 @@ from lavit_jax.port import exporting
 from side_by_side import cases
 
 _SEED = 0
-_PICTURES = 8  # over which the selector is set to keep a third
+_IMAGES = 8  # over which the selector is set to keep a third
 _DECISIVE = 4.0  # spread of log p(keep) - log p(drop) over patches
 _MLP_RATIO = 4
 
@@ -133,13 +133,13 @@ def _init(module, key, *args):
 
 
 def _pixels(sizes, batch):
-  return jnp.asarray(images.normalize(cases.pictures(sizes, batch)))
+  return jnp.asarray(image_io.normalize(cases.images(sizes, batch)))
 
 
 def _tokenizer(sizes, config, key, encoder):
   """Variables whose selector keeps a third of the patches, some more."""
   features = jax.jit(tokenizer.encode_images, static_argnums=0)(
-    config, encoder, _pixels(sizes, _PICTURES)
+    config, encoder, _pixels(sizes, _IMAGES)
   )
   model = tokenizer.DynamicVisualTokenizer(config)
   mask = jnp.ones(features.shape[:2])

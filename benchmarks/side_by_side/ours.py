@@ -133,10 +133,10 @@ class Side:
     fields = stage1.meta["tokenizer"] | {"merger_form": case.merger_form}
     stage1 = dataclasses.replace(stage1, meta={"tokenizer": fields})
     tokenizer = visual.VisualTokenizer(encoder, stage1)
-    pictures = cases.pictures(self._sizes, batch)
+    images = cases.images(self._sizes, batch)
 
     def run():
-      rows = tokenizer.tokenize(pictures)
+      rows = tokenizer.tokenize(images)
       keep = np.stack([row["keep"] for row in rows])
       return {"keep": keep, "codes": np.concatenate([r["codes"] for r in rows])}
 

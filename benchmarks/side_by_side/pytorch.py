@@ -142,10 +142,10 @@ class Side:
 
   def _tokenize(self, case, batch):
     tokenizer = self._tokenizer
-    pictures = cases.pictures(self._sizes, batch)
+    images = cases.images(self._sizes, batch)
 
     def run():
-      keep, codes = tokenizer(torch.from_numpy(pictures))
+      keep, codes = tokenizer(torch.from_numpy(images))
       codes = np.concatenate([row.numpy() for row in codes])
       return {"keep": keep.numpy(), "codes": codes}
 

@@ -70,15 +70,15 @@ class Tokenizer:
 
   @property
   def num_patches(self) -> int:
-    """N, patches of a picture."""
+    """N, patches of an image."""
     return (self.image_size // self.patch_size) ** 2
 
   def case(self) -> Case:
-    """The step; `count` is of a picture."""
-    return Case("tokenizer step", "pictures", 1)
+    """The step; `count` is of an image."""
+    return Case("tokenizer step", "images", 1)
 
   def batch(self, count: int) -> dict[str, np.ndarray]:
-    """Pictures uint8[B, H, W, 3], smooth and noisy."""
+    """Images uint8[B, H, W, 3], smooth and noisy."""
     rng = np.random.default_rng(_SEED)
     coarse = rng.integers(0, 256, (count, 7, 7, 3)).astype(np.float32)
     times = -(-self.image_size // 7)

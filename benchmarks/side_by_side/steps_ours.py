@@ -54,7 +54,7 @@ def make(folder, sizes) -> int:
 
 
 class Llm(base.Objective):
-  """Next words of rows without pictures, as stage `pretrain` learns them."""
+  """Next words of rows without images, as stage `pretrain` learns them."""
 
   def __init__(self, sizes: steps.Llama, config):
     self.config = config
@@ -119,7 +119,7 @@ def build(sizes, batch: int):
   config.data = {"image_size": sizes.image_size, "capacity": sizes.capacity}
   config.assumed = {"tokenizer": parts}
   config.phases, config.schedule = {"codes": phase}, ("codes",)
-  where = artifacts.Outline(config)
+  where = artifacts.AbstractArtifacts(config)
   return tokenizer_stage.TokenizerObjective(config, where), phase
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lavit_jax.core import images
+from lavit_jax.core import image_io
 
 _EPS = 1e-6  # of the softmax with a policy
 _KEEP = 0
@@ -84,7 +84,7 @@ class EvaBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-  """Patches of a picture, each a vector."""
+  """Patches of an image, each a vector."""
 
   def __init__(self, patch, width):
     super().__init__()
@@ -239,7 +239,7 @@ class Quantizer(nn.Module):
 
 
 class Tokenizer(nn.Module):
-  """Pictures to codes."""
+  """Images to codes."""
 
   def __init__(self, vit, tokenizer):
     super().__init__()
@@ -253,17 +253,17 @@ class Tokenizer(nn.Module):
     )
     self.quantize = Quantizer(quantizer["num_codes"], dim)
     shape = (1, 3, 1, 1)
-    mean, std = torch.tensor(images.MEAN), torch.tensor(images.STD)
+    mean, std = torch.tensor(image_io.MEAN), torch.tensor(image_io.STD)
     self.register_buffer("mean", mean.view(shape), persistent=False)
     self.register_buffer("std", std.view(shape), persistent=False)
 
-  def forward(self, pictures):
+  def forward(self, images):
     """Keep masks bool[B, N] and codes of uint8[B, H, W, 3].
 
     Returns:
-      (keep bool[B, N], a list of int64[k], the codes of each picture).
+      (keep bool[B, N], a list of int64[k], the codes of each image).
     """
-    pixels = pictures.permute(0, 3, 1, 2).float() / 255.0
+    pixels = images.permute(0, 3, 1, 2).float() / 255.0
     features = self.encoder((pixels - self.mean) / self.std)
     keep = expected_count_mask(self.token_predictor(features))
     merged = self.causal_encoder(features, keep.to(features.dtype))

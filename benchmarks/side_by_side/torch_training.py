@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lavit_jax.core import images
+from lavit_jax.core import image_io
 from side_by_side import steps, torch_tokenizer
 
 _UNDECAYED = ("embed", "norm", "bias")
@@ -266,7 +266,7 @@ class Decoder(nn.Module):
 
 
 class Stage(nn.Module):
-  """Pictures to the loss of the phase "codes"."""
+  """Images to the loss of the phase "codes"."""
 
   def __init__(self, sizes: steps.Tokenizer):
     super().__init__()
@@ -283,14 +283,14 @@ class Stage(nn.Module):
       "counts": codes[:1],
     }.items():
       self.register_buffer(name, torch.zeros(shape))
-    self.register_buffer("mean", torch.tensor(images.MEAN))
-    self.register_buffer("std", torch.tensor(images.STD))
+    self.register_buffer("mean", torch.tensor(image_io.MEAN))
+    self.register_buffer("std", torch.tensor(image_io.STD))
 
-  def forward(self, pictures):
+  def forward(self, images):
     """The loss of uint8[B, H, W, 3]; codes move."""
     sizes = self.sizes
     with torch.no_grad():
-      pixels = (pictures.float() / 255.0 - self.mean) / self.std
+      pixels = (images.float() / 255.0 - self.mean) / self.std
       features = self.encoder(pixels)
       keep = torch_tokenizer.expected_count_mask(self.selector(features))
     tokens, valid = self.merger(features, keep)

@@ -21,7 +21,7 @@ class Sizes:
     channels: of the U-Net's levels.
     latent: places a side of the latents.
     vae_channels: of the VAE's levels.
-    picture: pixels a side of what the VAE decodes.
+    image: pixels a side of what the VAE decodes.
     tiles: places a side of the tiles it is decoded in.
   """
 
@@ -32,7 +32,7 @@ class Sizes:
   groups: int
   latent: int
   vae_channels: tuple[int, ...]
-  picture: int
+  image: int
   tiles: tuple[int, ...]
 
 
@@ -44,7 +44,7 @@ FULL = Sizes(
   groups=32,
   latent=64,
   vae_channels=(128, 256, 512, 512),
-  picture=1024,
+  image=1024,
   tiles=(64, 32),
 )
 SMALL = Sizes(
@@ -55,14 +55,14 @@ SMALL = Sizes(
   groups=8,
   latent=8,
   vae_channels=(16, 32),
-  picture=128,
+  image=128,
   tiles=(32, 16),
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-  """Guided sampling of `batch` pictures by DDIM.
+  """Guided sampling of `batch` images by DDIM.
 
   Attributes:
     unit, count: steps, for the table.
@@ -74,7 +74,7 @@ class Case:
 
   @property
   def count(self) -> int:
-    """Steps of a picture."""
+    """Steps of an image."""
     return self.steps
 
 

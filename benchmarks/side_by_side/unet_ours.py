@@ -35,7 +35,7 @@ def config(sizes: unet_cases.Sizes) -> unet.UNetConfig:
     num_heads=(sizes.heads,) * levels,
     cross_dim=sizes.cross_dim,
     groups=sizes.groups,
-    details=unet.Details(mask_bias=unet.MASK_BIAS),
+    details=unet.DiffusersQuirks(mask_bias=unet.MASK_BIAS),
   )
 
 
@@ -147,7 +147,7 @@ class Side:
 
 
 def vae_memory(_folder, sizes: unet_cases.Sizes) -> list[dict]:
-  """Temporary memory of decoding a picture, by its compiled program.
+  """Temporary memory of decoding an image, by its compiled program.
 
   Returns:
     A dict for decoding whole and for each size of tiles: `tile` (None:
@@ -166,7 +166,7 @@ def vae_memory(_folder, sizes: unet_cases.Sizes) -> list[dict]:
     net.init, jax.random.key(0), jnp.zeros((1, side, side, 3))
   )["params"]
   variables = {"params": nn.meta.unbox(params)}
-  places = sizes.picture // side
+  places = sizes.image // side
   z = jax.ShapeDtypeStruct((1, places, places, 4), jnp.float32)
   rows = []
   for tile in (None, *sizes.tiles):

@@ -25,8 +25,8 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     seed=0,
     path="data/pictures.jsonl",
     held_out_path="",  # "": a tenth of path
-    allow_absolute=False,  # pictures outside the folder of path
-    limit_share=0.05,  # of bad lines, pictures or documents: more is an error
+    allow_absolute=False,  # images outside the folder of path
+    limit_share=0.05,  # of bad lines, images or documents: more is an error
     name="",
     train_split="train",
     held_out_split="validation",
@@ -49,7 +49,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
   cfg.assumed = dict(
     tokenizer=dataclasses.asdict(tokenizer.LAVIT_7B),
     text_size=32_000,
-    capacity=192,  # the most words of a picture in the data
+    capacity=192,  # the most words of an image in the data
   )
   cfg.compiler_options = {}  # of XLA, beside those of train/program.py
   cfg.accept = ""  # differences that are meant: see lavit_jax/core/agreement.py

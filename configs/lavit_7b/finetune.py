@@ -44,7 +44,7 @@ def get_config():
   cfg.data.cache_dir = "data/codes/train"
   cfg.data.held_out_cache_dir = "data/codes/held_out"
   cfg.data.length = 1024
-  cfg.data.slots = 6  # pictures read a row
+  cfg.data.slots = 6  # images read a row
   cfg.data.window = 1024  # documents packed together
   cfg.data.mixture = dict(
     image_text=1.0, text_image=0.0, vqa=1.0, edit=0.0, document=0.0, text=0.0

@@ -21,7 +21,7 @@ by the devices of mesh.fsdp. A single device of 16 GB holds a LoRA:
 with the frozen U-Net in bfloat16 (5.1 GB), encoder (2.0 GB), tokenizer in
 float32 (1.7 GB), semantic decoder (0.8 GB) and autoencoder in float32 (0.3 GB);
 blocks of the U-Net are recomputed (remat), and what is left is for the maps of
-one picture. The autoencoder's are the largest, 0.5 GB each: `lavit latents`
+one image. The autoencoder's are the largest, 0.5 GB each: `lavit latents`
 with this config writes latents beforehand; then add
   --config.data.latents_dir=DIR --config.phases.train.sample_latents=False
 """

@@ -1,4 +1,4 @@
-r"""Unified pretraining: Llama-2-7B learns to read and write pictures.
+r"""Unified pretraining: Llama-2-7B learns to read and write images.
 
 launch/tpu_pod.sh --name pretrain --zone us-west4-a --type v5litepod-256 \
   --config configs/lavit_7b/pretrain.py --workdir /mnt/shared/pretrain -- \
@@ -10,13 +10,13 @@ launch/tpu_pod.sh --name pretrain --zone us-west4-a --type v5litepod-256 \
 
 On one machine: lavit train --config configs/lavit_7b/pretrain.py --workdir DIR
 
-Paper, section 3.2: one loss over words and pictures; learning rates 1e-5 for
+Paper, section 3.2: one loss over words and images; learning rates 1e-5 for
 the LLM and 1e-4 for the visual part, text : image-text = 2 : 1 in documents
 (its authors' answers to users). Length of rows, batch and steps are ours.
 `model_dir` has encoder, tokenizer and tokenizer.model; `start_from` has the
 LLM, made of a LLaMA folder by `lavit port import`; caches are `lavit tokenize`.
 
-Rows of 2048 tokens read at most 4 pictures; for captions alone, without text,
+Rows of 2048 tokens read at most 4 images; for captions alone, without text,
 12 are better (--config.data.slots=12). Products of every layer are kept for
 the backward pass (remat "dots"): 2.7 MB a token. With less memory than 16 GB a
 chip, or fewer chips, take remat "full" or "offload" (on v5e:16x16 4.4 GB a chip
@@ -55,7 +55,7 @@ def get_config():
   cfg.data.cache_dir = "data/codes/train"
   cfg.data.held_out_cache_dir = "data/codes/held_out"
   cfg.data.length = 2048
-  cfg.data.slots = 4  # pictures read a row
+  cfg.data.slots = 4  # images read a row
   cfg.data.window = 8192  # documents packed together
   cfg.data.mixture = dict(
     image_text=1.0, text_image=1.0, vqa=0.0, edit=0.0, document=0.0, text=4.0

@@ -7,7 +7,7 @@ launch/tpu_pod.sh --name tokenizer --zone us-west4-a --type v5litepod-256 \
 
 On one machine: lavit train --config configs/lavit_7b/tokenizer.py --workdir DIR
 
-Paper, section 3.1: 50K steps of 2048 pictures, lambda = 2, rho = 1/3, codes of
+Paper, section 3.1: 50K steps of 2048 images, lambda = 2, rho = 1/3, codes of
 32 numbers; k-means, a codebook moved by running means, and the selector frozen
 once codes are on (its authors' answers to users). The order of the phases, and
 learning rates, are ours, from small runs: see configs/tiny/tokenizer.py.
@@ -26,7 +26,7 @@ def get_config():
   cfg = common.get_config("tokenizer")
   cfg.batch_size = 2048
   cfg.mesh.fsdp = 16
-  cfg.data.capacity = 192  # tokens a picture in the gathered form
+  cfg.data.capacity = 192  # tokens an image in the gathered form
   cfg.model = dict(
     frozen_dtype="bfloat16",  # in which the encoder's weights are kept
     compute=dict(  # of what is read from model_dir: see train/precision.py

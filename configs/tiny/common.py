@@ -19,8 +19,8 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     held_out_size=1_000,
     path="",
     held_out_path="",
-    allow_absolute=False,  # pictures outside the folder of path
-    limit_share=0.05,  # of bad lines, pictures or documents: more is an error
+    allow_absolute=False,  # images outside the folder of path
+    limit_share=0.05,  # of bad lines, images or documents: more is an error
     name="",
     train_split="train",
     held_out_split="test",

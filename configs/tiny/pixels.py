@@ -1,4 +1,4 @@
-"""The pixel decoder: tokens to 48 px pictures.
+"""The pixel decoder: tokens to 48 px images.
 
 lavit train --config configs/tiny/pixels.py --workdir runs/tiny/pixels
 """
@@ -9,7 +9,7 @@ from lavit_jax.configs.tiny import common
 def get_config():
   """Pixel-space U-Net on 4 x 4 pixel places, cosine schedule.
 
-  The network's output stands for the clean picture, from which eps follows;
+  The network's output stands for the clean image, from which eps follows;
   the loss is the paper's, on eps, weighted so that noisy steps count, where
   the condition alone says what to draw.
   """

@@ -1,4 +1,4 @@
-"""Unified pretraining: one LLM reads and writes words and pictures.
+"""Unified pretraining: one LLM reads and writes words and images.
 
 lavit tokenize --model runs/tiny/model --data shapes --out runs/tiny/codes
 lavit train --config configs/tiny/pretrain.py --workdir runs/tiny/pretrain
@@ -31,7 +31,7 @@ def get_config():
   cfg.data.cache_dir = "runs/tiny/codes/train"
   cfg.data.held_out_cache_dir = "runs/tiny/codes/held_out"
   cfg.data.length = 128  # tokens a row: attention costs little, fill is 98 %
-  cfg.data.slots = 3  # pictures read a row
+  cfg.data.slots = 3  # images read a row
   cfg.data.window = 512  # documents packed together
   cfg.data.mixture = dict(
     image_text=1.0, text_image=1.0, vqa=0.6, edit=0.7, document=0.2, text=0.3

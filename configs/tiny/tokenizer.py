@@ -14,7 +14,7 @@ def get_config():
   """36 patches, about 12 kept, width 96, 512 codes of 32."""
   cfg = common.get_config("tokenizer")
   cfg.batch_size = 48
-  cfg.data.capacity = 20  # tokens a picture in the gathered form
+  cfg.data.capacity = 20  # tokens an image in the gathered form
   cfg.model = dict(
     tokenizer=dict(
       selector=dict(width=96),

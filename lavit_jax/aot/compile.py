@@ -79,7 +79,7 @@ def objective_of(config):
   there = checkpoints.parts_in(config.model_dir)
   if all(name in there for name in _NEEDS.get(config.stage, ())):
     return objectives.build(config)
-  return objectives.build(config, artifacts.Outline(config))
+  return objectives.build(config, artifacts.AbstractArtifacts(config))
 
 
 def compile_for(
@@ -348,7 +348,7 @@ def phase_of(config, name):
 
 
 def _tokens(objective) -> float:
-  """Tokens of a global step; pictures where a stage has no tokens."""
+  """Tokens of a global step; images where a stage has no tokens."""
   batch = objective.batch_shapes()
   if "tokens" in batch:
     return batch["tokens"].size

@@ -138,19 +138,19 @@ def number(text: str) -> float:
 
 
 def require_text(what: str, given: Sequence[str], hint: str) -> None:
-  """UsageError for the first that is a picture file where text is expected."""
+  """UsageError for the first that is an image file where text is expected."""
   for text in given:
     there = text.startswith("gs://") or os.path.isfile(text)
     if text.lower().endswith(SUFFIXES) and there:
       raise errors.UsageError(
-        f"{text} is a picture, but {what} (text) is expected there. {hint}"
+        f"{text} is an image, but {what} (text) is expected there. {hint}"
       )
 
 
 def add_images(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
   """Adds the positional `images`."""
   parser.add_argument(
-    "images", nargs=nargs, metavar="IMAGE", help="a picture file"
+    "images", nargs=nargs, metavar="IMAGE", help="an image file"
   )
 
 
@@ -160,13 +160,13 @@ def add_data_fields(parser: argparse.ArgumentParser) -> None:
     "--allow-absolute",
     action="store_true",
     default=None,
-    help="with --data: pictures may lie outside the file's folder",
+    help="with --data: images may lie outside the file's folder",
   )
   parser.add_argument(
     "--limit-share",
     type=number,
     metavar="X",
-    help="with --data: share of bad lines or pictures that is an error (0.05)",
+    help="with --data: share of bad lines or images that is an error (0.05)",
   )
 
 
@@ -213,11 +213,11 @@ def note_scenes(args: argparse.Namespace, paths: Sequence[str]) -> None:
   """Says once, on stderr, that a model of drawn scenes knows no photographs.
 
   What a model was trained on stands in its encoder. Nothing is said with
-  --json, nor of pictures that are exactly as large as its scenes.
+  --json, nor of images that are exactly as large as its scenes.
   """
   if args.json or not paths:
     return
-  from lavit_jax.core import images
+  from lavit_jax.core import image_io
   from lavit_jax.core.storage import checkpoints
   from lavit_jax.infer.loading import parts
 
@@ -225,7 +225,7 @@ def note_scenes(args: argparse.Namespace, paths: Sequence[str]) -> None:
   data = meta.get("config", {}).get("data", {})
   if data.get("kind") != "shapes":
     return
-  if all(images.size_of(p) == (data["image_size"],) * 2 for p in paths):
+  if all(image_io.size_of(p) == (data["image_size"],) * 2 for p in paths):
     return
   print(
     f"lavit: {args.model} has seen nothing but drawn scenes of coloured shapes"
@@ -247,23 +247,23 @@ def require_files(paths: Sequence[str]) -> None:
 def outputs(
   out: str, count: int, read: Sequence[str] = (), option: str = "--out"
 ) -> list[pathlib.Path]:
-  """Where to draw `count` pictures: out.png, or out_0.png, out_1.png, ….
+  """Where to draw `count` images: out.png, or out_0.png, out_1.png, ….
 
   Args:
     out: the name given.
-    count: of pictures.
-    read: names of the pictures that are read, none of which is written over.
+    count: of images.
+    read: names of the images that are read, none of which is written over.
     option: what the name was given as.
 
   Raises:
-    errors.UsageError: the name does not end as a picture's, or one of them is
+    errors.UsageError: the name does not end as an image's, or one of them is
       read.
   """
-  files.require_local(out, "a picture")
+  files.require_local(out, "an image")
   path = pathlib.Path(out)
   if path.suffix.lower() not in SUFFIXES:
     raise errors.UsageError(
-      f"{option} {out} does not end in a picture format; expected one of"
+      f"{option} {out} does not end in an image format; expected one of"
       f" {' '.join(SUFFIXES)}. Try {option} {path.with_suffix('.png')}."
     )
   paths = [path]
@@ -283,8 +283,8 @@ def outputs(
   return paths
 
 
-def save(pictures, paths: Sequence[pathlib.Path]) -> None:
+def save(images, paths: Sequence[pathlib.Path]) -> None:
   """Writes PIL images, making the folders that are missing."""
-  for picture, path in zip(pictures, paths, strict=True):
+  for image, path in zip(images, paths, strict=True):
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    image.save(path)

@@ -296,7 +296,7 @@ def _head(report) -> list[str]:
     + (f" of {per_chip} devices" if per_chip > 1 else "")
     + f" ({mesh or 'one chip'})",
     f"batch {report.batch_size}, {report.tokens_per_device:,.0f} tokens (or"
-    " pictures) a device"
+    " images) a device"
     + ("; sizes from config.assumed" if report.assumed else ""),
     f"jax {report.versions['jax']}, libtpu"
     f" {report.versions['libtpu'] or 'of unknown version'}",

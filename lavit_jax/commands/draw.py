@@ -143,8 +143,8 @@ def _drawn(args: argparse.Namespace, prompts, shown, read=()) -> None:
     return
   options |= common.given(args, *_PIXELS)
   with _bar() as tell:
-    pictures = lavit.synthesize_batch(prompts, progress=tell, **options)
-  _save(args, pictures, paths, shown)
+    images = lavit.synthesize_batch(prompts, progress=tell, **options)
+  _save(args, images, paths, shown)
 
 
 def _load(args):
@@ -169,14 +169,14 @@ def _bar():
       bar.close()
 
 
-def _save(args, pictures, paths, shown) -> None:
+def _save(args, images, paths, shown) -> None:
   """Writes drawings and prints where; those withheld are named."""
   from lavit_jax.infer.pixels import safety
 
-  common.save(pictures, paths)
+  common.save(images, paths)
   rows, lines = [], []
-  for name, path, picture in zip(shown, paths, pictures, strict=True):
-    withheld = safety.is_withheld(picture)
+  for name, path, image in zip(shown, paths, images, strict=True):
+    withheld = safety.is_withheld(image)
     rows.append({**name, "file": str(path), "withheld": withheld})
     note = " (withheld by the safety checker, black)" if withheld else ""
     lines.append(f"{path}{note}")
@@ -188,7 +188,7 @@ def _add_generate(subparsers) -> None:
     subparsers,
     "generate",
     _generate,
-    "draw pictures from text",
+    "draw images from text",
     """\
     examples:
       lavit generate "a large red circle at the top left"
@@ -211,7 +211,7 @@ def _add_generate(subparsers) -> None:
 def _generate(args: argparse.Namespace) -> None:
   if args.count < 1:
     raise errors.UsageError(f"--count {args.count}: expected 1 or more.")
-  hint = "Prompts with pictures go to lavit synthesize."
+  hint = "Prompts with images go to lavit synthesize."
   common.require_text("a prompt", args.prompts, hint)
   prompts = [prompt for prompt in args.prompts for _ in range(args.count)]
   _drawn(args, prompts, [{"prompt": prompt} for prompt in prompts])
@@ -222,12 +222,12 @@ def _add_synthesize(subparsers) -> None:
     subparsers,
     "synthesize",
     _synthesize,
-    "draw a picture from texts and pictures in order",
+    "draw an image from texts and images in order",
     """\
     examples:
       lavit synthesize photo.png "make the large circle red" --out edited.png
 
-    A part that is a file, or ends as a picture's name does, is a picture;
+    A part that is a file, or ends as an image's name does, is an image;
     every other part is text.
     """,
     compiles=True,
@@ -239,15 +239,15 @@ def _add_synthesize(subparsers) -> None:
 
 
 def _synthesize(args: argparse.Namespace) -> None:
-  pictures = [
+  images = [
     os.path.isfile(part) or part.lower().endswith(common.SUFFIXES)
     for part in args.parts
   ]
-  pairs = list(zip(args.parts, pictures, strict=True))
-  read = [part for part, picture in pairs if picture]
+  pairs = list(zip(args.parts, images, strict=True))
+  read = [part for part, image in pairs if image]
   common.require_files(read)
   common.note_scenes(args, read)
-  parts = [files.place(part) if picture else part for part, picture in pairs]
+  parts = [files.place(part) if image else part for part, image in pairs]
   _drawn(args, [parts], [{"parts": args.parts}], read)
 
 
@@ -256,7 +256,7 @@ def _add_reconstruct(subparsers) -> None:
     subparsers,
     "reconstruct",
     _reconstruct,
-    "draw pictures again from their visual tokens alone",
+    "draw images again from their visual tokens alone",
     """\
     examples:
       lavit reconstruct photo.jpg --out again.png
@@ -272,7 +272,7 @@ def _add_reconstruct(subparsers) -> None:
   parser.add_argument(
     "--codes",
     metavar="FILE",
-    help="in place of pictures: what lavit tokenize --json, or generate --ids"
+    help="in place of images: what lavit tokenize --json, or generate --ids"
     " --json, has printed",
   )
   _add_drawing(parser, "reconstructed.png")
@@ -281,7 +281,7 @@ def _add_reconstruct(subparsers) -> None:
 def _reconstruct(args: argparse.Namespace) -> None:
   if bool(args.images) == bool(args.codes):
     raise errors.UsageError(
-      "Give pictures, or --codes FILE, and not both: see lavit reconstruct -h."
+      "Give images, or --codes FILE, and not both: see lavit reconstruct -h."
     )
   if args.codes:
     shown, codes = _read_codes(args.codes)
@@ -293,10 +293,10 @@ def _reconstruct(args: argparse.Namespace) -> None:
   lavit, options = _load(args), common.given(args, *_PIXELS)
   with _bar() as tell:
     if args.codes:
-      pictures = lavit.draw_codes(codes, progress=tell, **options)
+      images = lavit.draw_codes(codes, progress=tell, **options)
     else:
-      pictures = lavit.reconstruct(args.images, progress=tell, **options)
-  _save(args, pictures, paths, shown)
+      images = lavit.reconstruct(args.images, progress=tell, **options)
+  _save(args, images, paths, shown)
 
 
 def _read_codes(path: str):

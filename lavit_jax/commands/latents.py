@@ -12,7 +12,7 @@ _HELP = """\
 usage: lavit latents --config FILE --out DIR [--split NAME] [--json]
                      [--config.FIELD=VALUE ...]
 
-Write the latents of every picture that a config of stage latents trains on,
+Write the latents of every image that a config of stage latents trains on,
 and of its held-out ones.
 
   --config FILE          the config of the training to come, or a shipped one
@@ -20,7 +20,7 @@ and of its held-out ones.
                          with --config.data.latents_dir=DIR/train and
                          --config.data.held_out_latents_dir=DIR/held_out
   --split NAME           train or held_out: that part alone, to DIR itself
-  --batch N              pictures encoded at once (8)
+  --batch N              images encoded at once (8)
   --json                 print one JSON document
   --config.FIELD=VALUE   override any field of the config (after --config)
 

@@ -27,7 +27,7 @@ from lavit_jax.commands import compile as compile_command
 from lavit_jax.core import errors
 
 _DESCRIPTION = """\
-LaVIT: a language model that reads and draws pictures as tokens of its own.
+LaVIT: a language model that reads and draws images as tokens of its own.
 """
 
 _EXAMPLES = """\

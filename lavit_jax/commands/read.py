@@ -1,4 +1,4 @@
-"""Commands that read pictures: tokenize, caption, answer."""
+"""Commands that read images: tokenize, caption, answer."""
 
 import argparse
 import dataclasses
@@ -24,7 +24,7 @@ def _add_tokenize(subparsers) -> None:
     subparsers,
     "tokenize",
     _tokenize,
-    "turn pictures into visual tokens, or a whole dataset beside its data",
+    "turn images into visual tokens, or a whole dataset beside its data",
     """\
     examples:
       lavit tokenize photo.jpg                       its tokens, printed
@@ -43,13 +43,13 @@ def _add_tokenize(subparsers) -> None:
     "--seed", type=int, metavar="N", help="sample which patches are kept"
   )
   parser.add_argument(
-    "--budget", type=int, metavar="K", help="keep exactly K patches a picture"
+    "--budget", type=int, metavar="K", help="keep exactly K patches an image"
   )
   parser.add_argument("--data", metavar="X", help="a .jsonl file, or shapes")
   parser.add_argument(
     "--held-out",
     metavar="FILE",
-    help="with --data: the held-out pictures; else a tenth of it, by hash",
+    help="with --data: the held-out images; else a tenth of it, by hash",
   )
   parser.add_argument(
     "--out",
@@ -66,16 +66,16 @@ def _add_tokenize(subparsers) -> None:
 
 
 def _tokenize(args: argparse.Namespace) -> None:
-  of_pictures = common.given(args, "seed", "budget", "overlay")
+  of_images = common.given(args, "seed", "budget", "overlay")
   of_data = common.given(args, "data", "split", "out", "held_out")
   common.data_fields(args)
   if args.images and not of_data:
-    _tokenize_pictures(args)
-  elif args.data and args.out and not (args.images or of_pictures):
+    _tokenize_images(args)
+  elif args.data and args.out and not (args.images or of_images):
     _tokenize_data(args)
   else:
     raise errors.UsageError(
-      "tokenize takes either pictures (lavit tokenize IMAGE ... [--overlay"
+      "tokenize takes either images (lavit tokenize IMAGE ... [--overlay"
       " FILE] [--seed N] [--budget K]) or a dataset (lavit tokenize --data X"
       " --out DIR [--held-out FILE] [--split NAME])."
     )
@@ -106,7 +106,7 @@ def _tokenize_data(args: argparse.Namespace) -> None:
   caches.show(summary, args.split, args.json, fields, more)
 
 
-def _tokenize_pictures(args: argparse.Namespace) -> None:
+def _tokenize_images(args: argparse.Namespace) -> None:
   common.require_files(args.images)
   overlay = []
   if args.overlay:
@@ -129,13 +129,13 @@ def _tokenize_pictures(args: argparse.Namespace) -> None:
 
 
 def _overlay_sheet(rows: Sequence[dict[str, Any]]):
-  """One picture of all masks, with names below where there are several."""
-  from lavit_jax.core import images
+  """One image of all masks, with names below where there are several."""
+  from lavit_jax.core import image_io
   from lavit_jax.evaluate.report import figures
 
   size = 480 if len(rows) == 1 else 240
   masks = [
-    figures.overlay_mask(images.load(row["image"]), row["keep"], size=size)
+    figures.overlay_mask(image_io.load(row["image"]), row["keep"], size=size)
     for row in rows
   ]
   if len(masks) == 1:
@@ -151,7 +151,7 @@ def _add_caption(subparsers) -> None:
     subparsers,
     "caption",
     _caption,
-    "say what is in pictures",
+    "say what is in images",
     """\
     examples:
       lavit caption photo.jpg
@@ -197,7 +197,7 @@ def _caption(args: argparse.Namespace) -> None:
 
 
 def _caption_scored(args, lavit, options) -> None:
-  """Several texts a picture, the best first."""
+  """Several texts an image, the best first."""
   begin = [args.prompt] if args.prompt else []
   prompts = [[files.place(path), *begin] for path in args.images]
   written = lavit.write(prompts, count=args.count, **options)
@@ -218,7 +218,7 @@ def _add_answer(subparsers) -> None:
     subparsers,
     "answer",
     _answer,
-    "answer questions about a picture",
+    "answer questions about an image",
     """\
     examples:
       lavit answer photo.jpg "What color is the circle?"
@@ -228,7 +228,7 @@ def _add_answer(subparsers) -> None:
     compiles=True,
   )
   common.add_model(parser)
-  parser.add_argument("image", metavar="IMAGE", help="a picture file")
+  parser.add_argument("image", metavar="IMAGE", help="an image file")
   parser.add_argument("questions", nargs="+", metavar="QUESTION")
   parser.add_argument(
     "--answerable-first",
@@ -248,7 +248,7 @@ def _add_answer(subparsers) -> None:
 
 def _answer(args: argparse.Namespace) -> None:
   common.require_files([args.image])
-  hint = "One picture a call: lavit answer IMAGE QUESTION ..."
+  hint = "One image a call: lavit answer IMAGE QUESTION ..."
   common.require_text("a question", args.questions, hint)
   if not all(question.strip() for question in args.questions):
     raise errors.UsageError(f"A question is empty: {args.questions}. {hint}")

@@ -18,7 +18,7 @@ def add(subparsers) -> None:
     """\
     One HTML file that needs nothing beside it: losses of training and held-out
     data, where the time went, tokens a second, MFU, goodput, memory,
-    checkpoints, pictures of evaluations, and the config. It reads files alone,
+    checkpoints, images of evaluations, and the config. It reads files alone,
     so it can be written while the run goes on.
 
     MFU is the share of the chips' peak that the model's own products would

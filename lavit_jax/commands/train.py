@@ -46,7 +46,7 @@ def add(subparsers) -> None:
     """\
     examples:
       lavit quickstart                      drawn shapes, nothing to download
-      lavit quickstart --data my.jsonl      your own pictures and captions
+      lavit quickstart --data my.jsonl      your own images and captions
       lavit quickstart --evaluate-only --model tiny
 
     my.jsonl holds one JSON object a line: {"image": "a.jpg", "caption": "..."},

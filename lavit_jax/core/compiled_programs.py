@@ -1,6 +1,6 @@
 """Keeps compiled programs between commands, in a folder of the user's.
 
-What JAX compiles for a picture or a training step takes seconds to minutes and
+What JAX compiles for an image or a training step takes seconds to minutes and
 is the same at every call. The folder is bounded by what is removed here when a
 command starts: JAX's own bound, `jax_compilation_cache_max_size`, needs the
 package filelock, and fails on entries that were written without it.

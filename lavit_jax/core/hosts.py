@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def first() -> bool:
+def is_lead() -> bool:
   """Whether this process is the one that writes logs and small files."""
   return jax.process_index() == 0
 
@@ -19,14 +19,14 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def told(number: int) -> int:
+def broadcast_from_lead(number: int) -> int:
   """The number that the first process gives, on all of them."""
   if jax.process_count() == 1:
     return int(number)
   return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def all_of(good: bool) -> bool:
+def all_agree(good: bool) -> bool:
   """Whether it holds on every process; all get the same answer."""
   if jax.process_count() == 1:
     return bool(good)

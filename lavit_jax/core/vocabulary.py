@@ -130,7 +130,7 @@ class Vocabulary:
     return ~self.text_mask()
 
   def suppress_for_image(self, official: bool = False) -> np.ndarray:
-    """bool[padded_size], True at the ids a picture may not contain.
+    """bool[padded_size], True at the ids an image may not contain.
 
     Only codes and [/IMG] are left. The official code also leaves unk, <s>,
     </s> and [IMG] possible; `official` does the same, for equal numbers.

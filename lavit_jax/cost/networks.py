@@ -1,7 +1,7 @@
 """FLOPs of one forward pass of every network, from its config alone.
 
 The rule stands in `flops`. All functions give a `Cost` for what they are told:
-tokens, pictures or maps.
+tokens, images or maps.
 """
 
 import dataclasses
@@ -98,22 +98,22 @@ def llama_head(config: llama.LlamaConfig, tokens: float) -> Cost:
   return dense(tokens, config.width, config.vocab_size)
 
 
-def vit(config: vision.ViTConfig, pictures: float) -> Cost:
+def vit(config: vision.ViTConfig, images: float) -> Cost:
   """The encoder, without EVA's head, which LaVIT does not use."""
   c = config
-  rows = pictures * (1 + c.num_patches)
+  rows = images * (1 + c.num_patches)
   layer = (
     4 * dense(rows, c.width, c.width)
     + _mlp(rows, c.width, c.mlp_dim)
     + _attended(rows, 1 + c.num_patches, c.width)
   )
-  patches = dense(pictures * c.num_patches, 3 * c.patch_size**2, c.width)
+  patches = dense(images * c.num_patches, 3 * c.patch_size**2, c.width)
   return patches + c.depth * layer
 
 
 def merge(
   config: merger.MergerConfig,
-  pictures: float,
+  images: float,
   num_patches: int,
   queries: int,
   form: str,
@@ -122,7 +122,7 @@ def merge(
 
   Args:
     config: sizes.
-    pictures: their number.
+    images: their number.
     num_patches: N; cross-attention has as many keys.
     queries: K of the form "compact"; the others have N.
     form: "compact", "soft" or "reference". Self-attention is causal and
@@ -131,21 +131,21 @@ def merge(
   """
   queries = queries if form == "compact" else num_patches
   seen = queries if form == "reference" else (queries + 1) / 2
-  rows = pictures * queries
+  rows = images * queries
   layer = (
     6 * dense(rows, config.width, config.width)  # 4 of self, 2 of cross
     + _mlp(rows, config.width, config.mlp_dim)
     + _attended(rows, seen, config.width)
     + _attended(rows, num_patches, config.width)
   )
-  return config.depth * layer + merge_keys(config, pictures, num_patches)
+  return config.depth * layer + merge_keys(config, images, num_patches)
 
 
 def merge_keys(
-  config: merger.MergerConfig, pictures: float, num_patches: int
+  config: merger.MergerConfig, images: float, num_patches: int
 ) -> Cost:
   """What `merge` spends on keys and values of all patches, in all blocks."""
-  one = dense(pictures * num_patches, config.width, config.width)
+  one = dense(images * num_patches, config.width, config.width)
   return config.depth * 2 * one
 
 
@@ -171,10 +171,10 @@ def lookup(config: quantizer.QuantizerConfig, tokens: float) -> Cost:
   return dense(tokens, config.code_dim, config.num_codes)
 
 
-def decode(config: decoder.DecoderConfig, pictures: float, keys: int) -> Cost:
-  """The semantic decoder of pictures of `keys` codes each, padding too."""
+def decode(config: decoder.DecoderConfig, images: float, keys: int) -> Cost:
+  """The semantic decoder of images of `keys` codes each, padding too."""
   c = config
-  rows, codes = pictures * c.num_patches, pictures * keys
+  rows, codes = images * c.num_patches, images * keys
   layer = (
     6 * dense(rows, c.width, c.width)
     + 2 * dense(codes, c.width, c.width)
@@ -186,70 +186,70 @@ def decode(config: decoder.DecoderConfig, pictures: float, keys: int) -> Cost:
   return ends + dense(rows, c.width, c.out_dim) + c.depth * layer
 
 
-def condition(model, pictures: float) -> Cost:
+def condition(model, images: float) -> Cost:
   """What follows the semantic decoder in a Lowres- or HighresDecoder."""
   c = model.config
-  rows = pictures * c.num_patches
+  rows = images * c.num_patches
   if isinstance(model, decoder.LowresDecoder):
     return dense(rows, c.width, model.condition_dim)
   pool = (
-    dense(pictures, c.width, c.width)
-    + 2 * dense(rows + pictures, c.width, c.width)
-    + _attended(pictures, 1 + c.num_patches, c.width)
-    + dense(pictures, c.width, model.pooled_dim)
+    dense(images, c.width, c.width)
+    + 2 * dense(rows + images, c.width, c.width)
+    + _attended(images, 1 + c.num_patches, c.width)
+    + dense(images, c.width, model.pooled_dim)
   )
   return dense(rows, c.width, sum(model.condition_dims)) + pool
 
 
-def words(config: tokenizer.TokenizerConfig, pictures: float) -> Cost:
+def words(config: tokenizer.TokenizerConfig, images: float) -> Cost:
   """Features to ids at capacity N, as pixel decoders are told: no encoder."""
   num = config.num_patches
-  merged = merge(config.merger, pictures, num, num, config.merger_form)
+  merged = merge(config.merger, images, num, num, config.merger_form)
   return (
-    select(config.selector, pictures * num)
+    select(config.selector, images * num)
     + merged
-    + quantize(config.quantizer, pictures * num)
-    + lookup(config.quantizer, pictures * num)
+    + quantize(config.quantizer, images * num)
+    + lookup(config.quantizer, images * num)
   )
 
 
 def contrast(
-  config: contrastive.ContrastiveConfig, pictures: int, length: int
+  config: contrastive.ContrastiveConfig, images: int, length: int
 ) -> dict[str, Cost]:
   """The networks of stage `encoder`, by name.
 
   Args:
     config: sizes.
-    pictures: of the global batch.
+    images: of the global batch.
     length: tokens of a caption, padding too.
   """
   c, num = config, config.vit.num_patches
-  rows, seen = pictures * num, num + length - 1
+  rows, seen = images * num, num + length - 1
   captioner = dense(rows, c.vit.width, c.captioner.width) + llama_layers(
-    c.captioner, pictures * seen, seen
+    c.captioner, images * seen, seen
   )
   heads = (
-    dense(pictures, c.vit.width, c.embed_dim)
-    + dense(pictures, c.text.width, c.embed_dim)
+    dense(images, c.vit.width, c.embed_dim)
+    + dense(images, c.text.width, c.embed_dim)
     + dense(rows, c.vit.width, 3 * c.vit.patch_size**2)
-    + Cost(0.0, 2.0 * pictures**2 * c.embed_dim)  # all pairs
+    + Cost(0.0, 2.0 * images**2 * c.embed_dim)  # all pairs
     + Cost(0.0, 2.0 * rows * c.vit.width**2)  # covariance of features
   )
   return {
-    "encoder": vit(c.vit, pictures),
-    "text": llama_layers(c.text, pictures * length, length),
+    "encoder": vit(c.vit, images),
+    "text": llama_layers(c.text, images * length, length),
     "captioner": captioner,
-    "head": llama_head(c.captioner, pictures * length),
+    "head": llama_head(c.captioner, images * length),
     "contrast": heads,
   }
 
 
 def pixel_condition(
-  config: pixel_decoder.PixelDecoderConfig, pictures: float
+  config: pixel_decoder.PixelDecoderConfig, images: float
 ) -> Cost:
   """What makes a U-Net's tokens and grid of reconstructed features."""
   c, width = config, config.unet.cross_dim
-  rows = pictures * c.num_patches
+  rows = images * c.num_patches
   made = dense(rows, c.feature_dim, width)
   if c.grid_channels:
     places = (c.image_size // c.patch) ** 2 // c.num_patches
@@ -289,7 +289,7 @@ def _transformer(config: unet.UNetConfig, level, places, tokens) -> Cost:
 def unet_parts(
   config: unet.UNetConfig, height: int, width: int, tokens: int
 ) -> list[tuple[str, Cost]]:
-  """A U-Net's work on one picture, in the order in which it is done.
+  """A U-Net's work on one image, in the order in which it is done.
 
   Args:
     config: sizes.
@@ -341,7 +341,7 @@ def unet_parts(
 def denoise(
   config: unet.UNetConfig, height: int, width: int, tokens: int
 ) -> Cost:
-  """A U-Net's forward pass for one picture; arguments as of `unet_parts`."""
+  """A U-Net's forward pass for one image; arguments as of `unet_parts`."""
   parts = unet_parts(config, height, width, tokens)
   return sum((cost for _, cost in parts), Cost())
 
@@ -353,7 +353,7 @@ def _vae_mid(places: float, width: int) -> Cost:
 
 
 def vae_encode(config: vae.VaeConfig, height: int, width: int) -> Cost:
-  """The autoencoder's encoder, for one picture of height x width pixels."""
+  """The autoencoder's encoder, for one image of height x width pixels."""
   c, now, places = config, config.channels[0], height * width
   made = _conv(places, c.in_channels, now)
   for level, wide in enumerate(c.channels):
@@ -368,7 +368,7 @@ def vae_encode(config: vae.VaeConfig, height: int, width: int) -> Cost:
 
 
 def vae_decode(config: vae.VaeConfig, height: int, width: int) -> Cost:
-  """The autoencoder's decoder, for one picture of height x width pixels."""
+  """The autoencoder's decoder, for one image of height x width pixels."""
   c, now = config, config.channels[-1]
   places = height * width // c.scale**2
   made = dense(places, c.latent_channels, c.latent_channels)

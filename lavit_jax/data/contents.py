@@ -10,16 +10,16 @@ _CHUNK = 1 << 20  # bytes read at once: an array may be one line
 
 
 def of(source: examples.Source) -> str:
-  """Hex digest of pictures' names, texts and their order; not of pixels.
+  """Hex digest of images' names, texts and their order; not of pixels.
 
   A source that has `contents` tells its own. Of one made of a file (`path`)
   its lines are taken in, unpacked, blank ones and line ends apart; else, where
   examples are computed, a few of each task. Then names and order of the
-  pictures, and the number of examples of each task, which also tell one part
+  images, and the number of examples of each task, which also tell one part
   of a file from another. So it costs a fraction of reading the source: no
-  picture is opened, and no text is tokenized.
+  image is opened, and no text is tokenized.
 
-  Two sources of one digest give a run the same rows, unless pictures were
+  Two sources of one digest give a run the same rows, unless images were
   replaced under their names.
   """
   if hasattr(source, "contents"):

@@ -1,6 +1,6 @@
-"""What a dataset is: pictures by index, and examples that point at them.
+"""What a dataset is: images by index, and examples that point at them.
 
-A source knows pictures and words, never a tokenizer or a sequence. An example
+A source knows images and words, never a tokenizer or a sequence. An example
 is a list of parts in reading order; `sequences.build` turns it into tokens.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 TASKS = ("image_text", "text_image", "edit", "vqa", "document", "text")
 QUESTION = "Question: {} Answer:"  # the prompt of LaVIT's own evaluation
 # Loss weight of an answer's tokens: it is one or two of them, where a caption
-# or a picture is fifteen.
+# or an image is fifteen.
 ANSWER_WEIGHT = 4.0
 
 
@@ -32,7 +32,7 @@ class TextPart:
 
 @dataclasses.dataclass(frozen=True)
 class ImagePart:
-  """A picture: index `image` of the source.
+  """An image: index `image` of the source.
 
   write=False: a condition, read as continuous tokens; write=True: a target,
   written as code ids. `weight` is the loss weight of its code targets and of
@@ -55,7 +55,7 @@ class Example:
 
 @runtime_checkable
 class Source(Protocol):
-  """A random-access dataset of pictures and of examples by task.
+  """A random-access dataset of images and of examples by task.
 
   Every method is a pure function of its arguments, so that a row of training
   data depends on nothing but its number.
@@ -66,13 +66,13 @@ class Source(Protocol):
   num_images: int
 
   def image(self, i: int) -> np.ndarray:
-    """Picture i as uint8[size, size, 3]; images.ImageError for a bad one."""
+    """Image i as uint8[size, size, 3]; images.ImageError for a bad one."""
 
   def image_key(self, i: int) -> str:
-    """Name of picture i for logs and fingerprints."""
+    """Name of image i for logs and fingerprints."""
 
   def captions(self, i: int) -> list:
-    """The captions of picture i, list[str], possibly empty."""
+    """The captions of image i, list[str], possibly empty."""
 
   def tasks(self) -> tuple:
     """The tasks this source has examples of, in a fixed order."""
@@ -81,28 +81,28 @@ class Source(Protocol):
     """Number of examples of a task."""
 
   def example(self, task: str, i: int) -> Example:
-    """Example i of a task, without decoding a picture."""
+    """Example i of a task, without decoding an image."""
 
 
 def image_text(key, image, caption):
-  """A picture is read, its caption is written."""
+  """An image is read, its caption is written."""
   parts = (ImagePart(image, write=False), TextPart(caption))
   return Example(key, "image_text", parts)
 
 
 def text_image(key, image, caption):
-  """A caption is read, its picture is written."""
+  """A caption is read, its image is written."""
   parts = (TextPart(caption), ImagePart(image, write=True))
   return Example(key, "text_image", parts)
 
 
 def vqa(key, image, question, answer):
-  """A picture and a question are read, the answer alone is learnt."""
+  """An image and a question are read, the answer alone is learnt."""
   return dialogue(key, image, [(question, answer)])
 
 
 def dialogue(key, image, turns):
-  """A picture and questions on it, a vqa example; the answers are learnt.
+  """An image and questions on it, a vqa example; the answers are learnt.
 
   `turns` are (question, answer) pairs. Questions have no weight, so the one
   thing learnt to follow an answer is the end: a question alone is answered as
@@ -116,7 +116,7 @@ def dialogue(key, image, turns):
 
 
 def edit(key, image, instruction, result):
-  """A picture and an instruction are read, the changed picture is written."""
+  """An image and an instruction are read, the changed image is written."""
   parts = (
     ImagePart(image, write=False, weight=0.0),
     TextPart(instruction, weight=0.0),
@@ -131,10 +131,10 @@ def text(key, words):
 
 
 def fingerprint(source) -> str:
-  """Hex digest of which pictures a source holds, at which size.
+  """Hex digest of which images a source holds, at which size.
 
   A code cache records it, so that codes of one dataset are never taken for
-  those of another. Covers names and order, not pixels: `picture_bytes.py`.
+  those of another. Covers names and order, not pixels: `image_bytes.py`.
   """
   digest = hashlib.sha256()
   head = (source.name, source.image_size, source.num_images)

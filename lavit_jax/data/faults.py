@@ -24,8 +24,8 @@ def share_of(data) -> float:
 class FaultLog:
   """Counts bad samples of one kind and stops past a share.
 
-  FaultLog("pictures", 0.05) names each bad picture once, and raises DataError
-  once more than 5 % of at least 200 pictures seen were bad. Safe to share
+  FaultLog("images", 0.05) names each bad image once, and raises DataError
+  once more than 5 % of at least 200 images seen were bad. Safe to share
   between threads.
   """
 
@@ -74,7 +74,7 @@ class FaultLog:
     )
 
   def summary(self):
-    """One line for a report: "3 of 100 pictures skipped: a.jpg, b.jpg"."""
+    """One line for a report: "3 of 100 images skipped: a.jpg, b.jpg"."""
     if not self.bad:
       return f"no bad {self.kind} among {self.seen}"
     names = ", ".join(list(self.names)[:5])

@@ -1,4 +1,4 @@
-"""Which pictures a source has, told by some of their bytes.
+"""Which images a source has, told by some of their bytes.
 
 `examples.fingerprint` knows them by their names, which two folders may share.
 """
@@ -12,16 +12,16 @@ import numpy as np
 from lavit_jax.core import errors
 from lavit_jax.core.storage import fetched, files
 
-_LOOKED_AT = 16  # pictures, evenly spread, the first and the last among them
+_LOOKED_AT = 16  # images, evenly spread, the first and the last among them
 _FIRST = 1 << 16  # bytes of each
-_AT_ONCE = 8  # pictures read
+_AT_ONCE = 8  # images read
 
 
 def of(source) -> str:
-  """Hex digest of sizes and first bytes of some pictures; "" if it has none.
+  """Hex digest of sizes and first bytes of some images; "" if it has none.
 
-  So it costs 16 small reads, of an object store too. A source whose pictures
-  are computed has no bytes, and one that knows more about where its pictures
+  So it costs 16 small reads, of an object store too. A source whose images
+  are computed has no bytes, and one that knows more about where its images
   lie tells it by `stored`.
 
   Raises:
@@ -40,13 +40,13 @@ def of(source) -> str:
 
 
 def _seen(source, i):
-  """(size, digest of the first bytes) of picture i; None: it has no bytes."""
-  picture = source.encoded(i)
-  if isinstance(picture, (bytes, bytearray, memoryview)):
-    return len(picture), _digest(picture[:_FIRST])
-  if not isinstance(picture, (str, os.PathLike)):
+  """(size, digest of the first bytes) of image i; None: it has no bytes."""
+  image = source.encoded(i)
+  if isinstance(image, (bytes, bytearray, memoryview)):
+    return len(image), _digest(image[:_FIRST])
+  if not isinstance(image, (str, os.PathLike)):
     return None
-  path = files.place(picture)
+  path = files.place(image)
   try:
     length = path.stat().length if files.is_remote(path) else os.stat(path)[6]
     return length, _digest(fetched.read_range(path, 0, min(length, _FIRST)))
@@ -56,7 +56,7 @@ def _seen(source, i):
     if files.is_remote(path):
       raise errors.DataError(
         f"{path} could not be read ({error}), so that caches cannot be held to"
-        " these pictures. Give the same command again."
+        " these images. Give the same command again."
       ) from error
     return "unreadable"  # as it is to whoever decodes it
 

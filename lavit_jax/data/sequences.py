@@ -1,10 +1,10 @@
 """Examples to token sequences: LaVIT's unified form (paper, section 3.2).
 
-  picture read:     [IMG] continuous tokens [/IMG]   (targets are its codes)
-  picture written:  [IMG] code ids [/IMG]
+  image read:     [IMG] continuous tokens [/IMG]   (targets are its codes)
+  image written:  [IMG] code ids [/IMG]
   text:             pieces; </s> ends a document whose last part is text
 
-There is no <s>. A picture that ends a document is ended by [/IMG] alone.
+There is no <s>. An image that ends a document is ended by [/IMG] alone.
 
 Within a dialogue </s> is the target at the last token of each answer
 (`examples.TextPart.end`), but never a token that is read: what stands before
@@ -34,9 +34,9 @@ class Sequence:
   Where an answer within a dialogue ends, </s> is predicted in its place.
 
   tokens, targets: int32[n]; weights: float32[n], the loss weight of targets;
-  slot: int32[n], which of `pictures` a position reads, -1 for none;
+  slot: int32[n], which of `images` a position reads, -1 for none;
   order: int32[n], which of its merged tokens (0, 1, …; 0 elsewhere);
-  pictures: the image indices that are read, in reading order, each once.
+  images: the image indices that are read, in reading order, each once.
   """
 
   tokens: np.ndarray
@@ -44,7 +44,7 @@ class Sequence:
   weights: np.ndarray
   slot: np.ndarray
   order: np.ndarray
-  pictures: tuple
+  images: tuple
 
   def __len__(self):
     return len(self.tokens)
@@ -62,7 +62,7 @@ def text_ids(tokenizer, text, before=""):
   Args:
     tokenizer: a vocabulary.TextTokenizer.
     text: of the part.
-    before: the text right before it, "" if none or a picture stands there.
+    before: the text right before it, "" if none or an image stands there.
   """
   alone = tokenizer.encode(text.removeprefix(" "))
   spaced = text[:1] == " " and not text[1:2].isspace()
@@ -76,7 +76,7 @@ def text_ids(tokenizer, text, before=""):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Span:
-  """A part with its number of ids; `ids` int32[count], None for a picture."""
+  """A part with its number of ids; `ids` int32[count], None for an image."""
 
   part: examples.TextPart | examples.ImagePart
   ids: np.ndarray | None
@@ -95,18 +95,18 @@ class Span:
 def spans(example, cache, tokenizer):
   """The parts of an example with their lengths, </s> included.
 
-  Needs the counts of the cache only: neither a picture nor its codes.
+  Needs the counts of the cache only: neither an image nor its codes.
 
   Args:
     example: an examples.Example.
-    cache: the source's CodeCache; None if the example has no picture.
+    cache: the source's CodeCache; None if the example has no image.
     tokenizer: a vocabulary.TextTokenizer.
 
   Returns:
     tuple of Span.
 
   Raises:
-    Unusable: a picture could not be tokenised, a text cannot be or is empty
+    Unusable: an image could not be tokenised, a text cannot be or is empty
       (a document's empty texts are passed over), or nothing is to be learnt.
   """
   out, before = [], ""
@@ -134,14 +134,14 @@ def spans(example, cache, tokenizer):
 
 
 def size(parts):
-  """(positions, pictures read) of the Sequence that `assemble` will make."""
+  """(positions, images read) of the Sequence that `assemble` will make."""
   read = {s.part.image for s in parts if s.ids is None and not s.part.write}
   return sum(s.count for s in parts) - 1, len(read)
 
 
 def assemble(parts, cache, vocabulary):
-  """Makes the Sequence of `spans`; reads the codes, not the pictures."""
-  ids, weights, slot, order, pictures, ends = [], [], [], [], [], []
+  """Makes the Sequence of `spans`; reads the codes, not the images."""
+  ids, weights, slot, order, images, ends = [], [], [], [], [], []
   for span in parts:
     slots, orders = [-1] * span.count, [0] * span.count
     if span.ids is not None:
@@ -152,9 +152,9 @@ def assemble(parts, cache, vocabulary):
       codes = vocabulary.to_ids(cache.codes(span.part.image)).tolist()
       new = [vocabulary.image_begin, *codes, vocabulary.image_end]
       if not span.part.write:
-        if span.part.image not in pictures:
-          pictures.append(span.part.image)
-        slots[1:-1] = [pictures.index(span.part.image)] * len(codes)
+        if span.part.image not in images:
+          images.append(span.part.image)
+        slots[1:-1] = [images.index(span.part.image)] * len(codes)
         orders[1:-1] = range(len(codes))
     ids += new
     slot += slots
@@ -170,14 +170,14 @@ def assemble(parts, cache, vocabulary):
     weights=np.array(weights, np.float32),
     slot=np.array(slot[:-1], np.int32),
     order=np.array(order[:-1], np.int32),
-    pictures=tuple(pictures),
+    images=tuple(images),
   )
 
 
 def build(example, cache, tokenizer, vocabulary):
   """Makes the Sequence of one example: `assemble` of its `spans`.
 
-  A picture followed by "red": [IMG] c0 c1 [/IMG] ▁red </s> becomes the five
+  An image followed by "red": [IMG] c0 c1 [/IMG] ▁red </s> becomes the five
   tokens [IMG] c0 c1 [/IMG] ▁red with the targets c0 c1 [/IMG] ▁red </s>,
   slot -1 0 0 -1 -1 and order 0 0 1 0 0.
   """
@@ -185,13 +185,13 @@ def build(example, cache, tokenizer, vocabulary):
 
 
 def _count(example, part, cache):
-  """Number of codes of a picture; errors.DataError without a cache."""
+  """Number of codes of an image; errors.DataError without a cache."""
   if cache is None:
     raise errors.DataError(
-      f"Example {example.key} has a picture, but its source has no code cache."
+      f"Example {example.key} has an image, but its source has no code cache."
       " Run `lavit tokenize --data … --out DIR` and give DIR as its cache."
     )
   count = int(cache.counts[part.image])
   if count < 1:
-    raise Unusable(f"picture {part.image} could not be tokenised")
+    raise Unusable(f"image {part.image} could not be tokenised")
   return count

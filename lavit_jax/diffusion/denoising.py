@@ -17,7 +17,7 @@ WEIGHTINGS = ("none", "min_snr", "picture", "output")
 Predict = Callable[[jax.Array, jax.Array, Any, jax.Array], jax.Array]
 
 
-def check(schedule: schedules.Schedule, phase) -> None:
+def check(schedule: schedules.NoiseSchedule, phase) -> None:
   """Raises ConfigError for a weighting that the schedule does not allow."""
   weighting = phase["weighting"]
   if weighting not in WEIGHTINGS:
@@ -35,29 +35,29 @@ def check(schedule: schedules.Schedule, phase) -> None:
   if schedule.zero_snr:
     raise errors.ConfigError(
       "model.schedule.zero_snr=True ends in pure noise, where predicted noise"
-      ' says nothing of the picture. Use prediction="velocity", or'
+      ' says nothing of the image. Use prediction="velocity", or'
       " zero_snr=False."
     )
 
 
 def loss_weights(
-  schedule: schedules.Schedule, weighting: str, a, bound: float = 5.0
+  schedule: schedules.NoiseSchedule, weighting: str, a, bound: float = 5.0
 ):
   """Factor of the squared error of the network's own output.
 
   With snr = a / (1 - a), the squared error of eps is snr times that of the
-  picture, and a times that of the velocity. As factors of the error of eps,
+  image, and a times that of the velocity. As factors of the error of eps,
   "none" is the paper's 1; "min_snr" is min(snr, bound) / snr (Hang et al.,
-  arXiv 2303.09556); "picture" is min(snr + 1, bound) / snr: noisy steps, where
+  arXiv 2303.09556); "image" is min(snr + 1, bound) / snr: noisy steps, where
   the condition alone must say what to draw, count fully. "output" takes the
   network's own error as it is, the usual choice for velocities. Defined where
-  nothing is left of the picture, a = 0, too.
+  nothing is left of the image, a = 0, too.
 
   Args:
     schedule: its prediction counts.
     weighting: one of `WEIGHTINGS`.
     a: float[B], alphas_cumprod of the steps.
-    bound: of "min_snr" and "picture".
+    bound: of "min_snr" and "image".
 
   Raises:
     errors.ConfigError: see `check`.
@@ -70,17 +70,17 @@ def loss_weights(
       return jnp.ones_like(a)
     return jnp.minimum(1.0, bound * (1 - a) / a)
   snr = a / (1 - a)
-  of_picture = {
+  of_image = {
     "none": snr,
     "min_snr": jnp.minimum(snr, bound),
     "picture": jnp.minimum(snr + 1.0, bound),
   }[weighting]
   if schedule.prediction == "velocity":
-    return of_picture * (1 - a)
-  return of_picture
+    return of_image * (1 - a)
+  return of_image
 
 
-def output_error(schedule: schedules.Schedule, output, x, noise, a):
+def output_error(schedule: schedules.NoiseSchedule, output, x, noise, a):
   """Mean squared error of the network's own output, float32[B].
 
   Arguments as of `schedules.eps_error`.
@@ -95,7 +95,7 @@ def output_error(schedule: schedules.Schedule, output, x, noise, a):
   return jnp.square(output - target).mean(axes)
 
 
-def steps_of_strata(schedule: schedules.Schedule, count: int, rng):
+def steps_of_strata(schedule: schedules.NoiseSchedule, count: int, rng):
   """int[count]: one step of every stratum; the mean over a batch varies less.
 
   In random order.
@@ -110,7 +110,7 @@ def draws(schedule, rows: int, phase, rng) -> dict[str, jax.Array]:
   """What is random of a whole batch, by its rows: it can be cut like them.
 
   Args:
-    schedule: a `schedules.Schedule`.
+    schedule: a `schedules.NoiseSchedule`.
     rows: B, of the whole batch, whose steps are one of each stratum.
     phase: `draws` and `condition_dropout`, see `eps_sums`.
     rng: a key.
@@ -136,18 +136,18 @@ def normal(keys: jax.Array, shape) -> jax.Array:
 def eps_sums(
   predict: Predict, schedule, x, condition, valid, drawn, phase
 ) -> dict[str, jax.Array]:
-  """Sums over rows of a batch, every picture at `phase["draws"]` noise levels.
+  """Sums over rows of a batch, every image at `phase["draws"]` noise levels.
 
   Args:
     predict: (z [B, ...], t int[B], condition, drop bool[B]) -> the network's
       output; where `drop` is True it is told nothing.
-    schedule: a `schedules.Schedule`.
-    x: float[B, ...], clean pictures or latents.
+    schedule: a `schedules.NoiseSchedule`.
+    x: float[B, ...], clean images or latents.
     condition: tree of arrays [B, ...].
-    valid: float[B], the weight of each picture.
+    valid: float[B], the weight of each image.
     drawn: of `draws`, of these rows.
     phase: `weighting` (see `loss_weights`), `min_snr` (its bound) and `draws`
-      (noisy versions of each picture a step).
+      (noisy versions of each image a step).
 
   Returns:
     For `combine`: each float32[].

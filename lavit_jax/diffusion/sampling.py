@@ -1,4 +1,4 @@
-"""Sampling: pictures, or latents, drawn by a network that predicts noise.
+"""Sampling: images, or latents, drawn by a network that predicts noise.
 
 One `lax.scan` over the visited steps, both streams of guidance in one batch.
 What a step computes is a solver's (`solvers`), from the levels of a schedule
@@ -17,7 +17,7 @@ from lavit_jax.core import errors
 from lavit_jax.diffusion import schedules, solvers
 
 
-def picture_noise(seeds: jax.Array, step: int | jax.Array, shape):
+def image_noise(seeds: jax.Array, step: int | jax.Array, shape):
   """float32[B, *shape]: a pure function of each int[B] seed and the step."""
 
   def one(seed):
@@ -44,7 +44,7 @@ def guided(denoise: Callable[..., jax.Array], guidance):
 
 def sample(
   denoise: Callable[[jax.Array, jax.Array, Any], jax.Array],
-  schedule: schedules.Schedule,
+  schedule: schedules.NoiseSchedule,
   condition: Any,
   *,
   seeds: jax.Array,
@@ -57,14 +57,14 @@ def sample(
   dtype: jnp.dtype = jnp.float32,
   progress: Callable[[int, int], None] | None = None,
 ) -> jax.Array:
-  """Draws pictures, as one `lax.scan` over the visited steps.
+  """Draws images, as one `lax.scan` over the visited steps.
 
   Args:
     denoise: (z dtype[B, ...], t int[B], condition) -> the network's output.
     schedule: what the network was trained with.
     condition: pytree of arrays [B, ...].
-    seeds: int[B]; a picture depends on its own seed only.
-    shape: of one picture.
+    seeds: int[B]; an image depends on its own seed only.
+    shape: of one image.
     steps: number of visited steps (static).
     solver: DDIM or DPM-Solver++ (static).
     uncondition: tree like condition; None runs the conditional stream alone.
@@ -92,12 +92,12 @@ def sample(
     z, previous = carry
     t, index, now = now
     output = denoise(z.astype(dtype), jnp.full(z.shape[:1], t), condition)
-    extra = picture_noise(seeds, index, shape) if solver.eta else None
+    extra = image_noise(seeds, index, shape) if solver.eta else None
     output = output.astype(jnp.float32)
-    z, picture = solver.step(schedule, output, z, previous, now, extra)
+    z, image = solver.step(schedule, output, z, previous, now, extra)
     if progress is not None:
       _tell(progress, index, steps, z)
-    return (z, picture), None
+    return (z, image), None
 
   index = np.arange(1, steps + 1, dtype=np.int32)
   scanned = (visited, index, numbers)
@@ -108,11 +108,11 @@ def sample(
 def _start(seeds, shape, noise):
   """float32[B, *shape], the noise to start from."""
   if noise is None:
-    return picture_noise(seeds, 0, shape)
+    return image_noise(seeds, 0, shape)
   if noise.shape != (wanted := (len(seeds), *shape)):
     raise errors.UsageError(
       f"The noise to start from has shape {noise.shape}, but {len(seeds)} seeds"
-      f" and pictures of {tuple(shape)} need {wanted}."
+      f" and images of {tuple(shape)} need {wanted}."
     )
   return jnp.asarray(noise, jnp.float32)
 
@@ -137,7 +137,7 @@ def _tell(progress, index, steps, z):
 )
 def draw(
   decoder,
-  schedule: schedules.Schedule,
+  schedule: schedules.NoiseSchedule,
   variables,
   x_rec: jax.Array,
   seeds: jax.Array,
@@ -148,7 +148,7 @@ def draw(
   guidance: float | jax.Array = 1.0,
   progress: Callable[[int, int], None] | None = None,
 ) -> jax.Array:
-  """Pictures from reconstructed features.
+  """Images from reconstructed features.
 
   Args:
     decoder: a `pixels.PixelDecoder` (static).
@@ -172,7 +172,7 @@ def draw(
     x_rec, drop = condition
     return decoder.apply(variables, z, t, x_rec, drop=drop)
 
-  pictures = sample(
+  images = sample(
     denoise,
     schedule,
     (x_rec, given),
@@ -184,4 +184,4 @@ def draw(
     guidance=guidance,
     progress=progress,
   )
-  return jnp.clip(pictures / 2 + 0.5, 0.0, 1.0)
+  return jnp.clip(images / 2 + 0.5, 0.0, 1.0)

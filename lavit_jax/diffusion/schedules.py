@@ -20,7 +20,7 @@ _STEEPEST = 0.999  # largest beta of "squaredcos_cap_v2"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule:
+class NoiseSchedule:
   """A noise schedule and how it is sampled.
 
   Attributes:
@@ -30,14 +30,14 @@ class Schedule:
     beta_start: first beta of the linear kinds.
     beta_end: last beta of the linear kinds.
     betas: T of them, instead of a kind.
-    zero_snr: rescale so that nothing is left of the picture at the last step
+    zero_snr: rescale so that nothing is left of the image at the last step
       (Lin et al., arXiv 2305.08891).
     spacing: which steps a short sampling visits; only "trailing" and
-      "linspace" begin at the last one, where nothing is left of the picture.
+      "linspace" begin at the last one, where nothing is left of the image.
     steps_offset: added to the steps of the "leading" spacing.
     alpha_to_one: the last sampling step ends at a = 1, not at a_0.
     prediction: what the network's output stands for; see `to_eps`.
-    clip: bound on the predicted picture at every step, None for none. A pair
+    clip: bound on the predicted image at every step, None for none. A pair
       (share, largest) is dynamic thresholding (arXiv 2205.11487); see `bound`.
     shift: added to log(a / (1 - a)) of the cosine kind; negative = noisier.
   """
@@ -93,8 +93,8 @@ class Schedule:
       )
 
 
-STABLE_DIFFUSION = Schedule()
-PIXELS = Schedule(
+STABLE_DIFFUSION = NoiseSchedule()
+PIXELS = NoiseSchedule(
   kind="cosine",
   spacing="trailing",
   steps_offset=0,
@@ -104,7 +104,7 @@ PIXELS = Schedule(
 )
 
 
-def alphas_cumprod(schedule: Schedule) -> np.ndarray:
+def alphas_cumprod(schedule: NoiseSchedule) -> np.ndarray:
   """float32[T], a_t: falls from nearly 1 to nearly 0."""
   table = _alphas(schedule)
   if schedule.zero_snr:
@@ -139,7 +139,7 @@ def _squared_cosine(time):
   return np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
 
 
-def timesteps(schedule: Schedule, count: int) -> np.ndarray:
+def timesteps(schedule: NoiseSchedule, count: int) -> np.ndarray:
   """int32[count], the visited steps from noisy to clean.
 
   `timesteps(STABLE_DIFFUSION, 5)` is [801, 601, 401, 201, 1].
@@ -159,7 +159,7 @@ def timesteps(schedule: Schedule, count: int) -> np.ndarray:
   return np.clip(steps, 0, total - 1).astype(np.int32)
 
 
-def check_count(schedule: Schedule, count: int):
+def check_count(schedule: NoiseSchedule, count: int):
   """UsageError unless count steps can be visited."""
   if not 1 <= count <= schedule.num_steps:
     raise errors.UsageError(
@@ -173,27 +173,27 @@ def _over(level: jax.Array, like: jax.Array) -> jax.Array:
   return level.reshape(level.shape + (1,) * (like.ndim - level.ndim))
 
 
-def add_noise(schedule: Schedule, x, noise, t):
-  """z_t of float[B, ...] pictures, float[B, ...] noise and int[B] steps."""
+def add_noise(schedule: NoiseSchedule, x, noise, t):
+  """z_t of float[B, ...] images, float[B, ...] noise and int[B] steps."""
   a = _over(jnp.asarray(alphas_cumprod(schedule))[t], x)
   return jnp.sqrt(a) * x + jnp.sqrt(1 - a) * noise
 
 
-def to_eps(schedule: Schedule, output, z, a):
+def to_eps(schedule: NoiseSchedule, output, z, a):
   """The predicted noise, whatever the network's output stands for.
 
   With prediction "epsilon" it is the output itself. With "velocity" (Salimans
   & Ho, arXiv 2202.00512) eps = sqrt(a) output + sqrt(1 - a) z: a network that
-  gives 0 already copies the noise out of a noisy picture, and the predicted
-  picture stays bounded where nothing is left of it. With "sample" the output
-  is the picture, and eps = (z - sqrt(a) output) / sqrt(1 - a): a small network
+  gives 0 already copies the noise out of a noisy image, and the predicted
+  image stays bounded where nothing is left of it. With "sample" the output
+  is the image, and eps = (z - sqrt(a) output) / sqrt(1 - a): a small network
   on large patches then never has to carry noise through (Li & He, arXiv
   2511.13720).
 
   Args:
     schedule: says which prediction.
     output: float[B, ...].
-    z: float[B, ...], the noisy picture the output was computed from.
+    z: float[B, ...], the noisy image the output was computed from.
     a: float[B] or float[], its a_t.
   """
   if schedule.prediction == "epsilon":
@@ -204,8 +204,8 @@ def to_eps(schedule: Schedule, output, z, a):
   return jnp.sqrt(a) * output + jnp.sqrt(1 - a) * z
 
 
-def to_picture(schedule: Schedule, output, z, a):
-  """The predicted clean picture; the arguments are those of `to_eps`."""
+def to_image(schedule: NoiseSchedule, output, z, a):
+  """The predicted clean image; the arguments are those of `to_eps`."""
   a = _over(jnp.asarray(a), z)
   if schedule.prediction == "epsilon":
     return (z - jnp.sqrt(1 - a) * output) / jnp.sqrt(a)
@@ -214,24 +214,24 @@ def to_picture(schedule: Schedule, output, z, a):
   return jnp.sqrt(a) * z - jnp.sqrt(1 - a) * output
 
 
-def bound(schedule: Schedule, picture: jax.Array) -> jax.Array:
-  """The predicted picture, float[B, ...], within the schedule's `clip`.
+def bound(schedule: NoiseSchedule, image: jax.Array) -> jax.Array:
+  """The predicted image, float[B, ...], within the schedule's `clip`.
 
-  A pair (share, largest) bounds each picture at the quantile `share` of its
+  A pair (share, largest) bounds each image at the quantile `share` of its
   own absolute values, kept within 1 .. largest, and divides by that bound.
   """
   if schedule.clip is None:
-    return picture
+    return image
   if not isinstance(schedule.clip, tuple):
-    return jnp.clip(picture, -schedule.clip, schedule.clip)
+    return jnp.clip(image, -schedule.clip, schedule.clip)
   share, largest = schedule.clip
-  flat = jnp.abs(picture.reshape(picture.shape[0], -1))
+  flat = jnp.abs(image.reshape(image.shape[0], -1))
   limit = jnp.clip(jnp.quantile(flat, share, axis=1), 1.0, largest)
-  limit = _over(limit, picture)
-  return jnp.clip(picture, -limit, limit) / limit
+  limit = _over(limit, image)
+  return jnp.clip(image, -limit, limit) / limit
 
 
-def eps_error(schedule: Schedule, output, x, noise, a):
+def eps_error(schedule: NoiseSchedule, output, x, noise, a):
   """Mean squared error of the predicted noise, float32[B].
 
   Equal to that of `to_eps`, without its cancellation: for "velocity" it is
@@ -241,7 +241,7 @@ def eps_error(schedule: Schedule, output, x, noise, a):
   Args:
     schedule: says which prediction.
     output: float[B, ...], the network's for `add_noise(x, noise)`.
-    x: float[B, ...], clean pictures.
+    x: float[B, ...], clean images.
     noise: float[B, ...].
     a: float[B], alphas_cumprod of their steps.
   """

@@ -1,4 +1,4 @@
-"""Solvers of sampling: from noise to a picture in few steps.
+"""Solvers of sampling: from noise to an image in few steps.
 
 A solver is a frozen dataclass of two methods, and hashable, so that it can be
 a static argument. `plan` gives the visited steps and their numbers, computed
@@ -25,13 +25,13 @@ class Ddim:
     eta: share of DDPM's noise, 0 for none (the paper's equation 12).
     official: step as diffusers does, for parity: each step goes T // count
       down from its own, whichever is visited next, and the predicted noise
-      stays what it was where `clip` bounds the picture.
+      stays what it was where `clip` bounds the image.
   """
 
   eta: float = 0.0
   official: bool = False
 
-  def plan(self, schedule: schedules.Schedule, count: int):
+  def plan(self, schedule: schedules.NoiseSchedule, count: int):
     """The visited steps and the levels between which they lead.
 
     Returns:
@@ -53,7 +53,7 @@ class Ddim:
     if schedule.prediction == "epsilon" and not a.all():
       raise errors.UsageError(
         "This schedule begins at pure noise (zero_snr), where predicted noise"
-        " says nothing of the picture: it needs prediction 'velocity' or"
+        " says nothing of the image: it needs prediction 'velocity' or"
         " 'sample', or the spacing 'leading', which does not visit that step."
       )
     return steps, {"a": a, "a_next": after.astype(np.float32)}
@@ -65,25 +65,25 @@ class Ddim:
       schedule: its prediction and clip are used.
       output: float[B, ...], the network's.
       z: float[B, ...].
-      previous: float[B, ...], the picture predicted a step ago; unused.
+      previous: float[B, ...], the image predicted a step ago; unused.
       now: dict of float[].
       noise: float[B, ...], needed where eta > 0.
 
     Returns:
-      The next z and the predicted clean picture.
+      The next z and the predicted clean image.
     """
     del previous
     a, a_next = now["a"], now["a_next"]
-    picture = schedules.to_picture(schedule, output, z, a)
+    image = schedules.to_image(schedule, output, z, a)
     eps = schedules.to_eps(schedule, output, z, a)
     if schedule.clip is not None:
-      picture = schedules.bound(schedule, picture)
+      image = schedules.bound(schedule, image)
       if not self.official:
-        eps = (z - jnp.sqrt(a) * picture) / jnp.sqrt(1 - a)
+        eps = (z - jnp.sqrt(a) * image) / jnp.sqrt(1 - a)
     spread = self.eta * jnp.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
     towards = jnp.sqrt(jnp.maximum(1 - a_next - spread**2, 0.0)) * eps
-    z = jnp.sqrt(a_next) * picture + towards
-    return (z if noise is None else z + spread * noise), picture
+    z = jnp.sqrt(a_next) * image + towards
+    return (z if noise is None else z + spread * noise), image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class DpmSolver:
   spacing: str | None = None
   eta = 0.0  # no field: this solver adds no noise
 
-  def plan(self, schedule: schedules.Schedule, count: int):
+  def plan(self, schedule: schedules.NoiseSchedule, count: int):
     """The visited steps and the weights of what a step adds up.
 
     Returns:
@@ -146,11 +146,11 @@ class DpmSolver:
   def step(self, schedule, output, z, previous, now, noise=None):
     """One step; arguments and results are those of `Ddim.step`."""
     del noise
-    picture = schedules.to_picture(schedule, output, z, now["a"])
+    image = schedules.to_image(schedule, output, z, now["a"])
     if not self.official or isinstance(schedule.clip, tuple):
-      picture = schedules.bound(schedule, picture)
-    z = now["keep"] * z + now["new"] * picture - now["old"] * previous
-    return z, picture
+      image = schedules.bound(schedule, image)
+    z = now["keep"] * z + now["new"] * image - now["old"] * previous
+    return z, image
 
 
 def _dpm_timesteps(schedule, count):

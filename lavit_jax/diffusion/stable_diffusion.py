@@ -62,8 +62,8 @@ class Settings:
   """What is drawn and how; hashable, for a static argument.
 
   Attributes:
-    height: of the picture, in pixels.
-    width: of the picture, in pixels.
+    height: of the image, in pixels.
+    width: of the image, in pixels.
     steps: that the solver visits.
     solver: see `solvers.named`.
     dtype: of what the network is given; latents are float32 throughout.
@@ -96,14 +96,14 @@ class Settings:
 
   @property
   def shape(self) -> tuple[int, int, int]:
-    """Height, width and channels of the latents of one picture."""
+    """Height, width and channels of the latents of one image."""
     factor = self.factor
     return self.height // factor, self.width // factor, self.channels
 
 
 def lowres(
   denoise: Denoise,
-  schedule: schedules.Schedule,
+  schedule: schedules.NoiseSchedule,
   settings: Settings,
   tokens: jax.Array,
   uncond: jax.Array,
@@ -122,7 +122,7 @@ def lowres(
     settings: sizes, steps, solver.
     tokens: float[B, N, D], `decoder.LowresDecoder`'s.
     uncond: float[1, U, D] or float[U, D], the checkpoint's; U at most N.
-    seeds: int[B]; a picture depends on its own seed only.
+    seeds: int[B]; an image depends on its own seed only.
     mask: bool[B, N], which tokens are seen; None for all.
     guidance: a plain 1 runs the conditional stream alone.
     noise: float[B, h, w, C] to start from, instead of the seeds' own.
@@ -176,7 +176,7 @@ def pad_uncond(uncond: jax.Array, tokens: jax.Array):
 
 def highres(
   denoise: Denoise,
-  schedule: schedules.Schedule,
+  schedule: schedules.NoiseSchedule,
   settings: Settings,
   tokens: jax.Array,
   pooled: jax.Array,
@@ -198,7 +198,7 @@ def highres(
     settings: sizes, steps, solver.
     tokens: float[B, N, D], `decoder.HighresDecoder`'s first.
     pooled: float[B, P], its second.
-    seeds: int[B]; a picture depends on its own seed only.
+    seeds: int[B]; an image depends on its own seed only.
     original_size: height and width to be told; None for the drawn ones.
     crop: top and left to be told.
     guidance: a plain 1 runs the conditional stream alone.
@@ -263,5 +263,5 @@ def _check_batch(arrays, seeds):
       f"{count} rows of {name}" for name, count in rows.items()
     )
     raise errors.UsageError(
-      f"{len(seeds)} seeds, but {listed}: give one of each a picture."
+      f"{len(seeds)} seeds, but {listed}: give one of each an image."
     )

@@ -98,7 +98,7 @@ def _right(obj, other):
 
 
 def compare(true, predicted):
-  """Scores of one picture: {"attributes", "exact", one for each attribute}.
+  """Scores of one image: {"attributes", "exact", one for each attribute}.
 
   attributes = right / (4 * max(true, predicted)), a share; each attribute's
   own share is right / max(true, predicted); exact is 1.0 or 0.0.
@@ -114,10 +114,10 @@ def compare(true, predicted):
 
 
 def object_scores(true, predicted, prefix):
-  """Means of `compare` over pictures, as {f"{prefix}_{name}": float}.
+  """Means of `compare` over images, as {f"{prefix}_{name}": float}.
 
   Args:
-    true: a sequence of object sequences, one a picture.
+    true: a sequence of object sequences, one an image.
     predicted: the same number of object sequences, in the same order.
     prefix: what was made: "caption", "t2i", "edit".
   """
@@ -130,7 +130,7 @@ def object_scores(true, predicted, prefix):
 
 
 def caption_scores(true, captions, prefix="caption"):
-  """Scores of list[str] captions against the objects of their pictures."""
+  """Scores of list[str] captions against the objects of their images."""
   return object_scores(true, [parse_caption(c) for c in captions], prefix)
 
 

@@ -1,4 +1,4 @@
-"""Reads the objects of a shapes picture by plain image processing.
+"""Reads the objects of a shapes image by plain image processing.
 
 Analysis by synthesis in each quadrant: of every shape, size, position and
 colour, the sprite that explains most of what is not ground. No model, nothing
@@ -13,7 +13,7 @@ from PIL import Image
 
 from lavit_jax.data.shapes import render, scene
 
-_SIZE = 48  # every picture is read at this size
+_SIZE = 48  # every image is read at this size
 _HALF = _SIZE // 2
 _REACH = 4  # pixels that an object may lie off its place, to each side
 _LIGHTNESS_WEIGHT = 0.6  # a ground is grey: trust hue more than lightness
@@ -38,7 +38,7 @@ _AXES = np.array(
 def judge(image):
   """Reads uint8[H, W, 3] as a list of Object, in raster order of place.
 
-  Pictures of another size than 48 px are resized first. Raises ValueError for
+  Images of another size than 48 px are resized first. Raises ValueError for
   anything that is not an RGB byte image.
   """
   image = np.asarray(image)
@@ -62,8 +62,8 @@ def judge(image):
 def _at_reading_size(image):
   """Resizes to float32[48, 48, 3]."""
   if image.shape[:2] != (_SIZE, _SIZE):
-    picture = Image.fromarray(image)
-    image = picture.resize((_SIZE, _SIZE), Image.Resampling.BILINEAR)
+    drawn = Image.fromarray(image)
+    image = drawn.resize((_SIZE, _SIZE), Image.Resampling.BILINEAR)
   return np.asarray(image, np.float32)
 
 

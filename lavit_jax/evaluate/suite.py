@@ -16,7 +16,7 @@ from lavit_jax.data.sources import kinds, shapes
 from lavit_jax.evaluate import shapes as shapes_scores
 from lavit_jax.evaluate import tokenizer as tokenizer_scores
 
-CODE_PICTURES = 2_000  # pictures over which the use of codes is counted
+CODE_IMAGES = 2_000  # images over which the use of codes is counted
 _DRAWING_STEPS = 12  # of the pixel decoder; 20 are 0.01 to 0.02 better
 _EXHIBITS = 12
 _STEPS = 10  # of `_shapes`, for the progress bar
@@ -24,9 +24,9 @@ _STEPS = 10  # of `_shapes`, for the progress bar
 
 @dataclasses.dataclass
 class Exhibits:
-  """What the report shows of a model's work, a list entry a picture."""
+  """What the report shows of a model's work, a list entry an image."""
 
-  pictures: list[np.ndarray] = dataclasses.field(default_factory=list)
+  images: list[np.ndarray] = dataclasses.field(default_factory=list)
   keeps: list[np.ndarray] = dataclasses.field(default_factory=list)
   redrawn: list[Any] = dataclasses.field(default_factory=list)
   captions: list[tuple] = dataclasses.field(default_factory=list)
@@ -64,7 +64,7 @@ def evaluate(
     source = kinds.build(data, "held_out")
     _own_data(lavit, source, metrics, exhibits)
     return metrics, exhibits
-  sized = dict(data) | {"held_out_size": max(scenes, CODE_PICTURES)}
+  sized = dict(data) | {"held_out_size": max(scenes, CODE_IMAGES)}
   held_out = kinds.build(sized, "held_out")
   never_seen = kinds.build(sized, "never_seen")
   with progress.Progress(
@@ -90,8 +90,8 @@ def _shapes(lavit, held_out, never_seen, metrics, exhibits):
 
 
 def _tokenizer(lavit, source, metrics, exhibits):
-  indices = range(max(metrics["scenes"], CODE_PICTURES))
-  pictures = np.stack([source.image(i) for i in indices])
+  indices = range(max(metrics["scenes"], CODE_IMAGES))
+  images = np.stack([source.image(i) for i in indices])
   size = source.image_size
   patches = math.isqrt(lavit.visual.num_patches)  # a side
   shares = np.stack(
@@ -100,18 +100,18 @@ def _tokenizer(lavit, source, metrics, exhibits):
       for i in indices
     ]
   )
-  metrics |= tokenizer_scores.quality(lavit.visual, pictures, shares)
-  tokens = lavit.tokenize(list(pictures[:500]))
+  metrics |= tokenizer_scores.quality(lavit.visual, images, shares)
+  tokens = lavit.tokenize(list(images[:500]))
   kept = np.array([len(t["codes"]) for t in tokens])
   objects = np.array([len(source.scene(i).objects) for i in range(500)])
   for count in np.unique(objects):
     mean = float(kept[objects == count].mean())
     metrics[f"tokens_for_{count}_objects"] = mean
-  exhibits.pictures = list(pictures[:_EXHIBITS])
+  exhibits.images = list(images[:_EXHIBITS])
   exhibits.keeps = [t["keep"] for t in tokens[:_EXHIBITS]]
-  exhibits.redrawn = lavit.reconstruct(list(pictures[:_EXHIBITS]))
-  _code_examples(pictures, tokens, patches, exhibits)
-  redrawn = lavit.reconstruct(list(pictures[:200]))
+  exhibits.redrawn = lavit.reconstruct(list(images[:_EXHIBITS]))
+  _code_examples(images, tokens, patches, exhibits)
+  redrawn = lavit.reconstruct(list(images[:200]))
   metrics |= shapes_scores.object_scores(
     [source.scene(i).objects for i in range(200)],
     [shapes_scores.judge(np.asarray(image)) for image in redrawn],
@@ -119,16 +119,16 @@ def _tokenizer(lavit, source, metrics, exhibits):
   )
 
 
-def _code_examples(pictures, tokens, side, exhibits, each: int = 6):
+def _code_examples(images, tokens, side, exhibits, each: int = 6):
   """Some patches for every code, for the codebook sheet."""
-  size = pictures.shape[1] // side
-  for picture, token in zip(pictures, tokens, strict=False):
+  size = images.shape[1] // side
+  for image, token in zip(images, tokens, strict=False):
     places = np.flatnonzero(token["keep"])
     for place, code in zip(places, token["codes"], strict=True):
       found = exhibits.code_patches.setdefault(int(code), [])
       if len(found) < each:
         y, x = (place // side) * size, (place % side) * size
-        found.append(picture[y : y + size, x : x + size])
+        found.append(image[y : y + size, x : x + size])
 
 
 def _scenes(lavit, source, count, metrics, exhibits=None, prefix=""):
@@ -138,16 +138,16 @@ def _scenes(lavit, source, count, metrics, exhibits=None, prefix=""):
   under `prefix`; `exhibits` is for the report.
   """
   shown = exhibits or Exhibits()
-  pictures = [source.image(i) for i in range(count)]
+  images = [source.image(i) for i in range(count)]
   objects = [source.scene(i).objects for i in range(count)]
-  captions = lavit.caption(pictures)
+  captions = lavit.caption(images)
   metrics |= shapes_scores.caption_scores(objects, captions, f"{prefix}caption")
   wanted = [source.captions(i)[0] for i in range(min(_EXHIBITS, count))]
-  shown.captions = list(zip(pictures, wanted, captions, strict=False))
+  shown.captions = list(zip(images, wanted, captions, strict=False))
   yield "captions"
   asked = _asked(source, count)
   answers = lavit.answer(
-    [pictures[i] for i, *_ in asked], [question for _, _, question, _ in asked]
+    [images[i] for i, *_ in asked], [question for _, _, question, _ in asked]
   )
   metrics |= shapes_scores.vqa_scores(
     [kind for _, kind, _, _ in asked],
@@ -156,7 +156,7 @@ def _scenes(lavit, source, count, metrics, exhibits=None, prefix=""):
     f"{prefix}vqa",
   )
   shown.answers = [
-    (pictures[asked[n][0]], asked[n][2], asked[n][3], answers[n])
+    (images[asked[n][0]], asked[n][2], asked[n][3], answers[n])
     for n in range(0, min(len(asked), _EXHIBITS * 7), 7)
   ]
   yield "answers"
@@ -167,7 +167,7 @@ def _scenes(lavit, source, count, metrics, exhibits=None, prefix=""):
   yield "drawings"
   rows = [_edit_prompt(source, i) for i in range(count)]
   drawn = lavit.synthesize_batch(
-    [[picture, words] for picture, words, _ in rows], steps=_DRAWING_STEPS
+    [[image, words] for image, words, _ in rows], steps=_DRAWING_STEPS
   )
   results = [objects for *_, objects in rows]
   metrics |= _drawing_scores(results, drawn, f"{prefix}edit")
@@ -185,10 +185,10 @@ def _asked(source, count):
 
 
 def _edit_prompt(source, i):
-  """(picture, words, objects of the result) of a scene's edit."""
-  picture, words, result = source.example("edit", i).parts
+  """(image, words, objects of the result) of a scene's edit."""
+  image, words, result = source.example("edit", i).parts
   return (
-    source.image(picture.image),
+    source.image(image.image),
     words.text,
     source.scene(result.image).objects,
   )
@@ -210,41 +210,41 @@ def _unguided(lavit, source, count, metrics):
 
 
 def _readable(source, count):
-  """(indices, uint8[n, H, W, 3]) of the first pictures that can be read."""
-  log = faults.FaultLog(f"pictures of {source.name}", limit_share=1.0)
-  indices, pictures = [], []
+  """(indices, uint8[n, H, W, 3]) of the first images that can be read."""
+  log = faults.FaultLog(f"images of {source.name}", limit_share=1.0)
+  indices, images = [], []
   for i in range(source.num_images):
     if len(indices) == count:
       break
-    pixels, valid = rows.picture(source, i, log)
+    pixels, valid = rows.image(source, i, log)
     if valid:
       indices.append(i)
-      pictures.append(pixels)
+      images.append(pixels)
   if not indices:
     raise errors.DataError(
-      f"No picture of {source.name} to evaluate on: {log.summary()}. Choose"
+      f"No image of {source.name} to evaluate on: {log.summary()}. Choose"
       " other held-out data."
     )
-  return indices, np.stack(pictures)
+  return indices, np.stack(images)
 
 
 def _own_data(lavit, source, metrics, exhibits):
-  """What can be measured without knowing what is in the pictures."""
-  indices, pictures = _readable(source, 100)
-  whole = len(pictures) // 50 * 50
+  """What can be measured without knowing what is in the images."""
+  indices, images = _readable(source, 100)
+  whole = len(images) // 50 * 50
   if whole:
-    metrics |= tokenizer_scores.quality(lavit.visual, pictures[:whole])
-  tokens = lavit.tokenize(list(pictures))
-  captions = lavit.caption(list(pictures))
+    metrics |= tokenizer_scores.quality(lavit.visual, images[:whole])
+  tokens = lavit.tokenize(list(images))
+  captions = lavit.caption(list(images))
   wanted = [source.captions(i) for i in indices]
   right = [c in w for c, w in zip(captions, wanted, strict=True)]
   metrics["caption_exact"] = float(np.mean(right))
-  exhibits.pictures = list(pictures[:_EXHIBITS])
+  exhibits.images = list(images[:_EXHIBITS])
   exhibits.keeps = [t["keep"] for t in tokens[:_EXHIBITS]]
-  exhibits.redrawn = lavit.reconstruct(list(pictures[:_EXHIBITS]))
+  exhibits.redrawn = lavit.reconstruct(list(images[:_EXHIBITS]))
   exhibits.captions = [
-    (pictures[i], (wanted[i] or ["(none)"])[0], captions[i])
-    for i in range(min(_EXHIBITS, len(pictures)))
+    (images[i], (wanted[i] or ["(none)"])[0], captions[i])
+    for i in range(min(_EXHIBITS, len(images)))
   ]
   prompts = [w[0] for w in wanted if w][:_EXHIBITS]
   if prompts:

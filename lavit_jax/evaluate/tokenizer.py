@@ -15,7 +15,7 @@ _BATCH = 50
 
 
 def quality(visual, images, object_shares=None, *, seed: int = 0):
-  """Metrics of a tokenizer on pictures.
+  """Metrics of a tokenizer on images.
 
   Args:
     visual: an `infer.visual.VisualTokenizer`.

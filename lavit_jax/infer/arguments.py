@@ -45,10 +45,10 @@ def one_each(what, given, count):
 
 
 def require_text(what, given, instead=None):
-  """UsageError where a picture or something else stands for a text."""
+  """UsageError where an image or something else stands for a text."""
   if isinstance(given, str):
     return
-  hint = f" Pictures in a prompt go through {instead}." if instead else ""
+  hint = f" Images in a prompt go through {instead}." if instead else ""
   raise errors.UsageError(
     f"The {what} is a {type(given).__name__}, but text (str) is expected"
     f" here.{hint}"

@@ -1,4 +1,4 @@
-"""Visual words written after prompts of text and pictures, with guidance."""
+"""Visual words written after prompts of text and images, with guidance."""
 
 import jax
 import numpy as np
@@ -25,8 +25,8 @@ def write(
     prompter: of the model.
     asked: prompts, as `Prompter.parse` takes them.
     against: for each its negative prompt, or None.
-    rule: a `rules.Drawing`.
-    form: how pictures enter, "continuous" or "codes".
+    rule: a `rules.ImageGenerationConfig`.
+    form: how images enter, "continuous" or "codes".
     seed: prompt i is a function of itself and seed + i.
     parity: with the quirks of the official code.
   """
@@ -91,7 +91,7 @@ def _uncond(prompter, against, how):
 
 
 def _words_allowed(prompter, rule, parity, rows, mixed):
-  """(fewest, most) tokens of a picture, [/IMG] counted."""
+  """(fewest, most) tokens of an image, [/IMG] counted."""
   patches = prompter.visual.num_patches
   most = rule.max_new_tokens or patches + 1
   if not parity:
@@ -100,7 +100,7 @@ def _words_allowed(prompter, rule, parity, rows, mixed):
   if mixed.any():  # the length of a prompt of tokens replaces the limit
     most = max(
       prompt_rows.length_of(row) - 1
-      for row, has_picture in zip(rows, mixed, strict=True)
-      if has_picture
+      for row, has_image in zip(rows, mixed, strict=True)
+      if has_image
     )
   return rule.min_new_tokens, most

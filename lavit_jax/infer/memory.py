@@ -48,8 +48,8 @@ def needs(
   quantize: str | None = None,
   batch: int = 1,
   text_tokens: int = 32,
-  pictures: int = 1,
-  rules: rules_lib.Rules | None = None,
+  images: int = 1,
+  rules: rules_lib.GenerationPreset | None = None,
   decoder: str | None = None,
 ) -> dict[str, dict[str, Any]]:
   """What class LaVIT needs for each task with a model directory.
@@ -58,9 +58,9 @@ def needs(
     directory: a model directory.
     dtype: of encoder, LLM and computation.
     quantize: None, or "int8" for the LLM.
-    batch: pictures or prompts at once.
+    batch: images or prompts at once.
     text_tokens: of the text in a prompt (captions have none).
-    pictures: in a prompt of `synthesize` and `write_codes`; each is taken to
+    images: in a prompt of `synthesize` and `write_codes`; each is taken to
       keep all its patches, the most that is possible.
     rules: how many tokens, beams and streams; by default the model's own.
     decoder: the pixel decoder, of `painters.NEEDS`; by default the model's.
@@ -94,7 +94,7 @@ def needs(
       checker = (safety.PART,) if safety.PART in stored else ()
       parts = (*parts, *paints, *checker)
     missing = _missing(directory, stored, task, parts)
-    slots = _slots(stored, task, rules, text_tokens, pictures)
+    slots = _slots(stored, task, rules, text_tokens, images)
     held = {name: weights[name] for name in parts if name in weights}
     cache = _cache_bytes(stored, slots, batch, dtype)
     out[task] = {
@@ -171,7 +171,7 @@ def _note(missing: Sequence[str]) -> str:
   return f"the model has no {', '.join(missing)}" if missing else ""
 
 
-def _slots(stored, task, rules, text_tokens, pictures) -> tuple[int, int]:
+def _slots(stored, task, rules, text_tokens, images) -> tuple[int, int]:
   """(rows of the cache a prompt, slots of a row); (0, 0) without an LLM."""
   if "llm" not in TASKS[task] or not {"llm", "tokenizer"} <= set(stored):
     return 0, 0
@@ -183,8 +183,8 @@ def _slots(stored, task, rules, text_tokens, pictures) -> tuple[int, int]:
     prompt = patches + 2 + (text_tokens if task == "answer" else 0)
     rows, new = rule.num_beams, rule.max_new_tokens
   else:
-    rule, mixed = rules.draw, task != "generate" and pictures > 0
-    prompt = text_tokens + mixed * pictures * (patches + 2) + 1
+    rule, mixed = rules.draw, task != "generate" and images > 0
+    prompt = text_tokens + mixed * images * (patches + 2) + 1
     guidance = rule.mixed_guidance_scale if mixed else rule.guidance_scale
     rows = 1 if guidance == 1 else 2
     new = min(rule.max_new_tokens or patches + 1, patches + 1)

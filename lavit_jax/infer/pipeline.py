@@ -5,20 +5,20 @@ Inputs are paths, PIL images or uint8 arrays, one or a list; a single input
 gives a single output. Batches are padded to a few sizes and prompts to
 multiples of 16, so that each padded shape compiles once.
 
-How texts and pictures are written by default is up to the model (`rules.py`):
+How texts and images are written by default is up to the model (`rules.py`):
 one trained here decodes greedily; one imported from the official release does
 as its classes do. Where the official code has a quirk, a call does the right
 thing and `parity=True` does the same as the official code:
 
   call              parity=True
   all that read     patches are sampled (with seed, or 0), not the likeliest;
-                    a picture's orientation and transparency go unheeded;
+                    an image's orientation and transparency go unheeded;
                     "</s>" in a text is the token, not the four characters
   caption, answer   cut at every "." (answers: and ","): "3.14" becomes "3"
   write_codes       <unk>, <s>, </s> and [IMG] may come among the words (and
-                    are dropped), a negative prompt gets no [IMG], pictures in
-                    a prompt get no [IMG] and [/IMG], and a prompt with a
-                    picture draws at most as many words as it is long itself
+                    are dropped), a negative prompt gets no [IMG], images in
+                    a prompt get no [IMG] and [/IMG], and a prompt with an
+                    image draws at most as many words as it is long itself
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from lavit_jax.core import errors, images, vocabulary
+from lavit_jax.core import errors, image_io, vocabulary
 from lavit_jax.core.storage import checkpoints, files
 from lavit_jax.infer import (
   arguments,
@@ -79,7 +79,7 @@ class LaVIT:
         (codes, and pixels drawn from them, are float32 in any case);
         quantize: "int8" for the weights of the LLM (`quantize.py`); manner:
         "ours" or "official" (`rules.py`), by default what the model asks for;
-        max_batch: pictures or prompts at once, less needs less memory;
+        max_batch: images or prompts at once, less needs less memory;
         check_safety: hold drawings to the safety checker, where the model has
         one: those withheld are black (`safety.is_withheld`).
 
@@ -123,31 +123,31 @@ class LaVIT:
     return safety.Checker(self.directory)
 
   @functools.cached_property
-  def rules(self) -> rules.Rules:
+  def rules(self) -> rules.GenerationPreset:
     """How this model writes and draws where a call does not say."""
     if self._manner:
       return rules.BY_NAME[self._manner]
     return rules.rules_of(checkpoints.read_meta(self.directory, "llm"))
 
-  # Pictures to tokens and back --------------------------------------------
+  # Images to tokens and back --------------------------------------------
 
   def tokenize(
-    self, pictures, *, seed: int | None = None, budget=None, parity=False
+    self, images, *, seed: int | None = None, budget=None, parity=False
   ):
-    """Visual tokens of pictures.
+    """Visual tokens of images.
 
     Args:
-      pictures: one or a list.
-      seed: sample the selection as the paper does, picture i with the noise
+      images: one or a list.
+      seed: sample the selection as the paper does, image i with the noise
         of seed + i; None is deterministic.
       budget: keep exactly this many patches, instead of the expected number.
       parity: as the official code, see the head of this module.
 
     Returns:
-      For each picture a dict: `keep` bool[N] (patches kept, raster order)
+      For each image a dict: `keep` bool[N] (patches kept, raster order)
       and `codes` int32[k] (their code numbers).
     """
-    batch, single = self._batch(pictures, parity)
+    batch, single = self._batch(images, parity)
     seed = 0 if parity and seed is None else seed
     out = []
     for chunk, count, start in batches.chunks(batch, self.max_batch):
@@ -155,16 +155,16 @@ class LaVIT:
       out += self.visual.tokenize(chunk, seed=seeds, budget=budget, count=count)
     return out[0] if single else out
 
-  def reconstruct(self, pictures, *, budget=None, parity=False, **options):
-    """Pictures redrawn from their own tokens, without the LLM.
+  def reconstruct(self, images, *, budget=None, parity=False, **options):
+    """Images redrawn from their own tokens, without the LLM.
 
     Args:
-      pictures: one or a list.
+      images: one or a list.
       budget: see `tokenize`.
       parity: see `tokenize`.
       **options: see `draw_codes`.
     """
-    tokens = self.tokenize(pictures, budget=budget, parity=parity)
+    tokens = self.tokenize(images, budget=budget, parity=parity)
     single = isinstance(tokens, dict)
     rows = [tokens] if single else tokens
     drawn = self.draw_codes([row["codes"] for row in rows], **options)
@@ -178,18 +178,18 @@ class LaVIT:
     progress: options_lib.Progress | None = None,
     **options,
   ) -> list[PIL.Image.Image]:
-    """Paints pictures from lists of code numbers int[k], 1 <= k <= N.
+    """Paints images from lists of code numbers int[k], 1 <= k <= N.
 
     What the model's safety checker withholds is black, and named by
     `safety.is_withheld`.
 
     Args:
-      codes: one list for each picture.
-      seed: picture i takes the noise of seed + i, whatever the batch.
+      codes: one list for each image.
+      seed: image i takes the noise of seed + i, whatever the batch.
       progress: called with (steps done, steps in all) as it goes on.
-      **options: fields of `painting.Painting` (ratio, size, steps, …).
+      **options: fields of `options.PixelOptions` (ratio, size, steps, …).
     """
-    how = rules.changed(options_lib.Painting(), options)
+    how = rules.changed(options_lib.PixelOptions(), options)
     arrays = decoders.paint(
       self._painter(how.decoder),
       self.visual,
@@ -199,23 +199,24 @@ class LaVIT:
       limit=self.max_batch,
       progress=progress,
     )
-    pictures = [images.to_pil(array) for array in arrays]
-    return self._safety.check(pictures) if self._check_safety else pictures
+    images = [image_io.to_pil(array) for array in arrays]
+    return self._safety.check(images) if self._check_safety else images
 
-  # Pictures to words --------------------------------------------------------
+  # Images to words --------------------------------------------------------
 
-  def caption(self, pictures, *, prompt="", parity=False, seed=None, **options):
-    """Describes one picture or a list of them: str or list[str].
+  def caption(self, images, *, prompt="", parity=False, seed=None, **options):
+    """Describes one image or a list of them: str or list[str].
 
     Args:
-      pictures: one or a list.
+      images: one or a list.
       prompt: how every caption begins, not repeated in what comes back.
       parity: as the official code, see the head of this module.
       seed: sample which patches are read; None is deterministic.
-      **options: fields of `rules.Writing` (num_beams, max_new_tokens, …).
+      **options: fields of `rules.TextGenerationConfig` (num_beams,
+        max_new_tokens, …).
     """
     arguments.require_text("prompt", prompt)
-    batch, single = self._batch(pictures, parity)
+    batch, single = self._batch(images, parity)
     asked = [[p, prompt] if prompt else [p] for p in batch]
     rule = rules.changed(self.rules.caption, options)
     clean = str.strip
@@ -230,7 +231,7 @@ class LaVIT:
 
   def answer(
     self,
-    pictures,
+    images,
     questions,
     *,
     answerable_first: bool = False,
@@ -239,13 +240,13 @@ class LaVIT:
     seed: int | None = None,
     **options,
   ):
-    """Answers a question about each picture: str or list[str].
+    """Answers a question about each image: str or list[str].
 
-    One picture and several questions, or equally many of both. (The official
+    One image and several questions, or equally many of both. (The official
     evaluation puts questions through `official.clean_question` first.)
 
     Args:
-      pictures: one or a list.
+      images: one or a list.
       questions: str or a list.
       answerable_first: ask of each question whether it can be answered, as
         the VizWiz protocol does; where the model says no the answer is
@@ -253,12 +254,12 @@ class LaVIT:
       lemmatize: give words in their base form (`wording.lemmatize`).
       parity: as the official code, see the head of this module.
       seed: sample which patches are read; None is deterministic.
-      **options: fields of `rules.Writing`.
+      **options: fields of `rules.TextGenerationConfig`.
 
     Raises:
-      errors.UsageError: pictures and questions that do not match in number.
+      errors.UsageError: images and questions that do not match in number.
     """
-    batch, asked, single = self._paired(pictures, questions, parity)
+    batch, asked, single = self._paired(images, questions, parity)
     rule = rules.changed(self.rules.answer, options)
     seeds = arguments.seeds(seed, parity, len(asked))
 
@@ -285,15 +286,16 @@ class LaVIT:
   def write(
     self, prompts, *, count: int = 1, parity=False, seed=None, **options
   ) -> list[list[text_generation.Text]]:
-    """Goes on with prompts of text and pictures, in words.
+    """Goes on with prompts of text and images, in words.
 
     Args:
-      prompts: list of prompts, each a str or a list of str and pictures.
+      prompts: list of prompts, each a str or a list of str and images.
       count: texts a prompt, the best first; more than one needs num_beams of
         at least as many.
       parity: as the official code, see the head of this module.
       seed: sample which patches are read; None is deterministic.
-      **options: fields of `rules.Writing`; by default those of captions.
+      **options: fields of `rules.TextGenerationConfig`; by default those of
+        captions.
 
     Returns:
       For each prompt its `count` texts, whole, with their scores.
@@ -303,21 +305,21 @@ class LaVIT:
     how = {"seeds": seeds, "parity": parity, "count": count}
     return text_generation.write(self._prompter, prompts, rule, **how)
 
-  def _paired(self, pictures, questions, parity):
-    """Pictures, as many questions, and whether it was one question."""
+  def _paired(self, images, questions, parity):
+    """Images, as many questions, and whether it was one question."""
     single = isinstance(questions, str)
     asked = [questions] if single else questions
     if not isinstance(asked, Sequence):
       arguments.require_text("question", asked)
     for question in asked:
       arguments.require_text("question", question)
-    batch, _ = self._batch(pictures, parity)
+    batch, _ = self._batch(images, parity)
     if len(batch) == 1:
       batch = np.repeat(batch, len(asked), axis=0)
     if len(batch) != len(asked) or not asked:
       raise errors.UsageError(
-        f"{len(batch)} pictures and {len(asked)} questions: give one question"
-        " a picture, or several about one picture."
+        f"{len(batch)} images and {len(asked)} questions: give one question"
+        " an image, or several about one image."
       )
     return batch, asked, single
 
@@ -326,7 +328,7 @@ class LaVIT:
       return official.clean_answer(text).strip()
     return wording.short_answer(text) if self.rules.short else text.strip()
 
-  # Words (and pictures) to pictures ------------------------------------------
+  # Words (and images) to images ------------------------------------------
 
   def generate(self, prompts, **kwargs):
     """Draws what a prompt says: PIL image, or a list for a list.
@@ -343,10 +345,10 @@ class LaVIT:
     return out[0] if single else out
 
   def synthesize(self, parts, **kwargs):
-    """Draws a picture from text and pictures, e.g. [img, "make it red"].
+    """Draws an image from text and images, e.g. [img, "make it red"].
 
     Args:
-      parts: list of str (text) and pictures (PIL images, arrays, or
+      parts: list of str (text) and images (PIL images, arrays, or
         pathlib.Path; a str is always text).
       **kwargs: see `synthesize_batch`.
     """
@@ -363,25 +365,28 @@ class LaVIT:
     progress: options_lib.Progress | None = None,
     **options,
   ) -> list[Any]:
-    """Draws a picture for each prompt, a list of text and picture parts.
+    """Draws an image for each prompt, a list of text and image parts.
 
     Args:
       prompts: list of lists; see `synthesize`.
-      count: pictures of each prompt.
-      seed: picture i is a function of its prompt and seed + i.
+      count: images of each prompt.
+      seed: image i is a function of its prompt and seed + i.
       negative_prompts: see `write_codes`.
       parity: see `write_codes`.
       progress: see `draw_codes`.
-      **options: fields of `rules.Drawing` for the words (guidance_scale, …)
-        and of `painting.Painting` for the pixels (ratio, steps, …).
+      **options: fields of `rules.ImageGenerationConfig` for the visual tokens
+        (guidance_scale, …) and of `options.PixelOptions` for the pixels (ratio,
+        steps, …).
 
     Returns:
-      A picture for each prompt, or with count > 1 a list of so many.
+      An image for each prompt, or with count > 1 a list of so many.
     """
     if count < 1:
       raise errors.UsageError(f"count={count}: expected 1 or more.")
-    words, pixels = rules.split(options, rules.Drawing, options_lib.Painting)
-    how = rules.changed(options_lib.Painting(), pixels)
+    words, pixels = rules.split(
+      options, rules.ImageGenerationConfig, options_lib.PixelOptions
+    )
+    how = rules.changed(options_lib.PixelOptions(), pixels)
     decoders.choose(self.parts, how.decoder)  # before the words are written
     against = arguments.one_each(
       "negative prompt", negative_prompts, len(prompts)
@@ -411,13 +416,13 @@ class LaVIT:
     """The visual words int32[k] the LLM writes for each prompt, k >= 1.
 
     Args:
-      prompts: list of prompts, each a str or a list of str and pictures.
+      prompts: list of prompts, each a str or a list of str and images.
       negative_prompts: what guidance leads away from: one for all prompts or
         one for each; by default nothing, [IMG] alone.
       seed: prompt i is a function of itself and seed + i.
       parity: as the official code, see the head of this module.
-      **options: fields of `rules.Drawing`; a guidance_scale that is given
-        holds for prompts with pictures too.
+      **options: fields of `rules.ImageGenerationConfig`; a guidance_scale that
+        is given holds for prompts with images too.
     """
     rule = rules.changed(self.rules.draw, options)
     if options.get("guidance_scale") is not None:
@@ -435,14 +440,14 @@ class LaVIT:
       parity=parity,
     )
 
-  def _batch(self, pictures, parity=False):
-    """uint8[n, size, size, 3] of one picture or several; was it one?"""
-    single = not isinstance(pictures, list | tuple) and not (
-      isinstance(pictures, np.ndarray) and pictures.ndim == 4
+  def _batch(self, images, parity=False):
+    """uint8[n, size, size, 3] of one image or several; was it one?"""
+    single = not isinstance(images, list | tuple) and not (
+      isinstance(images, np.ndarray) and images.ndim == 4
     )
-    listed = [pictures] if single else list(pictures)
+    listed = [images] if single else list(images)
     if not listed:
-      raise errors.UsageError("No picture was given; give at least one.")
+      raise errors.UsageError("No image was given; give at least one.")
     size = self.visual.image_size
     return np.stack([prompts.sized(p, size, parity) for p in listed]), single
 

@@ -30,7 +30,7 @@ def write(
   Args:
     prompter: of the model.
     asked: prompts, as `Prompter.parse` takes them.
-    rule: a `rules.Writing`.
+    rule: a `rules.TextGenerationConfig`.
     seeds: int[n], to sample which patches are read; None: deterministic.
     parity: with the quirks of the official code.
     count: more than one needs `rule.num_beams` of at least as many.

@@ -1,4 +1,4 @@
-"""Pictures to visual words and back to features, compiled and batched."""
+"""Images to visual words and back to features, compiled and batched."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax.core import errors, images
+from lavit_jax.core import errors, image_io
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.models.tokenizer import selector, tokenizer
 
@@ -41,12 +41,12 @@ class VisualTokenizer:
 
   @property
   def image_size(self) -> int:
-    """Pixels a side of the pictures it takes."""
+    """Pixels a side of the images it takes."""
     return self.config.vit.image_size
 
   @property
   def num_patches(self) -> int:
-    """N, patches of a picture."""
+    """N, patches of an image."""
     return self.config.num_patches
 
   @property
@@ -56,7 +56,7 @@ class VisualTokenizer:
 
   @property
   def feature_mean(self) -> np.ndarray:
-    """Mean features float[N, D] of the pictures it was trained on.
+    """Mean features float[N, D] of the images it was trained on.
 
     Raises:
       errors.CheckpointError: an imported tokenizer, which has none.
@@ -70,11 +70,11 @@ class VisualTokenizer:
 
   @functools.cached_property
   def _encode(self):
-    def encode_pictures(params, pictures):
-      pixels = images.normalize(pictures)
+    def encode_images(params, images):
+      pixels = image_io.normalize(images)
       return tokenizer.encode_images(self.config, params, pixels)
 
-    return jax.jit(encode_pictures)
+    return jax.jit(encode_images)
 
   @functools.cached_property
   def _select(self):
@@ -145,7 +145,7 @@ class VisualTokenizer:
       )
     if budget is not None and not 1 <= budget <= self.num_patches:
       raise errors.UsageError(
-        f"budget={budget}: a picture of {self.num_patches} patches keeps"
+        f"budget={budget}: an image of {self.num_patches} patches keeps"
         f" between 1 and {self.num_patches} of them."
       )
     if budget is None and seed is None:
@@ -178,9 +178,9 @@ class VisualTokenizer:
     return ids, valid
 
   def _encode_apart(self, features, keep):
-    """`encode` picture by picture, each at its own capacity.
+    """`encode` image by image, each at its own capacity.
 
-    On a CPU time is arithmetic, and the fullest picture would set it for all.
+    On a CPU time is arithmetic, and the fullest image would set it for all.
     """
     whole = self.capacity_for(keep)
     rows = []
@@ -196,7 +196,7 @@ class VisualTokenizer:
   def capacity_for(self, keep) -> int:
     """Places that the kept patches of bool[B, N] need: a quarter of N, …, N.
 
-    So that few shapes compile; small pictures always take N.
+    So that few shapes compile; small images always take N.
     """
     num = self.num_patches
     if num < _FEW_PATCHES:
@@ -235,13 +235,13 @@ class VisualTokenizer:
     return self._uncoded(self._variables, features, keep)
 
   def tokenize(self, batch, *, seed=None, budget=None, count=None):
-    """One dict a picture: `keep` bool[N], `codes` int32[k].
+    """One dict an image: `keep` bool[N], `codes` int32[k].
 
     Args:
       batch: uint8[B, H, W, 3].
       seed: see `keep_mask`.
       budget: see `keep_mask`.
-      count: only the first so many pictures are returned.
+      count: only the first so many images are returned.
     """
     features = self.features(batch)
     keep = self.keep_mask(features, seed=seed, budget=budget)
@@ -286,12 +286,12 @@ class VisualTokenizer:
       row = np.asarray(row, np.int32)
       if not 1 <= len(row) <= num:
         raise errors.UsageError(
-          f"Picture {i} has {len(row)} visual words; a picture has between 1"
+          f"Image {i} has {len(row)} visual words; an image has between 1"
           f" and {num}, one for each patch that was kept."
         )
       if row.min() < 0 or row.max() >= self.num_codes:
         raise errors.UsageError(
-          f"Picture {i} has code {row.min()} to {row.max()}; codes run from 0"
+          f"Image {i} has code {row.min()} to {row.max()}; codes run from 0"
           f" to {self.num_codes - 1}. Were they made by another tokenizer?"
         )
       ids[i, : len(row)] = row

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lavit_jax.core import images, progress
+from lavit_jax.core import image_io, progress
 from lavit_jax.core.storage import files
 from lavit_jax.data import examples, faults, image_bytes
 from lavit_jax.data.batching import bucket_rows
@@ -32,9 +32,9 @@ def write_cache(
   batch: int = 8,
   quiet: bool = False,
 ) -> dict[str, Any]:
-  """Writes the latents of every picture, each cut to its bucket.
+  """Writes the latents of every image, each cut to its bucket.
 
-  Interrupt it anywhere and call it again: it goes on. Pictures that cannot be
+  Interrupt it anywhere and call it again: it goes on. Images that cannot be
   read are marked, counted and named in the log.
 
   Args:
@@ -43,11 +43,11 @@ def write_cache(
     data: config.data of the training to come, its `buckets` included.
     out: the cache's directory; it appears when it is complete.
     split: "train" or "held_out".
-    batch: pictures encoded at once.
+    batch: images encoded at once.
     quiet: no progress bar.
 
   Returns:
-    `pictures`, `bad`, `bytes`, `out`.
+    `images`, `bad`, `bytes`, `out`.
 
   Raises:
     errors.LavitError: as of the data, the model and `caches.latents.write`.
@@ -68,7 +68,7 @@ def write_cache(
     pictures=image_bytes.of(source),
   )
   assigned = buckets_lib.assign(buckets_lib.sizes_of(source), meta.buckets)
-  log = faults.FaultLog("pictures", faults.share_of(data))
+  log = faults.FaultLog("images", faults.share_of(data))
   encode = _encoder(net, params)
   with progress.Progress(
     int((assigned != buckets_lib.NONE).sum()),
@@ -86,7 +86,7 @@ def write_cache(
     )
   good = sum(written.good(i) for i in range(len(written)))
   return {
-    "pictures": len(written),
+    "images": len(written),
     "bad": len(written) - good,
     "bytes": sum(x.stat().st_size for x in pathlib.Path(out).iterdir()),
     "out": str(pathlib.Path(out)),
@@ -97,17 +97,17 @@ def _encoder(net, params):
   """uint8[B, H, W, 3] to mean latents float16[B, h, w, C], compiled."""
 
   @jax.jit
-  def encode(params, pictures):
-    x = conditioning.to_unit(pictures)
+  def encode(params, images):
+    x = conditioning.to_unit(images)
     mean, _ = net.apply({"params": params}, x, method="encode")
     return mean.astype("float16")
 
   params = jax.device_put(params)
-  return lambda pictures: np.asarray(encode(params, pictures))
+  return lambda images: np.asarray(encode(params, images))
 
 
 def _records(source, meta, assigned, numbers, encoder, log, bar):
-  """Latents of pictures; None for a bad one."""
+  """Latents of images; None for a bad one."""
   encode, size = encoder
   done = before = int((assigned != buckets_lib.NONE).sum()) - len(numbers)
   for chunk in _chunks(numbers, assigned, size):
@@ -118,10 +118,10 @@ def _records(source, meta, assigned, numbers, encoder, log, bar):
       try:
         image = bucket_rows.original(source, int(i))
         view = buckets_lib.view(image.size[::-1], bucket)
-        pixels[row] = images.cut(image, view.box, bucket)
+        pixels[row] = image_io.cut(image, view.box, bucket)
         good[row] = True
         log.good()
-      except images.ImageError as error:
+      except image_io.ImageError as error:
         log.fault(source.image_key(int(i)), error)
     if not before and done + len(chunk) == len(numbers):
       log.check()  # fewer than a share is judged by: all of them, then
@@ -132,7 +132,7 @@ def _records(source, meta, assigned, numbers, encoder, log, bar):
 
 
 def _chunks(numbers, assigned, size):
-  """Pictures in order, at most `size` at once and all of one bucket."""
+  """Images in order, at most `size` at once and all of one bucket."""
   start = 0
   for end in range(1, len(numbers) + 1):
     full = end - start == size or end == len(numbers)

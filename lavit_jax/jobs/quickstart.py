@@ -55,7 +55,7 @@ def run(
     workdir: everything goes here; DIR/model is the model.
     minutes: rough budget of the stages; scales every phase's steps by
       minutes / sum(MINUTES). None keeps the committed steps.
-    data: a jsonl file of the user's own pictures instead of the shapes, or of
+    data: a jsonl file of the user's own images instead of the shapes, or of
       what DIR/model was trained on.
     fields: of config.data, in place of the committed ones.
     evaluate_only: no training; evaluate `model` (default DIR/model).

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax.core import images, progress
+from lavit_jax.core import image_io, progress
 from lavit_jax.core.storage import files, fingerprints
 from lavit_jax.data import examples, faults, image_bytes
 from lavit_jax.data.caches import codes
@@ -33,7 +33,7 @@ def write_caches(
     model: a model directory with encoder and tokenizer.
     data: config.data, or the path of a jsonl file, or "shapes".
     out: the folder of both caches.
-    held_out: with the path of a jsonl file: that of the held-out pictures; ""
+    held_out: with the path of a jsonl file: that of the held-out images; ""
       holds out a tenth of the former, by hash.
     fields: of config.data, in place of those of `data`.
     quiet: no progress bar.
@@ -73,9 +73,9 @@ def write_cache(
   fields: Mapping[str, Any] | None = None,
   quiet: bool = False,
 ) -> dict[str, Any]:
-  """Writes keep masks and codes of every picture of one part of a dataset.
+  """Writes keep masks and codes of every image of one part of a dataset.
 
-  Interrupt it anywhere and call it again: it goes on. Pictures that cannot be
+  Interrupt it anywhere and call it again: it goes on. Images that cannot be
   read are marked, counted and named in the log.
 
   Args:
@@ -88,7 +88,7 @@ def write_cache(
     quiet: no progress bar.
 
   Returns:
-    `pictures`, `bad`, `mean_tokens`, `out`.
+    `images`, `bad`, `mean_tokens`, `out`.
   """
   files.require_local(out, "a code cache")
   tokenizer = parts.visual_tokenizer(model)
@@ -119,7 +119,7 @@ def _write(model, tokenizer, source, out, *, split, told, limit_share, quiet):
     model=str(model),
     pictures=image_bytes.of(source),
   )
-  log = faults.FaultLog("pictures", limit_share)
+  log = faults.FaultLog("images", limit_share)
   label = f"tokenize {split}"
   with progress.Progress(
     source.num_images,
@@ -133,7 +133,7 @@ def _write(model, tokenizer, source, out, *, split, told, limit_share, quiet):
   counts = np.asarray(written.counts)
   good = counts[counts >= 0]
   return {
-    "pictures": len(counts),
+    "images": len(counts),
     "bad": int((counts < 0).sum()),
     "mean_tokens": float(good.mean()) if len(good) else 0.0,
     "out": str(pathlib.Path(out)),
@@ -154,7 +154,7 @@ def _data_config(data, image_size, held_out, fields) -> dict[str, Any]:
 
 
 def _records(source, tokenizer, start, log, bar):
-  """(index, keep, codes) from picture `start` on; (index, None, None): bad."""
+  """(index, keep, codes) from image `start` on; (index, None, None): bad."""
   for first in range(start, source.num_images, _BATCH):
     indices = range(first, min(first + _BATCH, source.num_images))
     size = (source.image_size, source.image_size, 3)
@@ -165,7 +165,7 @@ def _records(source, tokenizer, start, log, bar):
         batch[row] = source.image(index)
         good[row] = True
         log.good()
-      except images.ImageError as error:
+      except image_io.ImageError as error:
         log.fault(source.image_key(index), error)
     if not start and indices[-1] + 1 == source.num_images:
       log.check()  # fewer than a share is judged by: all of them, then

@@ -3,7 +3,7 @@
 Pre-norm blocks of causal attention (rotary, grouped keys) and SwiGLU, one
 scan over the layers, embedding and head not tied (Touvron et al., 2023). A
 row may mix ids and continuous embeddings: where `use_embeds` is True the
-embedding of the id is replaced, which is how a picture is read as a condition
+embedding of the id is replaced, which is how an image is read as a condition
 (LaVIT, arXiv 2309.04669, section 3.2).
 
 Kernels, embedding and head may be int8, with their scales beside them

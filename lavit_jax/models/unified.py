@@ -1,4 +1,4 @@
-"""The LLM with the continuous branch by which it reads pictures."""
+"""The LLM with the continuous branch by which it reads images."""
 
 import flax.linen as nn
 import jax
@@ -27,7 +27,7 @@ class UnifiedModel(nn.Module):
     )
 
   def read(self, features: jax.Array, keep: jax.Array):
-    """Continuous tokens of pictures.
+    """Continuous tokens of images.
 
     Args:
       features: float[B, N, D] of the frozen encoder.
@@ -53,9 +53,9 @@ class UnifiedModel(nn.Module):
 
     Args:
       tokens: int[B, L] ids.
-      features: float[B, S, N, D] of the pictures that are read.
+      features: float[B, S, N, D] of the images that are read.
       keep: bool[B, S, N] their kept patches.
-      slot: int[B, L], which picture of the row enters here, -1 for none.
+      slot: int[B, L], which image of the row enters here, -1 for none.
       order: int[B, L], which kept token of it.
       positions: int[B, L] within each document.
       segments: int[B, L], 0 for padding.

@@ -116,7 +116,7 @@ def _check_only(only):
       )
 
 
-def _plan(place, only, heads, allow, codes, seed) -> plan.Plan:
+def _plan(place, only, heads, allow, codes, seed) -> plan.ImportPlan:
   """The plan of import of a path, by what lies there."""
   if place.is_dir() and official.is_layout(place):
     if codes is not None:

@@ -5,7 +5,7 @@ evaluate, save. The data position moves only with the step that used it, so a
 checkpoint at step s resumes with the batch after its last.
 
 With several processes each runs this loop, in step with the others: it reads
-its share of each batch, and the first one writes logs and pictures.
+its share of each batch, and the first one writes logs and images.
 """
 
 import io
@@ -20,7 +20,7 @@ from lavit_jax.core import (
   closing,
   errors,
   hosts,
-  images,
+  image_io,
   progress,
   sharding,
 )
@@ -68,7 +68,7 @@ def train(
   with distributed.failing_together():
     ranges.check(config)
     workdir = workdir_lib.check(config, workdir)
-    run = _Run(config, workdir, quiet or not hosts.first())
+    run = _Run(config, workdir, quiet or not hosts.is_lead())
     try:
       workdir_lib.claim(config, workdir)
       with run.stop_signal:
@@ -173,7 +173,7 @@ class _Run:
       found.meta,
       found.step,
       self.config.batch_size,
-      self.objective.free_rows,
+      self.objective.batch_size_may_change,
     )
     return found.state
 
@@ -188,7 +188,7 @@ class _Run:
     self.position = data_position.Position(size, skipped - step * size)
     self._close_logs()
     self._open_logs(step)
-    if hosts.first():
+    if hosts.is_lead():
       _LOG.warning(
         "stage %r was not finite at step %d: back to step %d, and on with the"
         " batch after it",
@@ -329,20 +329,20 @@ class _Run:
     self.writer.write_scalars(
       step, {f"held_out/{name}": value for name, value in metrics.items()}
     )
-    if self.objective.pictures is not None and len(self.objective.pictures):
-      self._show(step, self.objective.pictures)
+    if self.objective.images is not None and len(self.objective.images):
+      self._show(step, self.objective.images)
     self.writer.flush()
     return metrics
 
-  def _show(self, step, pictures):
-    """Pictures uint8[B, h, w, 3] as events, and in a row as a file."""
-    self.writer.write_images(step, {"held_out/pictures": pictures})
-    if hosts.first():
+  def _show(self, step, images):
+    """Images uint8[B, h, w, 3] as events, and in a row as a file."""
+    self.writer.write_images(step, {"held_out/pictures": images})
+    if hosts.is_lead():
       path = self.workdir / "pictures" / f"{step:06d}.png"
       path.parent.mkdir(exist_ok=True)
       file = io.BytesIO()
-      row = np.concatenate(list(pictures), axis=1)
-      images.to_pil(row).save(file, format="PNG")
+      row = np.concatenate(list(images), axis=1)
+      image_io.to_pil(row).save(file, format="PNG")
       path.write_bytes(file.getvalue())
 
   def _save(self, step, state, metrics):
@@ -364,7 +364,7 @@ class _Run:
   def _open_logs(self, step):
     self.writer = (
       writers.create(self.workdir, resume_step=step)
-      if hosts.first()
+      if hosts.is_lead()
       else writers.MultiWriter([])
     )
     self.meter = meter.Meter(
@@ -373,7 +373,7 @@ class _Run:
       chip=chips.of_device(self.mesh.devices.flat[0]),
       num_devices=self.mesh.size,
       num_shares=self.config.batch_size // len(self.rows),
-      write=hosts.first(),
+      write=hosts.is_lead(),
     )
     # Batch s leads from step s to step s + 1.
     self.hashes = batch_log.BatchLog(

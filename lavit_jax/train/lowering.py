@@ -30,7 +30,7 @@ def trace(objective, config, phase, mesh):
   """Traces the step of a phase for a mesh, by shapes alone.
 
   Args:
-    objective: a stage, of a `stored.Outline` too.
+    objective: a stage, of a `AbstractArtifacts` too.
     config: of the run.
     phase: one of `phases.phases_of`.
     mesh: of devices that may be a topology which is not there.

@@ -87,7 +87,7 @@ def _lower_step(cfg, name, platform):
   if cfg.stage == "latents":  # its outlines have the official sizes
     cfg.assumed.tokenizer = dataclasses.asdict(tokenizer.LAVIT_7B)
     cfg.data.image_size = 224
-  objective = objectives.build(cfg, artifacts.Outline(cfg))
+  objective = objectives.build(cfg, artifacts.AbstractArtifacts(cfg))
   phase = next(p for p in phases.phases_of(cfg) if p.name == name)
   boxed = jax.eval_shape(step_lib.init_fn(objective, 0))
   state = sharding.unbox(boxed)

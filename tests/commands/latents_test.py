@@ -15,7 +15,7 @@ def written(monkeypatch):
 
   def write_cache(model, kind, data, out, **options):
     calls.append((model, kind, data, out, options))
-    return {"pictures": 3, "bad": 0, "bytes": 12, "out": out}
+    return {"images": 3, "bad": 0, "bytes": 12, "out": out}
 
   monkeypatch.setattr(latents, "write_cache", write_cache)
   return calls
@@ -25,7 +25,7 @@ def test_the_config_says_what_is_cached(written, capsys):
   argv = ["latents", "--config", "tiny/latents.py", "--out", "cache"]
   more = ["--config.data.path=x.jsonl", "--config.start_from=sd", "--batch=2"]
   assert main.main([*argv, *more, "--split", "held_out", "--json"]) == 0
-  assert json.loads(capsys.readouterr().out)["pictures"] == 3
+  assert json.loads(capsys.readouterr().out)["images"] == 3
   model, kind, data, out, options = written[0]
   assert (model, kind, out) == ("sd", "lowres", "cache")
   assert data["path"] == "x.jsonl"
@@ -33,7 +33,7 @@ def test_the_config_says_what_is_cached(written, capsys):
   assert options == {"split": "held_out", "batch": 2}
   main.main([*argv, "--config.vae_from=vae", "--split", "train"])
   assert written[1][0] == "vae"
-  assert "pictures: 3" in capsys.readouterr().out
+  assert "images: 3" in capsys.readouterr().out
 
 
 def test_both_parts_are_written_and_a_run_told_of_them(written, capsys):

@@ -61,7 +61,7 @@ class Model:
 
   def caption(self, images, **options):
     self._record("caption", images, **options)
-    return [f"a picture {i}" for i, _ in enumerate(images)]
+    return [f"an image {i}" for i, _ in enumerate(images)]
 
   def answer(self, images, questions, **options):
     self._record("answer", images, questions, **options)
@@ -183,7 +183,7 @@ def test_help_of_every_command_shows_examples(name, capsys):
 
 
 def test_one_caption_is_printed_alone(model, capsys):
-  assert run(capsys, "caption", "a.png") == (0, "a picture 0\n", "")
+  assert run(capsys, "caption", "a.png") == (0, "an image 0\n", "")
   assert model.called == ("caption", ["a.png"], {})
   assert model.loaded == "tiny"
 
@@ -191,14 +191,14 @@ def test_one_caption_is_printed_alone(model, capsys):
 def test_several_captions_are_printed_with_their_names(model, capsys):
   argv = ("caption", "a.png", "b c.png", "--model", "m", "--prompt", "a photo")
   _, out, _ = run(capsys, *argv)
-  assert out == "a.png: a picture 0\nb c.png: a picture 1\n"
+  assert out == "a.png: an image 0\nb c.png: an image 1\n"
   assert model.called[-1] == {"prompt": "a photo"}
   assert model.loaded == "m"
   _, out, _ = run(capsys, *argv, "--json")
-  assert json.loads(out)[1] == {"image": "b c.png", "caption": "a picture 1"}
+  assert json.loads(out)[1] == {"image": "b c.png", "caption": "an image 1"}
 
 
-def test_every_question_is_asked_of_the_picture(model, capsys):
+def test_every_question_is_asked_of_the_image(model, capsys):
   status, out, _ = run(capsys, "answer", "a.png", "How many?", "Is it red?")
   assert (status, out) == (0, "How many? H\nIs it red? I\n")
   questions = ["How many?", "Is it red?"]
@@ -286,14 +286,14 @@ def test_several_drawings_are_numbered_in_order(model, capsys, tmp_path):
     assert Image.open(tmp_path / row["file"]).getpixel((0, 0)) == (i, 0, 0)
 
 
-def test_synthesize_tells_pictures_from_texts(model, capsys, tmp_path):
+def test_synthesize_tells_images_from_texts(model, capsys, tmp_path):
   run(capsys, "synthesize", "b c.png", "make it red", "--out", "e.png")
   parts = [pathlib.Path("b c.png"), "make it red"]
   assert model.called == ("synthesize_batch", [parts], {})
   assert Image.open(tmp_path / "e.png").size == (4, 4)
 
 
-def test_pictures_and_words_may_be_in_a_bucket(model, capsys, monkeypatch):
+def test_images_and_words_may_be_in_a_bucket(model, capsys, monkeypatch):
   with fake_gcs.serving(monkeypatch) as store:
     there = io.BytesIO()
     Image.new("RGB", (8, 8), (0, 0, 77)).save(there, format="PNG")
@@ -304,10 +304,10 @@ def test_pictures_and_words_may_be_in_a_bucket(model, capsys, monkeypatch):
       ("caption", "gs://b/a.png", "--count", "3"),
     ):
       run(capsys, *argv)
-      ((picture, *_),) = model.called[1]
-      # A text would be a str; this is read as the pipeline reads a picture.
-      assert not isinstance(picture, str)
-      read = prompts.sized(picture, 4, False)
+      ((image, *_),) = model.called[1]
+      # A text would be a str; this is read as the pipeline reads an image.
+      assert not isinstance(image, str)
+      read = prompts.sized(image, 4, False)
       assert read[0, 0].tolist() == [0, 0, 77]
     for argv in (
       ("tokenize", "gs://b/a.png", "--overlay", "o.png"),
@@ -318,23 +318,23 @@ def test_pictures_and_words_may_be_in_a_bucket(model, capsys, monkeypatch):
     run(capsys, "reconstruct", "--codes", "gs://b/w.json")
     assert model.called == ("draw_codes", [[5, 301]], {})
     err = failed(capsys, "generate", "gs://b/a.png")
-    assert "gs://b/a.png is a picture" in err
+    assert "gs://b/a.png is an image" in err
     err = failed(capsys, "synthesize", "gs://b/missing.png", "red")
     assert "gs://b/missing.png" in err
 
 
-def test_a_misspelt_picture_is_not_taken_for_text(model, capsys):
+def test_a_misspelt_image_is_not_taken_for_text(model, capsys):
   err = failed(capsys, "synthesize", "a.pgn.PNG", "make it red")
   assert "a.pgn.PNG" in err
   assert model.loaded is None
 
 
-def test_reconstruct_draws_each_picture(model, capsys, tmp_path):
+def test_reconstruct_draws_each_image(model, capsys, tmp_path):
   _, out, _ = run(capsys, "reconstruct", "a.png", "b c.png", "--steps", "3")
   assert out.split() == ["reconstructed_0.png", "reconstructed_1.png"]
   assert model.called == ("reconstruct", ["a.png", "b c.png"], {"steps": 3})
-  picture = Image.open(tmp_path / "reconstructed_1.png")
-  assert picture.getpixel((0, 0)) == (1, 0, 0)
+  image = Image.open(tmp_path / "reconstructed_1.png")
+  assert image.getpixel((0, 0)) == (1, 0, 0)
 
 
 def test_words_that_were_printed_are_drawn_again(model, capsys, tmp_path):
@@ -393,12 +393,12 @@ def tokenized(model, monkeypatch, tmp_path):
 
   def write_cache(model, data, out, **options):
     calls.append((model, data, out, options))
-    return {"pictures": 2, "out": out}
+    return {"images": 2, "out": out}
 
   def write_caches(model, data, out, **options):
     calls.append((model, data, out, options))
     names = ("train", "held_out")
-    return {name: {"pictures": 2, "out": f"{out}/{name}"} for name in names}
+    return {name: {"images": 2, "out": f"{out}/{name}"} for name in names}
 
   stand_in(
     monkeypatch,
@@ -441,12 +441,10 @@ def test_tokenize_one_part_says_that_the_other_is_needed(tokenized, capsys):
   (call,) = tokenized
   assert call[3] == {"split": "held_out", "held_out": "", "fields": {}}
   _, out, _ = run(capsys, *argv, "train", "--json")
-  assert json.loads(out) == {"pictures": 2, "out": "codes"}
+  assert json.loads(out) == {"images": 2, "out": "codes"}
 
 
-def test_tokenize_takes_a_file_of_held_out_pictures(
-  tokenized, capsys, tmp_path
-):
+def test_tokenize_takes_a_file_of_held_out_images(tokenized, capsys, tmp_path):
   (tmp_path / "other.jsonl").write_text("{}\n")
   argv = ("tokenize", "--data", "my.jsonl", "--out", "codes", "--held-out")
   assert run(capsys, *argv, "other.jsonl")[0] == 0
@@ -512,11 +510,11 @@ def test_quickstart_hands_on_its_options(model, capsys, monkeypatch, tmp_path):
     ("generate x --out drawing.xyz", "drawing.xyz"),
     ("generate x --out drawing", "--out drawing.png"),
     ("generate x --count 0", "--count 0"),
-    ("generate a.png", "a.png is a picture, but a prompt"),
-    ("answer a.png a.png", "a.png is a picture, but a question"),
+    ("generate a.png", "a.png is an image, but a prompt"),
+    ("answer a.png a.png", "a.png is an image, but a question"),
     ("answer a.png  ", "A question is empty"),
-    ("caption a.png --prompt a.png", "a.png is a picture, but --prompt"),
-    ("generate x --negative a.png", "a.png is a picture, but --negative"),
+    ("caption a.png --prompt a.png", "a.png is an image, but --prompt"),
+    ("generate x --negative a.png", "a.png is an image, but --negative"),
     ("tokenize", "IMAGE"),
     ("reconstruct", "--codes FILE"),
     ("reconstruct a.png --codes x.json", "not both"),
@@ -740,6 +738,6 @@ def test_a_model_of_drawn_scenes_says_that_it_knows_nothing_else(
     assert all("--model DIR" in line for line in lines)
 
 
-def test_a_prompt_without_pictures_is_not_warned_of(model, capsys):
+def test_a_prompt_without_images_is_not_warned_of(model, capsys):
   _, _, err = run(capsys, "generate", "a cat", "--out", "x.png")
   assert "drawn scenes" not in err

@@ -33,7 +33,7 @@ _CHANGES = {
   "extended": lambda rows: [*rows, {"text": "one more"}],
   "shortened": lambda rows: rows[:-1],
   "a caption": lambda rows: [*rows[:7], rows[7] | {"caption": "x"}, *rows[8:]],
-  "a picture": lambda rows: [
+  "an image": lambda rows: [
     *rows[:7],
     rows[7] | {"image": "1.png"},
     *rows[8:],

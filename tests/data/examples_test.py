@@ -20,7 +20,7 @@ def test_a_dialogue_learns_every_answer():
   assert example.parts[4].text == " 2"
 
 
-def test_edit_reads_the_first_picture_and_writes_the_second():
+def test_edit_reads_the_first_image_and_writes_the_second():
   first, _, second = examples.edit("k", 3, "make it red", 4).parts
   assert (first.image, first.write, second.image, second.write) == (
     3,
@@ -34,12 +34,12 @@ def test_the_fake_source_is_a_source():
   assert isinstance(fakes.Source({}), examples.Source)
 
 
-def test_fingerprint_tells_pictures_size_and_order_apart():
+def test_fingerprint_tells_images_size_and_order_apart():
   source = fakes.Source({})
   same, fewer, larger = fakes.Source({}), fakes.Source({}, 19), fakes.Source({})
   larger.image_size = 8
   other = fakes.Source({})
-  other.image_key = lambda i: f"picture{other.num_images - i}"
+  other.image_key = lambda i: f"image{other.num_images - i}"
   prints = [examples.fingerprint(s) for s in (source, fewer, larger, other)]
   assert examples.fingerprint(same) == prints[0]
   assert len(set(prints)) == 4

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from lavit_jax.core import images
+from lavit_jax.core import image_io
 from lavit_jax.data import examples
 from lavit_jax.data.caches import codes as codes_lib
 
@@ -23,7 +23,7 @@ class Words:
 
 
 class Source:
-  """`documents[task]` are tuples of parts; picture i is filled with i."""
+  """`documents[task]` are tuples of parts; image i is filled with i."""
 
   name = "fake"
   image_size = SIZE
@@ -33,11 +33,11 @@ class Source:
 
   def image(self, i):
     if i in self.bad:
-      raise images.ImageError(f"picture {i} is bad")
+      raise image_io.ImageError(f"image {i} is bad")
     return np.full((SIZE, SIZE, 3), i, np.uint8)
 
   def image_key(self, i):
-    return f"picture{i}"
+    return f"image{i}"
 
   def captions(self, i):
     return [f"caption {i}", f"another {i}"]
@@ -53,7 +53,7 @@ class Source:
 
 
 class Cache:
-  """Picture i keeps its first counts[i] patches and has codes i, i + 1, …"""
+  """Image i keeps its first counts[i] patches and has codes i, i + 1, …"""
 
   directory = pathlib.Path("fake")
 

@@ -1,4 +1,4 @@
-"""Pictures that have the names of others, told by some of their bytes."""
+"""Images that have the names of others, told by some of their bytes."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.train import fake_gcs
 
 
 def _folder(place, colour=0, count=30):
-  """my.jsonl of pictures of one size in bytes, whatever their colour."""
+  """my.jsonl of images of one size in bytes, whatever their colour."""
   place.mkdir()
   for i in range(count):
     Image.new("RGB", (4, 4), (colour, i, 0)).save(place / f"{i}.bmp")
@@ -23,7 +23,7 @@ def _folder(place, colour=0, count=30):
   return jsonl.JsonlSource(place / "my.jsonl", 8)
 
 
-def test_files_of_one_name_are_told_apart_by_their_pictures(tmp_path):
+def test_files_of_one_name_are_told_apart_by_their_images(tmp_path):
   a, b = _folder(tmp_path / "a"), _folder(tmp_path / "b", 9)
   copied = _folder(tmp_path / "copy")
   assert examples.fingerprint(a) == examples.fingerprint(b)
@@ -34,13 +34,13 @@ def test_files_of_one_name_are_told_apart_by_their_pictures(tmp_path):
   assert image_bytes.of(a) != image_bytes.of(copied)
 
 
-def test_a_picture_that_is_not_there_is_told(tmp_path):
+def test_a_image_that_is_not_there_is_told(tmp_path):
   a, b = _folder(tmp_path / "a"), _folder(tmp_path / "b")
   (tmp_path / "b" / "0.bmp").unlink()
   assert image_bytes.of(a) != image_bytes.of(b)
 
 
-def test_of_few_pictures_all_are_looked_at(tmp_path):
+def test_of_few_images_all_are_looked_at(tmp_path):
   for count in (1, 3, 16):
     source = _folder(tmp_path / str(count), count=count)
     before = image_bytes.of(source)

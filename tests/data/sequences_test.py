@@ -23,13 +23,13 @@ def _whole(sequence):
   return [int(sequence.tokens[0]), *sequence.targets.tolist()]
 
 
-def test_a_picture_that_is_read_points_at_its_continuous_tokens():
+def test_a_image_that_is_read_points_at_its_continuous_tokens():
   made = _build(examples.image_text("k", 1, "red cat"))
   red, cat = _WORDS.encode("red cat")
   assert _whole(made) == [_BEGIN, *_ids(1), _END, red, cat, _EOS]
   assert made.slot.tolist() == [-1, 0, 0, 0, -1, -1, -1]
   assert made.order.tolist() == [0, 0, 1, 2, 0, 0, 0]
-  assert made.pictures == (1,)
+  assert made.images == (1,)
 
 
 def test_image_text_learns_text_and_codes():
@@ -37,11 +37,11 @@ def test_image_text_learns_text_and_codes():
   assert made.weights.tolist() == [1.0] * 7
 
 
-def test_a_picture_that_is_written_is_ids_and_ends_without_eos():
+def test_a_image_that_is_written_is_ids_and_ends_without_eos():
   made = _build(examples.text_image("k", 0, "red cat"))
   assert _whole(made) == [*_WORDS.encode("red cat"), _BEGIN, *_ids(0), _END]
   assert (made.slot == -1).all()
-  assert made.pictures == ()
+  assert made.images == ()
   assert made.weights.tolist() == [1.0] * 5
 
 
@@ -74,22 +74,22 @@ def test_after_every_answer_of_a_dialogue_its_end_is_learnt():
 
 
 def test_what_stands_before_a_later_question_is_what_a_prompt_gives():
-  """Prompts are texts and pictures; none can hold </s>."""
+  """Prompts are texts and images; none can hold </s>."""
   made, plain = _build(_talk(True, True, True)), _build(_talk(*[False] * 3))
   np.testing.assert_array_equal(made.tokens, plain.tokens)
   assert _EOS not in made.tokens
   assert len(made) == len(plain)
 
 
-def test_edit_reads_one_picture_and_learns_the_other():
+def test_edit_reads_one_image_and_learns_the_other():
   made = _build(examples.edit("k", 0, "make it red", 1))
-  assert made.pictures == (0,)
+  assert made.images == (0,)
   assert made.tokens[made.slot == 0].tolist() == _ids(0)
   learnt = made.targets[made.weights > 0].tolist()
   assert learnt == [_BEGIN, *_ids(1), _END]
 
 
-def test_a_document_numbers_its_pictures_in_reading_order():
+def test_a_document_numbers_its_images_in_reading_order():
   parts = (
     examples.ImagePart(2, write=False),
     examples.TextPart("then"),
@@ -99,7 +99,7 @@ def test_a_document_numbers_its_pictures_in_reading_order():
     examples.TextPart("end"),
   )
   made = _build(examples.Example("k", "document", parts))
-  assert made.pictures == (2, 0)
+  assert made.images == (2, 0)
   assert made.slot[made.slot >= 0].tolist() == [0, 1, 1, 0]
   assert made.order[made.slot >= 0].tolist() == [0, 0, 1, 0]
 
@@ -123,7 +123,7 @@ def test_size_is_the_size_of_what_is_built():
   ):
     made = _build(example)
     spans = sequences.spans(example, _CACHE, _WORDS)
-    assert sequences.size(spans) == (len(made), len(made.pictures))
+    assert sequences.size(spans) == (len(made), len(made.images))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_half_a_character_makes_a_document_unusable_and_stops_nothing(
     sequences.spans(examples.text("k", "cut \ud83d"), None, text)
 
 
-def test_pictures_without_a_cache_point_at_lavit_tokenize():
+def test_images_without_a_cache_point_at_lavit_tokenize():
   example = examples.image_text("k", 1, "red")
   with pytest.raises(errors.DataError, match="lavit tokenize"):
     sequences.spans(example, None, _WORDS)

@@ -24,7 +24,7 @@ _PHASE = {
 
 
 def _case():
-  """Pictures, noise, noisy pictures and a wrong prediction of all three."""
+  """Images, noise, noisy images and a wrong prediction of all three."""
   keys = jax.random.split(jax.random.key(0), 3)
   x, noise, off = (jax.random.normal(k, (5, 4, 4, 3)) for k in keys)
   a = _A.reshape(-1, 1, 1, 1)
@@ -32,7 +32,7 @@ def _case():
 
 
 def _output(prediction, x, noise, z):
-  """The network's output that stands for picture x and this noise."""
+  """The network's output that stands for image x and this noise."""
   a = _A.reshape(-1, 1, 1, 1)
   if prediction == "epsilon":
     return noise
@@ -109,7 +109,7 @@ def test_strata_visit_every_part_of_the_schedule_once():
 
 
 def _loss(phase, predict=None, valid=np.ones(4, np.float32), seed=0):
-  """Four pictures of constant value, told that value."""
+  """Four images of constant value, told that value."""
   value = jnp.arange(4.0)
   x = jnp.broadcast_to(value[:, None, None, None], (4, 2, 2, 1))
   asked = []
@@ -130,8 +130,8 @@ def _loss(phase, predict=None, valid=np.ones(4, np.float32), seed=0):
   return loss, metrics, asked[0]
 
 
-def test_a_network_that_knows_the_picture_has_no_loss():
-  """It must be given the noisy version of the very picture it is told."""
+def test_a_network_that_knows_the_image_has_no_loss():
+  """It must be given the noisy version of the very image it is told."""
   table = jnp.asarray(schedules.alphas_cumprod(_SCHEDULES["epsilon"]))
 
   def right(z, t, told, drop):
@@ -144,7 +144,7 @@ def test_a_network_that_knows_the_picture_has_no_loss():
   assert metrics["eps_mse"].compute() < 1e-6
 
 
-def test_draws_are_so_many_noisy_versions_of_each_picture():
+def test_draws_are_so_many_noisy_versions_of_each_image():
   _, _, (z, t, told, _) = _loss({"draws": 3})
   assert told["value"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
   assert len(set(t.tolist())) == 12
@@ -159,7 +159,7 @@ def test_conditions_are_dropped_at_the_rate_that_is_set(rate, expected):
   np.testing.assert_allclose(np.asarray(some).mean(), 0.3, atol=0.04)
 
 
-def test_pictures_without_weight_do_not_count():
+def test_images_without_weight_do_not_count():
   valid = np.array([1, 1, 0, 1], np.float32)
   spoil = lambda z, t, told, drop: (
     jnp.where((told["value"] == 2)[:, None, None, None], 1e3, 0.0)

@@ -37,7 +37,7 @@ def test_sampling_equals_a_plain_loop(eta):
   ours = _sample(solver=solvers.Ddim(eta=eta), seeds=seeds)
   schedule, table = _SHORT, schedules.alphas_cumprod(_SHORT)
   steps = schedules.timesteps(schedule, 7)
-  noise = [sampling.picture_noise(seeds, i, (4, 5)) for i in range(8)]
+  noise = [sampling.image_noise(seeds, i, (4, 5)) for i in range(8)]
   z = np.asarray(noise[0])
   for i, t in enumerate(steps):
     a = float(table[t])
@@ -50,15 +50,15 @@ def test_sampling_equals_a_plain_loop(eta):
   np.testing.assert_allclose(ours, z, atol=2e-5)
 
 
-def test_a_solver_is_given_the_picture_of_the_step_before():
+def test_a_solver_is_given_the_image_of_the_step_before():
   solver = solvers.DpmSolver()
   visited, numbers = solver.plan(_SHORT, 7)
-  z = sampling.picture_noise(jnp.arange(3), 0, (4, 5))
-  picture = jnp.zeros_like(z)
+  z = sampling.image_noise(jnp.arange(3), 0, (4, 5))
+  image = jnp.zeros_like(z)
   for i, t in enumerate(visited):
     output = _linear_denoise(z, jnp.full(3, t), _condition(3))
     now = {name: values[i] for name, values in numbers.items()}
-    z, picture = solver.step(_SHORT, output, z, picture, now)
+    z, image = solver.step(_SHORT, output, z, image, now)
   np.testing.assert_allclose(_sample(solver=solver), z, atol=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_guidance_zero_equals_the_unconditional_stream_alone():
 
 
 @pytest.mark.parametrize("solver", _SOLVERS)
-def test_a_seed_gives_its_picture_whatever_the_batch(solver):
+def test_a_seed_gives_its_image_whatever_the_batch(solver):
   together = _sample(seeds=jnp.array([4, 9, 2]), solver=solver)
   condition = jax.tree.map(lambda x: x[1:2], _condition(3))
   alone = sampling.sample(
@@ -104,7 +104,7 @@ def test_given_noise_takes_the_place_of_the_seeds():
   ours = _sample(noise=noise)
   np.testing.assert_array_equal(ours, _sample(noise=noise, seeds=[7, 8, 9]))
   assert np.abs(ours - _sample()).max() > 0.1
-  own = sampling.picture_noise(jnp.arange(3), 0, (4, 5))
+  own = sampling.image_noise(jnp.arange(3), 0, (4, 5))
   np.testing.assert_array_equal(_sample(noise=own), _sample())
 
 

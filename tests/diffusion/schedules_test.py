@@ -32,7 +32,7 @@ def test_timesteps_are_those_of_the_official_scheduler(count):
 @pytest.mark.parametrize("kind", schedules.KINDS)
 @pytest.mark.parametrize("shift", [0.0, -1.0])
 def test_noise_only_grows_with_the_step(kind, shift):
-  schedule = schedules.Schedule(kind=kind, shift=shift)
+  schedule = schedules.NoiseSchedule(kind=kind, shift=shift)
   alphas = schedules.alphas_cumprod(schedule)
   assert alphas.shape == (1000,)
   assert alphas.dtype == np.float32
@@ -42,16 +42,16 @@ def test_noise_only_grows_with_the_step(kind, shift):
 
 
 def test_a_negative_shift_is_noisier():
-  plain = schedules.alphas_cumprod(schedules.Schedule(kind="cosine"))
+  plain = schedules.alphas_cumprod(schedules.NoiseSchedule(kind="cosine"))
   noisy = schedules.alphas_cumprod(
-    schedules.Schedule(kind="cosine", shift=-1.0)
+    schedules.NoiseSchedule(kind="cosine", shift=-1.0)
   )
   assert (noisy[10:-10] < plain[10:-10]).all()
 
 
 def test_zero_snr_leaves_nothing_at_the_last_step_and_the_first_as_it_was():
   plain = schedules.alphas_cumprod(schedules.STABLE_DIFFUSION)
-  zero = schedules.alphas_cumprod(schedules.Schedule(zero_snr=True))
+  zero = schedules.alphas_cumprod(schedules.NoiseSchedule(zero_snr=True))
   assert zero[-1] == 0
   assert zero[0] == pytest.approx(plain[0], rel=1e-6)
   assert (zero[1:] < plain[1:]).all()
@@ -59,8 +59,10 @@ def test_zero_snr_leaves_nothing_at_the_last_step_and_the_first_as_it_was():
 
 def test_given_betas_take_the_place_of_a_kind():
   betas = np.linspace(0.00085**0.5, 0.012**0.5, 50) ** 2
-  given = schedules.Schedule(num_steps=50, kind="linear", betas=tuple(betas))
-  made = schedules.Schedule(num_steps=50)
+  given = schedules.NoiseSchedule(
+    num_steps=50, kind="linear", betas=tuple(betas)
+  )
+  made = schedules.NoiseSchedule(num_steps=50)
   np.testing.assert_array_equal(
     schedules.alphas_cumprod(given), schedules.alphas_cumprod(made)
   )
@@ -76,7 +78,7 @@ def test_sampling_may_begin_at_the_noisiest_step(spacing):
 
 @pytest.mark.parametrize("spacing", schedules.SPACINGS)
 def test_as_many_steps_are_visited_as_asked_for(spacing):
-  schedule = schedules.Schedule(spacing=spacing)
+  schedule = schedules.NoiseSchedule(spacing=spacing)
   for count in range(1, 1001, 4):  # 61: 1000 / 61 * 61 rounds to above 1000
     steps = schedules.timesteps(schedule, count)
     assert steps.shape == (count,)
@@ -91,8 +93,8 @@ def test_too_many_steps_say_how_many_there_are():
 
 
 @pytest.mark.parametrize("prediction", schedules.PREDICTIONS)
-def test_noise_and_picture_are_recovered_from_a_perfect_output(prediction):
-  schedule = schedules.Schedule(kind="cosine", prediction=prediction)
+def test_noise_and_image_are_recovered_from_a_perfect_output(prediction):
+  schedule = schedules.NoiseSchedule(kind="cosine", prediction=prediction)
   x, eps = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 3))
   t = jnp.array([10, 400, 800])
   z = schedules.add_noise(schedule, x, eps, t)
@@ -104,13 +106,13 @@ def test_noise_and_picture_are_recovered_from_a_perfect_output(prediction):
   # (z - sqrt(a) x) / sqrt(1 - a) divides a rounding error by 0.02 at t = 10.
   atol = 1e-4 if prediction == "sample" else 1e-5
   np.testing.assert_allclose(ours, eps, atol=atol)
-  ours = schedules.to_picture(schedule, perfect, z, a)
+  ours = schedules.to_image(schedule, perfect, z, a)
   np.testing.assert_allclose(ours, x, atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", schedules.PREDICTIONS)
 def test_eps_error_is_that_of_the_predicted_noise(prediction):
-  schedule = schedules.Schedule(kind="cosine", prediction=prediction)
+  schedule = schedules.NoiseSchedule(kind="cosine", prediction=prediction)
   x, eps, output = jax.random.normal(jax.random.key(0), (3, 4, 5, 5, 3))
   t = jnp.array([10, 300, 500, 800])
   a = jnp.asarray(schedules.alphas_cumprod(schedule))[t]
@@ -121,33 +123,33 @@ def test_eps_error_is_that_of_the_predicted_noise(prediction):
   np.testing.assert_allclose(ours, wanted, rtol=1e-4)
 
 
-def test_a_number_clips_all_pictures_alike():
-  schedule = schedules.Schedule(clip=0.5)
+def test_a_number_clips_all_images_alike():
+  schedule = schedules.NoiseSchedule(clip=0.5)
   ours = schedules.bound(schedule, jnp.array([[-2.0, 0.25], [0.75, 1.0]]))
   np.testing.assert_array_equal(ours, [[-0.5, 0.25], [0.5, 0.5]])
 
 
-def test_dynamic_thresholding_divides_each_picture_by_a_bound_of_its_own():
-  schedule = schedules.Schedule(clip=(0.5, 3.0))
-  pictures = jnp.array([[-2.0, 1.0, 4.0], [0.1, 0.2, -0.3], [9.0, -8.0, 7.0]])
+def test_dynamic_thresholding_divides_each_image_by_a_bound_of_its_own():
+  schedule = schedules.NoiseSchedule(clip=(0.5, 3.0))
+  images = jnp.array([[-2.0, 1.0, 4.0], [0.1, 0.2, -0.3], [9.0, -8.0, 7.0]])
   # Medians 2, 0.2 (raised to 1) and 8 (lowered to 3).
   wanted = [[-1.0, 0.5, 1.0], [0.1, 0.2, -0.3], [1.0, -1.0, 1.0]]
-  ours = schedules.bound(schedule, pictures)
+  ours = schedules.bound(schedule, images)
   np.testing.assert_allclose(ours, wanted, rtol=1e-6)
 
 
 def test_a_schedule_survives_json():
-  schedule = schedules.Schedule(
+  schedule = schedules.NoiseSchedule(
     num_steps=3, betas=(0.1, 0.2, 0.3), clip=(0.9, 2.0), zero_snr=True
   )
   text = json.dumps(dataclasses.asdict(schedule))
-  assert schedules.Schedule(**json.loads(text)) == schedule
-  assert hash(schedules.Schedule(**json.loads(text))) == hash(schedule)
+  assert schedules.NoiseSchedule(**json.loads(text)) == schedule
+  assert hash(schedules.NoiseSchedule(**json.loads(text))) == hash(schedule)
 
 
 def test_an_unknown_kind_names_the_known_ones():
   with pytest.raises(ValueError, match="linear, scaled_linear, cosine"):
-    schedules.Schedule(kind="sigmoid")
+    schedules.NoiseSchedule(kind="sigmoid")
 
 
 @pytest.mark.parametrize(
@@ -163,4 +165,4 @@ def test_an_unknown_kind_names_the_known_ones():
 )
 def test_a_number_out_of_range_is_an_error_that_names_it(fields, named):
   with pytest.raises(ValueError, match=named):
-    schedules.Schedule(**fields)
+    schedules.NoiseSchedule(**fields)

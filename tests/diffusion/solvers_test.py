@@ -30,13 +30,13 @@ def test_ddim_follows_the_official_trajectory(scheduler, official):
   z = jnp.asarray(golden["in_latents"])
   for i in range(10):
     now = {name: values[i] for name, values in numbers.items()}
-    z, picture = solver.step(schedule, golden["in_eps"][i], z, None, now)
-    for ours, name in ((z, "trajectory"), (picture, "x0")):
+    z, image = solver.step(schedule, golden["in_eps"][i], z, None, now)
+    for ours, name in ((z, "trajectory"), (image, "x0")):
       assert _error(ours, golden[f"out_{name}_{scheduler}"][i]) <= 1e-4
 
 
 def _flow_error(solver, schedule, steps, spread=0.5):
-  """How far from the true flow, where pictures are noise of a given spread.
+  """How far from the true flow, where images are noise of a given spread.
 
   The perfect network is then linear, and the flow only scales z by the spread
   of what there is at each level.
@@ -44,19 +44,19 @@ def _flow_error(solver, schedule, steps, spread=0.5):
   visited, numbers = solver.plan(schedule, steps)
   a = schedules.alphas_cumprod(schedule)[visited]
   exact = np.sqrt(a * spread**2 + 1 - a)
-  z, picture, worst = jnp.full((1, 1), exact[0]), jnp.zeros((1, 1)), 0.0
+  z, image, worst = jnp.full((1, 1), exact[0]), jnp.zeros((1, 1)), 0.0
   # The last steps, where log a changes quickly, are too long for any order.
   for i in range(np.sum(visited >= 200) - 1):
     eps = np.sqrt(1 - a[i]) * z / exact[i] ** 2
     now = {name: values[i] for name, values in numbers.items()}
-    z, picture = solver.step(schedule, eps, z, picture, now)
+    z, image = solver.step(schedule, eps, z, image, now)
     worst = max(worst, float(jnp.abs(z - exact[i + 1]).max()))
   return worst
 
 
 @pytest.mark.parametrize("spacing", schedules.SPACINGS)
 def test_dpm_solver_is_of_second_order_and_ddim_of_first(spacing):
-  schedule = schedules.Schedule(spacing=spacing)
+  schedule = schedules.NoiseSchedule(spacing=spacing)
   dpm = [_flow_error(_DPM, schedule, n) for n in (10, 20, 40)]
   ddim = [_flow_error(solvers.Ddim(), schedule, n) for n in (10, 20, 40)]
   assert dpm[0] < ddim[0] / 3
@@ -65,9 +65,9 @@ def test_dpm_solver_is_of_second_order_and_ddim_of_first(spacing):
 
 
 @pytest.mark.parametrize("solver", [solvers.Ddim(), _DPM])
-def test_a_network_sure_of_its_picture_gets_it(solver):
+def test_a_network_sure_of_its_image_gets_it(solver):
   ours = sampling.sample(
-    lambda z, t, picture: picture,
+    lambda z, t, image: image,
     _SHORT,
     jnp.full((2, 3), 0.7),
     seeds=jnp.arange(2),
@@ -91,37 +91,39 @@ def test_dpm_solver_steps_by_first_order_at_both_ends():
 
 
 def test_dpm_solver_may_take_another_spacing_than_the_schedules():
-  steps, _ = solvers.DpmSolver(spacing="trailing").plan(schedules.Schedule(), 4)
+  steps, _ = solvers.DpmSolver(spacing="trailing").plan(
+    schedules.NoiseSchedule(), 4
+  )
   np.testing.assert_array_equal(steps, [999, 749, 499, 249])
   with pytest.raises(ValueError, match="leading, trailing, linspace"):
-    solvers.DpmSolver(spacing="karras").plan(schedules.Schedule(), 4)
+    solvers.DpmSolver(spacing="karras").plan(schedules.NoiseSchedule(), 4)
 
 
 @pytest.mark.parametrize("solver", [solvers.Ddim(), solvers.OFFICIAL, _DPM])
-def test_clip_bounds_the_predicted_picture(solver):
+def test_clip_bounds_the_predicted_image(solver):
   schedule = dataclasses.replace(_SHORT, prediction="velocity")
   wild, z = jnp.full((1, 2, 2), 50.0), jnp.ones((1, 2, 2))
   now = {k: v[1] for k, v in solver.plan(schedule, 5)[1].items()}
   _, clipped = solver.step(schedule, wild, z, z, now)
   assert np.abs(clipped).max() == 1.0
   free = dataclasses.replace(schedule, clip=None)
-  _, picture = solver.step(free, wild, z, z, now)
-  assert np.abs(picture).max() > 10
+  _, image = solver.step(free, wild, z, z, now)
+  assert np.abs(image).max() > 10
 
 
 def test_clip_corrects_the_noise_unless_it_is_official():
   schedule = dataclasses.replace(_SHORT, prediction="epsilon")
   now = {"a": jnp.float32(0.36), "a_next": jnp.float32(0.64)}
   z, eps = jnp.full((1, 1), 4.0), jnp.full((1, 1), 2.0)
-  ours, picture = solvers.Ddim().step(schedule, eps, z, None, now)
-  assert picture == 1.0  # (4 - 0.8 * 2) / 0.6, clipped
+  ours, image = solvers.Ddim().step(schedule, eps, z, None, now)
+  assert image == 1.0  # (4 - 0.8 * 2) / 0.6, clipped
   np.testing.assert_allclose(ours, 0.8 + 0.6 * (4 - 0.6) / 0.8, rtol=1e-6)
   theirs, _ = solvers.OFFICIAL.step(schedule, eps, z, None, now)
   np.testing.assert_allclose(theirs, 0.8 + 0.6 * 2, rtol=1e-6)
 
 
 def test_predicted_noise_of_pure_noise_is_refused():
-  schedule = schedules.Schedule(zero_snr=True, spacing="trailing")
+  schedule = schedules.NoiseSchedule(zero_snr=True, spacing="trailing")
   with pytest.raises(ValueError, match="zero_snr"):
     solvers.Ddim().plan(schedule, 5)
   velocity = dataclasses.replace(schedule, prediction="velocity")
@@ -130,7 +132,7 @@ def test_predicted_noise_of_pure_noise_is_refused():
 
 @pytest.mark.parametrize("spacing", schedules.SPACINGS)
 def test_dpm_solver_refuses_to_visit_a_step_twice(spacing):
-  schedule = schedules.Schedule(num_steps=40, spacing=spacing)
+  schedule = schedules.NoiseSchedule(num_steps=40, spacing=spacing)
   with pytest.raises(ValueError, match="from 1 to 40"):
     _DPM.plan(schedule, 41)
   if spacing == "leading":

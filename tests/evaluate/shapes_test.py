@@ -29,8 +29,8 @@ def noisy(image, rng):
 
 def blurred(image, rng):
   del rng
-  picture = Image.fromarray(image)
-  return np.asarray(picture.filter(ImageFilter.GaussianBlur(1)))
+  drawn = Image.fromarray(image)
+  return np.asarray(drawn.filter(ImageFilter.GaussianBlur(1)))
 
 
 def test_the_judge_reads_two_thousand_clean_drawings():
@@ -137,7 +137,7 @@ def test_a_very_long_babble_is_scored_in_time():
   assert found["attributes"] <= 4 * 3 / (4 * 400)
 
 
-def test_caption_scores_average_over_pictures():
+def test_caption_scores_average_over_images():
   true = [(CIRCLE,), (RING,)]
   captions = ["a big red circle at the top left", "a small ring"]
   found = scores.caption_scores(true, captions)

@@ -91,5 +91,5 @@ def error(ours, theirs) -> float:
 
 
 def pixels(recorded: np.ndarray) -> jnp.ndarray:
-  """Recorded NCHW pictures as NHWC."""
+  """Recorded NCHW images as NHWC."""
   return jnp.asarray(recorded.transpose(0, 2, 3, 1))

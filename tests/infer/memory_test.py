@@ -94,13 +94,13 @@ def test_the_cache_is_that_of_prompt_words_beams_and_streams():
 
   half = memory.needs(TINY, dtype="bfloat16", batch=4)
   assert half["caption"]["cache_bytes"] == cache(4, 48 + 64, "bfloat16")
-  both = memory.needs(TINY, pictures=2, text_tokens=5)
+  both = memory.needs(TINY, images=2, text_tokens=5)
   assert both["synthesize"]["cache_bytes"] == cache(2, 96 + 37)  # 76 + 5 + 1
   official = memory.needs(TINY, rules=rules.OFFICIAL)
   assert official["caption"]["cache_bytes"] == cache(2, 48 + 36)
   assert official["answer"]["cache_bytes"] == cache(5, 80 + 10)
   unguided = dataclasses.replace(
-    rules.OURS, draw=rules.Drawing(max_new_tokens=20)
+    rules.OURS, draw=rules.ImageGenerationConfig(max_new_tokens=20)
   )
   found = memory.needs(TINY, rules=unguided)
   assert found["generate"]["cache_bytes"] == cache(1, 48 + 20)
@@ -158,7 +158,7 @@ def test_the_pixel_decoder_there_is_counted_with_its_own_dtypes(copy, tmp_path):
   assert [line for line in lines if line.startswith("generate: not possible")]
 
 
-def test_a_language_model_that_cannot_read_pictures_says_so(copy):
+def test_a_language_model_that_cannot_read_images_says_so(copy):
   part = checkpoints.load_part(copy, "llm")
   meta = {name: part.meta[name] for name in ("llama", "vocabulary")}
   checkpoints.save_part(copy, "llm", {"llm": part.params["llm"]}, meta)

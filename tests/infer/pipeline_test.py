@@ -4,7 +4,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from lavit_jax.core import errors, images
+from lavit_jax.core import errors, image_io
 from lavit_jax.data.sources import shapes
 from lavit_jax.infer import pipeline
 
@@ -17,13 +17,13 @@ def lavit(micro_runs):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
   source = shapes.ShapesSource("held_out", size=8)
   return [source.image(i) for i in range(6)]
 
 
-def test_tokens_are_one_code_for_each_kept_patch(lavit, pictures):
-  rows = lavit.tokenize(pictures)
+def test_tokens_are_one_code_for_each_kept_patch(lavit, images):
+  rows = lavit.tokenize(images)
   for row in rows:
     assert row["keep"].shape == (36,)
     assert row["keep"].sum() == len(row["codes"]) >= 1
@@ -31,44 +31,44 @@ def test_tokens_are_one_code_for_each_kept_patch(lavit, pictures):
     assert row["codes"].max() < lavit.visual.num_codes
 
 
-def test_one_picture_is_tokenized_as_in_a_batch(lavit, pictures):
-  alone = lavit.tokenize(pictures[2])
-  among = lavit.tokenize(pictures)[2]
+def test_one_image_is_tokenized_as_in_a_batch(lavit, images):
+  alone = lavit.tokenize(images[2])
+  among = lavit.tokenize(images)[2]
   np.testing.assert_array_equal(alone["keep"], among["keep"])
   np.testing.assert_array_equal(alone["codes"], among["codes"])
 
 
-def test_paths_pil_and_arrays_are_the_same_picture(lavit, pictures, tmp_path):
+def test_paths_pil_and_arrays_are_the_same_image(lavit, images, tmp_path):
   path = tmp_path / "scene.png"
-  PIL.Image.fromarray(pictures[0]).save(path)
-  forms = [pictures[0], str(path), path, PIL.Image.open(path)]
+  PIL.Image.fromarray(images[0]).save(path)
+  forms = [images[0], str(path), path, PIL.Image.open(path)]
   codes = [lavit.tokenize(form)["codes"] for form in forms]
   for other in codes[1:]:
     np.testing.assert_array_equal(codes[0], other)
 
 
-def test_budget_and_seed_choose_the_selection(lavit, pictures):
+def test_budget_and_seed_choose_the_selection(lavit, images):
   assert [
-    len(row["codes"]) for row in lavit.tokenize(pictures[:3], budget=5)
+    len(row["codes"]) for row in lavit.tokenize(images[:3], budget=5)
   ] == [5, 5, 5]
-  one, same = (lavit.tokenize(pictures[0], seed=1) for _ in range(2))
+  one, same = (lavit.tokenize(images[0], seed=1) for _ in range(2))
   np.testing.assert_array_equal(one["keep"], same["keep"])
-  others = [lavit.tokenize(pictures[0], seed=s)["keep"] for s in range(2, 8)]
+  others = [lavit.tokenize(images[0], seed=s)["keep"] for s in range(2, 8)]
   assert any((one["keep"] != other).any() for other in others)
   with pytest.raises(errors.UsageError, match="budget=37"):
-    lavit.tokenize(pictures[0], budget=37)
+    lavit.tokenize(images[0], budget=37)
   with pytest.raises(errors.UsageError, match="give one"):
-    lavit.tokenize(pictures[0], budget=3, seed=1)
+    lavit.tokenize(images[0], budget=3, seed=1)
 
 
-def test_captions_and_answers_come_one_for_one(lavit, pictures):
-  captions = lavit.caption(pictures, max_new_tokens=4)
-  assert len(captions) == len(pictures)
-  assert lavit.caption(pictures[1], max_new_tokens=4) == captions[1]
-  answers = lavit.answer(pictures[0], ["how many?", "what color?"])
+def test_captions_and_answers_come_one_for_one(lavit, images):
+  captions = lavit.caption(images, max_new_tokens=4)
+  assert len(captions) == len(images)
+  assert lavit.caption(images[1], max_new_tokens=4) == captions[1]
+  answers = lavit.answer(images[0], ["how many?", "what color?"])
   assert len(answers) == 2
-  with pytest.raises(errors.UsageError, match="6 pictures and 2 questions"):
-    lavit.answer(pictures, ["how many?", "what color?"])
+  with pytest.raises(errors.UsageError, match="6 images and 2 questions"):
+    lavit.answer(images, ["how many?", "what color?"])
 
 
 def test_a_drawing_is_a_function_of_prompt_and_seed(lavit):
@@ -111,19 +111,19 @@ def test_codes_written_are_codes(lavit):
     assert codes.max() < lavit.visual.num_codes
 
 
-def test_pictures_and_text_mix_in_a_prompt(lavit, pictures):
+def test_images_and_text_mix_in_a_prompt(lavit, images):
   drawn = lavit.synthesize(
-    [pictures[0], "make the circle red", pictures[1]], steps=2
+    [images[0], "make the circle red", images[1]], steps=2
   )
   assert drawn.size == (48, 48)
 
 
-def test_the_continuous_tokens_of_a_prompt_are_read(lavit, pictures):
-  """Another picture in the prompt changes what comes out."""
+def test_the_continuous_tokens_of_a_prompt_are_read(lavit, images):
+  """Another image in the prompt changes what comes out."""
   prompter = lavit._prompter
   rows = [
-    prompter.rows([prompter.parse([picture, "describe"])], form="continuous")
-    for picture in pictures[:2]
+    prompter.rows([prompter.parse([image, "describe"])], form="continuous")
+    for image in images[:2]
   ]
   for prompt in (prompter.padded(row, 8) for row in rows):
     kept = prompt["use_embeds"][0]
@@ -133,10 +133,10 @@ def test_the_continuous_tokens_of_a_prompt_are_read(lavit, pictures):
     assert not (kept & ~prompt["mask"][0]).any()
 
 
-def test_bad_input_is_named(lavit, pictures, tmp_path):
-  with pytest.raises(images.ImageError, match=r"nothing\.png"):
+def test_bad_input_is_named(lavit, images, tmp_path):
+  with pytest.raises(image_io.ImageError, match=r"nothing\.png"):
     lavit.caption(tmp_path / "nothing.png")
-  with pytest.raises(errors.UsageError, match="No picture"):
+  with pytest.raises(errors.UsageError, match="No image"):
     lavit.tokenize([])
   with pytest.raises(errors.UsageError, match="empty"):
     lavit.synthesize([])

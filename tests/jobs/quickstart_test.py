@@ -99,7 +99,7 @@ def test_a_stage_that_was_trained_otherwise_is_not_taken_for_done(
   with pytest.raises(errors.ConfigError, match=r"data\.kind"):
     quickstart.train(
       micro_runs,
-      data=micro.pictures(tmp_path),
+      data=micro.images(tmp_path),
       configs=lambda stage: micro.config(stage, micro_runs),
     )
 
@@ -143,10 +143,10 @@ def test_every_command_works_on_the_trained_model(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_bad_pictures_end_the_command_with_a_paragraph(run, tmp_path, capsys):
+def test_bad_images_end_the_command_with_a_paragraph(run, tmp_path, capsys):
   workdir, _ = run
   bad = tmp_path / "broken.jpg"
-  bad.write_bytes(b"\xff\xd8 this is no picture")
+  bad.write_bytes(b"\xff\xd8 this is no image")
   status = main.main(["caption", str(bad), "--model", str(workdir)])
   said = capsys.readouterr().err
   assert status == 2

@@ -39,7 +39,7 @@ def lavit(golden, tmp_path_factory):
 
 @pytest.fixture
 def feed(lavit, monkeypatch):
-  """Feeds recorded pixels and noise in, which no picture file holds."""
+  """Feeds recorded pixels and noise in, which no image file holds."""
 
   def feed(gumbel, pixels=None):
     monkeypatch.setattr(
@@ -112,15 +112,15 @@ def test_visual_words_are_the_official_ones(lavit, golden, feed):
     codes_in(lavit, arrays["out_sequences_nocfg"]),
   )
   feed(arrays["in_mm_gumbel"])
-  picture = golden / wanted["mm_image"]
+  image = golden / wanted["mm_image"]
   assert_same(
-    lavit.write_codes([[picture, wanted["mm_text"]]], **greedy),
+    lavit.write_codes([[image, wanted["mm_text"]]], **greedy),
     codes_in(lavit, arrays["out_sequences_mm"]),
   )
 
 
 def test_negative_prompts_are_the_official_ones(lavit, golden, monkeypatch):
-  """Without [IMG], as recorded; with it, the picture is another."""
+  """Without [IMG], as recorded; with it, the image is another."""
   arrays, wanted = recorded(golden, "t2i_tokens")
   # The last three ids of each prompt, which begin in the middle of a word.
   ids = dict(zip("ab", arrays["out_prompt_ids"][:, -3:].tolist(), strict=True))

@@ -29,14 +29,14 @@ UNETS = {  # what the decoders of `sources.py` give
     attention=(True, False),
     num_heads=(2, 2),
     cross_dim=10,
-    details=unet.Details(mask_bias=unet.MASK_BIAS),
+    details=unet.DiffusersQuirks(mask_bias=unet.MASK_BIAS),
   ),
   "highres_pixels": unet.UNetConfig(
     **SHAPE,
     attention=(False, True),
     num_heads=(1, 4),
     cross_dim=18,
-    details=unet.Details(
+    details=unet.DiffusersQuirks(
       linear_projection=True,
       mask_bias=unet.MASK_BIAS,
       added_dim=13 + 6 * 2,

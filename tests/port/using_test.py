@@ -30,28 +30,28 @@ def lavit(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
   rng = np.random.default_rng(0)
   return list(rng.integers(0, 256, (3, 20, 20, 3), np.uint8))
 
 
-def test_an_imported_model_tokenizes_captions_and_answers(lavit, pictures):
-  for row in lavit.tokenize(pictures):
+def test_an_imported_model_tokenizes_captions_and_answers(lavit, images):
+  for row in lavit.tokenize(images):
     assert row["keep"].sum() == len(row["codes"]) >= 1
-  captions = lavit.caption(pictures, max_new_tokens=5)
+  captions = lavit.caption(images, max_new_tokens=5)
   assert [type(words) for words in captions] == [str] * 3
-  assert isinstance(lavit.answer(pictures[0], "what is it?"), str)
+  assert isinstance(lavit.answer(images[0], "what is it?"), str)
 
 
-def test_parity_samples_and_a_seed_alone_does_too(lavit, pictures):
+def test_parity_samples_and_a_seed_alone_does_too(lavit, images):
   """With the same seed the selection is the same in both."""
-  seeded = lavit.tokenize(pictures, seed=5)
-  quirky = lavit.tokenize(pictures, seed=5, parity=True)
+  seeded = lavit.tokenize(images, seed=5)
+  quirky = lavit.tokenize(images, seed=5, parity=True)
   for a, b in zip(seeded, quirky, strict=True):
     np.testing.assert_array_equal(a["keep"], b["keep"])
-  alone = lavit.tokenize(pictures[2], seed=7)  # picture i: seed + i
+  alone = lavit.tokenize(images[2], seed=7)  # image i: seed + i
   np.testing.assert_array_equal(alone["keep"], seeded[2]["keep"])
-  keeps = [lavit.tokenize(pictures[0], seed=s)["keep"] for s in range(6)]
+  keeps = [lavit.tokenize(images[0], seed=s)["keep"] for s in range(6)]
   assert any((keeps[0] != keep).any() for keep in keeps)
 
 
@@ -60,12 +60,10 @@ def rows(lavit, prompt, **how):
   return prompter.rows([prompter.parse(prompt)], **how)[0]
 
 
-def test_codes_of_a_prompt_stand_between_marks_unless_in_parity(
-  lavit, pictures
-):
-  codes = lavit.tokenize(pictures[0])["codes"] + 32002
+def test_codes_of_a_prompt_stand_between_marks_unless_in_parity(lavit, images):
+  codes = lavit.tokenize(images[0])["codes"] + 32002
   text = lavit.text.encode("a dog")
-  prompt = [pictures[0], "a dog"]
+  prompt = [images[0], "a dog"]
   assert rows(lavit, prompt, form="codes") == [32000, *codes, 32001, *text]
   assert rows(lavit, prompt, form="codes", parity=True) == [*codes, *text]
   begin, tokens, end, *rest = rows(lavit, prompt, form="continuous")
@@ -78,13 +76,13 @@ def test_special_tokens_in_a_text_are_read_in_parity_alone(lavit):
   assert 2 not in rows(lavit, ["a </s>"], form="codes")
 
 
-def test_prompts_with_several_pictures_are_the_same_in_a_batch(lavit, pictures):
+def test_prompts_with_several_images_are_the_same_in_a_batch(lavit, images):
   prompts = [
-    [pictures[0], "a dog", pictures[1]],
-    [pictures[2], pictures[0]],
+    [images[0], "a dog", images[1]],
+    [images[2], images[0]],
     "a cat",
   ]
-  negative = ["red", [pictures[1], "blue"], None]
+  negative = ["red", [images[1], "blue"], None]
   both = lavit.write_codes(prompts, negative_prompts=negative, seed=3)
   for i, (prompt, against) in enumerate(zip(prompts, negative, strict=True)):
     alone = lavit.write_codes([prompt], negative_prompts=[against], seed=3 + i)
@@ -96,22 +94,22 @@ def test_prompts_with_several_pictures_are_the_same_in_a_batch(lavit, pictures):
     np.testing.assert_allclose(alone.score, together.score, rtol=1e-4)
 
 
-def test_several_texts_come_with_falling_scores(lavit, pictures):
+def test_several_texts_come_with_falling_scores(lavit, images):
   ((a, b, c),) = lavit.write(
-    [[pictures[0]]], count=3, num_beams=3, max_new_tokens=6, min_new_tokens=1
+    [[images[0]]], count=3, num_beams=3, max_new_tokens=6, min_new_tokens=1
   )
   assert a.score >= b.score >= c.score
   assert len({a.text, b.text, c.text}) == 3
   with pytest.raises(errors.UsageError, match="num_return_sequences"):
-    lavit.write([[pictures[0]]], count=3, num_beams=2)
+    lavit.write([[images[0]]], count=3, num_beams=2)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-def test_greedy_scores_count_lengths_as_beams_do(lavit, pictures, offset):
+def test_greedy_scores_count_lengths_as_beams_do(lavit, images, offset):
   how = {"max_new_tokens": 6, "min_new_tokens": 2}
   prompter, llm = lavit._prompter, lavit._llm
-  for picture in pictures:
-    row = prompter.rows([prompter.parse(picture)], form="continuous")
+  for image in images:
+    row = prompter.rows([prompter.parse(image)], form="continuous")
     one = beam.beam_search(
       llm.model,
       llm.params["llm"],
@@ -123,12 +121,12 @@ def test_greedy_scores_count_lengths_as_beams_do(lavit, pictures, offset):
       **how,
     )
     ((greedy,),) = lavit.write(
-      [picture], num_beams=1, length_offset=offset, **how
+      [image], num_beams=1, length_offset=offset, **how
     )
     np.testing.assert_allclose(greedy.score, one.scores[0, 0], rtol=1e-4)
 
 
-def test_what_cannot_be_answered_is_said_so(lavit, pictures, monkeypatch):
+def test_what_cannot_be_answered_is_said_so(lavit, images, monkeypatch):
   """The first answer decides; the second is asked of the rest alone."""
   asked = []
 
@@ -144,33 +142,33 @@ def test_what_cannot_be_answered_is_said_so(lavit, pictures, monkeypatch):
     ]
 
   monkeypatch.setattr(text_generation, "write", write)
-  answers = lavit.answer(pictures[0], ["a?", "b?"], answerable_first=True)
+  answers = lavit.answer(images[0], ["a?", "b?"], answerable_first=True)
   assert answers == ["unanswerable", "a dog"]
   assert asked[1] == ["Question: b? Answer:"]
 
 
-def test_a_picture_where_text_belongs_is_named(lavit, pictures):
-  picture = PIL.Image.fromarray(pictures[0])
+def test_a_image_where_text_belongs_is_named(lavit, images):
+  image = PIL.Image.fromarray(images[0])
   for call in (
-    lambda: lavit.answer(pictures[0], picture),
-    lambda: lavit.answer(pictures[0], [picture]),
-    lambda: lavit.caption(pictures[0], prompt=picture),
-    lambda: lavit.generate(picture),
-    lambda: lavit.generate([pictures[0]]),
+    lambda: lavit.answer(images[0], image),
+    lambda: lavit.answer(images[0], [image]),
+    lambda: lavit.caption(images[0], prompt=image),
+    lambda: lavit.generate(image),
+    lambda: lavit.generate([images[0]]),
   ):
     with pytest.raises(errors.UsageError, match=r"text \(str\) is expected"):
       call()
 
 
-def test_a_prompt_beyond_the_context_is_refused(lavit, pictures):
+def test_a_prompt_beyond_the_context_is_refused(lavit, images):
   limit = lavit._llm.model.config.max_len
   long = "a dog " * limit
   for call in (
-    lambda: lavit.caption(pictures[0], prompt=long),
-    lambda: lavit.answer(pictures[0], long),
+    lambda: lavit.caption(images[0], prompt=long),
+    lambda: lavit.answer(images[0], long),
     lambda: lavit.write_codes([long]),
     lambda: lavit.write_codes(["a"], negative_prompts=long),
-    lambda: lavit.caption(pictures[0], max_new_tokens=limit),
+    lambda: lavit.caption(images[0], max_new_tokens=limit),
   ):
     with pytest.raises(errors.UsageError, match=f"at most {limit} in all"):
       call()
@@ -190,9 +188,9 @@ def test_options_of_loading_are_checked(lavit):
   assert lavit.rules.caption.num_beams == 2
 
 
-def test_bfloat16_halves_the_weights_and_still_reads(lavit, pictures):
+def test_bfloat16_halves_the_weights_and_still_reads(lavit, images):
   half = pipeline.LaVIT.load(lavit.directory, dtype="bfloat16", max_batch=2)
-  captions = half.caption(pictures, max_new_tokens=5, min_new_tokens=1)
+  captions = half.caption(images, max_new_tokens=5, min_new_tokens=1)
   assert len(captions) == 3
   dtypes = {str(x.dtype) for x in jax.tree.leaves(half._llm.params)}
   assert dtypes == {"bfloat16"}
@@ -200,30 +198,30 @@ def test_bfloat16_halves_the_weights_and_still_reads(lavit, pictures):
   assert codes.dtype == np.float32
 
 
-def test_int8_weights_read_and_write(lavit, pictures):
+def test_int8_weights_read_and_write(lavit, images):
   small = pipeline.LaVIT.load(lavit.directory, quantize="int8")
   for name in ("embedding", "head"):
     assert small._llm.params["llm"][name].dtype == np.int8
   how = {"max_new_tokens": 5, "min_new_tokens": 1}
-  ((ours,),) = lavit.write([[pictures[0]]], **how)
-  ((rounded,),) = small.write([[pictures[0]]], **how)
+  ((ours,),) = lavit.write([[images[0]]], **how)
+  ((rounded,),) = small.write([[images[0]]], **how)
   assert abs(rounded.score - ours.score) < 0.05 * abs(ours.score)
-  (codes,) = small.write_codes([[pictures[0], "a dog"]], max_new_tokens=4)
+  (codes,) = small.write_codes([[images[0], "a dog"]], max_new_tokens=4)
   assert 1 <= len(codes) <= 4
   memory = (lavit.info()["memory"], small.info()["memory"])
   before, after = (m["caption"]["weights"]["llm"] for m in memory)
   assert after < before / 2
 
 
-def test_an_imported_model_writes_visual_words(lavit, pictures):
-  (codes,) = lavit.write_codes([[pictures[0], "a dog"]], max_new_tokens=4)
+def test_an_imported_model_writes_visual_words(lavit, images):
+  (codes,) = lavit.write_codes([[images[0], "a dog"]], max_new_tokens=4)
   assert 1 <= len(codes) <= 4
   assert codes.max() < sources.CODES
 
 
-def test_what_needs_the_u_nets_is_refused(lavit, pictures):
+def test_what_needs_the_u_nets_is_refused(lavit, images):
   for draw in (
-    lambda: lavit.reconstruct(pictures[0]),
+    lambda: lavit.reconstruct(images[0]),
     lambda: lavit.generate("a dog", max_new_tokens=2),
   ):
     with pytest.raises(errors.CheckpointError, match="has no highres_pixels"):
@@ -232,18 +230,18 @@ def test_what_needs_the_u_nets_is_refused(lavit, pictures):
     _ = lavit.visual.feature_mean
 
 
-def test_the_selector_for_reading_is_the_overlay_s(lavit, pictures, tmp_path):
+def test_the_selector_for_reading_is_the_overlay_s(lavit, images, tmp_path):
   """The other one keeps all; ids still come from the tokenizer's own."""
   state = sources.state()[sources.FILES["tokenizer"]]
   overlay = {n: v for n, v in state.items() if n.startswith(SELECTOR)}
   overlay[f"{SELECTOR}out_conv.4.bias"] = np.array([99.0, -99.0], np.float32)
   other = load(tmp_path, overlay)
-  sized = np.stack([np.resize(p, (12, 12, 3)) for p in pictures])
+  sized = np.stack([np.resize(p, (12, 12, 3)) for p in images])
   _, valid = other._llm.read(sized)
   assert valid.all()
   _, before = lavit._llm.read(sized)
   assert not before.all()
   for ours, theirs in zip(
-    lavit.tokenize(pictures), other.tokenize(pictures), strict=True
+    lavit.tokenize(images), other.tokenize(images), strict=True
   ):
     np.testing.assert_array_equal(ours["codes"], theirs["codes"])

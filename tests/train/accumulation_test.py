@@ -182,7 +182,7 @@ def test_what_passes_is_cut_into_parts_on_all_devices(rows, parts):
 def test_a_run_and_its_report_ask_before_anything_is_read(
   tmp_path, monkeypatch
 ):
-  """Neither pictures nor weights; so a mistake costs no minutes."""
+  """Neither images nor weights; so a mistake costs no minutes."""
   read = lambda *args: pytest.fail("read")
   monkeypatch.setattr(objectives, "build", read)
   cfg = micro.config("encoder", tmp_path, accumulate=2)
@@ -193,7 +193,7 @@ def test_a_run_and_its_report_ask_before_anything_is_read(
 def test_contrast_cannot_be_run_in_parts():
   objective, phase = _stage(outlines.build, stage="encoder", accumulate=2)
   case = outlines.Case(objective)
-  with pytest.raises(errors.ConfigError, match="among all pictures"):
+  with pytest.raises(errors.ConfigError, match="among all images"):
     jax.eval_shape(
       lambda: step_lib.value_and_grad(objective, phase, 2)(
         lambda x: x, *case.args, jax.random.key(0)

@@ -41,7 +41,7 @@ def run():
   """
   cfg = micro.assumed_tokenizer()
   cfg.schedule = ("codes",)
-  objective = objectives.build(cfg, artifacts.Outline(cfg))
+  objective = objectives.build(cfg, artifacts.AbstractArtifacts(cfg))
   shapes = sharding.unbox(objective.frozen_shapes())
   frozen = _random(jax.random.key(1), shapes)
   init = step_lib.init_fn(objective, 0)
@@ -101,7 +101,7 @@ def _features(run, index):
   return encode(run.frozen["encoder"], batch["image"]), batch["valid"]
 
 
-def test_the_first_phase_begins_with_the_mean_features_of_whole_pictures(
+def test_the_first_phase_begins_with_the_mean_features_of_whole_images(
   run, begun
 ):
   found = [_features(run, index) for index in range(8)]
@@ -110,9 +110,7 @@ def test_the_first_phase_begins_with_the_mean_features_of_whole_pictures(
   np.testing.assert_allclose(begun.extra["feature_mean"], mean, atol=1e-5)
 
 
-def test_codes_begin_with_kmeans_of_the_kept_tokens_of_whole_pictures(
-  run, begun
-):
+def test_codes_begin_with_kmeans_of_the_kept_tokens_of_whole_images(run, begun):
   phase, params = run.phase, run.state.params
 
   @jax.jit
@@ -288,7 +286,7 @@ def test_no_array_before_a_full_size_phase_is_larger_than_a_block():
   """Mean features: encoder's; k-means: a batch's vectors x a block of codes."""
   module = importlib.import_module("lavit_jax.configs.lavit_7b.tokenizer")
   cfg = module.get_config()
-  objective = objectives.build(cfg, artifacts.Outline(cfg))
+  objective = objectives.build(cfg, artifacts.AbstractArtifacts(cfg))
   boxed = jax.eval_shape(step_lib.init_fn(objective, 0))
   state = sharding.unbox(boxed)
   first, *_, last = phases.phases_of(cfg)

@@ -53,7 +53,7 @@ SIZES = {
   "highres": {"dims": (8, 12), "pooled": 10},
 }
 UNCOND = 3
-SCHEDULE = schedules.Schedule(  # of configs/tiny/latents.py
+SCHEDULE = schedules.NoiseSchedule(  # of configs/tiny/latents.py
   spacing="trailing",
   steps_offset=0,
   alpha_to_one=True,
@@ -66,7 +66,7 @@ def unet_config(kind, **changes):
   """A U-Net of two levels for the conditions of `SIZES`."""
   sizes = SIZES[kind]
   pooled = sizes["pooled"]
-  details = unet.Details(
+  details = unet.DiffusersQuirks(
     mask_bias=unet.MASK_BIAS,
     added_dim=pooled + 6 * 8 if pooled else 0,
     added_time_dim=8 if pooled else 0,

@@ -167,7 +167,7 @@ def test_a_run_goes_on_from_the_llm_it_is_given(micro_runs, tmp_path):
 
 
 def test_a_start_without_a_merger_keeps_that_of_stage_1(micro_runs, tmp_path):
-  """A plain LLaMA brings nothing that reads pictures."""
+  """A plain LLaMA brings nothing that reads images."""
   (root,) = micro.branch(micro_runs, tmp_path, 1)
   llm = checkpoints.load_part(micro_runs / "model", "llm").params["llm"]
   checkpoints.save_part(tmp_path / "start", "llm", {"llm": llm}, {})

@@ -35,7 +35,7 @@ def build(stage, **updates):
     node[last] = value
   pieces = lambda self: types.SimpleNamespace(size=TEXT)
   with mock.patch.object(base.Objective, "text_tokenizer", pieces):
-    return objectives.build(cfg, artifacts.Outline(cfg))
+    return objectives.build(cfg, artifacts.AbstractArtifacts(cfg))
 
 
 def phase_of(objective, name=None, **settings):
@@ -102,7 +102,7 @@ def _codebook(stats):
 
 
 def batch_of(objective, rows):
-  """Random rows; some pictures are not valid, some captions are not there."""
+  """Random rows; some images are not valid, some captions are not there."""
   rng = np.random.default_rng(7)
   shapes = objective.batch_shapes()
 

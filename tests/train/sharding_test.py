@@ -120,7 +120,7 @@ def _assert_close(path, a, b):
 
 @pytest.fixture(scope="module")
 def pretrain(micro_runs):
-  """Packed rows with pictures that are read."""
+  """Packed rows with images that are read."""
   case = _Case("pretrain", "train", micro_runs)
   assert (case.batch["slot"] >= 0).any()
   assert case.batch["segments"].max() > 1

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax.core import images
+from lavit_jax.core import image_io
 from lavit_jax.diffusion import denoising
 from lavit_jax.models import layers
 from lavit_jax.models.encoder import vision
@@ -85,7 +85,7 @@ def tokenizer(**updates):
   objective.model = Tokenizer()
 
   def features(encoder, image):
-    x = vision.patchify(images.normalize(image), patch)
+    x = vision.patchify(image_io.normalize(image), patch)
     return jax.lax.stop_gradient(x @ encoder["kernel"])
 
   objective._features = features
@@ -142,7 +142,7 @@ def pixels(**updates):
   objective = outlines.build("pixels", **updates)
   objective.decoder = _Apply(_denoise)
   objective.features = lambda frozen, image: (
-    images.normalize(image).reshape(len(image), 36, -1) * frozen["x"]
+    image_io.normalize(image).reshape(len(image), 36, -1) * frozen["x"]
   )
   objective.frozen = {"x": jnp.zeros(())}
   params = _boxed(z=(1,), told=(1,))

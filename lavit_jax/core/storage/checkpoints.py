@@ -95,8 +95,8 @@ def save_part(
     params = jax.tree.map(lambda x: _cast(x, dtype), params)
   with writing(folder.parent):
     used = _intact_place(folder)
-    place = _WEIGHTS[hosts.told(int(used == _WEIGHTS[0]))]
-    if hosts.first():
+    place = _WEIGHTS[hosts.broadcast_from_lead(int(used == _WEIGHTS[0]))]
+    if hosts.is_lead():
       folder.mkdir(parents=True, exist_ok=True)
       _remove_weights(folder, besides=used)
     hosts.barrier(f"lavit_part_{name}_begun")
@@ -105,13 +105,13 @@ def save_part(
     else:
       with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / place, hosts.storable(params))
-    if hosts.first():
+    if hosts.is_lead():
       described = {"format": FORMAT, "part": name, **meta}
       if place != _WEIGHTS[0]:  # so that earlier versions read what they can
         described[_FIELD] = place
       text = json.dumps(described, indent=1) + "\n"
       files.write_whole(folder / _PART_FILE, text.encode())
-  if hosts.first():
+  if hosts.is_lead():
     _remove_weights(folder, besides=place)
   hosts.barrier(f"lavit_part_{name}_done")
   return folder

@@ -1,6 +1,6 @@
-"""Rows of bucketed pictures: what a plan's row number becomes as arrays.
+"""Rows of bucketed images: what a plan's row number becomes as arrays.
 
-The picture that is learnt, or its latents; what the tokenizer sees of it, which
+The image that is learnt, or its latents; what the tokenizer sees of it, which
 is the same part; and SDXL's numbers of size and place.
 """
 
@@ -10,7 +10,7 @@ import logging
 import grain.python as grain
 import numpy as np
 
-from lavit_jax.core import errors, images
+from lavit_jax.core import errors, image_io
 from lavit_jax.data import faults as faults_lib
 from lavit_jax.data.batching import buckets as buckets_lib
 from lavit_jax.data.batching import pipeline
@@ -30,18 +30,18 @@ def batches(
   latents=None,
   limit_share=0.05,
 ) -> pipeline.Batches:
-  """Batches of pictures, each batch of one bucket.
+  """Batches of images, each batch of one bucket.
 
   Args:
-    source: an examples.Source; with `encoded`, its pictures keep their ratio.
+    source: an examples.Source; with `encoded`, its images keep their ratio.
     buckets: heights and widths.
-    batch_size: global number of pictures.
-    seed: of the endless order, see `buckets.Plan`; None: each picture once,
+    batch_size: global number of images.
+    seed: of the endless order, see `buckets.BucketPlan`; None: each image once,
       the last batch of a bucket filled up with zeros.
     crop: "center", or "random" for another part each time (needs a seed).
-    latents: a latent_cache.LatentCache; its latents stand in for the picture
-      that is learnt, and it says which bucket a picture has.
-    limit_share: share of bad pictures that stops the run.
+    latents: a latent_cache.LatentCache; its latents stand in for the image
+      that is learnt, and it says which bucket an image has.
+    limit_share: share of bad images that stops the run.
 
   Returns:
     Batches of `valid` float32[B], `index` int64[B], `sizes` float32[B, 6] (see
@@ -50,7 +50,7 @@ def batches(
 
   Raises:
     errors.ConfigError: no such crop, or a crop that does not go with a cache.
-    errors.DataError: no picture can be read, or a cache of other data.
+    errors.DataError: no image can be read, or a cache of other data.
   """
   _check(source, crop, seed, latents)
   buckets = [tuple(int(side) for side in pair) for pair in buckets]
@@ -60,10 +60,10 @@ def batches(
     assigned = latents.assigned
   if seed is not None:
     _name_rare(source, buckets, assigned, batch_size)
-  plan_of = buckets_lib.Once if seed is None else buckets_lib.Plan
+  plan_of = buckets_lib.OnePass if seed is None else buckets_lib.BucketPlan
   rest = () if seed is None else (seed,)
   plan = plan_of(assigned, len(buckets), batch_size, *rest)
-  log = faults_lib.FaultLog(f"pictures of {source.name}", limit_share)
+  log = faults_lib.FaultLog(f"images of {source.name}", limit_share)
   _name_unreadable(source, assigned, log)
   place_seed = seed if crop == "random" else None
   rows = _Rows(source, buckets, plan, batch_size, log, latents, place_seed)
@@ -74,32 +74,32 @@ def batches(
 
 
 def _check(source, crop, seed, latents):
-  """Everything that can be known to be wrong before a picture is read."""
+  """Everything that can be known to be wrong before an image is read."""
   if crop not in CROPS:
     raise errors.ConfigError(f"data.crop={crop!r}: expected one of {CROPS}.")
   if crop == "random" and (latents is not None or seed is None):
     raise errors.ConfigError(
-      'data.crop="random" shows another part of a picture each time, but'
-      " cached latents, and held-out pictures, are those of one part. Use"
+      'data.crop="random" shows another part of an image each time, but'
+      " cached latents, and held-out images, are those of one part. Use"
       " crop='center', or no cache."
     )
   if latents is not None and len(latents) != source.num_images:
     raise errors.DataError(
-      f"The latent cache {latents.directory} has {len(latents)} pictures, but"
+      f"The latent cache {latents.directory} has {len(latents)} images, but"
       f" {source.name} has {source.num_images}: it was made from other data."
       " Make it again for this data."
     )
 
 
 def _name_unreadable(source, assigned, log):
-  """Counts pictures without a bucket, and names them."""
+  """Counts images without a bucket, and names them."""
   log.good(int((assigned != buckets_lib.NONE).sum()))
   for i in np.flatnonzero(assigned == buckets_lib.NONE):
     log.fault(source.image_key(int(i)), "cannot be read")
 
 
 def _name_rare(source, buckets, assigned, batch_size):
-  """Says where a batch will show the same picture several times."""
+  """Says where a batch will show the same image several times."""
   found = buckets_lib.rare(assigned, len(buckets), batch_size)
   if not found:
     return
@@ -109,11 +109,11 @@ def _name_rare(source, buckets, assigned, batch_size):
   way_out = (
     ". Take it from data.buckets to put them into the nearest other one"
     if others
-    else f". Give more pictures, or a batch_size of at most {counts.max()}"
+    else f". Give more images, or a batch_size of at most {counts.max()}"
   )
   for b, n in found.items():
     _LOG.warning(
-      "bucket %s has %d of the %d pictures of %s: its batches of %d show each"
+      "bucket %s has %d of the %d images of %s: its batches of %d show each"
       " about %.3g times, and come once in %.3g epochs%s",
       buckets[b],
       n,
@@ -128,7 +128,7 @@ def _name_rare(source, buckets, assigned, batch_size):
 
 @dataclasses.dataclass
 class _Rows:
-  """Row number to the arrays of one picture; all of a batch in one shape."""
+  """Row number to the arrays of one image; all of a batch in one shape."""
 
   source: object
   buckets: list
@@ -141,19 +141,19 @@ class _Rows:
   def __call__(self, number):
     k, j = divmod(int(number), self.batch_size)
     size = self.buckets[self.plan.bucket(k)]
-    i = self.plan.picture(k, j)
+    i = self.plan.image(k, j)
     if i == buckets_lib.NONE:
       return self._blank(size)
     try:
       row = self._row(number, i, size)
-    except images.ImageError as error:
+    except image_io.ImageError as error:
       self.log.fault(self.source.image_key(i), error)
       return self._blank(size) | {"index": np.int64(i)}
     self.log.good()
     return row | {"index": np.int64(i)}
 
   def _row(self, number, i, size):
-    """The arrays of picture i; ImageError if it is bad."""
+    """The arrays of image i; ImageError if it is bad."""
     image = original(self.source, i)
     place = (0.5, 0.5)
     if self.place_seed is not None:
@@ -164,10 +164,10 @@ class _Rows:
     row = {
       "valid": np.float32(1),
       "sizes": np.array(part.numbers, np.float32),
-      "image": images.cut(image, part.box, (side, side)),
+      "image": image_io.cut(image, part.box, (side, side)),
     }
     if self.latents is None:
-      row["target"] = images.cut(image, part.box, size)
+      row["target"] = image_io.cut(image, part.box, size)
     else:
       row["latents"] = self.latents.latents(i)
       row["valid"] *= self.latents.good(i)
@@ -187,12 +187,12 @@ class _Rows:
 
 
 def original(source, i):
-  """Picture i of a source as a PIL image, at its own size if it has one.
+  """Image i of a source as a PIL image, at its own size if it has one.
 
   Raises:
     images.ImageError: it cannot be used.
   """
   name = source.image_key(i)
   if hasattr(source, "encoded"):
-    return images.load(source.encoded(i), name=name)
-  return images.load(source.image(i), name=name)
+    return image_io.load(source.encoded(i), name=name)
+  return image_io.load(source.image(i), name=name)

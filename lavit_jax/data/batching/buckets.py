@@ -1,11 +1,12 @@
-"""Pictures in several shapes: each goes to the bucket nearest to its own.
+"""Images in several shapes: each goes to the bucket nearest to its own.
 
-A bucket is a height and a width that pictures are scaled and cropped to. All
-pictures of a batch are of one bucket (Podell et al., arXiv 2307.01952, section
+A bucket is a height and a width that images are scaled and cropped to. All
+images of a batch are of one bucket (Podell et al., arXiv 2307.01952, section
 2.3), and batch k is a pure function of the arguments and k, as everywhere:
 
-  plan = Plan(assign(sizes_of(source), buckets), len(buckets), batch_size, seed)
-  plan.batch(k) -> (bucket, picture numbers)
+  assigned = assign(sizes_of(source), buckets)
+  plan = BucketPlan(assigned, len(buckets), batch_size, seed)
+  plan.batch(k) -> (bucket, image numbers)
 """
 
 import bisect
@@ -16,18 +17,18 @@ import math
 
 import numpy as np
 
-from lavit_jax.core import errors, images
+from lavit_jax.core import errors, image_io
 from lavit_jax.data.batching import packing
 
-NONE = -1  # the bucket of a picture that cannot be read
+NONE = -1  # the bucket of an image that cannot be read
 _TURNS_KEPT = 256  # batches whose place in their bucket stays in memory
 _THREADS = 8  # that read headers
 
 
 def sizes_of(source) -> np.ndarray:
-  """int32[num_images, 2], heights and widths of a source's own pictures.
+  """int32[num_images, 2], heights and widths of a source's own images.
 
-  Told by the headers alone; (0, 0) for a picture that cannot be read. A source
+  Told by the headers alone; (0, 0) for an image that cannot be read. A source
   that only has squares (one without `encoded`) is not looked at.
   """
   if not hasattr(source, "encoded"):
@@ -35,8 +36,8 @@ def sizes_of(source) -> np.ndarray:
 
   def one(i):
     try:
-      return images.size_of(source.encoded(i), name=source.image_key(i))
-    except images.ImageError:
+      return image_io.size_of(source.encoded(i), name=source.image_key(i))
+    except image_io.ImageError:
       return 0, 0  # named in the log when its turn comes
 
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
@@ -45,7 +46,7 @@ def sizes_of(source) -> np.ndarray:
 
 
 def assign(sizes: np.ndarray, buckets) -> np.ndarray:
-  """The bucket of each picture, whose ratio is nearest to the picture's.
+  """The bucket of each image, whose ratio is nearest to the image's.
 
   Args:
     sizes: int[n, 2], heights and widths.
@@ -76,12 +77,12 @@ def assign(sizes: np.ndarray, buckets) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """The part of a picture that fills a bucket.
+  """The part of an image that fills a bucket.
 
   Attributes:
-    box: left, top, right and bottom of the part, in the picture's pixels.
-    numbers: SDXL's six: height and width of the picture, top and left of the
-      crop in the scaled picture, height and width of the bucket.
+    box: left, top, right and bottom of the part, in the image's pixels.
+    numbers: SDXL's six: height and width of the image, top and left of the
+      crop in the scaled image, height and width of the bucket.
   """
 
   box: tuple[float, float, float, float]
@@ -92,7 +93,7 @@ def view(size, bucket, place=(0.5, 0.5)) -> View:
   """The largest part with the bucket's ratio.
 
   Args:
-    size: height and width of the picture.
+    size: height and width of the image.
     bucket: height and width of the bucket.
     place: where the part lies, from 0 (top, left) to 1 (bottom, right).
 
@@ -110,36 +111,36 @@ def view(size, bucket, place=(0.5, 0.5)) -> View:
   return View(box, (height, width, *crop, rows, columns))
 
 
-class Plan:
-  """Batch number to a bucket and the pictures of a batch, without an end.
+class BucketPlan:
+  """Batch number to a bucket and the images of a batch, without an end.
 
   Each bucket is gone through in an order of its own, shuffled anew each time.
-  Of every N batches, N pictures in all, a bucket of n pictures has exactly n,
-  spread evenly: so each picture is shown as often as any other. A bucket with
-  fewer pictures than a batch has its turn the more seldom, and then shows each
+  Of every N batches, N images in all, a bucket of n images has exactly n,
+  spread evenly: so each image is shown as often as any other. A bucket with
+  fewer images than a batch has its turn the more seldom, and then shows each
   several times: a single one is shown B times, once in B epochs.
 
-  Batch k stands for picture (k A + c) mod N of the pictures laid out bucket
+  Batch k stands for image (k A + c) mod N of the images laid out bucket
   by bucket, A coprime to N and near the golden section of it (a Weyl sequence
-  with exact integers), and is of that picture's bucket.
+  with exact integers), and is of that image's bucket.
   """
 
   def __init__(self, assigned, count, batch_size, seed):
     """Makes the plan.
 
     Args:
-      assigned: int[n], the bucket of each picture, see `assign`.
+      assigned: int[n], the bucket of each image, see `assign`.
       count: number of buckets.
-      batch_size: pictures a batch.
+      batch_size: images a batch.
       seed: of all orders.
 
     Raises:
-      errors.DataError: no picture has a bucket.
+      errors.DataError: no image has a bucket.
     """
     self._members = members(assigned, count)
     self._size = batch_size
     self._orders = [
-      packing.Order(max(len(m), 1), packing.make_seed(seed, b))
+      packing.Permutation(max(len(m), 1), packing.make_seed(seed, b))
       for b, m in enumerate(self._members)
     ]
     self._ends = np.cumsum([len(m) for m in self._members]).tolist()
@@ -164,26 +165,26 @@ class Plan:
     )
     return b, since - until
 
-  def picture(self, k, j) -> int:
-    """Picture j of batch k."""
+  def image(self, k, j) -> int:
+    """Image j of batch k."""
     b, ordinal = self._turn(int(k))
     return int(self._members[b][self._orders[b][ordinal * self._size + j]])
 
   def batch(self, k) -> tuple[int, np.ndarray]:
-    """The bucket and the pictures int64[batch_size] of batch k."""
+    """The bucket and the images int64[batch_size] of batch k."""
     return self.bucket(k), np.array(
-      [self.picture(k, j) for j in range(self._size)], np.int64
+      [self.image(k, j) for j in range(self._size)], np.int64
     )
 
 
-class Once:
-  """The plan that shows each picture once; the last batch of a bucket has gaps.
+class OnePass:
+  """The plan that shows each image once; the last batch of a bucket has gaps.
 
-  Its interface is that of `Plan`, with a length; a gap is NONE.
+  Its interface is that of `BucketPlan`, with a length; a gap is NONE.
   """
 
   def __init__(self, assigned, count, batch_size):
-    """Makes the plan; arguments and errors are those of `Plan`."""
+    """Makes the plan; arguments and errors are those of `BucketPlan`."""
     self._members, self._size = members(assigned, count), batch_size
     turns = [
       (start, b)
@@ -200,15 +201,15 @@ class Once:
     """The bucket of batch k."""
     return self._turns[k][1]
 
-  def picture(self, k, j) -> int:
-    """Picture j of batch k, NONE for a gap."""
+  def image(self, k, j) -> int:
+    """Image j of batch k, NONE for a gap."""
     start, b = self._turns[k]
     place, chosen = start + j, self._members[b]
     return int(chosen[place]) if place < len(chosen) else NONE
 
 
 def members(assigned, count) -> list[np.ndarray]:
-  """The pictures of each bucket.
+  """The images of each bucket.
 
   Raises:
     errors.DataError: there is none in any.
@@ -216,14 +217,14 @@ def members(assigned, count) -> list[np.ndarray]:
   found = [np.flatnonzero(np.asarray(assigned) == b) for b in range(count)]
   if not any(len(m) for m in found):
     raise errors.DataError(
-      f"None of {len(assigned)} pictures can be read: check the paths of the"
+      f"None of {len(assigned)} images can be read: check the paths of the"
       " data."
     )
   return found
 
 
 def rare(assigned, count, batch_size) -> dict[int, int]:
-  """Pictures of each bucket that has some, but fewer than a batch."""
+  """Images of each bucket that has some, but fewer than a batch."""
   sizes = [len(chosen) for chosen in members(assigned, count)]
   return {b: n for b, n in enumerate(sizes) if 0 < n < batch_size}
 

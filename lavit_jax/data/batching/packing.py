@@ -35,7 +35,7 @@ class Component:
   """One kind of document: a task of a source, its share and its codes.
 
   `weight` counts documents, relative to the other components'; `cache` is the
-  source's CodeCache, None for a task without pictures.
+  source's CodeCache, None for a task without images.
   """
 
   source: Any
@@ -44,12 +44,12 @@ class Component:
   cache: Any = None
 
 
-class Order:
+class Permutation:
   """An endless order: all of 0 … count - 1, anew shuffled each epoch.
 
-  Order(3, seed)[k] is a pure function of k. Grain's shuffle walks a cycle of
-  2**16 at least, milliseconds an item where there are few: below that a
-  permutation of the epoch is drawn instead.
+  Permutation(3, seed)[k] is a pure function of k. Grain's shuffle walks a
+  cycle of 2**16 at least, milliseconds an item where there are few: below that
+  a permutation of the epoch is drawn instead.
   """
 
   def __init__(self, count, seed):
@@ -92,7 +92,7 @@ class Mixture:
     self._before = np.cumsum(ones, axis=0) - ones  # [P, C] seen before
     self._in_period = ones.sum(axis=0)  # [C]
     self._orders = [
-      Order(max(n, 1), make_seed(seed, c)) for c, n in enumerate(counts)
+      Permutation(max(n, 1), make_seed(seed, c)) for c, n in enumerate(counts)
     ]
 
   def document(self, g):
@@ -152,25 +152,25 @@ def make_seed(*numbers):
   return int(np.random.SeedSequence(list(numbers)).generate_state(1)[0])
 
 
-def first_fit(sizes, max_len, max_pictures):
+def first_fit(sizes, max_len, max_images):
   """Rows by first-fit decreasing with two capacities.
 
   Args:
-    sizes: int[n, 2] positions and pictures of each document; a document with
+    sizes: int[n, 2] positions and images of each document; a document with
       negative size is left out.
     max_len: positions a row, L.
-    max_pictures: pictures a row, S.
+    max_images: images a row, S.
 
   Returns:
     list of rows, each a list of indices into `sizes`. [[5, 0], [3, 0], [4, 0]]
     in rows of 8 gives [[0, 1], [2]].
   """
   sizes = np.asarray(sizes, np.int64).reshape(-1, 2)
-  share = np.maximum(sizes[:, 0] / max_len, sizes[:, 1] / max(max_pictures, 1))
+  share = np.maximum(sizes[:, 0] / max_len, sizes[:, 1] / max(max_images, 1))
   usable = np.flatnonzero(sizes[:, 0] >= 0)
   order = usable[np.argsort(-share[usable], kind="stable")]
   room = np.empty((len(order), 2), np.int64)
-  room[:] = max_len, max_pictures
+  room[:] = max_len, max_images
   rows, full = [], 0  # the first `full` rows have no room for anything
   least = sizes[usable, 0].min(initial=max_len)
   for i in order:
@@ -179,7 +179,7 @@ def first_fit(sizes, max_len, max_pictures):
     if not fits[row - full]:
       raise ValueError(
         f"document {i} of size {sizes[i].tolist()} fits no row of"
-        f" {[max_len, max_pictures]}; leave it out beforehand."
+        f" {[max_len, max_images]}; leave it out beforehand."
       )
     if row == len(rows):
       rows.append([])
@@ -190,14 +190,14 @@ def first_fit(sizes, max_len, max_pictures):
   return rows
 
 
-class Plan:
+class PackingPlan:
   """Row number to documents, for a stream of documents of known sizes.
 
   Args:
     sizes: function of (start, stop) giving for each of these documents int[2],
-      positions and pictures, or int[k, 2] where it has k pieces; negative for
+      positions and images, or int[k, 2] where it has k pieces; negative for
       one that is left out. Must be pure.
-    limits: (positions, pictures) a row.
+    limits: (positions, images) a row.
     window: documents packed together.
     seed: of the order of the rows in a window.
     memo: file that remembers how many rows each window has, so that a resumed
@@ -253,7 +253,7 @@ class Plan:
         raise errors.DataError(
           f"None of {empty * self.window} documents in a row can be used: they"
           f" are longer than {self.limits[0]} positions and cannot be split,"
-          f" read more than {self.limits[1]} pictures, or are bad. See the log"
+          f" read more than {self.limits[1]} images, or are bad. See the log"
           " for names; config.data.length and config.data.slots say what fits."
         )
       more = max(_SAVE_EVERY, self._saved // 8)  # each time it is all written

@@ -1,6 +1,6 @@
 """Documents longer than a row: divided into pieces that fit.
 
-  all of it is learnt     split anywhere but within a picture
+  all of it is learnt     split anywhere but within an image
   a dialogue              cut behind the last answer that fits
   anything else           too long: a caption, an answer or a drawing needs
                           what stands before it
@@ -25,7 +25,7 @@ def divide(spans, task, limits):
   Args:
     spans: the document, as `sequences.spans` gives it.
     task: of the example, one of examples.TASKS.
-    limits: (positions, pictures) a row.
+    limits: (positions, images) a row.
 
   Returns:
     (pieces, done): list of what `sequences.assemble` takes, and None or what
@@ -36,11 +36,11 @@ def divide(spans, task, limits):
   """
   if _fits(spans, limits):
     return [spans], None
-  positions, pictures = sequences.size(spans)
+  positions, images = sequences.size(spans)
   said = (
     f"{positions} positions, more than length={limits[0]}"
     if positions > limits[0]
-    else f"{pictures} pictures read, more than slots={limits[1]}"
+    else f"{images} images read, more than slots={limits[1]}"
   )
   pieces = []
   if task in _DIVISIBLE:
@@ -54,16 +54,16 @@ def divide(spans, task, limits):
 
 
 def _fits(spans, limits):
-  positions, pictures = sequences.size(spans)
-  return positions <= limits[0] and pictures <= limits[1]
+  positions, images = sequences.size(spans)
+  return positions <= limits[0] and images <= limits[1]
 
 
 def _split(spans, length, slots):
-  """Pieces of at most length + 1 ids; [] if a picture is longer than that.
+  """Pieces of at most length + 1 ids; [] if an image is longer than that.
 
   A piece begins with the last id of the one before it, if that is text: so
-  every id is a target once, except for the first and for what follows a
-  picture that ends a piece. In rows of 3 the ids a b c d e f g become a b c d
+  every id is a target once, except for the first and for what follows an
+  image that ends a piece. In rows of 3 the ids a b c d e f g become a b c d
   and d e f g.
   """
   pieces, piece = [], []
@@ -91,13 +91,13 @@ def _split(spans, length, slots):
   return [tuple(p) for p in pieces if sum(s.count for s in p) > 1]
 
 
-def _joins(piece, picture, length, slots):
-  """Whether a picture fits behind what a piece holds."""
-  return _fits([*piece, picture], (length, slots))
+def _joins(piece, image, length, slots):
+  """Whether an image fits behind what a piece holds."""
+  return _fits([*piece, image], (length, slots))
 
 
 def _last_id(piece):
-  """The last id of a piece as a piece of its own; [] behind a picture."""
+  """The last id of a piece as a piece of its own; [] behind an image."""
   if not piece or piece[-1].ids is None:
     return []
   return [sequences.Span.of(piece[-1].part, piece[-1].ids[-1:])]

@@ -110,31 +110,31 @@ def image_batches(
   text_length=None,
   limit_share=0.05,
 ):
-  """Batches of single pictures, with a caption each if a tokenizer is given.
+  """Batches of single images, with a caption each if a tokenizer is given.
 
   Args:
     source: an examples.Source.
-    batch_size: global number of pictures.
-    seed: of the endless shuffled order; None: each picture once, in order.
-    tokenizer: a vocabulary.TextTokenizer, or None for pictures alone.
+    batch_size: global number of images.
+    seed: of the endless shuffled order; None: each image once, in order.
+    tokenizer: a vocabulary.TextTokenizer, or None for images alone.
     text_length: T, ids of a caption; longer ones are cut.
-    limit_share: share of bad pictures that stops the run.
+    limit_share: share of bad images that stops the run.
 
   Returns:
     Batches of image uint8[B, H, W, 3], valid float32[B], index int64[B], and
     text int32[B, T], text_mask bool[B, T] (ids, then </s>, then padding).
   """
-  log = faults_lib.FaultLog(f"pictures of {source.name}", limit_share)
+  log = faults_lib.FaultLog(f"images of {source.name}", limit_share)
   if not source.num_images:
-    raise errors.DataError(f"{source.name} holds no pictures.")
+    raise errors.DataError(f"{source.name} holds no images.")
   order, length = range(source.num_images), source.num_images
   if seed is not None:
-    order = packing.Order(length, packing.make_seed(seed))
+    order = packing.Permutation(length, packing.make_seed(seed))
     length = _ENDLESS
 
   def row(number):
     i = int(order[number])
-    pixels, valid = rows_lib.picture(source, i, log)
+    pixels, valid = rows_lib.image(source, i, log)
     out = {"image": pixels, "valid": np.float32(valid), "index": np.int64(i)}
     if tokenizer is not None:
       captions = source.captions(i)
@@ -233,11 +233,11 @@ def packed_mixture(
     tokenizer: a vocabulary.TextTokenizer.
     vocabulary: a vocabulary.Vocabulary.
     length: L, positions a row; of longer documents see `pieces`.
-    slots: S, pictures read a row; likewise.
+    slots: S, images read a row; likewise.
     batch_size: rows a global batch.
     seed: of mixture, order and packing.
     window: documents packed together.
-    limit_share: share of bad documents, or pictures, that stops the run; those
+    limit_share: share of bad documents, or images, that stops the run; those
       longer than a row are not bad, and counted apart.
 
   Returns:
@@ -262,7 +262,7 @@ def packed_mixture(
   )
   settings = dict(limits=limits, seed=seed, window=window)
   memo = rows_lib.memo_path(components, tokenizer, **settings)
-  plan = packing.Plan(documents.sizes, memo=memo, **settings)
+  plan = packing.PackingPlan(documents.sizes, memo=memo, **settings)
   rows = grain.MapDataset.range(_ENDLESS).map(rows_lib.Rows(plan, documents))
   return Batches(rows, batch_size, documents.logs)
 
@@ -279,7 +279,7 @@ def _check_components(components, vocabulary):
       continue
     if len(cache) != source.num_images:
       raise errors.DataError(
-        f"The code cache {cache.directory} has {len(cache)} pictures, but"
+        f"The code cache {cache.directory} has {len(cache)} images, but"
         f" {source.name} has {source.num_images}: it was made from other data."
         " Run `lavit tokenize` for this data."
       )

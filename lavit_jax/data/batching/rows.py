@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-from lavit_jax.core import images
+from lavit_jax.core import image_io
 from lavit_jax.data import faults, sequences
 from lavit_jax.data.batching import packing, pieces
 
@@ -32,9 +32,9 @@ class _Found:
 class Documents:
   """Documents of the stream g: their sizes and their sequences.
 
-  `limits` are (positions, pictures) a row; a document beyond them is divided
+  `limits` are (positions, images) a row; a document beyond them is divided
   (`pieces.divide`). One that cannot be, one that is bad, or that holds nothing
-  to learn, gets size -1. `logs` name and count: bad documents, bad pictures,
+  to learn, gets size -1. `logs` name and count: bad documents, bad images,
   and, apart from these, documents longer than a row.
   """
 
@@ -61,12 +61,12 @@ class Documents:
     self.num_patches = patches[0] if patches else 1
     self.logs = (
       faults.FaultLog("documents", limit_share),
-      faults.FaultLog("pictures", limit_share),
+      faults.FaultLog("images", limit_share),
       faults.Tally("documents longer than a row"),
     )
 
   def sizes(self, start, stop):
-    """A list of int[k, 2], positions and pictures of each of k pieces.
+    """A list of int[k, 2], positions and images of each of k pieces.
 
     Those of a document that is left out are -1.
     """
@@ -95,9 +95,9 @@ class Documents:
   def _key(self, c, i):
     return self._parts[c].source.example(self._parts[c].task, i).key
 
-  def picture(self, component, i):
-    """(uint8[H, W, 3], valid) of a picture that is read."""
-    return picture(component.source, i, self.logs[1])
+  def image(self, component, i):
+    """(uint8[H, W, 3], valid) of an image that is read."""
+    return image(component.source, i, self.logs[1])
 
   def _find(self, c, i):
     """The `_Found` of an example."""
@@ -113,11 +113,11 @@ class Documents:
     return _Found(tuple(made), long=done or "")
 
 
-def picture(source, i, log):
-  """(uint8[H, W, 3], valid) of a picture; a bad one is black and logged."""
+def image(source, i, log):
+  """(uint8[H, W, 3], valid) of an image; a bad one is black and logged."""
   try:
     pixels = source.image(i)
-  except images.ImageError as error:
+  except image_io.ImageError as error:
     log.fault(source.image_key(i), error)
     return np.zeros((source.image_size,) * 2 + (3,), np.uint8), False
   log.good()
@@ -164,8 +164,8 @@ class Rows:
       row["order"][span] = doc.order
       row["segments"][span] = segment
       row["positions"][span] = np.arange(len(doc))
-      for i in doc.pictures:
-        pixels, valid = self._documents.picture(component, i)
+      for i in doc.images:
+        pixels, valid = self._documents.image(component, i)
         row["pixels"][slot] = pixels
         row["keep"][slot] = component.cache.keep(i)
         if not valid:

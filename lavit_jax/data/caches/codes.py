@@ -1,8 +1,8 @@
-"""The code cache: keep masks and code ids of every picture, beside the data.
+"""The code cache: keep masks and code ids of every image, beside the data.
 
 DIR/meta.json           what it was made from and with; written last
-DIR/counts.npy          int32[num_images], codes a picture; -1: bad picture
-DIR/codes-00000.array_record …  one record a picture, in order
+DIR/counts.npy          int32[num_images], codes an image; -1: bad image
+DIR/codes-00000.array_record …  one record an image, in order
 DIR.partial             the same while it is being written; goes on from there
 """
 
@@ -31,7 +31,7 @@ _IN_MEMORY = 256 << 20  # bytes of records that are simply kept in memory
 class Meta:
   """What a cache belongs to.
 
-  `source`, `tokenizer` and `pictures` (see `picture_bytes.py`) are
+  `source`, `tokenizer` and `pictures` (see `image_bytes.py`) are
   fingerprints; N = num_patches. `data` and `model` say in words what they are
   of. Caches of earlier versions have neither words nor `pictures`.
   """
@@ -65,14 +65,14 @@ class CodeCache:
       raise _damaged(directory, f"{len(self._records)} records")
 
   @classmethod
-  def load(cls, directory, *, source=None, tokenizer=None, pictures=None):
+  def load(cls, directory, *, source=None, tokenizer=None, images=None):
     """Opens a finished cache.
 
     Args:
       directory: what `write` was given, or where that was copied on gs://.
       source: expected fingerprint of the data, None for any.
       tokenizer: expected fingerprint of the visual tokenizer, None for any.
-      pictures: expected one of their bytes; None, or a cache without: any.
+      images: expected one of their bytes; None, or a cache without: any.
 
     Raises:
       errors.DataError: missing, unfinished, damaged, or of other data or
@@ -91,8 +91,8 @@ class CodeCache:
     for kind, ours in (("source", source), ("tokenizer", tokenizer)):
       if ours is not None and ours != getattr(meta, kind):
         raise _foreign(directory, kind, getattr(meta, kind), ours)
-    if pictures and meta.pictures not in ("", pictures):
-      raise _foreign(directory, "pictures", meta.pictures, pictures)
+    if images and meta.pictures not in ("", images):
+      raise _foreign(directory, "set of images", meta.pictures, images)
     names = ["counts.npy", *(_shard(s) for s in range(_num_shards(meta)))]
     try:  # ArrayRecord reads from a disk alone
       here = fetched.folder(directory, names)
@@ -123,19 +123,19 @@ class CodeCache:
     return self.meta.num_patches
 
   def keep(self, i):
-    """The patches kept of picture i, bool[N]; all False for a bad one."""
+    """The patches kept of image i, bool[N]; all False for a bad one."""
     return self._decode(i)[0]
 
   def codes(self, i):
-    """Code ids of picture i, int32[k] in raster order; empty for a bad one."""
+    """Code ids of image i, int32[k] in raster order; empty for a bad one."""
     return self._decode(i)[1]
 
   def _decode(self, i):
     if not 0 <= i < len(self):
-      raise IndexError(f"picture {i} of {len(self)} in {self.directory}")
+      raise IndexError(f"image {i} of {len(self)} in {self.directory}")
     keep, codes = _unpack(self._records[i], self.meta)
     if len(codes) != max(int(self.counts[i]), 0):
-      raise _damaged(self.directory, f"picture {i} has {len(codes)} codes")
+      raise _damaged(self.directory, f"image {i} has {len(codes)} codes")
     return keep, codes
 
 
@@ -146,7 +146,7 @@ def write(directory, records, meta):
     directory: the finished cache appears here, whole or not at all.
     records: function of `start` giving an iterable of (index, keep, codes)
       for start, start + 1, … num_images - 1; keep bool[N], codes int[k] with
-      k = keep.sum(); keep and codes None for a bad picture.
+      k = keep.sum(); keep and codes None for a bad image.
     meta: a Meta.
 
   Returns:
@@ -186,7 +186,7 @@ def write(directory, records, meta):
 
 
 def resume_point(directory, meta):
-  """The first picture `write` would ask for; num_images if it is finished."""
+  """The first image `write` would ask for; num_images if it is finished."""
   files.require_local(directory, "a code cache")
   directory = pathlib.Path(directory)
   if (there := _read_meta(directory)) is not None:
@@ -223,7 +223,7 @@ def _write_shard(partial, shard, stream, meta):
   batch = list(itertools.islice(stream, length))
   if len(batch) != length:
     raise errors.DataError(
-      f"Only {len(batch)} of the pictures {first} to {first + length - 1} came"
+      f"Only {len(batch)} of the images {first} to {first + length - 1} came"
       f" for {partial}: expected all {meta.num_images}, in order."
     )
   try:
@@ -278,7 +278,7 @@ def _pack(record, index, meta):
   i, keep, codes = record
   if i != index:
     raise errors.DataError(
-      f"Picture {i} came where {index} was due: a cache is written in order."
+      f"Image {i} came where {index} was due: a cache is written in order."
     )
   if keep is None:
     return BAD, b""
@@ -286,13 +286,13 @@ def _pack(record, index, meta):
   fits = keep.shape == (meta.num_patches,) and codes.shape == (keep.sum(),)
   if not fits or not len(codes):
     raise errors.DataError(
-      f"Picture {index}: keep {keep.shape} with {keep.sum()} patches kept and"
+      f"Image {index}: keep {keep.shape} with {keep.sum()} patches kept and"
       f" codes {codes.shape}; expected ({meta.num_patches},) and one code a"
       " patch kept, at least one."
     )
   if codes.min() < 0 or codes.max() >= meta.num_codes:
     raise errors.DataError(
-      f"Picture {index}: codes from {codes.min()} to {codes.max()}, expected"
+      f"Image {index}: codes from {codes.min()} to {codes.max()}, expected"
       f" 0 to {meta.num_codes - 1}."
     )
   kind = _code_type(meta)
@@ -300,7 +300,7 @@ def _pack(record, index, meta):
 
 
 def _unpack(data, meta):
-  """(keep, codes) of one record's bytes; empty bytes are a bad picture."""
+  """(keep, codes) of one record's bytes; empty bytes are a bad image."""
   width = -(-meta.num_patches // 8)
   if not data:
     return np.zeros(meta.num_patches, bool), np.zeros(0, np.int32)
@@ -374,7 +374,8 @@ def _check_same(directory, there, meta):
       if words:
         old = known_as(old, getattr(there, words))
         new = known_as(new, getattr(meta, words))
-      raise _foreign(directory, field.name, old, new)
+      kind = "set of images" if field.name == "pictures" else field.name
+      raise _foreign(directory, kind, old, new)
 
 
 def _foreign(directory, kind, theirs, ours):
@@ -395,7 +396,7 @@ def _damaged(directory, reason):
 def _no_room(error, partial, done):
   """The disk is full or otherwise refuses: say what is kept and what to do."""
   return errors.DataError(
-    f"The code cache could not be written ({error}). The first {done} pictures"
+    f"The code cache could not be written ({error}). The first {done} images"
     f" are kept in {partial}; make room and run the same command again, it"
     " goes on there."
   )

@@ -1,13 +1,13 @@
-"""The latent cache: what an autoencoder makes of every picture, on disk.
+"""The latent cache: what an autoencoder makes of every image, on disk.
 
 DIR/meta.json     what it was made from and with; written last
-DIR/assigned.npy  int8[num_images], the bucket of each picture, -1: unreadable
-DIR/good.u1       uint8[n], 1 for a picture that could be read
+DIR/assigned.npy  int8[num_images], the bucket of each image, -1: unreadable
+DIR/good.u1       uint8[n], 1 for an image that could be read
 DIR/latents-0.f16 ...  float16[n_b, h, w, C], one file a bucket
 DIR.partial       the same while it is being written; goes on from there
 
-Pictures lie in the order of their buckets, those of one bucket by number, so
-that every file only grows. Latents are means, not yet scaled; pictures are cut
+Images lie in the order of their buckets, those of one bucket by number, so
+that every file only grows. Latents are means, not yet scaled; images are cut
 from the centre.
 """
 
@@ -26,7 +26,7 @@ from lavit_jax.core.storage import fetched, files
 from lavit_jax.data.batching import buckets as buckets_lib
 
 _FORMAT = 1
-_SEALED = 256  # pictures between two moments from which writing can go on
+_SEALED = 256  # images between two moments from which writing can go on
 _NOT_COMPARED = ("data", "model")
 _TYPE = np.dtype("<f2")
 
@@ -35,7 +35,7 @@ _TYPE = np.dtype("<f2")
 class Meta:
   """What a cache belongs to.
 
-  `source`, `vae` and `pictures` (see `picture_bytes.py`) are fingerprints; a
+  `source`, `vae` and `pictures` (see `image_bytes.py`) are fingerprints; a
   bucket of height h has latents of h / scale places.
   """
 
@@ -73,7 +73,7 @@ class LatentCache:
     except (OSError, ValueError, EOFError) as error:
       raise _damaged(directory, error) from error
     if len(self.assigned) != meta.num_images or len(good) != len(order):
-      raise _damaged(directory, f"{len(good)} pictures")
+      raise _damaged(directory, f"{len(good)} images")
     self._good = np.zeros(meta.num_images, bool)
     self._good[order] = good > 0
     self._place = np.zeros(meta.num_images, np.int64)
@@ -81,9 +81,7 @@ class LatentCache:
       self._place[chosen] = np.arange(len(chosen))
 
   @classmethod
-  def load(
-    cls, directory, *, source=None, vae=None, buckets=None, pictures=None
-  ):
+  def load(cls, directory, *, source=None, vae=None, buckets=None, images=None):
     """Opens a finished cache.
 
     Args:
@@ -92,7 +90,7 @@ class LatentCache:
       source: expected fingerprint of the data, None for any.
       vae: expected fingerprint of the autoencoder, None for any.
       buckets: expected heights and widths, None for any.
-      pictures: expected fingerprint of their bytes; None or "" for any. A
+      images: expected fingerprint of their bytes; None or "" for any. A
         cache that does not tell passes.
 
     Raises:
@@ -115,8 +113,8 @@ class LatentCache:
     for kind, ours in wanted.items():
       if ours is not None and ours != getattr(meta, kind):
         raise _foreign(directory, kind, _known(meta, kind), ours)
-    if pictures and meta.pictures not in ("", pictures):
-      raise _foreign(directory, "pictures", meta.pictures, pictures)
+    if images and meta.pictures not in ("", images):
+      raise _foreign(directory, "set of images", meta.pictures, images)
     return cls(directory, meta)
 
   def __len__(self):
@@ -133,11 +131,11 @@ class LatentCache:
     return digest.hexdigest()[:32]
 
   def good(self, i) -> bool:
-    """Whether picture i could be read."""
+    """Whether image i could be read."""
     return bool(self._good[i])
 
   def latents(self, i) -> np.ndarray:
-    """Those of picture i, float16[h, w, C]; zeros for a bad one."""
+    """Those of image i, float16[h, w, C]; zeros for a bad one."""
     return np.array(self._files[self.assigned[i]][self._place[i]])
 
   def shape_of(self, size) -> tuple[int, int, int]:
@@ -150,8 +148,8 @@ def write(directory, records, meta, assigned) -> LatentCache:
 
   Args:
     directory: the finished cache appears here, whole or not at all.
-    records: function of the picture numbers still to come, giving an iterable
-      of latents float[h, w, C], or None for a bad picture, for each of them,
+    records: function of the image numbers still to come, giving an iterable
+      of latents float[h, w, C], or None for a bad image, for each of them,
       in order.
     meta: a Meta.
     assigned: int8[num_images], see `buckets.assign`.
@@ -195,7 +193,7 @@ def write(directory, records, meta, assigned) -> LatentCache:
 
 
 def resume_point(directory, meta) -> int:
-  """How many pictures are finished.
+  """How many images are finished.
 
   Raises:
     errors.DataError: the directory holds another cache.
@@ -218,7 +216,7 @@ def resume_point(directory, meta) -> int:
 
 
 def _begin(partial, meta, assigned):
-  """Opens the unfinished folder; how many pictures are in it."""
+  """Opens the unfinished folder; how many images are in it."""
   partial.mkdir(parents=True, exist_ok=True)
   if not (partial / "done.json").exists():
     with (partial / "assigned.npy").open("wb") as file:
@@ -231,7 +229,7 @@ def _begin(partial, meta, assigned):
 
 
 def _append(partial, order, done, records, meta, assigned):
-  """Appends what is still to come, sealed every few pictures."""
+  """Appends what is still to come, sealed every few images."""
   stream = iter(records(order[done:]))
   counts = np.bincount(assigned[order], minlength=len(meta.buckets))
   ends = np.cumsum(counts)
@@ -241,8 +239,7 @@ def _append(partial, order, done, records, meta, assigned):
     values = list(itertools.islice(stream, len(chunk)))
     if len(values) < len(chunk):
       raise errors.DataError(
-        f"Only {first + len(values)} of {len(order)} pictures came for"
-        f" {partial}."
+        f"Only {first + len(values)} of {len(order)} images came for {partial}."
       )
     latents = [
       _checked(value, meta.shape(meta.buckets[assigned[i]]), i)
@@ -261,13 +258,13 @@ def _append(partial, order, done, records, meta, assigned):
 
 
 def _checked(value, shape, i):
-  """Latents as they are stored; a bad picture's are zeros."""
+  """Latents as they are stored; a bad image's are zeros."""
   if value is None:
     return np.zeros(shape, _TYPE)
   value = np.asarray(value)
   if value.shape != shape:
     raise errors.DataError(
-      f"Picture {i} has latents of shape {value.shape}, its bucket {shape}."
+      f"Image {i} has latents of shape {value.shape}, its bucket {shape}."
     )
   return value.astype(_TYPE)
 
@@ -298,7 +295,7 @@ def _replace(path, text):
 
 
 def _order(assigned, meta):
-  """int64[n]: pictures in the order in which they lie in the files."""
+  """int64[n]: images in the order in which they lie in the files."""
   return np.concatenate(buckets_lib.members(assigned, len(meta.buckets)))
 
 
@@ -364,7 +361,8 @@ def _check_same(directory, there, meta):
       continue
     if old != new and field.name not in _NOT_COMPARED:
       theirs, ours = _known(there, field.name), _known(meta, field.name)
-      raise _foreign(directory, field.name, theirs, ours)
+      kind = "set of images" if field.name == "pictures" else field.name
+      raise _foreign(directory, kind, theirs, ours)
 
 
 def _known(meta, kind):

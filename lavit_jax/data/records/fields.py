@@ -50,7 +50,7 @@ def captions(row):
   text = [f for f in ("text", "txt") if f in row]
   if len(text) > 1 or (named and text):
     raise lines.BadLine(
-      f"has {' and '.join([*named, *text])}: beside a picture {text[0]} is its"
+      f"has {' and '.join([*named, *text])}: beside an image {text[0]} is its"
       " caption; keep one of them"
     )
   read = [*named, *text]

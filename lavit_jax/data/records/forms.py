@@ -12,20 +12,20 @@ from lavit_jax.data.records import fields, known_fields, lines, messages
 
 @dataclasses.dataclass
 class Entry:
-  """What one line holds. Pictures are paths relative to the file."""
+  """What one line holds. Images are paths relative to the file."""
 
   captions: list = dataclasses.field(default_factory=list)
   questions: list = dataclasses.field(default_factory=list)  # (type, q, a)
-  edits: list = dataclasses.field(default_factory=list)  # (words, picture)
+  edits: list = dataclasses.field(default_factory=list)  # (words, image)
   parts: list = dataclasses.field(default_factory=list)
   image: str | None = None
   text: str | None = None
 
-  def pictures(self):
-    """The paths of all its pictures, in reading order."""
+  def images(self):
+    """The paths of all its images, in reading order."""
     shown = [p.image for p in self.parts if isinstance(p, examples.ImagePart)]
     first = [] if self.image is None else [self.image]
-    return [*first, *(picture for _, picture in self.edits), *shown]
+    return [*first, *(image for _, image in self.edits), *shown]
 
   def holds(self):
     """Whether there is anything to learn in it."""
@@ -50,10 +50,10 @@ class Reader:
     known_fields.check_spelling(row)
     row = known_fields.filled(row)
     entry = Entry()
-    image, used = _picture(row)
+    image, used = _image(row)
     if image is not None:
       entry.image = self._path(image)
-      used |= self._beside_picture(entry, row)
+      used |= self._beside_image(entry, row)
     if field := messages.field_of(row, image):
       entry.parts = messages.parts_of(row, field, image, self._path)
       used |= {field, "images"}
@@ -61,7 +61,7 @@ class Reader:
     if text in row and image is None:
       entry.text = fields.words(row, text)
       used.add(text)
-    if not entry.pictures():
+    if not entry.images():
       known_fields.check_alone(row)
     _check_holds(entry, row)
     known_fields.check_read(row, used)
@@ -84,8 +84,8 @@ class Reader:
       f" {', '.join(sorted(known_fields.FIELDS['']))}."
     )
 
-  def _beside_picture(self, entry, row):
-    """Takes in what is said of the row's picture; returns the fields read."""
+  def _beside_image(self, entry, row):
+    """Takes in what is said of the row's image; returns the fields read."""
     entry.captions, used = fields.captions(row)
     entry.questions, asked = fields.questions(row)
     for edit in fields.listed(row, "edits", dict):
@@ -97,7 +97,7 @@ class Reader:
     return {*used, *asked, "edits"}
 
   def _path(self, value):
-    """A picture's path, checked to lie under the file's folder."""
+    """An image's path, checked to lie under the file's folder."""
     if isinstance(value, dict):  # datasets' and OpenAI's forms
       value = value.get("path", value.get("url", value))
     if not isinstance(value, str) or not value or "\0" in value:
@@ -105,8 +105,8 @@ class Reader:
     fields.check_unicode("image", value)
     if "://" in value or value.startswith("data:"):
       raise lines.BadLine(
-        f"image {value!r:.60} is an address or the picture itself; expected"
-        " the path of a file: write the picture beside the file first"
+        f"image {value!r:.60} is an address or the image itself; expected"
+        " the path of a file: write the image beside the file first"
       )
     path = os.path.normpath(value)
     outside = os.path.isabs(path) or path.split(os.sep)[0] == os.pardir
@@ -119,9 +119,9 @@ class Reader:
     return path
 
 
-def _picture(row):
-  """(what stands for the picture of a row or None, the fields of it)."""
-  found = {f: row[f] for f in known_fields.PICTURES if f in row}
+def _image(row):
+  """(what stands for the image of a row or None, the fields of it)."""
+  found = {f: row[f] for f in known_fields.IMAGES if f in row}
   used = set(found)
   folder = row.get("filepath")  # of Karpathy's splits of COCO
   if "filename" in found and isinstance(folder, str):
@@ -139,7 +139,7 @@ def _picture(row):
     others["images"] = several
   if others:
     raise lines.BadLine(
-      f"has two pictures, {next(iter(found))} {image!r:.60} and"
+      f"has two images, {next(iter(found))} {image!r:.60} and"
       f" {', '.join(f'{f} {v!r:.60}' for f, v in others.items())}; keep one,"
       " and write a line for each"
     )
@@ -147,7 +147,7 @@ def _picture(row):
 
 
 def _check_holds(entry, row):
-  """Refuses a row that says nothing; a picture alone may be all there is."""
+  """Refuses a row that says nothing; an image alone may be all there is."""
   said = sorted(row.keys() & known_fields.SAYING)
   if entry.holds() or (entry.image is not None and not said):
     return
@@ -157,6 +157,6 @@ def _check_holds(entry, row):
       " in, or leave it out"
     )
   raise lines.BadLine(
-    "holds no picture, caption, question, edit, messages or text; has"
+    "holds no image, caption, question, edit, messages or text; has"
     f" {sorted(row)[:8]}{known_fields.hint(row)}"
   )

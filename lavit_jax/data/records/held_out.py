@@ -1,4 +1,4 @@
-"""Which lines of a file are held out: by a hash, no picture in both halves."""
+"""Which lines of a file are held out: by a hash, no image in both halves."""
 
 import collections
 import hashlib
@@ -11,9 +11,9 @@ _CROWD = 2  # times its share: a larger group is not held out
 def choose(entries, share):
   """Whether each line is held out, list[bool].
 
-  A line goes by a hash of its first picture, or of its text. Lines that share
-  a picture with a line of several form a group, which goes whole by the hash
-  of the first picture that stands in it; but a group of more than twice
+  A line goes by a hash of its first image, or of its text. Lines that share
+  an image with a line of several form a group, which goes whole by the hash
+  of the first image that stands in it; but a group of more than twice
   `share` of all lines is trained on. So lines that are added move no other
   one, unless they join groups or a group passes that size.
 
@@ -24,8 +24,8 @@ def choose(entries, share):
   groups = _Groups(entries)
   keys = []
   for entry in entries:
-    if pictures := entry.pictures():
-      keys.append(groups.first(pictures[0]))
+    if images := entry.images():
+      keys.append(groups.first(images[0]))
     else:
       keys.append(entry.text or "\n".join(p.text for p in entry.parts))
   sizes = collections.Counter(k for k in keys if k in groups)
@@ -33,7 +33,7 @@ def choose(entries, share):
   crowds = {k for k, n in sizes.items() if n > room}
   if crowds:
     _LOG.warning(
-      "%d of %d lines are joined by pictures they share, and too many to be"
+      "%d of %d lines are joined by images they share, and too many to be"
       " held out (groups of this kind: %d): all are trained on. Choose what is"
       " held out by hand with config.data.held_out_path.",
       sum(sizes[k] for k in crowds),
@@ -49,31 +49,31 @@ def _hash(key):
 
 
 class _Groups:
-  """Pictures that lines of several join; the first in the file leads.
+  """Images that lines of several join; the first in the file leads.
 
-  Holds nothing of pictures that stand alone.
+  Holds nothing of images that stand alone.
   """
 
   def __init__(self, entries):
     self._leader, self._order = {}, {}
     for entry in entries:
-      pictures = dict.fromkeys(entry.pictures())
-      if len(pictures) < 2:
+      images = dict.fromkeys(entry.images())
+      if len(images) < 2:
         continue
-      for picture in pictures:
-        self._order.setdefault(picture, len(self._order))
-      tops = {self.first(picture) for picture in pictures}
+      for image in images:
+        self._order.setdefault(image, len(self._order))
+      tops = {self.first(image) for image in images}
       top = min(tops, key=self._order.get)
-      self._leader.update(dict.fromkeys([*tops, *pictures], top))
+      self._leader.update(dict.fromkeys([*tops, *images], top))
 
   def __contains__(self, key):
     return key in self._leader
 
-  def first(self, picture):
-    """The leader of a picture's group; itself where it stands alone."""
-    top = picture
+  def first(self, image):
+    """The leader of an image's group; itself where it stands alone."""
+    top = image
     while (above := self._leader.get(top, top)) != top:
       top = above
-    while picture != top and picture in self._leader:  # shortens the way
-      self._leader[picture], picture = top, self._leader[picture]
+    while image != top and image in self._leader:  # shortens the way
+      self._leader[image], image = top, self._leader[image]
     return top

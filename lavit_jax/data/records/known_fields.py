@@ -9,12 +9,12 @@ import re
 from lavit_jax.data.records import lines
 
 MESSAGES = ("messages", "document", "conversations")
-PICTURES = ("image", "file_name", "filename")  # of a line; the first counts
+IMAGES = ("image", "file_name", "filename")  # of a line; the first counts
 ANSWERS = ("answers", "answer", "multiple_choice_answer")  # the last is VQA's
 KINDS = ("answer_type", "type")  # of a question
 FIELDS = {
   "": {
-    *("images", "filepath", *PICTURES),
+    *("images", "filepath", *IMAGES),
     *("caption", "captions", "sentences", "text", "txt"),
     *("question", "questions", *ANSWERS, *KINDS),
     *("edits", *MESSAGES),
@@ -28,7 +28,7 @@ FIELDS = {
   }
   for field in MESSAGES
 }
-SAYING = FIELDS[""] - {"images", "filepath", *PICTURES}
+SAYING = FIELDS[""] - {"images", "filepath", *IMAGES}
 # Those that would change what a line is, were they misspelt.
 _SPELT = (*sorted(SAYING - set(KINDS)), "image", "file_name")
 # Fields that say where a line comes from, not what it is about.
@@ -38,7 +38,7 @@ _ABOUT = re.compile(
 )
 _TRAINED = ("train", "restval")  # the latter of Karpathy's splits of COCO
 _ENDING = re.compile(r"\.(avif|bmp|gif|heic|jpe?g|png|tiff?|webp)$", re.I)
-_PICTURE = re.compile(  # names of fields: img, image_paths, photoUrl, jpg
+_IMAGE = re.compile(  # names of fields: img, image_paths, photoUrl, jpg
   r"^(?!(?:has|is|num)_)(.*_)?(image|img|picture|pic|photo|jpe?g|png|webp)s?_?\d*"
   r"(_(path|file|file_?name|name|url|uri|link|src|bytes|data|b64|base64)s?)*$"
 )
@@ -73,28 +73,28 @@ def check_read(row, used):
     beside = " and ".join(sorted(row.keys() & set(used)))
     raise lines.BadLine(
       f"{' and '.join(left)} cannot be read beside {beside}: captions,"
-      " questions and edits need a picture as image, and text stands alone or"
+      " questions and edits need an image as image, and text stands alone or"
       " beside one; leave out what is not to be learnt, or write a line of its"
       " own for it"
     )
 
 
 def check_alone(row, within=""):
-  """Refuses words without a picture beside what looks like one."""
+  """Refuses words without an image beside what looks like one."""
   for field, value in row.items():
     if field in FIELDS[within]:
       continue
-    if (found := _picture_in(field, value)) is None:
+    if (found := _image_in(field, value)) is None:
       continue
     way = "call it image, or leave it out"
     if "://" in found:
       way = (
-        "pictures are read from files, not from addresses: download it and"
+        "images are read from files, not from addresses: download it and"
         " give its path as image, or leave the field out"
       )
     place = f" in {within}" if within else ""
     raise lines.BadLine(
-      f"has no picture{place}, but a field {field!r:.40} that looks like one,"
+      f"has no image{place}, but a field {field!r:.40} that looks like one,"
       f" {found!r:.60}; {way}"
     )
 
@@ -102,13 +102,13 @@ def check_alone(row, within=""):
 def hint(row):
   """What a row without anything usable may be meant as."""
   if isinstance(row.get("annotations"), list):
-    return "; it looks like COCO's annotations: write a line for each picture"
+    return "; it looks like COCO's annotations: write a line for each image"
   if "answer" in row and "question" not in row:
     return "; an answer needs its question"
   others = [v for k, v in row.items() if k not in FIELDS[""]]
   if any(isinstance(v, str) and "://" in v for v in others):
     return (
-      "; pictures are read from files, not from addresses: download them, and"
+      "; images are read from files, not from addresses: download them, and"
       " give their paths as image"
     )
   return ""
@@ -127,7 +127,7 @@ def unknown(row, used, within=""):
       continue
     plain = _plain(field)
     text = _text_in(value)
-    about = _ABOUT.search(plain) and not _PICTURE.search(plain)
+    about = _ABOUT.search(plain) and not _IMAGE.search(plain)
     if plain == "split":
       about = value in _TRAINED  # "test" is not to be learnt
     if text is not None and not about:
@@ -140,25 +140,25 @@ def _plain(field):
   return re.sub(r"\W", "_", parted).lower()
 
 
-def _picture_in(field, value):
-  """The first text in a value that may stand for a picture, or None.
+def _image_in(field, value):
+  """The first text in a value that may stand for an image, or None.
 
   By the name of its field, or by what it ends with. The value's depth is
   bounded by `lines`.
   """
   if isinstance(value, str):
-    named = _PICTURE.search(_plain(field)) and value.strip()
+    named = _IMAGE.search(_plain(field)) and value.strip()
     path = re.split(r"[?#]", value)[0] if "://" in value else value
     like = _ENDING.search(path) or value.startswith("data:image/")
     return value if named or like else None
   if isinstance(value, list):
     inner = ((field, v) for v in value)
   elif isinstance(value, dict):
-    named = _PICTURE.search(_plain(field))
+    named = _IMAGE.search(_plain(field))
     inner = ((field if named else k, v) for k, v in value.items())
   else:
     return None
-  return next((p for k, v in inner if (p := _picture_in(k, v))), None)
+  return next((p for k, v in inner if (p := _image_in(k, v))), None)
 
 
 def _text_in(value):

@@ -90,7 +90,7 @@ def _check(path, start):
     raise errors.DataError(
       f"{path} has JSON objects over several lines; {_EXPECTED}:"
       " jq -c . OLD > NEW writes them so. (Of one object that holds lists, as"
-      " COCO's annotations are, make a line a picture.)"
+      " COCO's annotations are, make a line an image.)"
     )
 
 
@@ -106,7 +106,7 @@ def _lines(path, file):
       yield (
         number,
         BadLine(
-          f"is longer than {_LONGEST >> 20} MiB; expected one picture or"
+          f"is longer than {_LONGEST >> 20} MiB; expected one image or"
           " document a line"
         ),
       )

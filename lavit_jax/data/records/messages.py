@@ -7,8 +7,8 @@ from lavit_jax.data.records import fields, known_fields, lines
 
 _LEARNERS = {"user": False, "system": False, "assistant": True}
 _ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's names
-_NAMES = ("image", "image_url", "path", "url")  # of a part's picture
-_HERE = "<image>"  # where a picture stands in a text, in LLaVA's form
+_NAMES = ("image", "image_url", "path", "url")  # of a part's image
+_HERE = "<image>"  # where an image stands in a text, in LLaVA's form
 
 
 def field_of(row, image):
@@ -21,7 +21,7 @@ def field_of(row, image):
     )
   if not given and image is None and row.get("images"):
     raise lines.BadLine(
-      "has images, which are read beside messages alone; call one picture"
+      "has images, which are read beside messages alone; call one image"
       " image, and write a line for each"
     )
   return given[0] if given else None
@@ -33,8 +33,8 @@ def parts_of(row, field, image, path):
   Args:
     row: dict.
     field: of the row that holds the messages.
-    image: what stands for the row's own picture, None if nothing does.
-    path: function that checks what stands for a picture, and gives its path.
+    image: what stands for the row's own image, None if nothing does.
+    path: function that checks what stands for an image, and gives its path.
 
   Raises:
     lines.BadLine: something in them is not understood, or would be lost.
@@ -64,11 +64,11 @@ def parts_of(row, field, image, path):
 
 
 def check_marks(texts):
-  """Refuses marks of pictures in texts that stand outside of messages."""
+  """Refuses marks of images in texts that stand outside of messages."""
   for text in texts:
     if _HERE in text:
       raise lines.BadLine(
-        f"{text!r:.60} holds {_HERE}, which stands for a picture in messages"
+        f"{text!r:.60} holds {_HERE}, which stands for an image in messages"
         " alone; leave it out, or write messages"
       )
 
@@ -150,7 +150,7 @@ def _pieces(text, weight, learn, beside):
 
 
 class _Beside:
-  """Pictures given beside messages, for the marks in them, in order."""
+  """Images given beside messages, for the marks in them, in order."""
 
   def __init__(self, row, image, path):
     given = fields.listed(row, "images", (str, dict))
@@ -161,24 +161,24 @@ class _Beside:
     self._path, self._named = path, set()
 
   def name(self, value):
-    """The path of a picture that a part gives itself."""
+    """The path of an image that a part gives itself."""
     path = self._path(value)
     self._named.add(path)
     return path
 
   def take(self):
-    """The path of the next picture."""
+    """The path of the next image."""
     if not self._left:
       raise lines.BadLine(
-        f"the messages ask for more pictures than the {self._count} given as"
+        f"the messages ask for more images than the {self._count} given as"
         f" image or images; each {_HERE} in a text stands for one"
       )
     return self._left.pop()
 
   def check(self):
-    """Refuses pictures that stand nowhere in the messages."""
+    """Refuses images that stand nowhere in the messages."""
     if left := [path for path in self._left if path not in self._named]:
       raise lines.BadLine(
-        f"{len(left)} of {self._count} pictures given as image or images stand"
+        f"{len(left)} of {self._count} images given as image or images stand"
         f" nowhere in the messages; write {_HERE} in their places"
       )

@@ -1,4 +1,4 @@
-"""Draws scenes of the shapes world: numpy only, about 0.1 ms a picture.
+"""Draws scenes of the shapes world: numpy only, about 0.1 ms an image.
 
 Objects are pasted from small antialiased sprites (8 x 8 samples a pixel, at a
 quarter-pixel position) that are made once a process and then kept.

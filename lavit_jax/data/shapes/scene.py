@@ -112,7 +112,7 @@ def is_never_seen(color, shape):
 
 
 def allowed_pairs(split):
-  """All (colour, shape) pairs that pictures and texts of `split` may name."""
+  """All (colour, shape) pairs that images and texts of `split` may name."""
   return [
     (color, shape)
     for color in COLORS

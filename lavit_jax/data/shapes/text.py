@@ -17,7 +17,7 @@ ROW_WORDS = {
 }
 PLACE_FORMS = (("at the {}", 0.7), ("in the {}", 0.15), ("on the {}", 0.15))
 CAPTION_FORMS = (("after", 0.7), ("before", 0.15), ("label", 0.15))
-OPENINGS = (("", 0.7), ("there is ", 0.15), ("a picture of ", 0.15))
+OPENINGS = (("", 0.7), ("there is ", 0.15), ("an image of ", 0.15))
 # What a caption leaves out: nothing in FULL_SHARE of the training captions.
 OMISSIONS = (
   ((), 0.8),

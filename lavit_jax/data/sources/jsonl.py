@@ -1,6 +1,6 @@
 """The user's own data: one JSON object a line, read as a Source.
 
-A line may hold any of these; picture paths are relative to the file:
+A line may hold any of these; image paths are relative to the file:
 
   {"image": "a.jpg", "caption": "a cat"}            or "captions": [...]
   {"image": "a.jpg", "text": "a cat"}               the same
@@ -10,7 +10,7 @@ A line may hold any of these; picture paths are relative to the file:
   {"messages": [{"type": "text", "text": "Soup"}, {"type": "image", …}, …]}
   {"messages": [{"role": "user", "content": […]}, {"role": "assistant", …}]}
   {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>…"}]}
-  {"text": "words without a picture"}
+  {"text": "words without an image"}
   {"image": "a.jpg"}                                for the tokenizer alone
 
 Other names: "file_name" (Hugging Face's imagefolder), "filename" below a
@@ -18,7 +18,7 @@ Other names: "file_name" (Hugging Face's imagefolder), "filename" below a
 for text; "document" for messages. A field that is null or NaN is not there,
 nor is a text that is empty.
 
-In messages a picture is read, unless it comes last, says "write": true, or is
+In messages an image is read, unless it comes last, says "write": true, or is
 the assistant's. An <image> in their texts (or a part {"type": "image"} without
 a path) stands for the next of the line's "images", or for its "image"; there
 must be as many. Texts keep their white space, but round <image>; empty ones
@@ -30,7 +30,7 @@ Of several answers the most frequent is learnt; they may be VQA's, {"answer":
 
 A line that is not understood is named with its place: as bad, where it would
 be taken for something else (half a character of an emoji in a text too; words
-beside what looks like a picture under another name) or where a field above
+beside what looks like an image under another name) or where a field above
 would be lost; or in one warning, where it is read but for another field with
 text. The file may be gzipped, and may be one JSON array of such objects.
 """
@@ -40,18 +40,18 @@ import dataclasses
 import functools
 import logging
 
-from lavit_jax.core import errors, images
+from lavit_jax.core import errors, image_io
 from lavit_jax.core.storage import files
 from lavit_jax.data import examples, faults
 from lavit_jax.data.records import forms, held_out, lines
 
 _LOG = logging.getLogger(__name__)
-_KEPT_BYTES = 256 << 20  # of decoded pictures; small sets are decoded once
-_PROBED = 20  # pictures looked for before a wrong folder is reported
+_KEPT_BYTES = 256 << 20  # of decoded images; small sets are decoded once
+_PROBED = 20  # images looked for before a wrong folder is reported
 
 
 class JsonlSource:
-  """A Source from a JSON-lines file; pictures are decoded when asked for.
+  """A Source from a JSON-lines file; images are decoded when asked for.
 
   Bad lines are skipped, counted and named in `faults`; the file is refused
   when their share passes `limit_share`. `unread` tells of fields with text
@@ -70,24 +70,24 @@ class JsonlSource:
     allow_absolute=False,
     limit_share=0.05,
   ):
-    """Reads the file, not the pictures.
+    """Reads the file, not the images.
 
     Args:
-      path: the JSON-lines file, here or on gs://; its pictures lie there too.
-      image_size: pictures are resized to this square.
+      path: the JSON-lines file, here or on gs://; its images lie there too.
+      image_size: images are resized to this square.
       split: "all", or "train" / "held_out" by a hash of each line's first
-        picture (or text); lines that share pictures stay together, so that no
-        picture is in both: see `held_out.choose`.
+        image (or text); lines that share images stay together, so that no
+        image is in both: see `held_out.choose`.
       held_out_share: share of the lines that is held out.
       only: dict of fields that a line must have with these values, such as
         {"split": "train"}.
       limit: use the first so many lines that fit.
-      allow_absolute: let pictures lie outside the file's folder.
+      allow_absolute: let images lie outside the file's folder.
       limit_share: share of bad lines that is an error.
 
     Raises:
       errors.DataError: no such file, or of another kind; nothing usable in it,
-        too many bad lines, or none of the pictures there.
+        too many bad lines, or none of the images there.
       errors.ConfigError: no such split.
     """
     self.path, self.image_size = files.place(path), int(image_size)
@@ -139,33 +139,33 @@ class JsonlSource:
       self._add(entries[i], keys[i])
 
   def image(self, i):
-    """Picture i as uint8[size, size, 3]; images.ImageError for a bad one."""
+    """Image i as uint8[size, size, 3]; images.ImageError for a bad one."""
     return self._decoded(i)
 
   def _decode(self, i):
-    loaded = images.load(self.image_path(i))
-    pixels = images.to_uint8(loaded, self.image_size)
+    loaded = image_io.load(self.image_path(i))
+    pixels = image_io.to_uint8(loaded, self.image_size)
     pixels.flags.writeable = False  # it is handed out more than once
     return pixels
 
   def image_path(self, i):
-    """Where picture i lies."""
+    """Where image i lies."""
     return self.path.parent / self._paths[i]
 
   def encoded(self, i):
-    """Picture i at its own size, as `images.load` takes it."""
+    """Image i at its own size, as `images.load` takes it."""
     return self.image_path(i)
 
   def image_key(self, i):
-    """The path of picture i as the file gives it."""
+    """The path of image i as the file gives it."""
     return self._paths[i]
 
   def captions(self, i):
-    """The captions of picture i, list[str]."""
+    """The captions of image i, list[str]."""
     return list(self._captions[i]) if i in self._captions else []
 
   def questions(self, i):
-    """The questions about picture i: list of (type, question, answer)."""
+    """The questions about image i: list of (type, question, answer)."""
     return list(self._questions[i]) if i in self._questions else []
 
   def tasks(self):
@@ -181,7 +181,7 @@ class JsonlSource:
     return self._examples[task][i]
 
   def _add(self, entry, key):
-    """Takes a checked entry in: pictures by number, examples by task."""
+    """Takes a checked entry in: images by number, examples by task."""
 
     def number(path):
       return self._images.setdefault(path, len(self._images))
@@ -212,7 +212,7 @@ class JsonlSource:
       put(examples.text(key, entry.text))
 
   def _check_found(self, split, only):
-    """Refuses a file without examples, or whose pictures lie elsewhere."""
+    """Refuses a file without examples, or whose images lie elsewhere."""
     if not self.tasks() and not self.num_images:
       raise errors.DataError(
         f"{self.path}: no usable line for split={split!r}, only={only}; it"
@@ -223,6 +223,6 @@ class JsonlSource:
     first = [self.image_path(i) for i in range(min(self.num_images, _PROBED))]
     if first and not any(p.exists() for p in first):
       raise errors.DataError(
-        f"{self.path}: none of its first {len(first)} pictures is there, such"
+        f"{self.path}: none of its first {len(first)} images is there, such"
         f" as {first[0]}; paths are relative to the folder of the file."
       )

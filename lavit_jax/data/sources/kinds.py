@@ -90,17 +90,17 @@ def describe(
     part = "a tenth" if split == "held_out" else "nine tenths"
     part = "all" if config.get("held_out_path") else f"{split}, {part} by hash,"
     name = f"{part} of {name}"
-  return f"{name}: {source.num_images} pictures of {source.image_size} pixels"
+  return f"{name}: {source.num_images} images of {source.image_size} pixels"
 
 
 def pair(config: Mapping[str, Any]) -> tuple:
-  """The (train, held-out) sources; says so where they share pictures."""
+  """The (train, held-out) sources; says so where they share images."""
   train, held_out = build(config, "train"), build(config, "held_out")
   shared, of, what = _shared(config, train, held_out)
   if shared:
     _LOG.warning(
       "%d of %d held-out %s are in the training data too (%s, %s):"
-      " held-out numbers tell nothing of new pictures",
+      " held-out numbers tell nothing of new images",
       shared,
       of,
       what,
@@ -117,20 +117,20 @@ def _shared(config, train, held_out) -> tuple[int, int, str]:
 
     return tfds.overlap(train, held_out), held_out.num_images, "records"
   if config["kind"] != "jsonl":
-    return 0, held_out.num_images, "pictures"
+    return 0, held_out.num_images, "images"
   path = config.get("held_out_path")
   if not held_out.num_images and path and files.same(path, config["path"]):
     count = sum(held_out.num_examples(task) for task in held_out.tasks())
     return count, count, "examples"
-  held = set(_picture_files(held_out))
-  both = {file for file in _picture_files(train) if file in held}
-  return len(both), len(held), "pictures"
+  held = set(_image_files(held_out))
+  both = {file for file in _image_files(train) if file in held}
+  return len(both), len(held), "images"
 
 
-def _picture_files(source) -> Iterator[str]:
-  """The file of each picture of a jsonl source, links followed.
+def _image_files(source) -> Iterator[str]:
+  """The file of each image of a jsonl source, links followed.
 
-  A folder is listed once, in place of asking for every picture whether it is
+  A folder is listed once, in place of asking for every image whether it is
   a link: that takes minutes on a network's disk.
   """
   folders: dict[str, tuple[str, set[str]]] = {}

@@ -1,7 +1,6 @@
 """The embedded dataset: drawn scenes with words, unlimited, no download.
 
-Scenes and splits: shapes_scene.py. Drawing: shapes_render.py. Wording:
-shapes_text.py, shapes_questions.py, shapes_sentences.py. This file puts them
+Scenes, splits, drawing and sentences are in data/shapes/. This file puts them
 behind the Source protocol of examples.py.
 """
 
@@ -22,7 +21,7 @@ render = render_lib.render
 object_mask = render_lib.object_mask
 object_shares = render_lib.object_shares
 
-# Examples of each task for one scene: different words, same pictures.
+# Examples of each task for one scene: different words, same images.
 VARIATIONS = {
   "image_text": 4,
   "text_image": 4,
@@ -33,8 +32,8 @@ VARIATIONS = {
 }
 # Share of text_image examples with no text: the stream that guidance needs.
 UNPROMPTED_SHARE = 0.1
-# Questions on a picture in one vqa example: an answer is two tokens, and the
-# picture that it needs about fourteen.
+# Questions on an image in one vqa example: an answer is two tokens, and the
+# image that it needs about fourteen.
 QUESTIONS_TOGETHER = 3
 # How often each type is among those after the first: what must find an object
 # by its looks, or compare, is learnt last.
@@ -47,9 +46,9 @@ _PURPOSES = {"scene": 0, "captions": 7, "questions": 8} | {
 
 @dataclasses.dataclass(frozen=True)
 class ShapesSource:
-  """`size` scenes of a split, each with an edited version: 2 * size pictures.
+  """`size` scenes of a split, each with an edited version: 2 * size images.
 
-  Picture i < size is scene i; picture size + i is the same scene edited.
+  Image i < size is scene i; image size + i is the same scene edited.
   Everything is a pure function of (split, seed, index); a pickle is a few
   bytes, and methods may be called from any thread.
   """
@@ -70,7 +69,7 @@ class ShapesSource:
 
   @property
   def name(self):
-    """Names what the pictures are a function of, but their number."""
+    """Names what the images are a function of, but their number."""
     return f"shapes/{self.split}/seed{self.seed}"
 
   @property
@@ -79,28 +78,28 @@ class ShapesSource:
     return 2 * self.size
 
   def scene(self, i):
-    """The Scene of picture i, 0 <= i < num_images."""
-    self._check(i, self.num_images, "picture")
+    """The Scene of image i, 0 <= i < num_images."""
+    self._check(i, self.num_images, "image")
     scene, edit = self._sample(i % self.size)
     return scene if i < self.size else edit.scene
 
   def edit(self, i):
-    """The Edit that leads from picture i to picture size + i."""
+    """The Edit that leads from image i to image size + i."""
     self._check(i, self.size, "scene")
     return self._sample(i)[1]
 
   def image(self, i):
-    """Picture i as uint8[image_size, image_size, 3]."""
+    """Image i as uint8[image_size, image_size, 3]."""
     return render(self.scene(i), self.image_size)
 
   def image_key(self, i):
-    """Name of picture i: "train/0/12" or "train/0/12/edited"."""
-    self._check(i, self.num_images, "picture")
+    """Name of image i: "train/0/12" or "train/0/12/edited"."""
+    self._check(i, self.num_images, "image")
     edited = "/edited" if i >= self.size else ""
     return f"{self.split}/{self.seed}/{i % self.size}{edited}"
 
   def captions(self, i):
-    """The plain full caption of picture i, two more full ones, and any."""
+    """The plain full caption of image i, two more full ones, and any."""
     scene = self.scene(i)
     rng = self._rng("captions", i)
     return [
@@ -124,7 +123,7 @@ class ShapesSource:
     return self.size * VARIATIONS[task]
 
   def example(self, task, i):
-    """Example i of a task; pictures are referred to, not drawn."""
+    """Example i of a task; images are referred to, not drawn."""
     self._check(i, self.num_examples(task), f"{task} example")
     build = getattr(self, f"_{task}")
     key = f"{self.name}/{task}/{i}"
@@ -135,12 +134,12 @@ class ShapesSource:
     return build(key, scene, rng)
 
   def questions(self, i):
-    """One question of every type about picture i: (type, question, answer)."""
+    """One question of every type about image i: (type, question, answer)."""
     rng = self._rng("questions", i)
     return questions_lib.questions(self.scene(i), rng)
 
   def sentences(self, i):
-    """Text number i, about the world or a scene, without any picture."""
+    """Text number i, about the world or a scene, without any image."""
     return self.example("text", i).parts[0].text
 
   def _image_text(self, key, i, rng):
@@ -193,7 +192,7 @@ class ShapesSource:
 
 
 def _draw_two(source, i, other, rng):
-  """Words and a picture, twice."""
+  """Words and an image, twice."""
   first = text.full_caption(source.scene(i), rng)
   second = text.full_caption(source.scene(other), rng)
   return (
@@ -205,7 +204,7 @@ def _draw_two(source, i, other, rng):
 
 
 def _read_two(source, i, other, rng):
-  """Two pictures, then the words of both in the same order."""
+  """Two images, then the words of both in the same order."""
   first = text.full_caption(source.scene(i), rng)
   second = text.full_caption(source.scene(other), rng)
   return (
@@ -216,7 +215,7 @@ def _read_two(source, i, other, rng):
 
 
 def _draw_a_change(source, i, other, rng):
-  """Words, their picture, an instruction, the changed picture."""
+  """Words, their image, an instruction, the changed image."""
   del other
   scene, edit = source.scene(i), source.edit(i)
   return (
@@ -228,7 +227,7 @@ def _draw_a_change(source, i, other, rng):
 
 
 def _read_a_change(source, i, other, rng):
-  """Two pictures, then the instruction that leads from one to the other."""
+  """Two images, then the instruction that leads from one to the other."""
   del other
   words = text.instruction(source.scene(i), source.edit(i), rng)
   return (

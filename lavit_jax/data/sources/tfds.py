@@ -3,7 +3,7 @@
 Read through `tfds.data_source`: no TensorFlow at run time. The dataset must
 have been prepared with file_format="array_record" or "parquet"; of the latter
 TFDS itself reads whole files whatever the slice of a split, so that slices are
-cut here. Pictures are decoded by `core.images`, not by TFDS, so that they look
+cut here. Images are decoded by `core.images`, not by TFDS, so that they look
 the same as anywhere else.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets
 from etils import epath
 
-from lavit_jax.core import errors, images
+from lavit_jax.core import errors, image_io
 from lavit_jax.data import examples, faults
 from lavit_jax.data.sources import caption_counts
 
@@ -24,7 +24,7 @@ _TASKS = ("image_text", "text_image")
 
 
 class TfdsSource:
-  """Records of one split; record i is picture i.
+  """Records of one split; record i is image i.
 
   Every caption is an example, those of a record one after the other; a record
   may have none. Where the text feature is a sequence, all records are read
@@ -48,7 +48,7 @@ class TfdsSource:
       name: name of the dataset ("coco_captions"), or the folder of a prepared
         one (".../coco_captions/2014/1.1.0").
       split: split in TFDS's words, such as "train" or "train[:1000]".
-      image_size: pictures are resized to this square.
+      image_size: images are resized to this square.
       image_feature: path of the image feature, such as "image".
       text_feature: path of the text feature, one text or a sequence of them,
         such as "captions/text".
@@ -76,7 +76,7 @@ class TfdsSource:
     if not isinstance(first := self.encoded(0), bytes):
       raise errors.DataError(
         f"{self.name}: feature {image_feature!r} holds a"
-        f" {type(first).__name__}, expected an encoded picture. Set"
+        f" {type(first).__name__}, expected an encoded image. Set"
         " image_feature to another one (parts of a path joined by '/')."
       )
     self.faults = faults.FaultLog(f"texts of {self.name}", limit_share)
@@ -92,16 +92,16 @@ class TfdsSource:
     return several
 
   def image(self, i):
-    """Picture i as uint8[size, size, 3]; images.ImageError for a bad one."""
-    loaded = images.load(self.encoded(i), name=self.image_key(i))
-    return images.to_uint8(loaded, self.image_size)
+    """Image i as uint8[size, size, 3]; images.ImageError for a bad one."""
+    loaded = image_io.load(self.encoded(i), name=self.image_key(i))
+    return image_io.to_uint8(loaded, self.image_size)
 
   def encoded(self, i):
-    """Picture i at its own size, as `images.load` takes it."""
+    """Image i at its own size, as `images.load` takes it."""
     return _reach(self._records[i], self._image)
 
   def image_key(self, i):
-    """Name of picture i: its dataset, split and record."""
+    """Name of image i: its dataset, split and record."""
     return f"{self.name}[{i}]"
 
   def _read_captions(self, i):
@@ -117,7 +117,7 @@ class TfdsSource:
     return tuple(t.strip() for t in texts if t.strip())
 
   def captions(self, i):
-    """The captions of picture i, list[str]."""
+    """The captions of image i, list[str]."""
     return list(self._captions(i))
 
   def tasks(self):
@@ -165,7 +165,7 @@ class TfdsSource:
     return self._digest(self.name, self.image_size, self._image, self._text)
 
   def stored(self) -> str:
-    """Digest of which feature of which records of which files pictures are."""
+    """Digest of which feature of which records of which files images are."""
     return self._digest(self._image)
 
   def _digest(self, *told):
@@ -190,7 +190,7 @@ def overlap(one: TfdsSource, other: TfdsSource) -> int:
 
 
 def _open(name, split, image_feature, data_dir):
-  """(data source with undecoded pictures, info) of a prepared dataset."""
+  """(data source with undecoded images, info) of a prepared dataset."""
   decoder = tensorflow_datasets.decode.SkipDecoding()
   for part in reversed(image_feature.split("/")):
     decoder = {part: decoder}

@@ -1,4 +1,4 @@
-"""The report of a quickstart: what was measured, and pictures to look at."""
+"""The report of a quickstart: what was measured, and images to look at."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def write(workdir, lavit, metrics, exhibits) -> pathlib.Path:
   report = page.Report(
     title="LaVIT, trained from nothing",
     subtitle=(
-      "Every stage from scratch; all numbers and pictures below are of"
+      "Every stage from scratch; all numbers and images below are of"
       " held-out data with deterministic token selection."
     ),
     metrics=_headline(metrics),
@@ -76,10 +76,10 @@ def _sections(lavit, metrics, exhibits):
   yield _tokens_section(lavit, metrics, exhibits)
   yield page.Section(
     title="Captions and answers",
-    text="The picture enters as continuous tokens of the merger.",
+    text="The image enters as continuous tokens of the merger.",
     blocks=[
-      *_gallery(exhibits.captions, ("picture", "reference", "model")),
-      *_gallery(exhibits.answers, ("picture", "question", "answer", "model")),
+      *_gallery(exhibits.captions, ("image", "reference", "model")),
+      *_gallery(exhibits.answers, ("image", "question", "answer", "model")),
     ],
   )
   yield page.Section(
@@ -87,7 +87,7 @@ def _sections(lavit, metrics, exhibits):
     text="The LLM writes visual words; the pixel decoder paints them.",
     blocks=[
       *_gallery(exhibits.drawings, ("prompt", "drawn")),
-      *_gallery(exhibits.edits, ("picture", "instruction", "drawn")),
+      *_gallery(exhibits.edits, ("image", "instruction", "drawn")),
     ],
   )
   rows = [
@@ -109,19 +109,19 @@ def _gallery(rows, labels):
 
 def _tokens_section(lavit, metrics, exhibits):
   blocks = []
-  if exhibits.pictures:
+  if exhibits.images:
     side = math.isqrt(lavit.visual.num_patches)
     rows = [
       [
-        figures.fit(picture, 144),
-        figures.overlay_mask(picture, keep, size=144, grid=(side, side)),
+        figures.fit(image, 144),
+        figures.overlay_mask(image, keep, size=144, grid=(side, side)),
         figures.fit(redrawn, 144),
       ]
-      for picture, keep, redrawn in zip(
-        exhibits.pictures, exhibits.keeps, exhibits.redrawn, strict=True
+      for image, keep, redrawn in zip(
+        exhibits.images, exhibits.keeps, exhibits.redrawn, strict=True
       )
     ]
-    labels = ("picture", "kept patches", "redrawn from its words")
+    labels = ("image", "kept patches", "redrawn from its words")
     blocks.append(page.Gallery(rows=rows, labels=labels))
   if "recon_gain_random" in metrics:
     names = {
@@ -152,7 +152,7 @@ def _tokens_section(lavit, metrics, exhibits):
       )
     )
   return page.Section(
-    title="Pictures to visual words",
+    title="Images to visual words",
     text="Bright patches are kept; the others are merged into them.",
     blocks=blocks,
   )

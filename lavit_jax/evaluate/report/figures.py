@@ -1,7 +1,7 @@
-"""Pictures of what a model sees and makes: masks, sheets, codebooks.
+"""Images of what a model sees and makes: masks, sheets, codebooks.
 
 Images are uint8[H, W, 3] arrays or PIL images; every function returns a PIL
-image in RGB on white. Small pictures are enlarged without smoothing, so that
+image in RGB on white. Small images are enlarged without smoothing, so that
 their own pixels stay visible.
 """
 
@@ -12,17 +12,17 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-Picture = Image.Image | np.ndarray
+ImageLike = Image.Image | np.ndarray
 
 _INK = (40, 44, 52)
 _FAINT = (120, 126, 138)
 _ACCENT = (255, 138, 0)
 _PAPER = (255, 255, 255)
 _GAP = 8
-_SMALL = 128  # px; below it a picture is enlarged pixel by pixel
+_SMALL = 128  # px; below it an image is enlarged pixel by pixel
 
 
-def to_pil(image: Picture) -> Image.Image:
+def to_pil(image: ImageLike) -> Image.Image:
   """A PIL image in RGB of uint8[H, W, 3], uint8[H, W] or a PIL image.
 
   Raises:
@@ -34,14 +34,14 @@ def to_pil(image: Picture) -> Image.Image:
   grey = array.ndim == 2
   if array.dtype != np.uint8 or not (grey or array.shape[2:] == (3,)):
     raise ValueError(
-      f"a picture is {array.dtype}{list(array.shape)}; figures take"
+      f"an image is {array.dtype}{list(array.shape)}; figures take"
       " uint8[H, W, 3] (or uint8[H, W], or a PIL image)."
     )
   return Image.fromarray(array).convert("RGB")
 
 
-def fit(image: Picture, size: int) -> Image.Image:
-  """The picture with its longer side `size`, shape kept."""
+def fit(image: ImageLike, size: int) -> Image.Image:
+  """The image with its longer side `size`, shape kept."""
   image = to_pil(image)
   scale = size / max(image.size)
   small = max(image.size) < _SMALL and scale > 1
@@ -51,7 +51,7 @@ def fit(image: Picture, size: int) -> Image.Image:
 
 
 def overlay_mask(
-  image: Picture,
+  image: ImageLike,
   keep: np.ndarray,
   *,
   size: int = 240,
@@ -60,7 +60,7 @@ def overlay_mask(
   """Shows kept patches bright and framed, dropped ones faded and grey.
 
   Args:
-    image: the picture that was tokenized.
+    image: the image that was tokenized.
     keep: bool[N], patches in raster order.
     size: longer side of the result in pixels.
     grid: rows and columns of patches; a square is taken when not given.
@@ -74,7 +74,7 @@ def overlay_mask(
   if rows * columns != keep.size:
     raise ValueError(
       f"a keep mask of {keep.size} patches does not fill {rows} x {columns};"
-      " pass grid=(rows, columns) for a picture that is not square."
+      " pass grid=(rows, columns) for an image that is not square."
     )
   keep = keep.reshape(rows, columns)
   bright = fit(image, size)
@@ -114,28 +114,28 @@ def _draw_grid(image: Image.Image, keep: np.ndarray) -> None:
 
 
 def contact_sheet(
-  images: Sequence[Picture],
+  images: Sequence[ImageLike],
   labels: Sequence[str] | None = None,
   *,
   columns: int | None = None,
   cell: int = 144,
 ) -> Image.Image:
-  """Pictures in rows, each with its label (wrapped) below it.
+  """Images in rows, each with its label (wrapped) below it.
 
   Args:
-    images: at least one picture; shapes may differ.
-    labels: one text a picture, or None.
-    columns: pictures a row; at most six when not given.
-    cell: longer side of a picture in pixels.
+    images: at least one image; shapes may differ.
+    labels: one text an image, or None.
+    columns: images a row; at most six when not given.
+    cell: longer side of an image in pixels.
 
   Raises:
-    ValueError: no pictures, or not one label a picture.
+    ValueError: no images, or not one label an image.
   """
   if not images or (labels is not None and len(labels) != len(images)):
     given = "no" if labels is None else str(len(labels))
     raise ValueError(
-      f"a contact sheet of {len(images)} pictures with {given} labels: give at"
-      " least one picture, and one label a picture or none at all."
+      f"a contact sheet of {len(images)} images with {given} labels: give at"
+      " least one image, and one label an image or none at all."
     )
   columns = columns or min(len(images), 6)
   font = ImageFont.load_default(size=max(11, cell // 12))
@@ -151,9 +151,9 @@ def contact_sheet(
   for i, image in enumerate(images):
     row, column = divmod(i, columns)
     left, top = _GAP + column * (cell + _GAP), _GAP + sum(heights[:row])
-    picture = fit(image, cell)
-    inset = (cell - picture.width) // 2, (cell - picture.height) // 2
-    sheet.paste(picture, (left + inset[0], top + inset[1]))
+    image = fit(image, cell)
+    inset = (cell - image.width) // 2, (cell - image.height) // 2
+    sheet.paste(image, (left + inset[0], top + inset[1]))
     place, text = (left, top + cell + 2), "\n".join(texts[i])
     draw.multiline_text(place, text, fill=_INK, font=font, spacing=2)
   return sheet
@@ -166,7 +166,7 @@ def _wrapped(labels: Sequence[str], width: int, font) -> list[list[str]]:
 
 
 def codebook_sheet(
-  examples: Mapping[int, Sequence[Picture]],
+  examples: Mapping[int, Sequence[ImageLike]],
   *,
   shown: int = 8,
   columns: int = 4,
@@ -175,7 +175,7 @@ def codebook_sheet(
   """What each code means: its number and patches that were given it.
 
   Args:
-    examples: code → pictures of patches, in the order to show them.
+    examples: code → images of patches, in the order to show them.
     shown: patches a code; missing ones are left blank.
     columns: codes a row.
     cell: side of a patch in pixels.
@@ -199,6 +199,6 @@ def codebook_sheet(
     place = (left + label - 6, top + cell // 2)
     draw.text(place, str(code), fill=_FAINT, font=font, anchor="rm")
     for j, patch in enumerate(patches[:shown]):
-      picture = to_pil(patch).resize((cell, cell), Image.Resampling.NEAREST)
-      sheet.paste(picture, (left + label + j * (cell + 1), top))
+      image = to_pil(patch).resize((cell, cell), Image.Resampling.NEAREST)
+      sheet.paste(image, (left + label + j * (cell + 1), top))
   return sheet

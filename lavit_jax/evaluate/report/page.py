@@ -1,7 +1,7 @@
 """The report of a run: one HTML file that needs nothing beside it.
 
 The caller says *what* stands in it with the dataclasses below; this module
-says how it looks. Every text is escaped; pictures are PNG in base64, charts
+says how it looks. Every text is escaped; images are PNG in base64, charts
 are inline SVG, and nothing is fetched from anywhere.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from lavit_jax.evaluate.report import figures, plots
 
-Cell = figures.Picture | str | float | int | None
+Cell = figures.ImageLike | str | float | int | None
 _NUMBER = ' class="number"'
 
 
@@ -42,7 +42,7 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-  """Rows of cells (texts, numbers or small pictures) under column names."""
+  """Rows of cells (texts, numbers or small images) under column names."""
 
   columns: Sequence[str]
   rows: Sequence[Sequence[Cell]]
@@ -52,22 +52,22 @@ class Table:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
-  """A picture, or a chart from `plots`, with a caption below."""
+  """An image, or a chart from `plots`, with a caption below."""
 
-  image: figures.Picture | str
+  image: figures.ImageLike | str
   title: str = ""
   caption: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gallery:
-  """Cards: each row is pictures and texts, with a label for each place.
+  """Cards: each row is images and texts, with a label for each place.
 
-  `labels=("picture", "reference", "model")` fits rows of (image, text, text).
+  `labels=("image", "reference", "model")` fits rows of (image, text, text).
   `right`, where given, says of each card whether the model was right.
   """
 
-  rows: Sequence[Sequence[figures.Picture | str]]
+  rows: Sequence[Sequence[figures.ImageLike | str]]
   labels: Sequence[str]
   title: str = ""
   note: str = ""
@@ -204,7 +204,7 @@ def _section(section: Section) -> str:
   return f"<section>{head}{text}{blocks}</section>"
 
 
-def _picture(image: figures.Picture, alt: str) -> str:
+def _image(image: figures.ImageLike, alt: str) -> str:
   buffer = io.BytesIO()
   figures.to_pil(image).save(buffer, format="PNG", optimize=True)
   data = base64.b64encode(buffer.getvalue()).decode()
@@ -224,7 +224,7 @@ def _cell(value: Cell) -> str:
     return f"<td{_NUMBER}>{_escape(_number(value))}</td>"
   if isinstance(value, str):
     return f"<td>{_escape(value)}</td>"
-  return f"<td>{_picture(value, '')}</td>"
+  return f"<td>{_image(value, '')}</td>"
 
 
 def _table(table: Table) -> str:
@@ -245,7 +245,7 @@ def _table(table: Table) -> str:
 def _figure(figure: Figure) -> str:
   image = figure.image
   if not isinstance(image, str):
-    image = _picture(image, figure.title or figure.caption)
+    image = _image(image, figure.title or figure.caption)
   caption = _escape(figure.caption)
   return (
     f'{_heading(figure.title, "")}<figure><div class="wide">{image}</div>'
@@ -256,17 +256,17 @@ def _figure(figure: Figure) -> str:
 def _gallery(gallery: Gallery) -> str:
   cards = []
   for i, row in enumerate(gallery.rows):
-    pictures, texts = [], []
+    images, texts = [], []
     for label, place in zip(gallery.labels, row, strict=True):
       name = f"<small>{_escape(label)}</small>" if label else ""
       if isinstance(place, str):
         texts.append(f"<p>{name}{_escape(place)}</p>")
       else:
-        pictures.append(f"<span>{_picture(place, label)}{name}</span>")
+        images.append(f"<span>{_image(place, label)}{name}</span>")
     state = ""
     if gallery.right is not None:
       state = " met" if gallery.right[i] else " missed"
-    shown = f'<div class="pictures">{"".join(pictures)}</div>'
+    shown = f'<div class="images">{"".join(images)}</div>'
     cards.append(f'<div class="card{state}">{shown}{"".join(texts)}</div>')
   head = _heading(gallery.title, gallery.note)
   return f'{head}<div class="gallery">{"".join(cards)}</div>'
@@ -348,9 +348,9 @@ figure img { display: block; max-width: 100%; border-radius: 4px; }
 .card { padding: 10px; }
 .card p { margin: 6px 0 0; width: 0; min-width: 100%; font-size: 13.5px; }
 .card p small { display: block; line-height: 1.2; }
-.pictures { display: flex; gap: 8px; }
-.pictures span { display: flex; flex-direction: column; }
-.pictures img { width: 144px; border-radius: 4px;
+.images { display: flex; gap: 8px; }
+.images span { display: flex; flex-direction: column; }
+.images img { width: 144px; border-radius: 4px;
   image-rendering: pixelated; }
 .charts { display: flex; flex-wrap: wrap; gap: 10px; }
 .charts svg { max-width: 100%; height: auto; }

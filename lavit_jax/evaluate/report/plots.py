@@ -134,7 +134,7 @@ def _widen(low: float, high: float, *, log: bool = False):
 
 
 def _axes(place, x_range, y_range, log, width, height) -> list[str]:
-  """Grid lines with their numbers; `place` maps values to the picture."""
+  """Grid lines with their numbers; `place` maps values to the image."""
   parts = []
   y_values = _log_ticks(*y_range) if log else ticks(*y_range)
   for value in y_values:

@@ -16,7 +16,7 @@ from lavit_jax.evaluate.report import page, plots
 from lavit_jax.train.resilience import run_checkpoints
 from lavit_jax.train.telemetry import writers
 
-_PICTURES = 4  # shown at most
+_IMAGES = 4  # shown at most
 # Metric of metrics.jsonl -> what it is called: series, then chart.
 _SPEED = {
   "time/step_s": "step/seconds a step",
@@ -85,7 +85,7 @@ def report(workdir: pathlib.Path) -> page.Report:
       " again later."
     )
   found, kept = writers.curves(rows), _read(workdir / writers.GOODPUT)
-  sections = [_time(kept), _checkpoints(workdir, found), _pictures(workdir)]
+  sections = [_time(kept), _checkpoints(workdir, found), _images(workdir)]
   sections.append(_settings(config))
   return page.Report(
     title=f"Run {files.absolute(workdir).name}",
@@ -228,21 +228,21 @@ def _megabytes(folder: pathlib.Path) -> float:
   return sum(run_checkpoints.sizes(folder).values()) / 1e6
 
 
-def _pictures(workdir) -> page.Section | None:
-  """Some of the pictures of evaluations, the first and the last among them."""
+def _images(workdir) -> page.Section | None:
+  """Some of the images of evaluations, the first and the last among them."""
   folder = workdir / "pictures"
   there = folder.iterdir() if folder.exists() else ()
   paths = sorted(path for path in there if path.suffix == ".png")
   if not paths:
     return None
-  places = np.linspace(0, len(paths) - 1, min(len(paths), _PICTURES))
+  places = np.linspace(0, len(paths) - 1, min(len(paths), _IMAGES))
   blocks = []
   for place in places.round().astype(int):
     with Image.open(io.BytesIO(paths[place].read_bytes())) as image:
-      picture = image.convert("RGB")
+      image = image.convert("RGB")
     caption = f"step {int(paths[place].stem)}"
-    blocks.append(page.Figure(image=picture, caption=caption))
-  return page.Section(title="Evaluation pictures", blocks=blocks)
+    blocks.append(page.Figure(image=image, caption=caption))
+  return page.Section(title="Evaluation images", blocks=blocks)
 
 
 def _settings(config) -> page.Section:

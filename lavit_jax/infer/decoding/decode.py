@@ -113,7 +113,7 @@ def generate(
     uncond: the prompt dict of the unconditional stream, B rows or one.
     logprobs: static; False leaves `sum_logprobs` out. The head is then only
       multiplied between the first and the last id that may be written, a
-      third of it for pictures, at the same ids (the sum over the rest of the
+      third of it for images, at the same ids (the sum over the rest of the
       vocabulary shifts all scores of a row alike).
 
   Raises:
@@ -395,7 +395,7 @@ def _check(prompt, uncond, guided, guidance_scale, max_new_tokens):
   if uncond is None and np.any(np.asarray(guidance_scale) != 1):
     raise errors.UsageError(
       f"guidance_scale={guidance_scale} needs the prompt of the unconditional"
-      " stream. Give uncond (for pictures: [IMG] alone), or guidance_scale=1."
+      " stream. Give uncond (for images: [IMG] alone), or guidance_scale=1."
     )
   if guided and uncond["tokens"].shape[0] not in (1, rows):
     raise errors.UsageError(

@@ -11,7 +11,7 @@ from lavit_jax.infer.decoding import decode
 
 def rows_of(
   prompts: Sequence[Sequence],
-  pictures: Iterator[Any],
+  images: Iterator[Any],
   *,
   encode,
   marks: Sequence[int] | None,
@@ -20,10 +20,10 @@ def rows_of(
   """Each prompt as a row of ids and float[k, W] continuous tokens.
 
   Args:
-    prompts: rows of parts, str or anything else for a picture.
-    pictures: gives for every picture, in order, its float[k, W] or its ids.
+    prompts: rows of parts, str or anything else for an image.
+    images: gives for every image, in order, its float[k, W] or its ids.
     encode: maps a str, and the one right before it or "", to ids.
-    marks: the ids before and after a picture; None for none.
+    marks: the ids before and after an image; None for none.
     end: ids after the last part.
   """
   before, after = marks or ((), ())
@@ -37,7 +37,7 @@ def rows_of(
         text = part or text
         continue
       text = ""
-      tokens = next(pictures)
+      tokens = next(images)
       tokens = [tokens] if getattr(tokens, "ndim", 0) == 2 else list(tokens)
       row += [*before, *tokens, *after]
     rows.append([*row, *end])

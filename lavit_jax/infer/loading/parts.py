@@ -135,16 +135,16 @@ class Language:
     net = unified.UnifiedModel(self.model.config, self._visual.config, capacity)
     return net.apply({"params": params}, features, keep, method="read")
 
-  def read(self, pictures, seeds=None, limit: int = batches.SIZES[-1]):
+  def read(self, images, seeds=None, limit: int = batches.SIZES[-1]):
     """Projected tokens float32[n, N, W] and valid bool[n, N], numpy.
 
     Args:
-      pictures: uint8[n, H, W, 3].
+      images: uint8[n, H, W, 3].
       seeds: int[n], to sample which patches are kept; None: deterministic.
-      limit: pictures at once.
+      limit: images at once.
     """
     outs = []
-    for chunk, count, start in batches.chunks(pictures, limit):
+    for chunk, count, start in batches.chunks(images, limit):
       # Official weights may bring a selector of their own for reading.
       own = self.params.get("selector")
       seed = None if seeds is None else batches.fill(seeds[start:], len(chunk))

@@ -1,4 +1,4 @@
-"""Pixel decoders: visual words to pictures.
+"""Pixel decoders: visual words to images.
 
 A model directory may have several, each of the parts that it NEEDS:
 
@@ -10,7 +10,7 @@ A model directory may have several, each of the parts that it NEEDS:
 
   painter.paint(visual, codes, seeds, painting, progress) -> float32[B, H, W, 3]
 
-in [0, 1], where picture i depends on its words and seeds[i] only.
+in [0, 1], where image i depends on its words and seeds[i] only.
 """
 
 from collections.abc import Collection, Sequence
@@ -86,8 +86,8 @@ def load(directory, kind: str, dtype: str = "float32"):
   for part in NEEDS[kind]:
     made_of.check_made_of(directory, part)
   if kind == "pixels":
-    return pixel_space.Own(directory)
-  return latent_space.Latent(directory, kind, dtype)
+    return pixel_space.PixelSpaceDecoder(directory)
+  return latent_space.LatentSpaceDecoder(directory, kind, dtype)
 
 
 def paint(
@@ -95,20 +95,20 @@ def paint(
   tokens: visual.VisualTokenizer,
   codes: Sequence[np.ndarray],
   seed: int,
-  how: options.Painting,
+  how: options.PixelOptions,
   *,
   limit: int,
   progress: options.Progress | None = None,
 ) -> list[np.ndarray]:
-  """Pictures of lists of codes, chunk by chunk.
+  """Images of lists of codes, chunk by chunk.
 
   Args:
     painter: what `load` gave.
     tokens: the tokenizer that the codes belong to.
     codes: int[k] each, 1 <= k <= N.
-    seed: picture i takes the noise of seed + i, whatever the batch.
+    seed: image i takes the noise of seed + i, whatever the batch.
     how: options.
-    limit: pictures at once; latents have a lower limit of their own.
+    limit: images at once; latents have a lower limit of their own.
     progress: called with (steps done, steps) over all chunks.
 
   Returns:

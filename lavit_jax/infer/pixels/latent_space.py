@@ -1,9 +1,9 @@
-"""The official pixel decoders: words to conditions, latents, pictures.
+"""The official pixel decoders: words to conditions, latents, images.
 
 LaVIT, arXiv 2309.04669, section 3.2. Three networks after one another: the
 semantic decoder (part `lowres` or `highres`), the U-Net in a solver's loop
 (`diffusion/stable_diffusion.py`), and the autoencoder, whose decoder runs
-picture by picture: it needs most of the memory. The latter two are of the
+image by image: it needs most of the memory. The latter two are of the
 part `KIND_pixels`.
 """
 
@@ -40,7 +40,7 @@ def semantic(kind: str, meta, dtype: str = "float32"):
   return decoder.HighresDecoder(config, dims, meta["pooled_dim"])
 
 
-class Latent:
+class LatentSpaceDecoder:
   """A pixel decoder that draws in latents.
 
   Attributes:
@@ -76,7 +76,7 @@ class Latent:
     self._vae = vae.AutoencoderKL(
       vae.VaeConfig(**pixels.meta["vae"] | {"dtype": dtype})
     )
-    self.schedule = schedules.Schedule(**pixels.meta["schedule"])
+    self.schedule = schedules.NoiseSchedule(**pixels.meta["schedule"])
     self.side = self._vae.config.sample_size
     self.factor = self._vae.config.scale
     self.params = {"told": told.params, **pixels.params}
@@ -103,7 +103,7 @@ class Latent:
       lambda params, *codes: self._semantic.apply({"params": params}, *codes)
     )
 
-  def check(self, how: options.Painting) -> None:
+  def check(self, how: options.PixelOptions) -> None:
     """UsageError for options that it cannot follow."""
     if self.kind == "lowres":
       fields = [field.name for field in dataclasses.fields(how)]
@@ -136,7 +136,7 @@ class Latent:
     tokens: visual.VisualTokenizer,
     codes: Sequence[np.ndarray],
     seeds: np.ndarray,
-    how: options.Painting,
+    how: options.PixelOptions,
     progress: options.Progress | None = None,
   ) -> np.ndarray:
     """float32[B, H, W, 3] in [0, 1]; see `pixels/decoders.py`."""
@@ -147,12 +147,12 @@ class Latent:
     vectors,
     valid,
     seeds,
-    how: options.Painting = options.Painting(),
+    how: options.PixelOptions = options.PixelOptions(),
     *,
     noise=None,
     progress: options.Progress | None = None,
   ) -> np.ndarray:
-    """Pictures of words.
+    """Images of words.
 
     Args:
       vectors: float[B, K, d], of the codebook.
@@ -177,7 +177,7 @@ class Latent:
       "crop": how.crop,
     }
     with self._listener.telling(progress) as tell:
-      pictures = self._draw(
+      images = self._draw(
         self.params,
         jnp.asarray(vectors),
         jnp.asarray(valid),
@@ -189,9 +189,9 @@ class Latent:
         alone=guidance == 1,
         tile=how.tile and how.tile // self.factor,
       )
-      pictures = np.asarray(pictures)
+      images = np.asarray(images)
       jax.effects_barrier()
-    return pictures
+    return images
 
   @functools.cached_property
   def _draw(self):
@@ -218,7 +218,7 @@ class Latent:
     return jax.jit(draw, static_argnames=names)
 
   def _decode(self, params, z, tile):
-    """Pictures in [0, 1] of latents as drawn, one after the other."""
+    """Images in [0, 1] of latents as drawn, one after the other."""
     variables = {"params": params}
     z = z / self._vae.config.scaling_factor
 

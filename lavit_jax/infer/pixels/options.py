@@ -1,4 +1,4 @@
-"""How a picture is painted: the options that all pixel decoders share."""
+"""How an image is painted: the options that all pixel decoders share."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Painting:
+class PixelOptions:
   """Options of painting; None is what the pixel decoder does by default.
 
   Attributes:
@@ -23,7 +23,7 @@ class Painting:
     ratio: a name of `latents.RATIOS`, width to height.
     size: height and width, instead of a ratio; multiples of the pixels of a
       latent place (8).
-    original_size: height and width that a highres decoder is told the picture
+    original_size: height and width that a highres decoder is told the image
       had before it was scaled; by default its own.
     crop: top and left that it is told were cut off.
     tile: decode latents in tiles with so many pixels a side, in less memory.

@@ -23,7 +23,7 @@ _TAKES = (
 )
 
 
-class Own:
+class PixelSpaceDecoder:
   """The part `pixels`: squares from reconstructed features, in float32."""
 
   kind = "pixels"
@@ -33,11 +33,11 @@ class Own:
     part = checkpoints.load_part(directory, "pixels")
     config = pixel_decoder.PixelDecoderConfig(**part.meta["pixels"])
     self._decoder = pixel_decoder.PixelDecoder(config)
-    self._schedule = schedules.Schedule(**part.meta["schedule"])
+    self._schedule = schedules.NoiseSchedule(**part.meta["schedule"])
     self._variables = {"params": part.params}
     self._listener = options.Listener()
 
-  def check(self, how: options.Painting) -> None:
+  def check(self, how: options.PixelOptions) -> None:
     """UsageError for options that it cannot follow."""
     how.only_for(self.kind, _TAKES)
     side = self._decoder.config.image_size
@@ -52,13 +52,13 @@ class Own:
     tokens: visual.VisualTokenizer,
     codes: Sequence[np.ndarray],
     seeds: np.ndarray,
-    how: options.Painting,
+    how: options.PixelOptions,
     progress: options.Progress | None = None,
   ) -> np.ndarray:
     """float32[B, H, W, 3] in [0, 1]; see `pixels/decoders.py`."""
     guidance = how.decoder_guidance_scale
     with self._listener.telling(progress) as tell:
-      pictures = sampling.draw(
+      images = sampling.draw(
         self._decoder,
         self._schedule,
         self._variables,
@@ -70,6 +70,6 @@ class Own:
         guidance=1.0 if guidance is None else guidance,
         progress=tell,
       )
-      pictures = np.asarray(pictures)
+      images = np.asarray(images)
       jax.effects_barrier()
-    return pictures
+    return images

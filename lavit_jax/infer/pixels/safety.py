@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import PIL.Image
 
-from lavit_jax.core import images
+from lavit_jax.core import image_io
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.infer import batches
 from lavit_jax.models.pixels import safety
 
 PART = "safety"
-MARK = "withheld"  # key of a picture's `info`
+MARK = "withheld"  # key of an image's `info`
 
 
 class Checker:
@@ -29,35 +29,35 @@ class Checker:
   def _withheld(self):
     net = safety.SafetyChecker(self._config)
 
-    def withheld(params, pictures):
-      pixels = images.normalize(pictures)
+    def withheld(params, images):
+      pixels = image_io.normalize(images)
       return safety.withheld(*net.apply({"params": params}, pixels))
 
     return jax.jit(withheld)
 
-  def check(self, pictures: Sequence[PIL.Image.Image]) -> list[PIL.Image.Image]:
-    """The pictures, those withheld black and with `info["withheld"]` True."""
+  def check(self, images: Sequence[PIL.Image.Image]) -> list[PIL.Image.Image]:
+    """The images, those withheld black and with `info["withheld"]` True."""
     size = self._config.image_size
-    small = np.stack([clip_square(picture, size) for picture in pictures])
+    small = np.stack([clip_square(image, size) for image in images])
     flags = []
     for chunk, count, _ in batches.chunks(small):
       flags += np.asarray(self._withheld(self._params, chunk))[:count].tolist()
     return [
-      _black(picture) if flag else picture
-      for picture, flag in zip(pictures, flags, strict=True)
+      _black(image) if flag else image
+      for image, flag in zip(images, flags, strict=True)
     ]
 
 
-def is_withheld(picture: PIL.Image.Image) -> bool:
-  """Whether the checker put this black picture in place of a drawing."""
-  return bool(picture.info.get(MARK))
+def is_withheld(image: PIL.Image.Image) -> bool:
+  """Whether the checker put this black image in place of a drawing."""
+  return bool(image.info.get(MARK))
 
 
-def clip_square(picture: PIL.Image.Image, size: int) -> np.ndarray:
+def clip_square(image: PIL.Image.Image, size: int) -> np.ndarray:
   """uint8[size, size, 3] as CLIP sees it: shorter side scaled, middle cut."""
-  width, height = picture.size
+  width, height = image.size
   short = min(width, height)
-  scaled = picture.resize(
+  scaled = image.resize(
     (int(size * width / short), int(size * height / short)),
     PIL.Image.Resampling.BICUBIC,
   )
@@ -65,7 +65,7 @@ def clip_square(picture: PIL.Image.Image, size: int) -> np.ndarray:
   return np.array(scaled.crop((left, top, left + size, top + size)), np.uint8)
 
 
-def _black(picture):
-  black = PIL.Image.new("RGB", picture.size)
+def _black(image):
+  black = PIL.Image.new("RGB", image.size)
   black.info[MARK] = True
   return black

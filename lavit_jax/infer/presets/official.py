@@ -6,12 +6,12 @@ the settings those of their defaults. Quirks that are kept here, and not
 elsewhere:
 
   - "3.14" is cut to "3": captions and answers end at the first ".";
-  - a transparent picture loses its transparency, whatever colour lies under
+  - a transparent image loses its transparency, whatever colour lies under
     it, and no orientation is heeded;
   - </s>, <s>, <unk> in a prompt are taken for the special tokens;
   - while drawing, ids 0, 1, 2 and [IMG] stay allowed (a weak model may write
-    them into a picture), and a negative prompt gets no [IMG];
-  - a prompt of tokens makes its own length the longest picture.
+    them into an image), and a negative prompt gets no [IMG];
+  - a prompt of tokens makes its own length the longest image.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax.core import images, vocabulary
+from lavit_jax.core import image_io, vocabulary
 from lavit_jax.infer.decoding import prompt_rows
 from lavit_jax.models import llama, unified
 from lavit_jax.models.tokenizer import merger, selector, tokenizer
@@ -75,9 +75,9 @@ def clean_question(question: str, max_words: int = 50) -> str:
 
 
 def preprocess(path, size: int) -> np.ndarray:
-  """float32[size, size, 3], CLIP-normalised, of a picture of our own."""
-  image = images.load(path, plain=True)
-  return images.normalize(images.to_uint8(image, size))
+  """float32[size, size, 3], CLIP-normalised, of an image of our own."""
+  image = image_io.load(path, plain=True)
+  return image_io.normalize(image_io.to_uint8(image, size))
 
 
 def encode(text: vocabulary.TextTokenizer, words: str) -> list[int]:
@@ -143,7 +143,7 @@ class Model:
     return net.apply({"params": params["merger"]}, features, mask)
 
   def codes(self, pixels, gumbel):
-    """Ids of pictures under given noise, all rows as long as there are patches.
+    """Ids of images under given noise, all rows as long as there are patches.
 
     Args:
       pixels: float[B, H, W, 3].
@@ -165,7 +165,7 @@ class Model:
     return np.asarray(codes) + self.vocab.code_offset, np.asarray(valid)
 
   def read(self, pixels, gumbel):
-    """Continuous tokens float[B, N, W] of pictures, and valid bool[B, N]."""
+    """Continuous tokens float[B, N, W] of images, and valid bool[B, N]."""
     features = self.features(pixels)
     log_probs = self.log_probs(features, reading=True)
     keep = selector.mask_from_noise(log_probs, gumbel).astype(bool)
@@ -183,12 +183,12 @@ class Model:
     return prompt_rows.padded(rows, width, length=length, pad_id=eos)
 
   def reading_rows(self, pixels, gumbel, words=None) -> list[list]:
-    """Rows [IMG] picture [/IMG] ids of words, a picture a row."""
+    """Rows [IMG] image [/IMG] ids of words, an image a row."""
     tokens, valid = (np.asarray(x) for x in self.read(pixels, gumbel))
     rows = []
     for i in range(len(tokens)):
-      picture = tokens[i][valid[i]]
-      row = [self.vocab.image_begin, picture, self.vocab.image_end]
+      image = tokens[i][valid[i]]
+      row = [self.vocab.image_begin, image, self.vocab.image_end]
       rows.append(row + list(words[i] if words else []))
     return rows
 

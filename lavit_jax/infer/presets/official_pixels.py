@@ -1,35 +1,35 @@
-"""The official release's rules of pictures from pictures, to the letter.
+"""The official release's rules of images from images, to the letter.
 
-`LaVITDetokenizer` of jy0205/LaVIT (commit 8cde9b4) reads pictures as
+`LaVITDetokenizer` of jy0205/LaVIT (commit 8cde9b4) reads images as
 `official.preprocess` does not: they are scaled by bicubic interpolation
 without antialiasing, whatever their sides, and neither cropped nor rounded.
 """
 
 import numpy as np
 
-from lavit_jax.core import images
+from lavit_jax.core import image_io
 
 _SHARP = -0.75  # PyTorch's `a` of the cubic convolution
 
 
-def clip_pixels(pictures: np.ndarray, size: int) -> np.ndarray:
-  """Pictures as the official detokenizer shows them to the encoder.
+def clip_pixels(images: np.ndarray, size: int) -> np.ndarray:
+  """Images as the official detokenizer shows them to the encoder.
 
   Args:
-    pictures: float[B, H, W, 3] in [0, 1].
+    images: float[B, H, W, 3] in [0, 1].
     size: S, pixels a side.
 
   Returns:
     float32[B, S, S, 3], CLIP-normalised; bicubic overshoots are kept.
   """
-  return images.normalize(bicubic(pictures, (size, size)))
+  return image_io.normalize(bicubic(images, (size, size)))
 
 
-def bicubic(pictures: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+def bicubic(images: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
   """F.interpolate(mode="bicubic") of torch: no antialias.
 
   Args:
-    pictures: float[B, H, W, C].
+    images: float[B, H, W, C].
     sides: H' and W'.
 
   Returns:
@@ -37,9 +37,9 @@ def bicubic(pictures: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
   """
   rows, columns = (
     _weights(before, after)
-    for before, after in zip(pictures.shape[1:3], sides, strict=True)
+    for before, after in zip(images.shape[1:3], sides, strict=True)
   )
-  scaled = np.einsum("ih,bhwc,jw->bijc", rows, pictures, columns, optimize=True)
+  scaled = np.einsum("ih,bhwc,jw->bijc", rows, images, columns, optimize=True)
   return scaled.astype(np.float32)
 
 

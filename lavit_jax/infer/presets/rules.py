@@ -18,7 +18,7 @@ _Rule = TypeVar("_Rule")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Writing:
+class TextGenerationConfig:
   """How a text is written; the fields are those of `beam.beam_search`.
 
   Attributes:
@@ -40,12 +40,12 @@ class Writing:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drawing:
+class ImageGenerationConfig:
   """How visual words are drawn.
 
   Attributes:
     guidance_scale: of the LLM, for prompts of text alone; 1 is off.
-    mixed_guidance_scale: for prompts with a picture.
+    mixed_guidance_scale: for prompts with an image.
     temperature: 0 is greedy.
     top_k: keep the likeliest k words, 0 all.
     top_p: keep the likeliest words that hold this probability, 1 all.
@@ -63,40 +63,40 @@ class Drawing:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rules:
+class GenerationPreset:
   """Everything that differs between models trained here and official ones.
 
   Attributes:
-    caption: see `Writing`.
-    answer: see `Writing`.
-    draw: see `Drawing`.
+    caption: see `TextGenerationConfig`.
+    answer: see `TextGenerationConfig`.
+    draw: see `ImageGenerationConfig`.
     short: cut captions to a sentence and answers to their first words.
-    picture_prompts: how a picture in a prompt to draw from enters the LLM:
-      "continuous", as the paper trains it and as pictures are read
+    picture_prompts: how an image in a prompt to draw from enters the LLM:
+      "continuous", as the paper trains it and as images are read
       everywhere else, or "codes", as the official generation class does.
   """
 
-  caption: Writing
-  answer: Writing
-  draw: Drawing
+  caption: TextGenerationConfig
+  answer: TextGenerationConfig
+  draw: ImageGenerationConfig
   short: bool
   picture_prompts: str
 
 
 # Guidance 2 and temperature 0.5: with `tiny` better than the official 3 and 1.
-OURS = Rules(
-  caption=Writing(),
-  answer=Writing(max_new_tokens=12),
-  draw=Drawing(
+OURS = GenerationPreset(
+  caption=TextGenerationConfig(),
+  answer=TextGenerationConfig(max_new_tokens=12),
+  draw=ImageGenerationConfig(
     guidance_scale=2.0, mixed_guidance_scale=2.0, temperature=0.5, top_k=50
   ),
   short=False,
   picture_prompts="continuous",
 )
-OFFICIAL = Rules(
-  caption=Writing(**official.CAPTION),
-  answer=Writing(**official.ANSWER),
-  draw=Drawing(
+OFFICIAL = GenerationPreset(
+  caption=TextGenerationConfig(**official.CAPTION),
+  answer=TextGenerationConfig(**official.ANSWER),
+  draw=ImageGenerationConfig(
     guidance_scale=official.GUIDANCE_TEXT,
     mixed_guidance_scale=official.GUIDANCE_MULTIMODAL,
     **official.DRAW,
@@ -107,7 +107,7 @@ OFFICIAL = Rules(
 BY_NAME = {"ours": OURS, "official": OFFICIAL}
 
 
-def rules_of(meta: Mapping[str, Any]) -> Rules:
+def rules_of(meta: Mapping[str, Any]) -> GenerationPreset:
   """The rules for an `llm` part, by its description."""
   imported = meta.get("port", {}).get("source") == "lavit"
   return OFFICIAL if imported else OURS

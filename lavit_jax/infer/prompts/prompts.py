@@ -1,4 +1,4 @@
-"""What users give, text and pictures, to rows and padded arrays."""
+"""What users give, text and images, to rows and padded arrays."""
 
 import functools
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax.core import errors, images, vocabulary
+from lavit_jax.core import errors, image_io, vocabulary
 from lavit_jax.data import sequences
 from lavit_jax.infer import batches, visual
 from lavit_jax.infer.decoding import prompt_rows
@@ -33,18 +33,18 @@ class Prompter:
     self.max_batch = max_batch
 
   def parse(self, prompt, parity: bool = False) -> list:
-    """Parts of one prompt: text as it is, pictures uint8[size, size, 3].
+    """Parts of one prompt: text as it is, images uint8[size, size, 3].
 
     Raises:
       errors.UsageError: nothing in it.
-      images.ImageError: a part that is neither text nor a picture.
+      images.ImageError: a part that is neither text nor an image.
     """
     alone = isinstance(prompt, str | bytes | os.PathLike)
     if alone or not isinstance(prompt, Sequence):
       prompt = [prompt]
     if not prompt:
       raise errors.UsageError(
-        "An empty prompt: give at least one text or one picture."
+        "An empty prompt: give at least one text or one image."
       )
     size = self.visual.image_size
     return [p if isinstance(p, str) else sized(p, size, parity) for p in prompt]
@@ -56,25 +56,23 @@ class Prompter:
 
     Args:
       parsed: prompts as `parse` gives them.
-      form: how pictures enter, "continuous" or "codes".
-      seeds: int[n], to sample which patches of a prompt's pictures are kept;
+      form: how images enter, "continuous" or "codes".
+      seeds: int[n], to sample which patches of a prompt's images are kept;
         None is deterministic.
       parity: codes come without [IMG] and [/IMG]; "</s>" in a text is </s>.
       end: ids after the last part.
     """
     vocab = self.language.vocabulary
-    pictures = [p for row in parsed for p in row if not isinstance(p, str)]
+    images = [p for row in parsed for p in row if not isinstance(p, str)]
     if seeds is not None:
       counts = [sum(not isinstance(p, str) for p in row) for row in parsed]
       seeds = np.repeat(seeds, counts)
     tokens: list[Any] = []
-    if pictures and form == "continuous":
-      read, valid = self.language.read(
-        np.stack(pictures), seeds, self.max_batch
-      )
+    if images and form == "continuous":
+      read, valid = self.language.read(np.stack(images), seeds, self.max_batch)
       tokens = [row[kept] for row, kept in zip(read, valid, strict=True)]
-    elif pictures:
-      tokens = [vocab.to_ids(codes) for codes in self._codes(pictures, seeds)]
+    elif images:
+      tokens = [vocab.to_ids(codes) for codes in self._codes(images, seeds)]
     unmarked = parity and form == "codes"
     made = prompt_rows.rows_of(
       parsed,
@@ -88,13 +86,13 @@ class Prompter:
     if not all(made):
       raise errors.UsageError(
         "A prompt has no tokens: its text is empty. Write something, or give"
-        " a picture."
+        " an image."
       )
     return made
 
-  def _codes(self, pictures, seeds):
+  def _codes(self, images, seeds):
     codes = []
-    for chunk, count, start in batches.chunks(pictures, self.max_batch):
+    for chunk, count, start in batches.chunks(images, self.max_batch):
       seed = None if seeds is None else batches.fill(seeds[start:], len(chunk))
       rows = self.visual.tokenize(np.stack(chunk), seed=seed, count=count)
       codes += [row["codes"] for row in rows]
@@ -108,7 +106,7 @@ class Prompter:
       raise errors.UsageError(
         f"The prompt is {longest} tokens long and {max_new_tokens} more may"
         f" follow, but this model reads at most {config.max_len} in all."
-        " Shorten the text, give fewer pictures, or lower max_new_tokens."
+        " Shorten the text, give fewer images, or lower max_new_tokens."
       )
     return prompt_rows.padded(rows, config.width, multiple=multiple)
 
@@ -119,6 +117,6 @@ def _official_ids(text, part, before) -> list[int]:
   return official.encode(text, part)
 
 
-def sized(picture, size: int, parity: bool = False) -> np.ndarray:
-  """uint8[size, size, 3] of a picture in any form that `images.load` takes."""
-  return images.to_uint8(images.load(picture, plain=parity), size)
+def sized(image, size: int, parity: bool = False) -> np.ndarray:
+  """uint8[size, size, 3] of an image in any form that `images.load` takes."""
+  return image_io.to_uint8(image_io.load(image, plain=parity), size)

@@ -22,7 +22,7 @@ class ViTConfig:
   """Sizes of one encoder.
 
   Attributes:
-    image_size: height and width of the picture, a multiple of patch_size.
+    image_size: height and width of the image, a multiple of patch_size.
     mlp_dim: hidden width of the MLPs.
     head_dim_out: width of EVA's `head`, which LaVIT does not use; 0: none,
       and no final norm either.
@@ -52,7 +52,7 @@ class ViTConfig:
     if self.image_size % self.patch_size:
       raise errors.ConfigError(
         f"image_size={self.image_size} is not a multiple of"
-        f" patch_size={self.patch_size}: patches must tile the picture."
+        f" patch_size={self.patch_size}: patches must tile the image."
         " Change vit.image_size or vit.patch_size."
       )
     if self.width % self.num_heads:
@@ -64,7 +64,7 @@ class ViTConfig:
 
   @property
   def num_patches(self) -> int:
-    """N, patches of a picture."""
+    """N, patches of an image."""
     return (self.image_size // self.patch_size) ** 2
 
 
@@ -166,7 +166,7 @@ class EvaVit(nn.Module):
     if pixels.shape[1:] != size:
       raise ValueError(
         f"pixels have shape {pixels.shape}, the encoder takes [B, *{size}]:"
-        " resize the picture (lavit_jax.core.images.preprocess does)."
+        " resize the image (lavit_jax.core.image_io.preprocess does)."
       )
     boxed, small = nn.with_logical_partitioning, nn.initializers.normal(0.02)
     axes = ("patch", "embed")

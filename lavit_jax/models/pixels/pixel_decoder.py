@@ -1,7 +1,7 @@
 """The pixel decoder: reconstructed features condition a U-Net in pixel space.
 
 LaVIT (arXiv 2309.04669, section 3.2) conditions Stable Diffusion's U-Net on the
-N reconstructed features. Here a picture of 48 pixels takes the place of the
+N reconstructed features. Here an image of 48 pixels takes the place of the
 latents: `patch` x `patch` pixels become the channels of one place.
 """
 
@@ -22,12 +22,12 @@ class PixelDecoderConfig:
   """Sizes of the pixel decoder.
 
   Attributes:
-    image_size: height and width of the picture.
+    image_size: height and width of the image.
     patch: pixels of a U-Net place, to each side.
     num_patches: N, a square number: the features lie on a square grid.
     feature_dim: D, the width of the reconstructed features.
     grid_channels: channels in which the features, laid out on their grid and
-      enlarged, enter beside the picture; 0 leaves only cross-attention.
+      enlarged, enter beside the image; 0 leaves only cross-attention.
     unet: the U-Net; its in_channels and out_channels follow from the others.
   """
 
@@ -111,7 +111,7 @@ class PixelDecoder(nn.Module):
     """Predicts the noise (or what the schedule's `prediction` names).
 
     Args:
-      x: float[B, H, W, 3], a noisy picture; clean ones lie in [-1, 1].
+      x: float[B, H, W, 3], a noisy image; clean ones lie in [-1, 1].
       t: int[B].
       x_rec: float[B, N, D].
       condition_mask: bool[B, N]; features where it is False are not seen.

@@ -25,8 +25,8 @@ class SafetyConfig:
   """Sizes of the vision tower, and the number of concepts.
 
   Attributes:
-    projection_dim: width in which pictures and concepts are compared.
-    concepts: concepts that withhold a picture.
+    projection_dim: width in which images and concepts are compared.
+    concepts: concepts that withhold an image.
     special: concepts that only make the others stricter.
     norm_eps: of every LayerNorm.
   """
@@ -52,7 +52,7 @@ class SafetyConfig:
 
   @property
   def num_patches(self) -> int:
-    """Patches of a picture."""
+    """Patches of an image."""
     return (self.image_size // self.patch_size) ** 2
 
 
@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 
 class SafetyChecker(nn.Module):
-  """Pictures to scores of concepts."""
+  """Images to scores of concepts."""
 
   config: SafetyConfig
 
@@ -134,7 +134,7 @@ def _unit(x):
 
 
 def withheld(concepts: jax.Array, special: jax.Array) -> jax.Array:
-  """Which pictures are not to be shown, bool[B].
+  """Which images are not to be shown, bool[B].
 
   Args:
     concepts: float32[B, C] of `SafetyChecker`.

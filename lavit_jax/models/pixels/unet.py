@@ -3,7 +3,7 @@
 The blocks, their order and their names are those of diffusers'
 `UNet2DConditionModel` (Rombach et al., arXiv 2112.10752; Podell et al., arXiv
 2307.01952): `down_blocks_i/resnets_j`, `attentions_j`, `downsamplers_0`,
-`mid_block`, `up_blocks_i`. Pictures are NHWC here; a 1 x 1 convolution is a
+`mid_block`, `up_blocks_i`. Images are NHWC here; a 1 x 1 convolution is a
 Dense. `port/names_pixels.py` has the names of published weights, and
 `port/diffusers_config.py` reads their sizes.
 """
@@ -26,7 +26,7 @@ _PER_LEVEL = ("attention", "transformer_layers", "num_heads")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Details:
+class DiffusersQuirks:
   """What published U-Nets do differently.
 
   Attributes:
@@ -100,11 +100,11 @@ class UNetConfig:
   dtype: str = "float32"
   remat: str = "none"
   scan: bool = False
-  details: Details = Details()
+  details: DiffusersQuirks = DiffusersQuirks()
 
   def __post_init__(self):
-    if not isinstance(self.details, Details):
-      object.__setattr__(self, "details", Details(**self.details))
+    if not isinstance(self.details, DiffusersQuirks):
+      object.__setattr__(self, "details", DiffusersQuirks(**self.details))
     names = ("channels", *_PER_LEVEL)
     if not isinstance(self.layers_per_block, int):
       names = (*names, "layers_per_block")
@@ -152,7 +152,7 @@ SD15_UNET = UNetConfig(
   cross_dim=768,
   dtype="bfloat16",
   remat="full",
-  details=Details(mask_bias=MASK_BIAS),
+  details=DiffusersQuirks(mask_bias=MASK_BIAS),
 )
 SDXL_UNET = UNetConfig(
   in_channels=4,
@@ -166,7 +166,7 @@ SDXL_UNET = UNetConfig(
   dtype="bfloat16",
   remat="full",
   scan=True,
-  details=Details(
+  details=DiffusersQuirks(
     linear_projection=True,
     mask_bias=MASK_BIAS,
     added_dim=2816,

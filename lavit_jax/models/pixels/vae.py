@@ -1,8 +1,8 @@
-"""The autoencoder between pictures and latents, for U-Nets that draw in them.
+"""The autoencoder between images and latents, for U-Nets that draw in them.
 
 Blocks and names are those of diffusers' `AutoencoderKL` (Rombach et al., arXiv
 2112.10752): `encoder` and `decoder` with `down_blocks_i` or `up_blocks_i`,
-`mid_block`, and `quant_conv`, `post_quant_conv` beside them. Pictures are NHWC
+`mid_block`, and `quant_conv`, `post_quant_conv` beside them. Images are NHWC
 in [-1, 1]. A U-Net sees latents times `scaling_factor`; nothing here applies
 it.
 """
@@ -28,15 +28,15 @@ class VaeConfig:
   """Sizes of the autoencoder.
 
   Attributes:
-    in_channels: channels of a picture that is read.
-    out_channels: channels of a picture that is made.
+    in_channels: channels of an image that is read.
+    out_channels: channels of an image that is made.
     channels: width of each level from fine to coarse; each level but the
       first halves the sides.
     layers_per_block: residual blocks a level of the encoder (decoder: one
       more).
     latent_channels: channels of the latents.
     groups: groups of every GroupNorm.
-    sample_size: side of the pictures it was trained on, the default tile of
+    sample_size: side of the images it was trained on, the default tile of
       `decode_tiled`.
     scaling_factor: a U-Net's latents are these times it.
     force_upcast: compute in float32 whatever `dtype` says: maps overflow
@@ -157,7 +157,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Pictures to means and logarithms of variances, side by side."""
+  """Images to means and logarithms of variances, side by side."""
 
   config: VaeConfig
 
@@ -178,7 +178,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Latents to pictures."""
+  """Latents to images."""
 
   config: VaeConfig
 
@@ -213,11 +213,11 @@ class AutoencoderKL(nn.Module):
     self.post_quant_conv = project(c.latent_channels)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Pictures float[B, H, W, 3] made again from their latents' means."""
+    """Images float[B, H, W, 3] made again from their latents' means."""
     return self.decode(self.encode(x)[0])
 
   def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The distribution of the latents of pictures.
+    """The distribution of the latents of images.
 
     Args:
       x: float[B, H, W, 3] in [-1, 1]; H and W multiples of `config.scale`.
@@ -232,7 +232,7 @@ class AutoencoderKL(nn.Module):
     scale = self.config.scale
     if x.shape[1] % scale or x.shape[2] % scale:
       raise errors.UsageError(
-        f"Pictures of {x.shape[1]} x {x.shape[2]} pixels: this autoencoder"
+        f"Images of {x.shape[1]} x {x.shape[2]} pixels: this autoencoder"
         f" needs sides that are multiples of {scale}. Resize or crop them."
       )
     moments = self.quant_conv(self.encoder(x)).astype(jnp.float32)
@@ -240,7 +240,7 @@ class AutoencoderKL(nn.Module):
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
   def decode(self, z: jax.Array) -> jax.Array:
-    """Pictures of latents.
+    """Images of latents.
 
     Args:
       z: float[B, h, w, latent_channels], divided by `scaling_factor`.
@@ -269,12 +269,12 @@ def decode_tiled(
   tile: int | None = None,
   overlap: int | None = None,
 ) -> jax.Array:
-  """Pictures of large latents, decoded tile by tile in little memory.
+  """Images of large latents, decoded tile by tile in little memory.
 
   Tiles overlap, and in the overlap one fades into the next, by the rules of
   diffusers' `enable_tiling`: a tile starts every `tile - overlap` places, and
   the last ones of a row and of a column are smaller. Tiles of one size are
-  decoded one after the other by one program, all pictures of the batch at a
+  decoded one after the other by one program, all images of the batch at a
   time. Norms and attention see one tile only, so that the result differs a
   little from `AutoencoderKL.decode`'s.
 
@@ -283,7 +283,7 @@ def decode_tiled(
     variables: {"params": ...}.
     latents: float[B, h, w, latent_channels], divided by `scaling_factor`.
     tile: places of the latents a side of a tile; None: as many as the
-      pictures had that the model was trained on. Latents no larger than it
+      images had that the model was trained on. Latents no larger than it
       are decoded whole.
     overlap: places that neighbours share; None: a quarter of a tile.
 
@@ -326,13 +326,13 @@ def _decode_tiles(decode, tiles):
   decoded = {}
   for places in by_shape.values():
     stacked = jnp.stack([tiles[place] for place in places])
-    pictures = jax.lax.map(decode, stacked)
-    decoded |= {place: pictures[n] for n, place in enumerate(places)}
+    images = jax.lax.map(decode, stacked)
+    decoded |= {place: images[n] for n, place in enumerate(places)}
   return decoded
 
 
 def _join(tiles, overlap, stride):
-  """One picture of a dict of decoded tiles by (row, column)."""
+  """One image of a dict of decoded tiles by (row, column)."""
   rows = {}
   for (i, j), tile in sorted(tiles.items()):
     if i > 0:

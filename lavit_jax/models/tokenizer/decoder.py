@@ -141,7 +141,7 @@ class SemanticDecoder(nn.Module):
     c = self.config
     if vectors.shape[1] > c.num_patches:
       raise ValueError(
-        f"{vectors.shape[1]} codes a picture, but the decoder has positions"
+        f"{vectors.shape[1]} codes an image, but the decoder has positions"
         f" for {c.num_patches}. Cut the codes to that many."
       )
     valid = valid.astype(bool)

@@ -158,7 +158,7 @@ class TokenMerger(nn.Module):
     Args:
       features: float[B, N, D] of the encoder.
       keep: bool[B, N].
-      capacity: K, tokens a picture; kept patches beyond it are cut.
+      capacity: K, tokens an image; kept patches beyond it are cut.
 
     Returns:
       (tokens float[B, K, D], valid bool[B, K], index int32[B, K]); tokens
@@ -177,7 +177,7 @@ class TokenMerger(nn.Module):
 
 
 def gather_kept(x: jax.Array, keep: jax.Array, capacity: int):
-  """Kept rows of each picture, in raster order, padded with zeros.
+  """Kept rows of each image, in raster order, padded with zeros.
 
   keep [0, 1, 0, 1] with capacity 3 gives rows [1, 3, -] and index [1, 3, 0].
 

@@ -1,4 +1,4 @@
-"""The token selector: which patches of a picture become words.
+"""The token selector: which patches of an image become words.
 
 LaVIT, arXiv 2309.04669, section 3.1: a small network gives pi in R^{N x 2}
 (index 0: keep), Gumbel-Softmax makes a mask of it that gradient passes
@@ -95,7 +95,7 @@ def mask_from_noise(
 
 
 def expected_count(log_probs: jax.Array) -> jax.Array:
-  """int32[B]: clip(round(sum p(keep)), 1, N), the tokens a picture is worth."""
+  """int32[B]: clip(round(sum p(keep)), 1, N), the tokens an image is worth."""
   total = jnp.exp(log_probs[..., KEEP]).sum(-1)
   count = jnp.round(total).astype(jnp.int32)
   return jnp.clip(count, 1, log_probs.shape[1])

@@ -70,7 +70,7 @@ class TokenizerConfig:
 
   @property
   def num_patches(self) -> int:
-    """N, patches of a picture."""
+    """N, patches of an image."""
     return self.vit.num_patches
 
   @property
@@ -241,7 +241,7 @@ class DynamicVisualTokenizer(nn.Module):
     Args:
       features: float[B, N, D].
       keep: bool[B, N].
-      capacity: K, tokens a picture.
+      capacity: K, tokens an image.
 
     Returns:
       (tokens float[B, K, D], valid bool[B, K], index int32[B, K]).

@@ -86,7 +86,7 @@ _NAMES = {
 }
 
 
-def load(path) -> schedules.Schedule:
+def load(path) -> schedules.NoiseSchedule:
   """The schedule of a scheduler folder, or of its file.
 
   Raises:
@@ -98,7 +98,9 @@ def load(path) -> schedules.Schedule:
   return parse(llama_folder.read_json(file, label), label)
 
 
-def parse(content: Mapping[str, Any], label: str = FILE) -> schedules.Schedule:
+def parse(
+  content: Mapping[str, Any], label: str = FILE
+) -> schedules.NoiseSchedule:
   """The schedule that a scheduler_config.json describes.
 
   Args:
@@ -120,7 +122,7 @@ def parse(content: Mapping[str, Any], label: str = FILE) -> schedules.Schedule:
   if fields["thresholding"]:
     clip = (fields["dynamic_thresholding_ratio"], fields["sample_max_value"])
   try:
-    return schedules.Schedule(
+    return schedules.NoiseSchedule(
       num_steps=fields["num_train_timesteps"],
       kind=fields["beta_schedule"],
       beta_start=fields["beta_start"],
@@ -210,7 +212,7 @@ def _unfit(name, value):
   return None if config_fields.is_number(value) else "a number"
 
 
-def unparse(schedule: schedules.Schedule) -> dict[str, Any]:
+def unparse(schedule: schedules.NoiseSchedule) -> dict[str, Any]:
   """The fields of a DDIMScheduler's file; `parse` gives the schedule back.
 
   Raises:

@@ -7,7 +7,7 @@ Parts and the files they are made of:
   lowres     visual_tokenizer/tokenizer_decoder.bin
   highres    visual_tokenizer/highres_tokenizer_decoder.bin
   llm        language_model/ (weights, config.json, tokenizer.model), and the
-             branch that reads pictures: visual_weight.bin, which may hold any
+             branch that reads images: visual_weight.bin, which may hold any
              of the tokenizer's tensors, laid over tokenizer_encoder.bin
 
   lowres_pixels, highres_pixels   see `pixel_folders.py`
@@ -74,7 +74,7 @@ def make_plan(
   *,
   heads: int | None = None,
   allow: Collection[str] = (),
-) -> plan.Plan:
+) -> plan.ImportPlan:
   """Checks a directory, all files at once, and says what to make of it.
 
   Args:
@@ -99,7 +99,7 @@ def make_plan(
   made = [part for part in made if part is not None]
   pixel_folders.check_conditions({p.name: p for p in made}, reader.problems)
   reader.problems.check()
-  return plan.Plan(
+  return plan.ImportPlan(
     source=SOURCE,
     parts=tuple(made),
     files=reader.files,
@@ -302,7 +302,7 @@ class _Reader:
     self.kept.setdefault(part, {})[f"{file}:{tensor.name}"] = tensor
 
   def llm(self):
-    """Part `llm`: the language model and the branch that reads pictures."""
+    """Part `llm`: the language model and the branch that reads images."""
     weights = tensors.open_shards(self.folder / LLM_FOLDER, LLM_FOLDER)
     label = f"{LLM_FOLDER}/config.json"
     told = llama_config.read(self.folder / label, label)

@@ -49,7 +49,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ImportPlan:
   """A whole import.
 
   Attributes:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax.core import errors, images
+from lavit_jax.core import errors, image_io
 from lavit_jax.models.pixels import safety
 from lavit_jax.port.formats import config_fields, llama_folder, tensors
 from lavit_jax.port.reading import pixel_folders, plan
@@ -25,7 +25,7 @@ from lavit_jax.port.tables import safety_names
 
 PART = "safety"
 NAME = "safety_checker"
-_EXTRACTOR, _PICTURES = "feature_extractor", "preprocessor_config.json"
+_EXTRACTOR, _IMAGES = "feature_extractor", "preprocessor_config.json"
 _DONE = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 PLACES = (NAME, *(f"{f}/{NAME}" for f in pixel_folders.FOLDERS.values()))
 _DEFAULTS = {  # of transformers' CLIPVisionConfig
@@ -82,8 +82,8 @@ def read(
   found = tensors.open_shards(folder / place, place)
   config = _config(fields, found, f"{place}/config.json")
   for beside in (place, f"{place.removesuffix(NAME)}{_EXTRACTOR}"):
-    if (folder / beside / _PICTURES).is_file():
-      _check_pictures(folder, f"{beside}/{_PICTURES}", config.image_size)
+    if (folder / beside / _IMAGES).is_file():
+      _check_images(folder, f"{beside}/{_IMAGES}", config.image_size)
   net = safety.SafetyChecker(config)
   side = config.image_size
   made = jax.eval_shape(
@@ -112,16 +112,16 @@ def read(
   return plan.Part(PART, tuple(arrays), meta), small
 
 
-def _check_pictures(folder, file, size):
-  """Whether the checker is shown pictures as `infer/safety.py` does it.
+def _check_images(folder, file, size):
+  """Whether the checker is shown images as `infer/safety.py` does it.
 
   Raises:
     errors.CheckpointError: a setting of the file is another; it is named.
   """
   fields = llama_folder.read_json(folder / file, file)
   wanted = {
-    "image_mean": [round(float(x), 8) for x in images.MEAN],
-    "image_std": [round(float(x), 8) for x in images.STD],
+    "image_mean": [round(float(x), 8) for x in image_io.MEAN],
+    "image_std": [round(float(x), 8) for x in image_io.STD],
     "resample": 3,  # bicubic
     "size": size,
     "crop_size": size,
@@ -135,7 +135,7 @@ def _check_pictures(folder, file, size):
   ]
   if wrong:
     raise errors.CheckpointError(
-      f"{file} prepares pictures otherwise than is done here:"
+      f"{file} prepares images otherwise than is done here:"
       f" {'; '.join(wrong)}. Expected the settings of CLIP, as Stable"
       " Diffusion's safety checker has them."
     )

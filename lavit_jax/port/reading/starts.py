@@ -47,7 +47,7 @@ def llama_plan(
   codes: int,
   seed: int = 0,
   allow: Collection[str] = (),
-) -> plan.Plan:
+) -> plan.ImportPlan:
   """A Hugging Face LLaMA folder as the part `llm`.
 
   Args:
@@ -102,7 +102,7 @@ def llama_plan(
   ]
   if rows > text.size:
     notes.append(f"{rows - text.size} rows beyond tokenizer.model were left")
-  return plan.Plan(
+  return plan.ImportPlan(
     source="llama",
     parts=(plan.Part("llm", _grown(arrays, config, words, seed), meta),),
     files={official.WORDS: path.read_bytes()},
@@ -162,7 +162,7 @@ def encoder_plan(
   *,
   heads: int | None = None,
   allow: Collection[str] = (),
-) -> plan.Plan:
+) -> plan.ImportPlan:
   """An EVA-CLIP vision transformer as the part `encoder`.
 
   Args:
@@ -208,7 +208,7 @@ def encoder_plan(
   )
   problems.check()
   meta = {"vit": dataclasses.asdict(config), "port": {"source": "eva"}}
-  return plan.Plan(
+  return plan.ImportPlan(
     source="eva",
     parts=(plan.Part("encoder", tuple(arrays), meta),),
     files={},
@@ -241,7 +241,7 @@ def diffusers_plan(
   only: Sequence[str] | None = None,
   *,
   allow: Collection[str] = (),
-) -> plan.Plan:
+) -> plan.ImportPlan:
   """A folder of Stable Diffusion as `lowres_pixels` or `highres_pixels`.
 
   Args:
@@ -276,7 +276,7 @@ def diffusers_plan(
     for path, data in reader.small_files().items()
     if "/" in path  # those at the top are of the whole pipeline
   }
-  return plan.Plan(
+  return plan.ImportPlan(
     source="diffusers",
     parts=(dataclasses.replace(made, meta=meta),),
     files=files,

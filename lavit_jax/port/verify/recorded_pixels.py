@@ -1,7 +1,7 @@
-"""Recordings of U-Nets, autoencoders, schedulers and pictures; see `verify.py`.
+"""Recordings of U-Nets, autoencoders, schedulers and images; see `verify.py`.
 
 Checks and what they give are as in `recordings.py`. Kinds are "float" and
-"exact" as there, "picture" for pictures in [0, 1] and "levels" for uint8 ones.
+"exact" as there, "image" for images in [0, 1] and "levels" for uint8 ones.
 """
 
 import jax
@@ -18,8 +18,8 @@ from lavit_jax.port.tables import names
 from lavit_jax.port.verify import recordings
 
 _PARTS = {"sd": "lowres_pixels", "sdxl": "highres_pixels"}
-_STEPS = 5  # of recorded pictures, where no info_steps says another number
-# What the pictures were drawn with beside the defaults, by kind and by size;
+_STEPS = 5  # of recorded images, where no info_steps says another number
+# What the images were drawn with beside the defaults, by kind and by size;
 # no array tells it.
 _TOLD = {
   ("highres", "1"): {"original_size": (768, 512), "crop": (16, 8)},
@@ -137,7 +137,7 @@ def deprecated_names(a, folder):
 def _ddim(a, parts):
   made, counts = {}, {}
   for name, part in _kinds(a).items():
-    schedule = schedules.Schedule(**parts.part(part).meta["schedule"])
+    schedule = schedules.NoiseSchedule(**parts.part(part).meta["schedule"])
     prefix = "out_timesteps_"
     for array in [n for n in a if n.startswith(prefix)]:
       count, kind = array.removeprefix(prefix).split("_")
@@ -155,7 +155,7 @@ def _ddim(a, parts):
 
 
 def _walk(schedule, z, outputs):
-  """Latents after each step of the official solver, and pictures predicted."""
+  """Latents after each step of the official solver, and images predicted."""
   _, numbers = solvers.OFFICIAL.plan(schedule, len(outputs))
   walked = []
   for i, output in enumerate(outputs):
@@ -181,18 +181,18 @@ def _vectors(parts, rows):
 
 
 def _drawn(a, parts, kind, vectors, latents, told):
-  """Pictures of vectors from recorded noise, as floats and as uint8."""
+  """Images of vectors from recorded noise, as floats and as uint8."""
   painter = parts.painter(kind)
   noise = recordings.nhwc(latents)
   height, width = (side * painter.factor for side in noise.shape[1:3])
   steps = int(a.get("info_steps", _STEPS))
-  how = options.Painting(steps=steps, size=(height, width), **told)
+  how = options.PixelOptions(steps=steps, size=(height, width), **told)
   seeds = np.zeros(len(noise), np.int32)
   image = painter.draw(*vectors, seeds, how, noise=noise)
   return image, (np.asarray(image) * 255).round().astype(np.uint8)
 
 
-def _pictures(kind, said):
+def _images(kind, said):
   """The check of a decoder, whose semantic part gives the arrays `said`."""
 
   def check(a, parts):
@@ -205,7 +205,7 @@ def _pictures(kind, said):
       numbers = _TOLD.get((kind, size), {})
       noise = a[f"{prefix}{size}"]
       image, levels = _drawn(a, parts, kind, vectors, noise, numbers)
-      made[f"out_image_{size}"] = (image, "picture")
+      made[f"out_image_{size}"] = (image, "image")
       made[f"out_uint8_{size}"] = (levels, "levels")
     return made
 
@@ -214,15 +214,15 @@ def _pictures(kind, said):
 
 def _detokenize(a, parts):
   model = parts.model
-  pictures = np.moveaxis(a["in_image"], 1, -1)
-  pixels = official_pixels.clip_pixels(pictures, model.config.vit.image_size)
+  images = np.moveaxis(a["in_image"], 1, -1)
+  pixels = official_pixels.clip_pixels(images, model.config.vit.image_size)
   ids, valid = model.codes(pixels, a["in_gumbel"])
   rows = [row[seen] for row, seen in zip(ids, valid, strict=True)]
   vectors = _vectors(parts, rows)
   kind, told = _DETOKENIZE
   image, levels = _drawn(a, parts, kind, vectors, a["in_latents"], told)
   return recordings.floats(clip=_nchw(pixels)) | {
-    "out_image": (image, "picture"),
+    "out_image": (image, "image"),
     "out_uint8": (levels, "levels"),
   }
 
@@ -232,7 +232,7 @@ CHECKS = {
   "unet_sdxl": _unet_sdxl,
   "vae": _vae,
   "ddim": _ddim,
-  "pixels_lowres": _pictures("lowres", ("xrec",)),
-  "pixels_highres": _pictures("highres", ("prompt_embeds", "pooled")),
+  "pixels_lowres": _images("lowres", ("xrec",)),
+  "pixels_highres": _images("highres", ("prompt_embeds", "pooled")),
   "detokenize": _detokenize,
 }

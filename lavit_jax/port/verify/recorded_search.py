@@ -29,7 +29,7 @@ _SAID = {  # names of the official classes' arguments
 
 
 def caption(a, parts):
-  """Two pictures described, without a prompt and with one."""
+  """Two images described, without a prompt and with one."""
   model = parts.model
   pixels, gumbel = _nhwc(a["in_pixels"]), a["in_gumbel"]
   recorded = json.loads((a.folder / "caption.json").read_text("utf-8"))
@@ -50,7 +50,7 @@ def caption(a, parts):
 
 
 def answer(a, parts):
-  """A question about each of two pictures answered."""
+  """A question about each of two images answered."""
   model = parts.model
   recorded = json.loads((a.folder / "vqa.json").read_text("utf-8"))
   words = [recorded["prompt"].format(q) for q in recorded["questions"]]
@@ -58,7 +58,7 @@ def answer(a, parts):
   padded = decode.left_pad(ids, pad_id=_EOS)
   pixels, gumbel = _nhwc(a["in_pixels"]), a["in_gumbel"]
   rows = model.reading_rows(pixels, gumbel, ids)
-  # Pictures and questions are padded apart, so that rows are longer than any.
+  # Images and questions are padded apart, so that rows are longer than any.
   alone = model.prompt(model.reading_rows(pixels, gumbel))
   length = alone["tokens"].shape[1] + padded["tokens"].shape[1]
   settings = _settings(a, "", recorded, official.ANSWER)
@@ -132,7 +132,7 @@ def _sequences(a, name, found, first):
 
 
 def draw(a, parts):
-  """Ids of pictures, guided and not, from texts and from token prompts."""
+  """Ids of images, guided and not, from texts and from token prompts."""
   model = parts.model
   recorded = json.loads((a.folder / "t2i_tokens.json").read_text("utf-8"))
   texts = [official.encode(model.text, text) for text in recorded["prompts"]]
@@ -190,7 +190,7 @@ def _cases(a, model, recorded, mixed):
 
 
 def _mixed_prompt(a, model, recorded):
-  """A picture as codes, then text, without any mark between them."""
+  """An image as codes, then text, without any mark between them."""
   size = model.config.vit.image_size
   pixels = official.preprocess(a.folder / recorded["mm_image"], size)
   ids, valid = model.codes(pixels[None], a["in_mm_gumbel"])

@@ -35,7 +35,7 @@ def exact(**values):
 
 
 def nhwc(recorded):
-  """Recorded NCHW pictures as NHWC."""
+  """Recorded NCHW images as NHWC."""
   return jnp.asarray(recorded.transpose(0, 2, 3, 1))
 
 
@@ -189,7 +189,7 @@ def _decoder_blocks(config, params, codes):
 
 
 def _padded(a, case, capacity):
-  """Recorded rows of all pictures, a picture a row: vectors and valid."""
+  """Recorded rows of all images, an image a row: vectors and valid."""
   rows, counts = a[f"in_quantized{case}"], a[f"in_token_nums{case}"]
   vectors = np.zeros((len(counts), capacity, rows.shape[1]), np.float32)
   valid = np.arange(capacity) < counts[:, None]
@@ -232,7 +232,7 @@ def _llm(a, parts):
 
 
 def _preprocess(a, parts):
-  """Pictures of the folder `preprocess`, at the sizes of the arrays."""
+  """Images of the folder `preprocess`, at the sizes of the arrays."""
   del parts
   made = {}
   for name in a:

@@ -29,7 +29,7 @@ from lavit_jax.port.formats import folder, llama_folder, tensor_files, tensors
 from lavit_jax.port.reading import official, pixel_folders
 from lavit_jax.port.tables import names, sizes
 
-# As large as the recordings' checkpoint (tests/golden): pictures of 56 x 56
+# As large as the recordings' checkpoint (tests/golden): images of 56 x 56
 # pixels, 16 patches. Codes and text ids are as many as in the release.
 _HEADS, _WIDTH, _HIDDEN, _PATCHES, _CODE_DIM = 4, 64, 279, 16, 32
 _NUM_CODES, _LLM_WIDTH = 16384, 32
@@ -87,7 +87,7 @@ _UNETS = {
     transformer_layers=(1, 2),
     num_heads=(2, 4),
     cross_dim=sum(_UNET_DIMS),
-    details=unet.Details(
+    details=unet.DiffusersQuirks(
       linear_projection=True,
       added_dim=_POOLED_DIM + 6 * _SIZE_DIM,
       added_time_dim=_SIZE_DIM,
@@ -105,7 +105,7 @@ _VAE = functools.partial(
 _UNCOND_TOKENS = 5
 _LLM = f"{official.LLM_FOLDER}/pytorch_model.bin"
 # Standard deviations where those of `_values` would do badly: a selector that
-# is sure of itself keeps other patches in other pictures.
+# is sure of itself keeps other patches in other images.
 _SPREAD = {
   "token_predictor.out_conv.4.weight": 1.5,
   "model.embed_tokens.weight": 0.7,

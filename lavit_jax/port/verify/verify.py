@@ -33,16 +33,16 @@ from lavit_jax.port.verify import (
   recordings,
 )
 
-# max|a - b| / max|b| over an array; 0: equal. Of pictures max|a - b| alone:
+# max|a - b| / max|b| over an array; 0: equal. Of images max|a - b| alone:
 # in [0, 1], and of 255 levels.
 TOLERANCES = {
   "float": 1e-4,
   "score": 2e-4,
   "exact": 0.0,
-  "picture": 2 / 255,
+  "image": 2 / 255,
   "levels": 2.0,
 }
-_ABSOLUTE = ("picture", "levels")
+_ABSOLUTE = ("image", "levels")
 _CHECKS = recordings.CHECKS | recorded_pixels.CHECKS
 _OTHERS = ("README.md", "variant_config.json", "checkpoint", "preprocess")
 _EXTRA = "extra"
@@ -198,7 +198,7 @@ def _extra(folder) -> list[Row]:
       continue
     path = folder.parent / "vae.npz"
     if not path.is_file():
-      rows.append(_unknown(name, "*", "its pictures are in vae.npz: missing"))
+      rows.append(_unknown(name, "*", "its images are in vae.npz: missing"))
       continue
     recorded = Recorded(path)
     for array in [n for n in recorded if n.endswith("_sdxl")]:

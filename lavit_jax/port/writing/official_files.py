@@ -112,7 +112,7 @@ def _check_layout(llm):
     )
   if "projection/kernel" not in llm.arrays:
     raise errors.CheckpointError(
-      "This language model has no branch that reads pictures (merger and"
+      "This language model has no branch that reads images (merger and"
       " projection), which the official visual_weight.bin holds. Train stage 2"
       " from it first, or use --format huggingface."
     )

@@ -172,7 +172,7 @@ def _described(part, kept: pathlib.Path) -> dict[str, bytes]:
       files[path] = _kept_if(kept / path, same) or llama_folder.to_json(
         _FIELDS[kind](config)
       )
-    schedule = schedules.Schedule(**part.meta["schedule"])
+    schedule = schedules.NoiseSchedule(**part.meta["schedule"])
     path = pixel_folders.SCHEDULER
     same = lambda fields: scheduler_config.parse(fields) == schedule
     files[path] = _kept_if(kept / path, same) or llama_folder.to_json(

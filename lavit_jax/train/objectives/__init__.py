@@ -19,7 +19,7 @@ def build(config, where=None):
 
   Args:
     config: see `configs/`.
-    where: a `stored.Outline` for an objective of shapes alone.
+    where: a `AbstractArtifacts` for an objective of shapes alone.
 
   Raises:
     errors.ConfigError: no such stage.

@@ -1,7 +1,7 @@
 """Stage `autoencoder`: the latents in which a pixel decoder draws.
 
 Only for training from nothing: official models bring Stable Diffusion's. The
-absolute error of the picture and a little of the KL divergence from a unit
+absolute error of the image and a little of the KL divergence from a unit
 Gaussian (Rombach et al., arXiv 2112.10752, section 3.1), without their
 perceptual and adversarial terms.
 """
@@ -50,7 +50,7 @@ class AutoencoderObjective(base.Objective):
     return params, {"mean": jnp.zeros(()), "square": jnp.ones(())}
 
   def batch_shapes(self):
-    """Pictures alone."""
+    """Images alone."""
     return self.image_shapes()
 
   def draws(self, phase, batch, rng):
@@ -59,12 +59,12 @@ class AutoencoderObjective(base.Objective):
     return {"latents": jax.random.split(rng, len(batch["image"]))}
 
   def norms(self, phase, params, frozen, state, batch, draws):
-    """Pictures."""
+    """Images."""
     del phase, params, frozen, state, draws
-    return {"pictures": batch["valid"].sum()}
+    return {"images": batch["valid"].sum()}
 
   def sums(self, phase, params, frozen, state, batch, draws):
-    """Error and divergence of valid pictures; moments of their latents."""
+    """Error and divergence of valid images; moments of their latents."""
     del phase, frozen, state
     x, variables = conditioning.to_unit(batch["image"]), {"params": params}
     valid = batch["valid"]
@@ -74,23 +74,23 @@ class AutoencoderObjective(base.Objective):
     made = self.vae.apply(variables, z, method="decode")
     spread = jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar
     total = lambda x: (x.mean((1, 2, 3)) * valid).sum()
-    pictures = valid.sum()
+    images = valid.sum()
     seen = {
       "mean": total(mean),
       "square": total(jnp.square(mean)),
-      "pictures": pictures,
+      "images": images,
     }
     sums = {
       "error": total(jnp.abs(made - x)),
       "kl": 0.5 * total(spread),
-      "pictures": pictures,
+      "images": images,
     }
     return sums, jax.lax.stop_gradient(seen)
 
   def combine(self, phase, sums):
-    """The error and a little of the divergence, means over pictures."""
+    """The error and a little of the divergence, means over images."""
     total = sums["error"] + phase["kl_weight"] * sums["kl"]
-    count = sums["pictures"]
+    count = sums["images"]
     metrics = {
       "loss": averages.mean(total, count),
       "kl": averages.mean(sums["kl"], count),
@@ -100,7 +100,7 @@ class AutoencoderObjective(base.Objective):
   def update_extra(self, phase, state, seen, params):
     """The running moments move towards those of the batch."""
     del phase, params
-    count = seen["pictures"]
+    count = seen["images"]
     move = lambda name: (
       state[name]
       + _FORGET * (seen[name] / jnp.maximum(count, 1.0) - state[name])
@@ -111,7 +111,7 @@ class AutoencoderObjective(base.Objective):
     ), {}
 
   def held_out_metrics(self, params, frozen, state, batch):
-    """Error of pictures made again from their latents' means."""
+    """Error of images made again from their latents' means."""
     del frozen, state
     x = conditioning.to_unit(batch["image"])
     made = self.vae.apply({"params": params}, x)

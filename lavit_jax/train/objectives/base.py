@@ -34,19 +34,21 @@ class Objective:
   of the largest, if they differ), `held_out_metrics` (of `averages`) and
   `export`. What the step takes as an argument and never differentiates, they
   describe: `frozen_shapes` says what it looks like, `frozen_branches` where it
-  lies. An objective itself holds no weights. Made of a `stored.Outline` it has
-  no data either: enough to compile its step.
+  lies. An objective itself holds no weights. Made of
+  `AbstractArtifacts` it has no data either: enough to compile its step.
   """
 
   part: str
   best_metric: str = "loss"
   best_mode: str = "min"
-  pictures: np.ndarray | None = None  # uint8[B, h, w, 3], of `evaluate`
-  free_rows = True  # rows do not depend on the size of the batch they are in
+  images: np.ndarray | None = None  # uint8[B, h, w, 3], of `evaluate`
+  batch_size_may_change = (
+    True  # rows do not depend on the size of the batch they are in
+  )
 
   def __init__(self, config, where=None):
     self.config = config
-    self.stored = where or artifacts.Stored()
+    self.stored = where or artifacts.Artifacts()
     self.source, self.held_out = self.stored.sources(config)
     self.last_phase = config.phases[config.schedule[-1]].to_dict()
 
@@ -91,7 +93,7 @@ class Objective:
       layout: shardings as of `frozen_shapes`; None: on one device.
 
     Returns:
-      A tree as `frozen_shapes`, unboxed; abstract of a `stored.Outline`.
+      A tree as `frozen_shapes`, unboxed; abstract of a `AbstractArtifacts`.
 
     Raises:
       errors.CheckpointError: what is stored is damaged or does not fit.
@@ -229,8 +231,8 @@ class Objective:
     }
 
   @functools.cached_property
-  def pictures_of(self) -> tuple[str, str]:
-    """What caches know the (train, held-out) pictures by."""
+  def images_of(self) -> tuple[str, str]:
+    """What caches know the (train, held-out) images by."""
     found = examples.fingerprint(self.source)
     return found, examples.fingerprint(self.held_out)
 
@@ -261,7 +263,7 @@ class Objective:
   def text_tokenizer(self) -> vocabulary.TextTokenizer:
     """The model directory's SentencePiece model, trained if there is none."""
     path = files.place(self.config.model_dir) / "tokenizer.model"
-    if hosts.first() and not path.exists():
+    if hosts.is_lead() and not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
       sentences = kinds.sentences(self.source, limit=20_000)
       vocabulary.TextTokenizer.train(
@@ -280,7 +282,7 @@ class Objective:
     return tokenizer
 
   def use_images(self, text=None, text_length=None):
-    """Batches of pictures (and captions) from the sources of config.data."""
+    """Batches of images (and captions) from the sources of config.data."""
     self.batch_examples = self.config.batch_size
     if self.stored.outline:
       return
@@ -344,8 +346,8 @@ class Objective:
     """`held_out_metrics` over all held-out batches together.
 
     A metric of which they have nothing is left out; the best one is NaN then.
-    What the metrics of the fullest batch hold as `pictures` is kept in
-    `self.pictures`. With a mesh every process brings its share of each batch,
+    What the metrics of the fullest batch hold as `images` is kept in
+    `self.images`. With a mesh every process brings its share of each batch,
     and all get the same.
     """
     rows, most, mine = [], 0, None
@@ -358,9 +360,9 @@ class Objective:
       row, valid = jax.device_get(
         self._compiled_held_out(mesh)(params, frozen, state, batch)
       )
-      made = row.pop("pictures", None)
+      made = row.pop("images", None)
       if made is not None and valid.sum() > most:
-        self.pictures, most = made[valid[: len(made)] > 0], valid.sum()
+        self.images, most = made[valid[: len(made)] > 0], valid.sum()
       rows.append(row)
     return {self.best_metric: math.nan} | averages.merged(rows)
 

@@ -1,4 +1,4 @@
-"""From pictures to what a pixel decoder is told, all of it frozen.
+"""From images to what a pixel decoder is told, all of it frozen.
 
 pixels -> features -> kept patches -> words -> reconstructed features.
 """
@@ -6,7 +6,7 @@ pixels -> features -> kept patches -> words -> reconstructed features.
 import jax
 import jax.numpy as jnp
 
-from lavit_jax.core import errors, images
+from lavit_jax.core import errors, image_io
 from lavit_jax.models.tokenizer import selector, tokenizer
 
 SELECTIONS = ("expected", "sampled")
@@ -22,7 +22,7 @@ def check(name: str, phase) -> None:
 
 
 def words(model, frozen, image, gumbel=None):
-  """The words of pictures.
+  """The words of images.
 
   Args:
     model: a `tokenizer.DynamicVisualTokenizer`.
@@ -33,12 +33,12 @@ def words(model, frozen, image, gumbel=None):
       expected.
 
   Returns:
-    (ids int32[B, N], valid bool[B, N]), kept patches first; every picture
+    (ids int32[B, N], valid bool[B, N]), kept patches first; every image
     keeps at least one.
   """
   variables, config = frozen["tokenizer"], model.config
   features = tokenizer.encode_images(
-    config, frozen["encoder"], images.normalize(image)
+    config, frozen["encoder"], image_io.normalize(image)
   )
   log_probs = model.apply(variables, features, method="select")
   if gumbel is None:
@@ -54,7 +54,7 @@ def words(model, frozen, image, gumbel=None):
 
 
 def reconstructed_features(model, frozen, image, gumbel=None):
-  """What the tokenizer makes of pictures with a semantic decoder of its own.
+  """What the tokenizer makes of images with a semantic decoder of its own.
 
   Returns:
     x_rec float[B, N, D]; arguments are those of `words`.

@@ -11,12 +11,12 @@ class DiffusionObjective(base.Objective):
   best_mode = "min"
 
   def norms(self, phase, params, frozen, state, batch, draws):
-    """Pictures, as often as they are drawn."""
+    """Images, as often as they are drawn."""
     del params, frozen, state, draws
     return denoising.norms(batch["valid"], phase)
 
   def combine(self, phase, sums):
-    """The mean over pictures and their draws."""
+    """The mean over images and their draws."""
     del phase
     return denoising.combine(sums)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lavit_jax.core import averages, errors, images
+from lavit_jax.core import averages, errors, image_io
 from lavit_jax.models import llama
 from lavit_jax.models.encoder import contrastive, vision
 from lavit_jax.train.objectives import base
@@ -21,7 +21,7 @@ from lavit_jax.train.objectives.frozen import precision
 
 
 class EncoderObjective(base.Objective):
-  """Trains a `vision.EvaVit` from pictures and captions."""
+  """Trains a `vision.EvaVit` from images and captions."""
 
   part = "encoder"
   best_metric = "loss"
@@ -59,7 +59,7 @@ class EncoderObjective(base.Objective):
     return super().made_of() | self.text_made_of()
 
   def batch_shapes(self):
-    """Pictures with captions."""
+    """Images with captions."""
     return self.image_shapes(self.config.data.text_length)
 
   def draws(self, phase, batch, rng):
@@ -71,14 +71,14 @@ class EncoderObjective(base.Objective):
     """ConfigError: contrast within parts of a batch is another loss."""
     raise errors.ConfigError(
       f"config.accumulate={self.config.accumulate}: the encoder's contrast is"
-      " among all pictures of a batch, so it cannot be run in parts. Set it to"
+      " among all images of a batch, so it cannot be run in parts. Set it to"
       " 1, and a smaller config.batch_size or remat."
     )
 
   def sums(self, phase, params, frozen, state, batch, draws):
     """Each term of a whole batch; they do not add up over parts of it."""
     del phase, frozen, state
-    pixels, valid = images.normalize(batch["image"]), batch["valid"]
+    pixels, valid = image_io.normalize(batch["image"]), batch["valid"]
     out = self.model.apply(
       {"params": params},
       pixels,
@@ -96,7 +96,7 @@ class EncoderObjective(base.Objective):
       "pairs": pairs.sum(),
       "pixel_mse": pixel_loss(out["patches"], target, valid),
       "whitening": whitening_loss(out["features"], valid),
-      "pictures": valid.sum(),
+      "images": valid.sum(),
       "caption": caption_loss(out["caption"], batch["text"], words),
       "words": words.sum(),
     }, {}
@@ -114,11 +114,11 @@ class EncoderObjective(base.Objective):
       "contrast": "pairs",
       "retrieval": "pairs",
       "caption": "words",
-      "pixel_mse": "pictures",
-      "whitening": "pictures",
+      "pixel_mse": "images",
+      "whitening": "images",
     }
     metrics = {name: weighed(sums[name], by) for name, by in counts.items()}
-    return loss, metrics | {"loss": weighed(loss, "pictures")}
+    return loss, metrics | {"loss": weighed(loss, "images")}
 
   def held_out_metrics(self, params, frozen, state, batch):
     """The loss with nothing hidden, and retrieval within a batch."""
@@ -136,11 +136,11 @@ def contrast_loss(out, pairs):
 
   Args:
     out: `image` and `text` float[B, E] of unit norm, `scale` float[].
-    pairs: float[B], 1 where there is a picture with a caption, else 0: what is
+    pairs: float[B], 1 where there is an image with a caption, else 0: what is
       no pair is no negative of another either.
 
   Returns:
-    (loss float[], share of pictures whose own text is the nearest float[]).
+    (loss float[], share of images whose own text is the nearest float[]).
   """
   logits = out["scale"] * out["image"] @ out["text"].T  # [B, B]
   both = (pairs[:, None] > 0) & (pairs[None, :] > 0)
@@ -160,7 +160,7 @@ def caption_loss(logits, text, weights):
 
 
 def pixel_loss(patches, target, valid):
-  """Mean squared error of float[B, N, P], pictures weighted by float[B]."""
+  """Mean squared error of float[B, N, P], images weighted by float[B]."""
   error = jnp.square(patches - target).mean((1, 2))
   return averages.ratio((error * valid).sum(), valid.sum())
 
@@ -170,7 +170,7 @@ def whitening_loss(features, valid):
 
   Mean squared entry of (covariance - identity) over batch and patches, plus
   the squared channel means (VICReg's variance and covariance terms, Bardes et
-  al. 2022, with both sides of the variance). Pictures of which float[B] is 0
+  al. 2022, with both sides of the variance). Images of which float[B] is 0
   are left out.
   """
   width = features.shape[-1]

@@ -43,13 +43,13 @@ from lavit_jax.train.objectives.frozen import (
 
 
 class LatentsObjective(diffusion.DiffusionObjective):
-  """Trains a `unet.UNet`, or its LoRA, in the latents of pictures.
+  """Trains a `unet.UNet`, or its LoRA, in the latents of images.
 
   Parameters are `unet` (the whole, or its LoRA), `projection` and, for lowres,
   `uncond`; `state` has their exponential mean.
   """
 
-  free_rows = False  # all pictures of a batch are of one bucket
+  batch_size_may_change = False  # all images of a batch are of one bucket
 
   def __init__(self, config, where=None):
     super().__init__(config, where)
@@ -59,7 +59,7 @@ class LatentsObjective(diffusion.DiffusionObjective):
     if model.lora.rank:  # belongs to layers by their paths: see `lora.applied`
       sizes = dataclasses.replace(sizes, scan=False)
     self.unet = unet.UNet(sizes)
-    self.schedule = schedules.Schedule(**model.schedule.to_dict())
+    self.schedule = schedules.NoiseSchedule(**model.schedule.to_dict())
     self.lora_scale = model.lora.alpha / max(model.lora.rank, 1)
     self._check()
     self._use_networks()
@@ -135,7 +135,7 @@ class LatentsObjective(diffusion.DiffusionObjective):
       data,
       training,
       source,
-      self.pictures_of[not training],
+      self.images_of[not training],
       self._vae_config,
       lambda: latent_parts.read_tree(self._vae_branch),
     )
@@ -210,7 +210,7 @@ class LatentsObjective(diffusion.DiffusionObjective):
     return made
 
   def batch_shapes(self):
-    """Pictures of the largest bucket."""
+    """Images of the largest bucket."""
     data, count = self.config.data, self.config.batch_size
     height, width = max(data.buckets, key=lambda pair: pair[0] * pair[1])
     side, vae = data.image_size, self.vae.config
@@ -262,7 +262,7 @@ class LatentsObjective(diffusion.DiffusionObjective):
     return drawn
 
   def sums(self, phase, params, frozen, state, batch, draws):
-    """The weighted squared error of valid pictures."""
+    """The weighted squared error of valid images."""
     del state
     x = self._latents(frozen, batch, draws.get("latents"))
     told = self._condition(params, frozen, batch, draws.get("gumbel"))
@@ -283,7 +283,7 @@ class LatentsObjective(diffusion.DiffusionObjective):
     return jax.lax.stop_gradient(vae.sample(mean, logvar, noise) * factor)
 
   def _condition(self, params, frozen, batch, gumbel=None):
-    """What the U-Net is told of each picture: `tokens`, `pooled`, `sizes`."""
+    """What the U-Net is told of each image: `tokens`, `pooled`, `sizes`."""
     ids, valid = conditioning.words(
       self.tokenizer, frozen, batch["image"], gumbel
     )
@@ -321,7 +321,7 @@ class LatentsObjective(diffusion.DiffusionObjective):
     The first `eval.sample_pictures` of a batch are also drawn, in
     `eval.sample_steps` steps without guidance, and held to what the
     autoencoder makes of the real ones: `latent_mse`, `picture_mse`, and
-    `pictures`, both one above the other.
+    `images`, both one above the other.
     """
     del params
     rng, ema = jax.random.key(0), state["ema"]
@@ -338,16 +338,16 @@ class LatentsObjective(diffusion.DiffusionObjective):
     return metrics
 
   def _drawn_metrics(self, params, frozen, x, told, valid):
-    """What is drawn with some weights, beside latents x and their pictures."""
+    """What is drawn with some weights, beside latents x and their images."""
     drawn = self.draw(params, frozen, told, x.shape[1:])
     of_latents = jnp.square(drawn - x).mean((1, 2, 3))
     real, drawn = (self.decode(frozen, z) for z in (x, drawn))
-    of_pictures = jnp.square(drawn - real).mean((1, 2, 3))
+    of_images = jnp.square(drawn - real).mean((1, 2, 3))
     both = jnp.concatenate([real, drawn], axis=1)  # [B, 2 H, W, 3]
     return {
       "latent_mse": denoising.mean(of_latents, valid),
-      "picture_mse": denoising.mean(of_pictures, valid),
-      "pictures": jnp.round(both * 127.5 + 127.5).astype(jnp.uint8),
+      "picture_mse": denoising.mean(of_images, valid),
+      "images": jnp.round(both * 127.5 + 127.5).astype(jnp.uint8),
     }
 
   def draw(self, params, frozen, told, shape):
@@ -371,7 +371,7 @@ class LatentsObjective(diffusion.DiffusionObjective):
     )
 
   def decode(self, frozen, z):
-    """Pictures float32[B, H, W, 3] in [-1, 1] of latents as drawn."""
+    """Images float32[B, H, W, 3] in [-1, 1] of latents as drawn."""
     z = z / self.vae.config.scaling_factor
     made = self.vae.apply({"params": frozen["vae"]}, z, method="decode")
     return jnp.clip(made, -1.0, 1.0)

@@ -1,7 +1,7 @@
-"""Stage `pixels`: a U-Net learns to redraw pictures from their tokens.
+"""Stage `pixels`: a U-Net learns to redraw images from their tokens.
 
 Paper section 3.2: || eps - eps_theta(z_t, t, x_rec) ||^2, where x_rec are the
-features that the frozen tokenizer reconstructs from the picture's own codes
+features that the frozen tokenizer reconstructs from the image's own codes
 (deterministic selection). One in ten conditions is dropped for guidance, and
 an exponential mean of the weights is what gets evaluated and exported.
 """
@@ -27,7 +27,7 @@ class PixelsObjective(diffusion.DiffusionObjective):
   """Trains a `pixels.PixelDecoder` on what the tokenizer reconstructs.
 
   A phase has, beside what every phase has, what `denoising.eps_sums` reads
-  (the draws of a picture share one pass of the tokenizer), and `ema_decay`.
+  (the draws of an image share one pass of the tokenizer), and `ema_decay`.
   """
 
   part = "pixels"
@@ -44,7 +44,7 @@ class PixelsObjective(diffusion.DiffusionObjective):
       **config.model.pixels.to_dict()
     )
     self.decoder = pixel_decoder.PixelDecoder(self.decoder_config)
-    self.schedule = schedules.Schedule(**config.model.schedule.to_dict())
+    self.schedule = schedules.NoiseSchedule(**config.model.schedule.to_dict())
     self._check()
     self.use_images()
 
@@ -96,7 +96,7 @@ class PixelsObjective(diffusion.DiffusionObjective):
     }
 
   def batch_shapes(self):
-    """Pictures alone."""
+    """Images alone."""
     return self.image_shapes()
 
   def features(self, frozen, image):
@@ -108,7 +108,7 @@ class PixelsObjective(diffusion.DiffusionObjective):
     return denoising.draws(self.schedule, len(batch["image"]), phase, rng)
 
   def sums(self, phase, params, frozen, state, batch, draws):
-    """The weighted squared error of eps of valid pictures."""
+    """The weighted squared error of eps of valid images."""
     del state
     sums = denoising.eps_sums(
       self._predict(params),
@@ -132,7 +132,7 @@ class PixelsObjective(diffusion.DiffusionObjective):
   def held_out_metrics(self, params, frozen, state, batch):
     """Error of the mean weights, always under the same noise.
 
-    `picture_mse` is that of the picture predicted in one step from noise
+    `picture_mse` is that of the image predicted in one step from noise
     alone: what the condition tells, without any sampling.
     """
     rng = jax.random.key(0)
@@ -152,7 +152,7 @@ class PixelsObjective(diffusion.DiffusionObjective):
     last = jnp.full(x.shape[:1], self.schedule.num_steps - 1)
     output = self.decoder.apply({"params": state["ema"]}, z, last, x_rec)
     a = jnp.asarray(schedules.alphas_cumprod(self.schedule))[-1]
-    guess = schedules.to_picture(self.schedule, output, z, a)
+    guess = schedules.to_image(self.schedule, output, z, a)
     error = jnp.square(jnp.clip(guess, -1.0, 1.0) - x).mean((1, 2, 3))
     return metrics | {"picture_mse": denoising.mean(error, batch["valid"])}
 

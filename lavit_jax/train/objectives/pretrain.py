@@ -1,7 +1,7 @@
 """Stage `pretrain`: one next-token loss over text and visual words.
 
-Paper section 3.2 (unified generative pretraining): a picture that is read
-enters as the merger's continuous tokens, a picture that is written as code
+Paper section 3.2 (unified generative pretraining): an image that is read
+enters as the merger's continuous tokens, an image that is written as code
 ids; both are targets over the one vocabulary. The stage-1 tokenizer that made
 the ids stays frozen; the merger and projection of the continuous branch start
 from it and train with the LLM.
@@ -21,7 +21,7 @@ from lavit_jax.core import (
   agreement,
   averages,
   errors,
-  images,
+  image_io,
   sharding,
   vocabulary,
 )
@@ -41,7 +41,7 @@ from lavit_jax.train.objectives.frozen import (
 
 
 class PretrainObjective(base.Objective):
-  """Trains the LLM with the merger and projection it reads pictures by."""
+  """Trains the LLM with the merger and projection it reads images by."""
 
   part = "llm"
   best_metric = "loss"
@@ -84,12 +84,12 @@ class PretrainObjective(base.Objective):
       self._use_rows()
 
   def _use_caches(self) -> int:
-    """The most words of a picture: none is ever cut."""
+    """The most words of an image: none is ever cut."""
     config = self.config
     if self.stored.outline:
       return config.assumed.capacity
     self._caches = caches.codes(
-      config, (self.source, self.held_out), self.pictures_of
+      config, (self.source, self.held_out), self.images_of
     )
     return int(max(c.counts.max() for c in self._caches))
 
@@ -267,7 +267,7 @@ class PretrainObjective(base.Objective):
     features = self._features(frozen["encoder"], batch["pixels"])
     tokens = batch["tokens"]
     if draws:
-      tokens = drop_words(self.vocabulary, tokens, draws)
+      tokens = drop_visual_tokens(self.vocabulary, tokens, draws)
     variables, head = self._variables(params, frozen)
     hidden = self.model.apply(
       variables,
@@ -329,7 +329,7 @@ class PretrainObjective(base.Objective):
     batch, slots = pixels.shape[:2]
     flat = pixels.reshape(batch * slots, *pixels.shape[2:])
     features = tokenizer.encode_images(
-      self.tokenizer_config, encoder, images.normalize(flat)
+      self.tokenizer_config, encoder, image_io.normalize(flat)
     )
     features = jax.lax.stop_gradient(features)
     return features.reshape(batch, slots, *features.shape[1:])
@@ -356,7 +356,7 @@ class PretrainObjective(base.Objective):
 
 
 def word_draws(vocab, shape, share: float, rng) -> dict[str, jax.Array]:
-  """What `drop_words` asks of chance.
+  """What `drop_visual_tokens` asks of chance.
 
   Args:
     vocab: a vocabulary.Vocabulary.
@@ -375,10 +375,10 @@ def word_draws(vocab, shape, share: float, rng) -> dict[str, jax.Array]:
   }
 
 
-def drop_words(vocab, tokens, drawn):
+def drop_visual_tokens(vocab, tokens, drawn):
   """Hides some of the visual words the LLM is given from it.
 
-  Input words alone, targets stay: what a picture is to show must then be read
+  Input words alone, targets stay: what an image is to show must then be read
   off the prompt, not guessed from the words before. (Word dropout of Bowman et
   al. 2016, arXiv 1511.06349, section 3.1, with random words for unk.)
 

@@ -4,7 +4,7 @@ Paper section 3.1: mean over patches of 1 - cos(x, x_rec), the rate term
 lambda (rho - mean(M))^2, and the quantizer's commitment. A phase says where
 its mask comes from and whether codes are on:
 
-  mask "random"   keep rate drawn a picture from `keep_range`: merger and
+  mask "random"   keep rate drawn an image from `keep_range`: merger and
                   decoder learn to live with any mask, gathered (fast)
   mask "gumbel"   the selector's, sampled straight-through; the all-positions
                   form, so that gradient reaches the mask of dropped patches
@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lavit_jax.core import averages, errors, images
+from lavit_jax.core import averages, errors, image_io
 from lavit_jax.core.storage import fingerprints
 from lavit_jax.models.encoder import vision
 from lavit_jax.models.tokenizer import quantizer, selector, tokenizer
@@ -34,7 +34,7 @@ MASKS = ("random", "gumbel", "sampled", "expected")
 
 
 class TokenizerObjective(base.Objective):
-  """Trains a `tokenizer.DynamicVisualTokenizer` on pictures alone."""
+  """Trains a `tokenizer.DynamicVisualTokenizer` on images alone."""
 
   part = "tokenizer"
   best_metric = "recon_gain"
@@ -82,7 +82,7 @@ class TokenizerObjective(base.Objective):
     return {"encoder": branches.Branch(self.config.model_dir, "encoder")}
 
   def batch_shapes(self):
-    """Pictures alone."""
+    """Images alone."""
     return self.image_shapes()
 
   def folds(self, phase):
@@ -95,24 +95,24 @@ class TokenizerObjective(base.Objective):
     return tuple(found)
 
   def _mean_features(self):
-    """The mean over pictures, float[N, D], of some batches."""
+    """The mean over images, float[N, D], of some batches."""
     config = self.model_config
     grid, width = config.num_patches, config.width
 
     def start():
-      return {"sums": jnp.zeros((grid, width)), "pictures": jnp.zeros(())}
+      return {"sums": jnp.zeros((grid, width)), "images": jnp.zeros(())}
 
     def add(carried, number, state, frozen, batch):
       del number, state
       features = self._features(frozen["encoder"], batch["image"])
       valid = batch["valid"]
       sums = (features * valid[:, None, None]).sum(0, dtype=jnp.float32)
-      more = {"sums": sums, "pictures": valid.sum()}
+      more = {"sums": sums, "images": valid.sum()}
       return jax.tree.map(jnp.add, carried, more)
 
     def finish(carried, state):
       del state
-      count = jnp.maximum(carried["pictures"], 1.0)
+      count = jnp.maximum(carried["images"], 1.0)
       return {"feature_mean": carried["sums"] / count}
 
     return boundaries.Fold(
@@ -122,8 +122,8 @@ class TokenizerObjective(base.Objective):
   def _kmeans(self, phase):
     """Codebook statistics from the projections of kept tokens."""
     config = self.model_config.quantizer
-    batches, pictures = phase["kmeans_batches"], self.config.batch_size
-    shape = (batches, pictures, self.config.data.capacity)
+    batches, images = phase["kmeans_batches"], self.config.batch_size
+    shape = (batches, images, self.config.data.capacity)
     axes = (None, "act_batch", None)
 
     def start():
@@ -164,7 +164,7 @@ class TokenizerObjective(base.Objective):
     """float[B, N, D] of uint8[B, H, W, 3], no gradient."""
     return jax.lax.stop_gradient(
       tokenizer.encode_images(
-        self.model_config, encoder, images.normalize(image)
+        self.model_config, encoder, image_io.normalize(image)
       )
     )
 
@@ -257,16 +257,16 @@ class TokenizerObjective(base.Objective):
     return found
 
   def _norms(self, state, features, mask, valid):
-    """Sums over valid pictures: their number, kept share, and variance."""
+    """Sums over valid images: their number, kept share, and variance."""
     usual = jnp.square(features - state["feature_mean"]).mean((1, 2))
     return {
-      "pictures": valid.sum(),
+      "images": valid.sum(),
       "kept": (mask.mean(1) * valid).sum(),
       "variance": (usual * valid).sum(),
     }
 
   def sums(self, phase, params, frozen, state, batch, draws):
-    """The terms of the loss over valid pictures; what chose the codes."""
+    """The terms of the loss over valid images; what chose the codes."""
     valid, soft = batch["valid"], phase["mask"] == "gumbel"
     features = self._features(frozen["encoder"], batch["image"])
     mask, log_probs = self._mask(phase["mask"], phase, params, features, draws)
@@ -290,7 +290,7 @@ class TokenizerObjective(base.Objective):
 
   def combine(self, phase, sums):
     """Cosine reconstruction + rate + entropy + commitment, by phase."""
-    mean, count = averages.mean, sums["pictures"]
+    mean, count = averages.mean, sums["images"]
     recon = reconstruction_loss(sums, phase["detail_weight"])
     loss = recon
     metrics = {
@@ -345,10 +345,10 @@ class TokenizerObjective(base.Objective):
     mask, log_probs = self._mask("expected", {}, params, features, None)
     total = lambda x: (x.mean(1) * valid).sum()  # of float[B, N]
     usual = jnp.broadcast_to(state["feature_mean"], features.shape)
-    pictures, cos_mean = valid.sum(), total(losses.cosine(features, usual))
+    images, cos_mean = valid.sum(), total(losses.cosine(features, usual))
     metrics = {
-      "kept_share": averages.mean(total(mask), pictures),
-      "cos_mean": averages.mean(cos_mean, pictures),
+      "kept_share": averages.mean(total(mask), images),
+      "cos_mean": averages.mean(cos_mean, images),
       "p_keep_std": _spread(selection_sums(log_probs, valid)),
     }
     for name, quantize in (("gain_no_codes", False), ("recon_gain", True)):
@@ -356,7 +356,7 @@ class TokenizerObjective(base.Objective):
         {"quantize": quantize}, params, state["codebook"], features, mask, False
       )
       gained = total(losses.cosine(features, x_rec)) - cos_mean
-      metrics[name] = averages.mean(gained, pictures - cos_mean)
+      metrics[name] = averages.mean(gained, images - cos_mean)
     return metrics
 
   def export(self, params, state):
@@ -370,7 +370,7 @@ class TokenizerObjective(base.Objective):
 
 
 def reconstruction_sums(features, x_rec, valid):
-  """Sums over valid pictures of the mean over patches.
+  """Sums over valid images of the mean over patches.
 
   Args:
     features: float[B, N, D] of the encoder.
@@ -398,13 +398,13 @@ def reconstruction_loss(sums, detail_weight: float):
   what is usual at their place, which is where objects are.
   """
   detail = sums["error"] / jnp.maximum(sums["variance"], 1e-12)
-  return averages.ratio(sums["cosine"], sums["pictures"]) + (
+  return averages.ratio(sums["cosine"], sums["images"]) + (
     detail_weight * detail
   )
 
 
 def selection_sums(log_probs, valid):
-  """Sums over valid pictures for float[B, N, 2] of the selector.
+  """Sums over valid images for float[B, N, 2] of the selector.
 
   Returns:
     {"entropy": of pi, its mean over patches; "p", "p_squared": of p(keep) over
@@ -422,8 +422,8 @@ def selection_sums(log_probs, valid):
 
 def selection_loss(sums, phase):
   """The rate term lambda (rho - mean(M))^2 (paper), and the entropy of pi."""
-  kept = averages.ratio(sums["kept"], sums["pictures"])
-  entropy = averages.ratio(sums["entropy"], sums["pictures"])
+  kept = averages.ratio(sums["kept"], sums["images"])
+  entropy = averages.ratio(sums["entropy"], sums["images"])
   return (
     phase["rate_weight"] * jnp.square(phase["rate"] - kept)
     + phase["entropy_weight"] * entropy

@@ -27,7 +27,7 @@ class Position:
 
 
 def resume(
-  meta: dict[str, Any], step: int, batch_size: int, free_rows: bool
+  meta: dict[str, Any], step: int, batch_size: int, batch_size_may_change: bool
 ) -> Position:
   """The position of a checkpoint, for batches that may differ in size.
 
@@ -35,17 +35,17 @@ def resume(
     meta: of the checkpoint.
     step: of the checkpoint.
     batch_size: of this run.
-    free_rows: whether rows do not depend on the size of their batch.
+    batch_size_may_change: whether rows are the same in a batch of another size.
 
   Raises:
     errors.ConfigError: the rows come in batches of one fixed size.
   """
   data = meta["data"]
   size = int(data.get("batch_size", batch_size))
-  if size != batch_size and not free_rows:
+  if size != batch_size and not batch_size_may_change:
     raise errors.ConfigError(
       f"config.batch_size={batch_size}, but this run has had batches of {size}"
-      " so far, and its rows are put together by batch (all of one picture"
+      " so far, and its rows are put together by batch (all of one image"
       f" size): another size would be other data. Set batch_size={size}, or"
       " train in another --workdir."
     )

@@ -20,7 +20,7 @@ def of(objective) -> dict[str, str]:
   train_cache, held_out_cache, text_tokenizer, and of frozen weights encoder,
   tokenizer, semantic_decoder, autoencoder, llm, unet.
   """
-  return objective.made_of() if hosts.first() else {}
+  return objective.made_of() if hosts.is_lead() else {}
 
 
 def check(found, ours: Mapping[str, str], config) -> None:

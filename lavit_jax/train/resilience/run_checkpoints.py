@@ -152,7 +152,7 @@ class RunCheckpoints:
       return
     step, self._unsealed = self._unsealed, None
     self._sealed()
-    if hosts.first():
+    if hosts.is_lead():
       self._sealing = self._thread.submit(_seal, self.directory / str(step))
 
   def _sealed(self) -> None:
@@ -243,21 +243,21 @@ class RunCheckpoints:
   def _steps(self):
     """Steps that have a folder, as the first process sees them."""
     steps = sorted(self._manager.all_steps())
-    count = hosts.told(len(steps))
+    count = hosts.broadcast_from_lead(len(steps))
     padded = (steps + [0] * count)[:count]
-    return [hosts.told(step) for step in padded]
+    return [hosts.broadcast_from_lead(step) for step in padded]
 
   def _try(self, step, abstract) -> Restored | str:
     """The checkpoint, or what is wrong with it: the same on all processes."""
-    why = fault(self.directory / str(step)) if hosts.first() else None
-    if not hosts.all_of(why is None):
+    why = fault(self.directory / str(step)) if hosts.is_lead() else None
+    if not hosts.all_agree(why is None):
       return why or "the first process found damage"
     error = found = None
     try:
       found = Restored(step, self._read(step, abstract), self.meta(step))
     except Exception as e:  # whatever Orbax and TensorStore call it
       error = e
-    if hosts.all_of(error is None):
+    if hosts.all_agree(error is None):
       return found
     if error is not None and self._differs(step, abstract):
       raise errors.CheckpointError(self._misfit(step, error)) from error
@@ -278,7 +278,7 @@ class RunCheckpoints:
     """Out of the way of the steps that will be saved again."""
     if not damaged:
       return
-    if hosts.first():
+    if hosts.is_lead():
       for step in damaged:
         name = f"{self.directory.name}-{step}-{int(time.time())}"
         target = self.directory.parent / _DAMAGED / name

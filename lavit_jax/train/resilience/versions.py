@@ -83,7 +83,7 @@ def check(workdir: epath.Path) -> list[str]:
   """
   path = workdir / FILE
   here = {"python": _python()} | installed()
-  if hosts.first() and not path.exists():
+  if hosts.is_lead() and not path.exists():
     noted = {"python"} | unpinned()  # and no constraints of pip's
     lines = [
       f"{'# ' if name in noted else ''}{name}=={version}\n"

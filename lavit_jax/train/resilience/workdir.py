@@ -76,7 +76,7 @@ def claim(config, workdir) -> epath.Path:
       ", ".join(f"{name} {x.get('dtype')}" for name, x in compute.items()),
     )
   hosts.barrier("lavit_workdir")  # nobody reads what is being written
-  if hosts.first():
+  if hosts.is_lead():
     workdir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(ours, indent=1, sort_keys=True) + "\n"
     files.write_whole(path, text.encode())
@@ -88,7 +88,7 @@ def claim(config, workdir) -> epath.Path:
 def say_replaced(config, part: str) -> None:
   """Warns of a part of another run that this one writes over at its end."""
   folder = config.model_dir
-  if not hosts.first() or part not in checkpoints.parts_in(folder):
+  if not hosts.is_lead() or part not in checkpoints.parts_in(folder):
     return
   try:
     theirs = checkpoints.read_meta(folder, part).get("config")

@@ -51,7 +51,7 @@ class BatchLog:
     self._rows = sharding.rows_of_process(mesh, batch_size)
     self._pending = None
     self._writer = None
-    if hosts.first():
+    if hosts.is_lead():
       self._writer = writers.JsonLinesWriter(path, resume_step=resume_step)
     self._sum = jax.jit(
       lambda x: x.sum(dtype=x.dtype), out_shardings=sharding.replicated(mesh)

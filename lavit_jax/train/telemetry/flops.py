@@ -80,7 +80,7 @@ def _by_order(costs: Mapping[str, net.Cost], trains) -> dict[str, float]:
 
 
 def _count(shape: tuple[int, ...]) -> int:
-  """Pictures of an array [..., H, W, 3]."""
+  """Images of an array [..., H, W, 3]."""
   return math.prod(shape[:-3])
 
 
@@ -175,7 +175,7 @@ def _latents(objective, phase, batch):
 
 
 def _unet(config: unet.UNetConfig, size, tokens, learns, rank) -> float:
-  """FLOPs of one picture; under LoRA of a rank that is not 0 frozen.
+  """FLOPs of one image; under LoRA of a rank that is not 0 frozen.
 
   What comes before the first attention then needs no gradient.
   """
@@ -208,21 +208,21 @@ def _unet_lora(config: unet.UNetConfig, size, tokens, rank) -> float:
 def _pretrain(objective, phase, batch, segment):
   config, llm = objective.tokenizer_config, objective.llama_config
   trains = trained(objective, phase)
-  pictures = _count(batch["pixels"].shape)
+  images = _count(batch["pixels"].shape)
   rows, length = batch["tokens"].shape
   queries, num = objective.capacity, config.num_patches
   costs = {
     "merger": net.merge(
-      config.merger, pictures, num, queries, config.merger_form
+      config.merger, images, num, queries, config.merger_form
     ),
-    "projection": net.dense(pictures * queries, config.width, llm.width),
+    "projection": net.dense(images * queries, config.width, llm.width),
     "llm": net.llama_layers(llm, rows * length, segment or length),
     "head": net.llama_head(llm, rows * length),
   }
   if objective.lora["rank"]:
     costs = {"lora": _llama_lora(objective, rows * length)} | costs
   trains |= {"head"} if "llm" in trains else set()
-  encoder = {"encoder": net.vit(config.vit, pictures).forward}
+  encoder = {"encoder": net.vit(config.vit, images).forward}
   return encoder | _by_order(costs, trains)
 
 

@@ -2,7 +2,7 @@
 
 All wall-clock time belongs to one activity at a time (`ACTIVITIES`); the loop
 says when it turns to another. Model FLOPs are those of `flops`, of the tokens
-and pictures that are there: padding is not useful. The rates written are
+and images that are there: padding is not useful. The rates written are
 those of the time since the last ones, evaluation and checkpoints left out.
 
 Goodput is the share of the wall-clock time since the first start of the run
@@ -181,7 +181,7 @@ def useful_flops(objective, phase) -> Callable[[Mapping], float]:
   """A function from host batches to model FLOPs of a whole step.
 
   Parts that read tokens count by the share of a batch that is tokens, and by
-  how many keys these see; all others by the share of pictures that are there.
+  how many keys these see; all others by the share of images that are there.
   Every process is taken to have as full a batch as this one.
 
   Args:
@@ -200,18 +200,18 @@ def useful_flops(objective, phase) -> Callable[[Mapping], float]:
       # average (s + 1) / 2.
       seen = (batch["positions"][there] + 1.0).mean() if there.any() else 1.0
       segment = 2.0 * float(seen) - 1.0
-    pictures = _pictures(batch)
+    images = _images(batch)
     total = 0.0
     for name, value in first.items():
       value += (segment - 1.0) * (second[name] - value)
-      total += value * (tokens if name in _OF_TOKENS else pictures)
+      total += value * (tokens if name in _OF_TOKENS else images)
     return total
 
   return count
 
 
-def _pictures(batch) -> float:
-  """The share of the places for pictures that have one."""
+def _images(batch) -> float:
+  """The share of the places for images that have one."""
   if "keep" in batch:
     return float(batch["keep"].any(-1).mean())
   if "valid" in batch:

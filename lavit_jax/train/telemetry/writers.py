@@ -100,7 +100,7 @@ class MultiWriter:
 class JsonLinesWriter:
   """One JSON object a line: `{"step": 3, "time": 17…, "loss": 0.5}`.
 
-  A number that is not finite is written as null (JSON has no NaN). Pictures
+  A number that is not finite is written as null (JSON has no NaN). Images
   are left to the event files. A line that a kill cut short is dropped when the
   file is opened again, and so are, with `resume_step`, later steps than it.
   """
@@ -145,7 +145,7 @@ class JsonLinesWriter:
     self._write(row)
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-    """Writes nothing: pictures are in the event files."""
+    """Writes nothing: images are in the event files."""
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
     """See `MetricWriter`."""

@@ -16,7 +16,7 @@ from etils import epath
 from PIL import Image
 
 from lavit_jax.commands import main
-from lavit_jax.core import errors, images, vocabulary
+from lavit_jax.core import errors, image_io, vocabulary
 from lavit_jax.core.storage import checkpoints, fetched, files, fingerprints
 from lavit_jax.data import contents
 from lavit_jax.data.caches import codes as codes_lib
@@ -245,7 +245,7 @@ def test_latents_are_read_where_they_lie(store, tmp_path):
     latents.LatentCache.load("gs://bucket/latents")
 
 
-def test_lines_and_their_pictures_are_read(store, tmp_path):
+def test_lines_and_their_images_are_read(store, tmp_path):
   for i in range(4):
     Image.new("RGB", (8, 4), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
   rows = [{"image": f"{i}.png", "caption": f"number {i}"} for i in range(4)]
@@ -259,8 +259,8 @@ def test_lines_and_their_pictures_are_read(store, tmp_path):
   for i in range(4):
     np.testing.assert_array_equal(there.image(i), here.image(i))
     assert there.image_key(i) == here.image_key(i)
-    assert images.size_of(there.encoded(i)) == (4, 8)
-  with pytest.raises(images.ImageError, match=r"missing\.png"):
+    assert image_io.size_of(there.encoded(i)) == (4, 8)
+  with pytest.raises(image_io.ImageError, match=r"missing\.png"):
     there.image(4)
   with pytest.raises(errors.DataError, match=r"gs://bucket/no\.jsonl"):
     jsonl.JsonlSource("gs://bucket/no.jsonl", 8)

@@ -1,4 +1,4 @@
-"""Rows of bucketed pictures."""
+"""Rows of bucketed images."""
 
 import json
 
@@ -16,7 +16,7 @@ _SIZES = ((40, 40), (30, 40), (40, 30), (60, 80), (64, 64), (50, 40), (33, 44))
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-  """Pictures whose red and green say their column and row; one is broken."""
+  """Images whose red and green say their column and row; one is broken."""
   folder = tmp_path_factory.mktemp("pictures")
   rows = []
   for n, (height, width) in enumerate(_SIZES):
@@ -39,7 +39,7 @@ def _batches(source, **kwargs):
   return bucket_rows.batches(source, _BUCKETS, 4, **kwargs)
 
 
-def test_a_batch_has_one_shape_and_all_pictures_its_ratio(source):
+def test_a_batch_has_one_shape_and_all_images_its_ratio(source):
   assigned = buckets.assign(buckets.sizes_of(source), _BUCKETS)
   seen = set()
   data = pipeline.iterate(_batches(source), num_threads=0)
@@ -54,14 +54,14 @@ def test_a_batch_has_one_shape_and_all_pictures_its_ratio(source):
   assert seen == set(_BUCKETS)
 
 
-def test_a_bucket_with_fewer_pictures_than_a_batch_is_named(source, caplog):
+def test_a_bucket_with_fewer_images_than_a_batch_is_named(source, caplog):
   assigned = buckets.assign(buckets.sizes_of(source), _BUCKETS)
   assert buckets.rare(assigned, 3, 4) == {0: 3, 1: 3, 2: 2}
   assert buckets.rare(assigned, 3, 3) == {2: 2}
   _batches(source)
   said = [r.getMessage() for r in caplog.records if "epochs" in r.msg]
   assert len(said) == 3
-  assert "bucket (32, 24) has 2 of the 8 pictures" in said[2]
+  assert "bucket (32, 24) has 2 of the 8 images" in said[2]
   assert "come once in 2 epochs" in said[2]
   assert not any("nearest other" in line for line in said)  # all are rare
   assert all("batch_size of at most 3" in line for line in said)
@@ -104,7 +104,7 @@ def test_numbers_of_size_and_place_are_those_of_the_part_that_is_shown(source):
       assert (height, width) == _SIZES[batch["index"][row]]
       scale = max(rows / height, columns / width)
       target = batch["target"][row].astype(np.float32)
-      # Red runs from 0 to 255 over the scaled picture's width, and so on.
+      # Red runs from 0 to 255 over the scaled image's width, and so on.
       middle = target[int(rows) // 2, int(columns) // 2]
       for channel, start, side, whole in (
         (0, left, columns, width * scale),
@@ -122,7 +122,7 @@ def test_the_tokenizer_sees_the_same_part(source):
       np.testing.assert_allclose(*means, atol=3)
 
 
-def test_a_picture_that_cannot_be_decoded_is_a_row_without_weight(source):
+def test_a_image_that_cannot_be_decoded_is_a_row_without_weight(source):
   batches = _batches(source, seed=None)
   rows = [batches[k] for k in range(len(batches))]
   index = np.concatenate([b["index"] for b in rows])
@@ -140,7 +140,7 @@ def test_crops_that_are_not_to_be_had_are_refused(source):
     _batches(source, crop="random", seed=None)
 
 
-def test_no_picture_that_can_be_read_is_an_error(tmp_path):
+def test_no_image_that_can_be_read_is_an_error(tmp_path):
   (tmp_path / "a.png").write_bytes(b"nothing")
   path = tmp_path / "index.jsonl"
   path.write_text(json.dumps({"image": "a.png"}))

@@ -1,4 +1,4 @@
-"""Buckets: which picture goes where, which part of it, and in which batch."""
+"""Buckets: which image goes where, which part of it, and in which batch."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from lavit_jax.diffusion import stable_diffusion
 _SDXL = tuple(stable_diffusion.RATIOS.values())
 
 
-def test_a_picture_goes_to_the_nearest_ratio():
+def test_a_image_goes_to_the_nearest_ratio():
   sizes = [(30, 40), (0, 0), (100, 100), (400, 300), (90, 160), (1, 9)]
   found = buckets.assign(sizes, ((8, 8), (6, 8), (8, 6)))
   assert found.tolist() == [1, buckets.NONE, 0, 2, 1, 1]
@@ -56,7 +56,7 @@ def test_the_numbers_of_a_view_worked_out_by_hand():
 
 def _plan(seed=3, count=50):
   assigned = np.array([0, 1, 1, 2, 1, buckets.NONE, 0] * count)[:count]
-  return assigned, buckets.Plan(assigned, 3, 4, seed)
+  return assigned, buckets.BucketPlan(assigned, 3, 4, seed)
 
 
 def test_a_batch_is_of_one_bucket_whatever_is_asked_first():
@@ -65,10 +65,10 @@ def test_a_batch_is_of_one_bucket_whatever_is_asked_first():
   order = np.random.default_rng(0).permutation(60)
   late = {int(k): other.batch(int(k)) for k in order}
   for k in range(60):
-    bucket, pictures = plan.batch(k)
-    assert (assigned[pictures] == bucket).all()
+    bucket, images = plan.batch(k)
+    assert (assigned[images] == bucket).all()
     assert late[k][0] == bucket
-    np.testing.assert_array_equal(late[k][1], pictures)
+    np.testing.assert_array_equal(late[k][1], images)
 
 
 def test_another_seed_gives_another_order():
@@ -78,24 +78,24 @@ def test_another_seed_gives_another_order():
   assert batches(one) != batches(two)
 
 
-def test_each_picture_comes_once_an_epoch_of_its_bucket():
+def test_each_image_comes_once_an_epoch_of_its_bucket():
   assigned, plan = _plan()
   seen = {b: [] for b in range(3)}
   for k in range(200):
-    bucket, pictures = plan.batch(k)
-    seen[bucket] += pictures.tolist()
-  for b, pictures in seen.items():
+    bucket, images = plan.batch(k)
+    seen[bucket] += images.tolist()
+  for b, images in seen.items():
     size = int((assigned == b).sum())
-    assert len(pictures) >= 2 * size
-    for epoch in range(len(pictures) // size):
-      part = pictures[epoch * size : (epoch + 1) * size]
+    assert len(images) >= 2 * size
+    for epoch in range(len(images) // size):
+      part = images[epoch * size : (epoch + 1) * size]
       assert sorted(part) == np.flatnonzero(assigned == b).tolist()
 
 
 @pytest.mark.parametrize("sizes", [[2, 3, 1], [57, 1, 0, 300], [1, 1], [9]])
-def test_n_batches_have_as_many_of_a_bucket_as_it_has_pictures(sizes):
+def test_n_batches_have_as_many_of_a_bucket_as_it_has_images(sizes):
   assigned = np.repeat(np.arange(len(sizes)), sizes)
-  plan = buckets.Plan(assigned, len(sizes), 4, 0)
+  plan = buckets.BucketPlan(assigned, len(sizes), 4, 0)
   total = len(assigned)
   found = np.array([plan.bucket(k) for k in range(3 * total)])
   ones = found[:, None] == np.arange(len(sizes))
@@ -107,26 +107,26 @@ def test_n_batches_have_as_many_of_a_bucket_as_it_has_pictures(sizes):
   assert np.abs(ones.cumsum(axis=0) - due).max() < 3
 
 
-def test_every_picture_is_shown_equally_often_whatever_its_bucket():
+def test_every_image_is_shown_equally_often_whatever_its_bucket():
   sizes, batch = [37, 1, 3], 4
   assigned = np.repeat(np.arange(3), sizes)
-  plan = buckets.Plan(assigned, 3, batch, 1)
+  plan = buckets.BucketPlan(assigned, 3, batch, 1)
   shown = np.zeros(len(assigned), int)
   for k in range(len(assigned)):
     np.add.at(shown, plan.batch(k)[1], 1)
   assert shown.tolist() == [batch] * len(assigned)
 
 
-def test_one_odd_picture_of_a_million_is_shown_as_often_as_the_others():
+def test_one_odd_image_of_a_million_is_shown_as_often_as_the_others():
   count, batch = 1_000_001, 64
   assigned = np.zeros(count, np.int8)
   assigned[-1] = 1
-  plan = buckets.Plan(assigned, 2, batch, 0)
+  plan = buckets.BucketPlan(assigned, 2, batch, 0)
   turns = [k for k in range(count) if plan.bucket(k) == 1]
   assert len(turns) == 1  # in 64 epochs, and then 64 times
-  bucket, pictures = plan.batch(turns[0] + count)
+  bucket, images = plan.batch(turns[0] + count)
   assert bucket == 1
-  assert pictures.tolist() == [count - 1] * batch
+  assert images.tolist() == [count - 1] * batch
   assert buckets.rare(assigned, 2, batch) == {1: 1}
 
 
@@ -139,28 +139,28 @@ def test_the_place_in_a_bucket_far_ahead_is_that_of_counting():
     counts[bucket] += 1
 
 
-def test_a_bucket_without_pictures_gets_no_batch():
-  plan = buckets.Plan(np.array([0, 2, 2]), 3, 2, 0)
+def test_a_bucket_without_images_gets_no_batch():
+  plan = buckets.BucketPlan(np.array([0, 2, 2]), 3, 2, 0)
   assert {plan.bucket(k) for k in range(30)} == {0, 2}
 
 
-def test_once_shows_each_picture_once_and_fills_up_with_gaps():
+def test_once_shows_each_image_once_and_fills_up_with_gaps():
   assigned = np.array([0, 1, 0, 0, buckets.NONE, 1])
-  once = buckets.Once(assigned, 2, 2)
+  once = buckets.OnePass(assigned, 2, 2)
   batches = [
-    (once.bucket(k), [once.picture(k, j) for j in range(2)])
+    (once.bucket(k), [once.image(k, j) for j in range(2)])
     for k in range(len(once))
   ]
   assert batches == [(0, [0, 2]), (1, [1, 5]), (0, [3, buckets.NONE])]
 
 
 def test_nothing_readable_is_an_error():
-  with pytest.raises(errors.DataError, match="None of 2 pictures"):
-    buckets.Plan(np.array([-1, -1]), 1, 2, 0)
+  with pytest.raises(errors.DataError, match="None of 2 images"):
+    buckets.BucketPlan(np.array([-1, -1]), 1, 2, 0)
 
 
 class _Files:
-  """Two pictures, one turned by its EXIF orientation, and one broken."""
+  """Two images, one turned by its EXIF orientation, and one broken."""
 
   image_size, num_images, name = 8, 3, "files"
 
@@ -169,7 +169,7 @@ class _Files:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (20, 10)).save(folder / "1.jpg", exif=exif)
-    (folder / "2.png").write_bytes(b"no picture")
+    (folder / "2.png").write_bytes(b"no image")
     self._paths = [folder / name for name in ("0.png", "1.jpg", "2.png")]
 
   def encoded(self, i):

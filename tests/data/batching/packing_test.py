@@ -37,8 +37,8 @@ def test_first_fit_opens_a_row_only_where_no_earlier_one_had_room(sizes):
     first = sizes[rows[later][0]]
     for row in rows[:later]:
       length = sum(sizes[i][0] for i in row)
-      pictures = sum(sizes[i][1] for i in row)
-      assert length + first[0] > 20 or pictures + first[1] > 3
+      images = sum(sizes[i][1] for i in row)
+      assert length + first[0] > 20 or images + first[1] > 3
 
 
 def test_a_document_that_fits_no_row_is_an_error():
@@ -63,7 +63,7 @@ def _sizes_of(seed, bad=0.1):
 @hypothesis.given(st.integers(0, 1000), st.integers(1, 40))
 def test_every_usable_document_of_a_window_is_in_exactly_one_row(seed, window):
   sizes = _sizes_of(seed)
-  plan = packing.Plan(sizes, limits=(16, 4), window=window, seed=seed)
+  plan = packing.PackingPlan(sizes, limits=(16, 4), window=window, seed=seed)
   placed = collections.Counter()
   row = 0
   while not placed or max(placed) < 3 * window:
@@ -75,7 +75,9 @@ def test_every_usable_document_of_a_window_is_in_exactly_one_row(seed, window):
 
 
 def test_a_row_is_the_same_whatever_was_asked_before():
-  make = lambda: packing.Plan(_sizes_of(3), limits=(16, 4), window=20, seed=1)
+  make = lambda: packing.PackingPlan(
+    _sizes_of(3), limits=(16, 4), window=20, seed=1
+  )
   forward = make()
   rows = [forward.row(r) for r in range(60)]
   backward = make()
@@ -84,7 +86,9 @@ def test_a_row_is_the_same_whatever_was_asked_before():
 
 def test_rows_come_in_an_order_of_the_seed():
   order = [
-    packing.Plan(_sizes_of(3, bad=0), limits=(16, 9), window=50, seed=seed)
+    packing.PackingPlan(
+      _sizes_of(3, bad=0), limits=(16, 9), window=50, seed=seed
+    )
     for seed in (1, 2)
   ]
   count = len(packing.first_fit(_sizes_of(3, bad=0)(0, 50), 16, 9))
@@ -98,7 +102,7 @@ def test_pieces_of_a_document_are_members_of_their_own():
   sizes = lambda start, stop: [
     np.array([[16, 0], [6, 1]]) if g % 2 else [9, 0] for g in range(start, stop)
   ]
-  plan = packing.Plan(sizes, limits=(16, 4), window=4)
+  plan = packing.PackingPlan(sizes, limits=(16, 4), window=4)
   rows = [plan.row(r) for r in range(4)]
   assert sorted(rows, key=repr) == [
     ((1, 0),),
@@ -109,8 +113,8 @@ def test_pieces_of_a_document_are_members_of_their_own():
 
 
 def test_threads_see_one_plan():
-  plan = packing.Plan(_sizes_of(5), limits=(16, 4), window=16)
-  again = packing.Plan(_sizes_of(5), limits=(16, 4), window=16)
+  plan = packing.PackingPlan(_sizes_of(5), limits=(16, 4), window=16)
+  again = packing.PackingPlan(_sizes_of(5), limits=(16, 4), window=16)
   rows = {}
 
   def read(part):
@@ -126,7 +130,7 @@ def test_threads_see_one_plan():
 
 
 def test_a_stream_without_one_usable_document_is_an_error():
-  plan = packing.Plan(
+  plan = packing.PackingPlan(
     lambda start, stop: np.full((stop - start, 2), -1),
     limits=(16, 4),
     window=8,
@@ -148,18 +152,21 @@ def _counted(seed):
 def test_a_remembered_plan_packs_only_the_window_it_needs(tmp_path):
   memo = tmp_path / "plans" / "a.npy"
   settings = dict(limits=(16, 4), window=16, memo=memo)
-  expected = packing.Plan(_sizes_of(5), **settings).row(150)
+  expected = packing.PackingPlan(_sizes_of(5), **settings).row(150)
   sizes, asked = _counted(5)
-  assert packing.Plan(sizes, **settings).row(150) == expected
+  assert packing.PackingPlan(sizes, **settings).row(150) == expected
   assert len(asked) <= 5  # of about 16 windows
 
 
 def test_a_memo_of_other_data_is_found_out_and_not_used(tmp_path):
   memo = tmp_path / "plans" / "a.npy"
   settings = dict(limits=(16, 4), window=16)
-  packing.Plan(_sizes_of(5), memo=memo, **settings).row(150)
-  expected = packing.Plan(_sizes_of(6), **settings).row(150)
-  assert packing.Plan(_sizes_of(6), memo=memo, **settings).row(150) == expected
+  packing.PackingPlan(_sizes_of(5), memo=memo, **settings).row(150)
+  expected = packing.PackingPlan(_sizes_of(6), **settings).row(150)
+  assert (
+    packing.PackingPlan(_sizes_of(6), memo=memo, **settings).row(150)
+    == expected
+  )
 
 
 @pytest.mark.parametrize("spoil", [b"no array", b""])
@@ -167,8 +174,10 @@ def test_a_damaged_memo_is_ignored(tmp_path, spoil):
   memo = tmp_path / "a.npy"
   memo.write_bytes(spoil)
   settings = dict(limits=(16, 4), window=16)
-  expected = packing.Plan(_sizes_of(5), **settings).row(9)
-  assert packing.Plan(_sizes_of(5), memo=memo, **settings).row(9) == expected
+  expected = packing.PackingPlan(_sizes_of(5), **settings).row(9)
+  assert (
+    packing.PackingPlan(_sizes_of(5), memo=memo, **settings).row(9) == expected
+  )
 
 
 @_SETTINGS

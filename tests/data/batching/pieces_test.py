@@ -51,16 +51,16 @@ def test_pieces_fit_and_joined_are_the_document(parts, slots):
   made, _ = _divide(parts, limits)
   joined = []
   for piece in made:
-    positions, pictures = sequences.size(piece)
+    positions, images = sequences.size(piece)
     assert 1 <= positions <= 12
-    assert pictures <= slots
+    assert images <= slots
     ids = _ids(piece)
     text_before = joined and joined[-1] < _VOCABULARY.image_begin
     if text_before and ids[0] == joined[-1]:
       ids = ids[1:]  # what the last piece has learnt begins the next
     joined += ids
   whole = _whole(parts)
-  lost = len(whole) - len(joined)  # a picture read alone, or a lone word
+  lost = len(whole) - len(joined)  # an image read alone, or a lone word
   assert joined == whole if not lost else set(joined) <= set(whole)
   assert lost <= 2
 
@@ -101,7 +101,7 @@ def test_what_fits_stays_as_it_is():
   assert [_ids(p) for p in made] == [_whole(parts)]
 
 
-def test_a_picture_is_in_one_piece_and_its_words_before_it_lead_to_it():
+def test_a_image_is_in_one_piece_and_its_words_before_it_lead_to_it():
   parts = [_text(9), examples.ImagePart(1, write=True), _text(4)]
   made, done = _divide(parts, (11, 1))
   assert [_ids(p).count(_VOCABULARY.image_begin) for p in made] == [0, 1]
@@ -110,7 +110,7 @@ def test_a_picture_is_in_one_piece_and_its_words_before_it_lead_to_it():
   assert "18 positions, more than length=11: split into 2" in done
 
 
-def test_pictures_beyond_the_slots_go_to_the_next_piece():
+def test_images_beyond_the_slots_go_to_the_next_piece():
   parts = [
     part
     for i in range(4)
@@ -148,7 +148,7 @@ def test_a_dialogue_is_cut_behind_the_last_answer_that_fits():
   ],
 )
 def test_what_needs_all_that_stands_before_it_is_too_long(task, parts, said):
-  if said is None:  # a picture longer than any row
+  if said is None:  # an image longer than any row
     with pytest.raises(pieces.TooLong, match="more than length=8"):
       _divide(parts, (8, 1), task)
     return

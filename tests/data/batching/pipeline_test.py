@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from lavit_jax.core import errors, images, vocabulary
+from lavit_jax.core import errors, image_io, vocabulary
 from lavit_jax.data.batching import pipeline
 from tests.data import fakes
 
@@ -16,14 +16,14 @@ def _image_batches(source, **changes):
   return pipeline.image_batches(source, 8, **(settings | changes))
 
 
-def test_pictures_come_shuffled_once_an_epoch():
+def test_images_come_shuffled_once_an_epoch():
   batches = _image_batches(fakes.Source({}))
   order = np.concatenate([batches[k]["index"] for k in range(5)])
   assert sorted(order[:20]) == sorted(order[20:]) == list(range(20))
   assert order[:20].tolist() != order[20:].tolist()
 
 
-def test_pictures_in_order_end_with_a_padded_batch():
+def test_images_in_order_end_with_a_padded_batch():
   batches = list(pipeline.iterate(_image_batches(fakes.Source({}), seed=None)))
   assert len(batches) == 3
   valid = np.concatenate([b["valid"] for b in batches])
@@ -32,12 +32,12 @@ def test_pictures_in_order_end_with_a_padded_batch():
   assert valid.tolist() == [1.0] * 20 + [0.0] * 4
 
 
-def test_a_bad_picture_is_black_and_not_valid():
+def test_a_bad_image_is_black_and_not_valid():
   batches = _image_batches(fakes.Source({}, bad=(3,)), seed=None)
   batch = batches[0]
   assert batch["valid"].tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
   assert not batch["image"][3].any()
-  assert batches.faults[0].names == {"picture3": 1}
+  assert batches.faults[0].names == {"image3": 1}
 
 
 def test_captions_are_cut_ended_and_masked():
@@ -58,23 +58,23 @@ def test_a_caption_with_half_a_character_is_none_and_is_named(tmp_path):
   batches = _image_batches(source, tokenizer=text, seed=None)
   batch = batches[0]
   assert batch["text_mask"].any(axis=1).tolist() == [i != 3 for i in range(8)]
-  assert batch["valid"].all()  # its picture is fine
-  assert list(batches.faults[0].names) == ["caption of picture3"]
+  assert batch["valid"].all()  # its image is fine
+  assert list(batches.faults[0].names) == ["caption of image3"]
 
 
-def test_every_caption_of_a_picture_is_shown_in_time():
+def test_every_caption_of_a_image_is_shown_in_time():
   batches = _image_batches(fakes.Source({}, 1), seed=0)
   firsts = {int(batches[k]["text"][j, 0]) for k in range(3) for j in range(8)}
   assert firsts == {_WORDS.encode(w)[0] for w in ("caption", "another")}
 
 
-def test_a_source_without_pictures_is_refused():
-  with pytest.raises(errors.DataError, match="no pictures"):
+def test_a_source_without_images_is_refused():
+  with pytest.raises(errors.DataError, match="no images"):
     _image_batches(fakes.Source({}, 0))
 
 
 class _Counting(fakes.Source):
-  """Counts how many pictures are being decoded at once."""
+  """Counts how many images are being decoded at once."""
 
   inside = most = 0
   lock = threading.Lock()
@@ -100,9 +100,9 @@ def test_threads_decode_side_by_side(threads):
 def test_error_of_a_source_reaches_the_caller_as_it_is():
   class Broken(fakes.Source):
     def image(self, i):
-      raise RuntimeError("a bug, not a bad picture")
+      raise RuntimeError("a bug, not a bad image")
 
   batches = _image_batches(Broken({}))
   with pytest.raises(RuntimeError, match="a bug"):
     next(pipeline.iterate(batches, num_threads=2))
-  assert issubclass(images.ImageError, errors.LavitError)
+  assert issubclass(image_io.ImageError, errors.LavitError)

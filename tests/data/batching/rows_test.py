@@ -79,21 +79,21 @@ def _split(batch, row):
   for segment in range(1, batch["segments"][row].max() + 1):
     at = batch["segments"][row] == segment
     slot = batch["slot"][row][at]
-    pictures = [tuple(batch["pixels"][row, s, 0, 0]) for s in slot if s >= 0]
+    images = [tuple(batch["pixels"][row, s, 0, 0]) for s in slot if s >= 0]
     keeps = [batch["keep"][row, s].sum() for s in slot if s >= 0]
     fields = ("tokens", "targets", "weights", "order", "positions")
     values = tuple(tuple(batch[f][row][at].tolist()) for f in fields)
-    out.append((*values, tuple(pictures), tuple(keeps)))
+    out.append((*values, tuple(images), tuple(keeps)))
   return out
 
 
 def _expected(sequence, cache):
-  at = [sequence.pictures[s] for s in sequence.slot if s >= 0]
+  at = [sequence.images[s] for s in sequence.slot if s >= 0]
   fields = ("tokens", "targets", "weights", "order")
   values = tuple(tuple(getattr(sequence, f).tolist()) for f in fields)
   positions = tuple(range(len(sequence)))
-  pictures = tuple((i, i, i) for i in at)
-  return (*values, positions, pictures, tuple(cache.counts[i] for i in at))
+  images = tuple((i, i, i) for i in at)
+  return (*values, positions, images, tuple(cache.counts[i] for i in at))
 
 
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
@@ -115,7 +115,7 @@ def test_packed_rows_hold_each_document_exactly_and_nothing_else(seed):
   assert sorted(found[len(usable) : 2 * len(usable)]) == expected
 
 
-def test_padding_has_no_segment_no_weight_and_no_picture():
+def test_padding_has_no_segment_no_weight_and_no_image():
   source, cache = fakes.Source({"document": _documents(1)}), _cache()
   batch = _packed(source, cache)[0]
   padding = batch["segments"] == 0
@@ -203,7 +203,7 @@ def test_another_seed_gives_other_rows():
   assert (first["tokens"] != second["tokens"]).any()
 
 
-def _read_pictures(count):
+def _read_images(count):
   parts = [
     (examples.ImagePart(i, write=False), examples.TextPart("a b"))
     for i in range(count)
@@ -211,8 +211,8 @@ def _read_pictures(count):
   return fakes.Source({"image_text": parts}), fakes.Cache([3] * 20)
 
 
-def test_a_bad_picture_takes_its_weights_and_shifts_nothing():
-  source, cache = _read_pictures(10)
+def test_a_bad_image_takes_its_weights_and_shifts_nothing():
+  source, cache = _read_images(10)
   whole = [_packed(source, cache)[k] for k in range(5)]
   source.bad = (4,)
   batches = _packed(source, cache)
@@ -229,7 +229,7 @@ def test_a_bad_picture_takes_its_weights_and_shifts_nothing():
     )
     for name in set(batch) - {"weights", "pixels"}:
       np.testing.assert_array_equal(batch[name], whole[k][name])
-  assert list(batches.faults[1].names) == ["picture4"]
+  assert list(batches.faults[1].names) == ["image4"]
 
 
 def test_documents_that_do_not_fit_are_named_and_are_not_bad():
@@ -249,7 +249,7 @@ def test_documents_that_do_not_fit_are_named_and_are_not_bad():
   assert "could not be tokenised" in bad.reasons["document/2"]
   assert "40 positions, more than length=32" in long.reasons["document/0"]
   assert "split into 2" in long.reasons["document/0"]
-  assert "3 pictures read, more than slots=2" in long.reasons["document/1"]
+  assert "3 images read, more than slots=2" in long.reasons["document/1"]
   assert "left out" in long.reasons["document/1"]
 
 
@@ -271,10 +271,10 @@ def test_rows_of_documents_that_fit_are_those_they_always_were():
   """A crc of every array, taken before documents were ever divided."""
   rng, documents = np.random.default_rng(3), []
   for _ in range(40):
-    n, image = int(rng.integers(1, 20)), int(rng.integers(20))
+    n, index = int(rng.integers(1, 20)), int(rng.integers(20))
     text = examples.TextPart(" ".join(["a", "b", "c"] * 7)[: 2 * n])
-    picture = examples.ImagePart(image, write=n % 2 == 0)
-    documents.append((text,) if n % 3 else (picture, text))
+    image = examples.ImagePart(index, write=n % 2 == 0)
+    documents.append((text,) if n % 3 else (image, text))
   source = fakes.Source({"document": documents})
   batches, check = _packed(source, _cache()), 0
   for k in range(6):
@@ -291,11 +291,11 @@ def test_too_many_bad_documents_stop_the_run():
     batches.rows[0]
 
 
-def test_too_many_bad_pictures_stop_the_run_from_a_thread_too():
-  source, cache = _read_pictures(20)
+def test_too_many_bad_images_stop_the_run_from_a_thread_too():
+  source, cache = _read_images(20)
   source.bad = range(20)
   batches = _packed(source, cache, limit_share=0.1)
-  with pytest.raises(errors.DataError, match="pictures are unusable"):
+  with pytest.raises(errors.DataError, match="images are unusable"):
     for _ in pipeline.iterate(batches, num_threads=2):
       pass
 
@@ -326,7 +326,7 @@ def test_fill_of_a_mixture_like_the_embedded_one_is_95_percent():
 
 def test_a_cache_of_other_data_is_refused():
   source = fakes.Source({"document": _documents(1)})
-  with pytest.raises(errors.DataError, match=r"3 pictures.*has 20"):
+  with pytest.raises(errors.DataError, match=r"3 images.*has 20"):
     _packed(source, fakes.Cache([1, 1, 1]))
 
 
@@ -337,8 +337,8 @@ def test_a_cache_of_another_codebook_is_refused():
     _packed(fakes.Source({"document": _documents(1)}), cache)
 
 
-def test_pictures_without_a_cache_point_at_lavit_tokenize():
-  source, _ = _read_pictures(5)
+def test_images_without_a_cache_point_at_lavit_tokenize():
+  source, _ = _read_images(5)
   with pytest.raises(errors.DataError, match="lavit tokenize"):
     _packed(source, None).rows[0]
 
@@ -354,7 +354,7 @@ def test_a_mixture_of_nothing_the_source_has_is_refused():
     _packed(source, None, mixture={"vqa": 1})
 
 
-def test_sources_of_two_picture_sizes_are_refused():
+def test_sources_of_two_image_sizes_are_refused():
   other = fakes.Source({"text": [(examples.TextPart("a b"),)]})
   other.image_size = 8
   one = fakes.Source({"text": [(examples.TextPart("a b"),)]})

@@ -123,7 +123,7 @@ def test_a_finished_cache_is_not_written_again(tmp_path):
   assert codes_lib.resume_point(tmp_path / "codes", _META) == 10
 
   def never(_):
-    raise AssertionError("asked for pictures")
+    raise AssertionError("asked for images")
 
   _check(codes_lib.write(tmp_path / "codes", never, _META))
 
@@ -205,7 +205,7 @@ _ALL = np.ones(9, bool)
 @pytest.mark.parametrize(
   ("record", "said"),
   [
-    ((1, _ALL, np.zeros(9, int)), "Picture 1 came where 0 was due"),
+    ((1, _ALL, np.zeros(9, int)), "Image 1 came where 0 was due"),
     ((0, np.ones(8, bool), np.zeros(8, int)), r"keep \(8,\)"),
     ((0, _ALL, np.zeros(8, int)), r"codes \(8,\)"),
     ((0, ~_ALL, np.zeros(0, int)), "at least one"),
@@ -264,33 +264,33 @@ def test_a_damaged_cache_is_named_and_refused(tmp_path, spoil):
     codes_lib.CodeCache.load(tmp_path / "codes")
 
 
-def test_a_picture_out_of_range_is_an_index_error(tmp_path):
+def test_a_image_out_of_range_is_an_index_error(tmp_path):
   made = codes_lib.write(tmp_path / "codes", _records, _META)
   for i in (-1, 10):
-    with pytest.raises(IndexError, match=f"picture {i} of 10"):
+    with pytest.raises(IndexError, match=f"image {i} of 10"):
       made.codes(i)
 
 
-def test_pictures_are_compared_where_both_sides_tell(tmp_path):
+def test_images_are_compared_where_both_sides_tell(tmp_path):
   place, told = tmp_path / "a", dataclasses.replace(_META, pictures="these")
   other = dataclasses.replace(_META, pictures="others")
   codes_lib.write(place, _records, told)
   load = functools.partial(codes_lib.CodeCache.load, place)
-  assert load(pictures="these").fingerprint() == load().fingerprint()
-  with pytest.raises(errors.DataError, match=r"pictures \(these, here others"):
-    load(pictures="others")
+  assert load(images="these").fingerprint() == load().fingerprint()
+  with pytest.raises(errors.DataError, match=r"images \(these, here others"):
+    load(images="others")
   for step in (
     lambda: codes_lib.write(place, _records, other),
     lambda: codes_lib.resume_point(place, other),
   ):
-    with pytest.raises(errors.DataError, match="another pictures"):
+    with pytest.raises(errors.DataError, match="another set of images"):
       step()
   codes_lib.write(place, _records, _META)  # of a source that tells nothing
   # One of an earlier version: used, and known to a run by the same digest.
   meta = json.loads((place / "meta.json").read_text())
   del meta["pictures"]
   (place / "meta.json").write_text(json.dumps(meta))
-  old = load(pictures="others")
+  old = load(images="others")
   free = ("data", "model", "shard_size")
   made = {k: v for k, v in meta.items() if k not in free}
   digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())

@@ -24,7 +24,7 @@ _META = latents.Meta(
   scale=4,
   channels=3,
 )
-_BAD = 4  # picture that cannot be decoded
+_BAD = 4  # image that cannot be decoded
 
 
 def _latents(i):
@@ -154,26 +154,26 @@ def test_damage_and_absence_are_named(tmp_path):
     _write(tmp_path / "c")
 
 
-def test_pictures_are_compared_where_both_sides_tell(tmp_path):
+def test_images_are_compared_where_both_sides_tell(tmp_path):
   place, told = tmp_path / "a", dataclasses.replace(_META, pictures="these")
   other = dataclasses.replace(_META, pictures="others")
   _write(place, meta=told)
   load = functools.partial(latents.LatentCache.load, place)
-  assert load(pictures="these").fingerprint() == load().fingerprint()
-  with pytest.raises(errors.DataError, match=r"pictures \(these, here others"):
-    load(pictures="others")
+  assert load(images="these").fingerprint() == load().fingerprint()
+  with pytest.raises(errors.DataError, match=r"images \(these, here others"):
+    load(images="others")
   for step in (
     lambda: _write(place, meta=other),
     lambda: latents.resume_point(place, other),
   ):
-    with pytest.raises(errors.DataError, match="another pictures"):
+    with pytest.raises(errors.DataError, match="another set of images"):
       step()
   _write(place, meta=_META)  # of a source that tells nothing
   # One of an earlier version: used, and known to a run by the same digest.
   meta = json.loads((place / "meta.json").read_text())
   del meta["pictures"]
   (place / "meta.json").write_text(json.dumps(meta))
-  old = load(pictures="others")
+  old = load(images="others")
   made = {k: v for k, v in meta.items() if k not in ("data", "model")}
   digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
   digest.update(np.ascontiguousarray(old.assigned))

@@ -38,16 +38,16 @@ def _refused(row):
     ({"messages": [_ASKED, _ANSWERED], "text": "hi"}, "messages and text"),
     (
       {"image": "a.jpg", "images": ["a.jpg", "b.jpg"], "caption": "x"},
-      "two pictures, image 'a.jpg' and images",
+      "two images, image 'a.jpg' and images",
     ),
     (
       {"image": "a.jpg", "file_name": "b.jpg", "caption": "x"},
-      "two pictures, image 'a.jpg' and file_name 'b.jpg'",
+      "two images, image 'a.jpg' and file_name 'b.jpg'",
     ),
     ({"image": "a.jpg", "filepath": "b", "caption": "x"}, "filepath cannot"),
     (
       {"image": "a.jpg", "images": ["b.jpg"], "messages": ["<image> x"]},
-      "two pictures",
+      "two images",
     ),
   ],
 )
@@ -76,7 +76,7 @@ _VALUES = {
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_whatever_known_fields_stand_together_all_are_read_or_refused(count):
-  """Every text and picture that a row gives is in its entry, if it has one."""
+  """Every text and image that a row gives is in its entry, if it has one."""
   read = 0
   for fields in itertools.combinations(_VALUES, count):
     row = {field: _VALUES[field] for field in fields}
@@ -86,9 +86,9 @@ def test_whatever_known_fields_stand_together_all_are_read_or_refused(count):
       continue
     read += 1
     words = re.findall(r"told in \w+", repr(row))
-    pictures = re.findall(r"\w\.jpg", repr(row))
+    images = re.findall(r"\w\.jpg", repr(row))
     assert set(words) == set(re.findall(r"told in \w+", repr(entry))), row
-    assert set(pictures) == set(entry.pictures()), row
+    assert set(images) == set(entry.images()), row
   assert read >= 2
 
 
@@ -118,7 +118,7 @@ def test_every_known_field_of_a_row_is_tried():
     ),
   ],
 )
-def test_words_whose_picture_would_be_lost_are_refused(row, said):
+def test_words_whose_image_would_be_lost_are_refused(row, said):
   assert re.search(said, _refused(row))
 
 
@@ -131,7 +131,7 @@ def test_words_whose_picture_would_be_lost_are_refused(row, said):
     {"source": {"file": "crawl/0001.txt"}},
   ],
 )
-def test_fields_that_hold_no_picture_leave_words_what_they_are(more):
+def test_fields_that_hold_no_image_leave_words_what_they_are(more):
   entry, _ = _entry({"text": "hello"} | more)
   assert entry == forms.Entry(text="hello")
 
@@ -154,19 +154,19 @@ def test_a_field_is_about_its_line_by_its_whole_name_or_its_last_part():
 
 @pytest.mark.parametrize("field", known_fields.MESSAGES)
 @pytest.mark.parametrize("content", ["<image>\nWhat is it?", "What is it?"])
-def test_marks_and_pictures_of_messages_are_as_many(field, content):
+def test_marks_and_images_of_messages_are_as_many(field, content):
   said = [_ASKED | {"content": content}, _ANSWERED]
   mark = "<image>" in content
   row = {field: said} if mark else {field: said, "image": "a.jpg"}
   right = {field: said, "image": "a.jpg"} if mark else {field: said}
-  why = "more pictures than the 0" if mark else "stand nowhere in the messages"
+  why = "more images than the 0" if mark else "stand nowhere in the messages"
   assert why in _refused(row)
-  assert _entry(right)[0].pictures() == (["a.jpg"] * 2 if mark else [])
+  assert _entry(right)[0].images() == (["a.jpg"] * 2 if mark else [])
 
 
-def test_a_picture_that_messages_name_themselves_may_stand_beside_them():
+def test_a_image_that_messages_name_themselves_may_stand_beside_them():
   entry, _ = _entry({"image": "a.jpg", "messages": [_SHOWN, "a card"]})
-  assert entry.pictures() == ["a.jpg", "a.jpg"]
+  assert entry.images() == ["a.jpg", "a.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_empty_texts_of_a_table_are_absent():
   assert "expected a path" in _refused({"image": "", "text": "x"})
 
 
-def test_a_picture_without_words_is_not_called_none():
+def test_a_image_without_words_is_not_called_none():
   said = _refused({"image": "a.jpg", "captions": []})
   assert "holds no text in captions, []" in said
   assert "picture" not in said

@@ -13,11 +13,11 @@ from lavit_jax.data.sources import jsonl
 
 
 def _entries(lines):
-  """Entries of lines of pictures: (1, 2) reads 1.jpg and 2.jpg."""
+  """Entries of lines of images: (1, 2) reads 1.jpg and 2.jpg."""
   reader = forms.Reader("d.jsonl")
   made = []
-  for number, pictures in enumerate(lines, start=1):
-    parts = [{"type": "image", "image": f"{p}.jpg"} for p in pictures]
+  for number, images in enumerate(lines, start=1):
+    parts = [{"type": "image", "image": f"{p}.jpg"} for p in images]
     row = {"messages": parts} if parts else {"text": f"text {number}"}
     made.append(reader.entry(number, row))
   return made
@@ -36,23 +36,23 @@ _SETTINGS = hypothesis.settings(
 
 @_SETTINGS
 @hypothesis.given(_LINES, st.sampled_from([0.1, 0.4]))
-def test_no_picture_is_in_both_halves(lines, share):
+def test_no_image_is_in_both_halves(lines, share):
   held = held_out.choose(_entries(lines), share)
   halves = {True: set(), False: set()}
-  for pictures, half in zip(lines, held, strict=True):
-    halves[half] |= set(pictures)
+  for images, half in zip(lines, held, strict=True):
+    halves[half] |= set(images)
   assert not halves[True] & halves[False]
 
 
 @_SETTINGS
 @hypothesis.given(st.lists(st.integers(0, 99), max_size=40))
-def test_lines_of_one_picture_go_by_its_hash_alone(pictures):
+def test_lines_of_one_image_go_by_its_hash_alone(images):
   """As they always did, whatever else is in the file: caches stay valid."""
-  held = held_out.choose(_entries([[p] for p in pictures]), 0.3)
-  assert held == [_by_hash(f"{p}.jpg", 0.3) for p in pictures]
+  held = held_out.choose(_entries([[p] for p in images]), 0.3)
+  assert held == [_by_hash(f"{p}.jpg", 0.3) for p in images]
 
 
-def test_lines_of_several_pictures_of_their_own_go_by_the_first():
+def test_lines_of_several_images_of_their_own_go_by_the_first():
   lines = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(60)]
   held = held_out.choose(_entries(lines), 0.3)
   assert held == [_by_hash(f"{3 * i}.jpg", 0.3) for i in range(60)]
@@ -62,7 +62,7 @@ def test_lines_that_are_added_move_no_other():
   rng = random.Random(0)
   lines = [[i, i + 1] for i in range(0, 200, 2)]
   before = held_out.choose(_entries(lines), 0.2)
-  more = [[rng.choice(range(0, 200))] for _ in range(50)]  # of old pictures
+  more = [[rng.choice(range(0, 200))] for _ in range(50)]  # of old images
   more += [[300 + i, 400 + i] for i in range(50)] + [[]] * 5
   after = held_out.choose(_entries([*lines, *more]), 0.2)
   assert after[: len(lines)] == before
@@ -70,7 +70,7 @@ def test_lines_that_are_added_move_no_other():
 
 
 def test_a_group_of_most_lines_is_trained_on_and_said(caplog):
-  """Whatever its hash says: a file's first picture must not decide it all."""
+  """Whatever its hash says: a file's first image must not decide it all."""
   for first in range(30):
     lines = [[first, 100 + i] for i in range(20)] + [[i] for i in range(40, 60)]
     held = held_out.choose(_entries(lines), 0.1)
@@ -80,8 +80,8 @@ def test_a_group_of_most_lines_is_trained_on_and_said(caplog):
   assert "held_out_path" in caplog.records[0].getMessage()
 
 
-def _write(tmp_path, rows, pictures):
-  for i in range(pictures):
+def _write(tmp_path, rows, images):
+  for i in range(images):
     Image.new("RGB", (1, 1)).save(tmp_path / f"{i}.png")
   path = tmp_path / "d.jsonl"
   path.write_text("\n".join(map(json.dumps, rows)))
@@ -92,7 +92,7 @@ def _keys(source):
   return [source.image_key(i) for i in range(source.num_images)]
 
 
-def test_documents_and_edits_share_no_picture_across_the_halves(tmp_path):
+def test_documents_and_edits_share_no_image_across_the_halves(tmp_path):
   rng = random.Random(0)
   rows = [{"image": f"{i}.png", "caption": f"{i}"} for i in range(100)]
   for i in range(0, 30, 3):

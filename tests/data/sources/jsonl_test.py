@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavit_jax.core import errors, images
+from lavit_jax.core import errors, image_io
 from lavit_jax.data import examples
 from lavit_jax.data.sources import jsonl
 
@@ -47,7 +47,7 @@ def test_captions_give_reading_and_drawing_examples(tmp_path):
   )
 
 
-def test_pictures_are_found_beside_the_file_and_resized(tmp_path):
+def test_images_are_found_beside_the_file_and_resized(tmp_path):
   source = _source(tmp_path, [{"image": "./b.png", "caption": "green"}])
   pixels = source.image(0)
   assert (pixels.shape, pixels.dtype) == ((8, 8, 3), np.uint8)
@@ -55,7 +55,7 @@ def test_pictures_are_found_beside_the_file_and_resized(tmp_path):
   assert source.image_key(0) == "b.png"
 
 
-def test_one_picture_on_many_lines_is_one_picture(tmp_path):
+def test_one_image_on_many_lines_is_one_image(tmp_path):
   rows = [{"image": "a.png", "caption": str(i)} for i in range(3)]
   source = _source(tmp_path, rows)
   assert source.num_images == 1
@@ -77,7 +77,7 @@ def test_questions_learn_the_most_frequent_answer(tmp_path):
   assert source.questions(1) == [("color", "hue?", "green")]
 
 
-def test_edits_read_one_picture_and_write_the_other(tmp_path):
+def test_edits_read_one_image_and_write_the_other(tmp_path):
   edit = {"instruction": "make it green", "image": "b.png"}
   source = _source(tmp_path, [{"image": "a.png", "edits": [edit]}])
   assert source.example("edit", 0) == examples.edit(
@@ -94,7 +94,7 @@ _SOUP = [
 
 
 @pytest.mark.parametrize("field", ["messages", "document"])
-def test_a_document_reads_its_pictures_and_writes_the_last(tmp_path, field):
+def test_a_document_reads_its_images_and_writes_the_last(tmp_path, field):
   source = _source(tmp_path, [{field: _SOUP}])
   assert _parts(source, "document") == (
     examples.ImagePart(0, write=False),
@@ -127,7 +127,7 @@ def test_in_a_dialogue_the_assistant_alone_is_learnt(tmp_path):
   )
 
 
-def test_plain_text_and_pictures_alone_are_kinds_of_their_own(tmp_path):
+def test_plain_text_and_images_alone_are_kinds_of_their_own(tmp_path):
   source = _source(tmp_path, [{"text": "words"}, {"image": "a.png"}])
   assert source.tasks() == ("text",)
   assert source.example("text", 0) == examples.text("d.jsonl:1", "words")
@@ -173,7 +173,7 @@ def test_a_bad_line_is_skipped_counted_and_named(tmp_path, line, said):
   assert list(source.faults.reasons) == ["d.jsonl:2"]
   assert said in source.faults.reasons["d.jsonl:2"]
   assert source.num_examples("image_text") == 2
-  assert source.num_images == 1  # a bad line leaves no picture behind
+  assert source.num_images == 1  # a bad line leaves no image behind
 
 
 _HALF = "cut \ud83d"
@@ -205,20 +205,20 @@ _USER = {"role": "user", "content": "hue?"}
     ({"img": "a.png", "messages": [_USER]}, "'img'.*call it image"),
     ({"url": "http://x/a.jpg", "caption": "red"}, "not from addresses"),
     ({"image": "http://x/a.jpg", "caption": "red"}, "is an address"),
-    ({"image": "data:image/png;base64,AA"}, "or the picture itself"),
+    ({"image": "data:image/png;base64,AA"}, "or the image itself"),
     ({"image": {"bytes": "AA"}}, "expected a path"),
     ({"images": ["a.png"], "caption": "red"}, "beside messages alone"),
     ({"images": [], "annotations": [{"caption": "x"}]}, "COCO's annotations"),
     ({"messages": [_USER], "document": ["a"]}, "messages and document"),
     ({"messages": [{"role": "user"}]}, "a role and no content"),
-    ({"messages": [{"type": "image"}]}, "more pictures than the 0"),
+    ({"messages": [{"type": "image"}]}, "more images than the 0"),
     (
       {"image": "a.png", "conversations": [_USER]},
-      "1 of 1 pictures.*nowhere in the messages; write <image>",
+      "1 of 1 images.*nowhere in the messages; write <image>",
     ),
     (
       {"images": ["a.png"], "messages": ["<image> and <image>"]},
-      "more pictures than the 1",
+      "more images than the 1",
     ),
     ({"messages": [{"role": "user", "content": " "}]}, "holds no"),
     ({"image": "a.png", "question": "a?", "answers": [{"a": 1}]}, "holds None"),
@@ -438,14 +438,14 @@ def test_blank_lines_windows_ends_and_a_byte_order_mark_are_fine(tmp_path):
   assert source.example("image_text", 1).key == "d.jsonl:4"
 
 
-def test_a_missing_picture_is_an_image_error_with_its_path(tmp_path):
+def test_a_missing_image_is_an_image_error_with_its_path(tmp_path):
   rows = [_GOOD, {"image": "gone.png", "caption": "x"}]
   source = _source(tmp_path, rows)
-  with pytest.raises(images.ImageError, match=r"gone\.png: no such file"):
+  with pytest.raises(image_io.ImageError, match=r"gone\.png: no such file"):
     source.image(1)
 
 
-def test_a_file_whose_pictures_lie_elsewhere_is_refused(tmp_path):
+def test_a_file_whose_images_lie_elsewhere_is_refused(tmp_path):
   rows = [{"image": f"{i}.jpg", "caption": "x"} for i in range(3)]
   with pytest.raises(errors.DataError, match=r"none of its first 3.*0\.jpg"):
     _source(tmp_path, rows)
@@ -475,7 +475,7 @@ def test_paths_may_lead_outside_where_that_is_allowed(tmp_path):
   assert [source.image(i)[0, 0].argmax() for i in range(2)] == [0, 1]
 
 
-def test_train_and_held_out_share_no_picture_and_lose_none(tmp_path):
+def test_train_and_held_out_share_no_image_and_lose_none(tmp_path):
   rows = [
     {"image": f"{i}.png", "caption": c} for i in range(200) for c in ("x", "y")
   ]
@@ -520,7 +520,7 @@ def test_the_shipped_photographs_load():
 
 
 @pytest.mark.parametrize(
-  ("file", "only", "pictures", "task", "count"),
+  ("file", "only", "images", "task", "count"),
   [
     ("A_coco/index.jsonl", None, 390, "image_text", 1951),
     ("A_coco/index.jsonl", {"free": True}, 119, "text_image", 595),
@@ -533,11 +533,11 @@ def test_the_shipped_photographs_load():
 @pytest.mark.shared
 @pytest.mark.skipif(not _SHARED, reason="needs LAVIT_SHARED")
 def test_real_photographs_and_documents_are_read(
-  file, only, pictures, task, count
+  file, only, images, task, count
 ):
   path = pathlib.Path(_SHARED) / "data" / file
   source = jsonl.JsonlSource(path, 32, only=only)
-  assert (source.num_images, source.num_examples(task)) == (pictures, count)
+  assert (source.num_images, source.num_examples(task)) == (images, count)
   assert source.faults.bad == 0
-  for i in range(0, pictures, 40):
+  for i in range(0, images, 40):
     assert source.image(i).std() > 5

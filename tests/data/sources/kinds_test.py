@@ -29,7 +29,7 @@ def _file(tmp_path, rows):
   return path
 
 
-def test_pictures_outside_the_folder_need_a_field_that_the_error_names(
+def test_images_outside_the_folder_need_a_field_that_the_error_names(
   tmp_path,
 ):
   row = {"image": str(tmp_path / "a.png"), "caption": "x"}
@@ -57,7 +57,7 @@ def _pair(tmp_path, caplog, train, held_out, **more):
   return [r.getMessage() for r in caplog.records if "held-out" in r.msg]
 
 
-def _pictures(folder, names):
+def _images(folder, names):
   folder.mkdir(exist_ok=True, parents=True)
   for name in names:
     Image.new("RGB", (1, 1)).save(folder / name)
@@ -67,9 +67,9 @@ def _told(names):
   return [{"image": name, "caption": "x"} for name in names]
 
 
-def test_pictures_that_two_files_share_are_counted(tmp_path, caplog):
+def test_images_that_two_files_share_are_counted(tmp_path, caplog):
   names = [f"{i}.png" for i in range(12)]
-  _pictures(tmp_path / "a", names)
+  _images(tmp_path / "a", names)
   (tmp_path / "linked").symlink_to(tmp_path / "a")
   (tmp_path / "files").mkdir()
   for name in names[:3]:
@@ -83,14 +83,14 @@ def test_pictures_that_two_files_share_are_counted(tmp_path, caplog):
     (("files/held.jsonl", _told([f"of_{n}" for n in names[:3]])), "1 of 3"),
   ):
     (said,) = _pair(tmp_path, caplog, train, held_out, **up)
-    assert f"{shared} held-out pictures are in the training data too" in said
+    assert f"{shared} held-out images are in the training data too" in said
   assert not _pair(tmp_path, caplog, train, ("a/h.jsonl", _told(names[:2])))
 
 
-def test_pictures_of_one_name_in_two_folders_are_not_shared(tmp_path, caplog):
+def test_images_of_one_name_in_two_folders_are_not_shared(tmp_path, caplog):
   rows = _told(["0.png"])
   for folder in "ab":
-    _pictures(tmp_path / folder, ["0.png"])
+    _images(tmp_path / folder, ["0.png"])
   assert not _pair(tmp_path, caplog, ("a/d.jsonl", rows), ("b/d.jsonl", rows))
 
 

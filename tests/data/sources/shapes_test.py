@@ -36,7 +36,7 @@ def all_texts(source, count):
     yield from source.captions(i)
 
 
-def test_same_index_gives_the_same_picture_and_words_in_another_order():
+def test_same_index_gives_the_same_image_and_words_in_another_order():
   first, second = make(), make()
   images = [first.image(i) for i in range(10)]
   scene_lib.sample.cache_clear()
@@ -223,7 +223,7 @@ def test_a_pickled_source_is_small_and_the_same():
   np.testing.assert_array_equal(pickle.loads(data).image(7), source.image(7))
 
 
-def test_threads_draw_the_same_pictures():
+def test_threads_draw_the_same_images():
   source = make(size=64)
   expected = [source.image(i) for i in range(128)]
   scene_lib.sample.cache_clear()
@@ -235,7 +235,7 @@ def test_threads_draw_the_same_pictures():
       np.testing.assert_array_equal(image, right)
 
 
-def test_the_source_follows_the_protocol_and_names_its_pictures():
+def test_the_source_follows_the_protocol_and_names_its_images():
   source = make(size=20)
   assert isinstance(source, examples.Source)
   keys = [source.image_key(i) for i in range(source.num_images)]
@@ -245,16 +245,16 @@ def test_the_source_follows_the_protocol_and_names_its_pictures():
 
 
 @pytest.mark.parametrize("task", examples.TASKS)
-def test_examples_point_at_pictures_and_end_in_something_to_learn(task):
+def test_examples_point_at_images_and_end_in_something_to_learn(task):
   source = make(size=40)
   keys = set()
   for i in range(source.num_examples(task)):
     example = source.example(task, i)
     assert example.task == task
     keys.add(example.key)
-    pictures = [p for p in example.parts if isinstance(p, examples.ImagePart)]
-    assert all(0 <= p.image < source.num_images for p in pictures)
-    assert len(pictures) == {"edit": 2, "document": 2, "text": 0}.get(task, 1)
+    images = [p for p in example.parts if isinstance(p, examples.ImagePart)]
+    assert all(0 <= p.image < source.num_images for p in images)
+    assert len(images) == {"edit": 2, "document": 2, "text": 0}.get(task, 1)
     weight = examples.ANSWER_WEIGHT if task == "vqa" else 1.0
     assert example.parts[-1].weight == weight
   assert len(keys) == source.num_examples(task)
@@ -268,7 +268,7 @@ def test_questions_come_in_their_format_and_all_types():
   assert example.parts[2].text in {f" {s}" for s in scene_lib.SHAPES}
 
 
-def test_several_questions_of_different_types_share_a_picture():
+def test_several_questions_of_different_types_share_a_image():
   source = make(size=20)
   answers = {
     value: kind
@@ -283,7 +283,7 @@ def test_several_questions_of_different_types_share_a_picture():
     assert len(given) == len(set(given)) == shapes.QUESTIONS_TOGETHER
 
 
-def test_some_pictures_are_drawn_without_words():
+def test_some_images_are_drawn_without_words():
   source = make(size=300)
   lengths = collections.Counter(
     len(source.example("text_image", i).parts)

@@ -10,7 +10,7 @@ from PIL import Image
 
 tensorflow_datasets = pytest.importorskip("tensorflow_datasets")
 
-from lavit_jax.core import errors, images
+from lavit_jax.core import errors, image_io
 from lavit_jax.data import examples, image_bytes
 from lavit_jax.data.batching import pipeline
 from lavit_jax.data.sources import caption_counts, kinds, tfds
@@ -22,8 +22,8 @@ def _png(value):
   return io.BytesIO(file.getvalue())
 
 
-class TinyPictures(tensorflow_datasets.core.GeneratorBasedBuilder):
-  """Six pictures; the text features are one text and a sequence of them."""
+class TinyImages(tensorflow_datasets.core.GeneratorBasedBuilder):
+  """Six images; the text features are one text and a sequence of them."""
 
   VERSION = tensorflow_datasets.core.Version("1.0.0")
   code_path = None  # no checksums, no licence file beside the code
@@ -66,7 +66,7 @@ class TinyPictures(tensorflow_datasets.core.GeneratorBasedBuilder):
 _CAPTIONS = (1, 5, 5, 0, 5, 5)  # of each record
 
 
-class RaggedPictures(TinyPictures):
+class RaggedImages(TinyImages):
   """The same with more or fewer captions a record."""
 
   def _generate_examples(self):
@@ -85,19 +85,19 @@ def _prepare(directory, kind, file_format):
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
   directory = tmp_path_factory.mktemp("tfds")
-  return _prepare(directory, TinyPictures, "array_record")
+  return _prepare(directory, TinyImages, "array_record")
 
 
 @pytest.fixture(scope="module")
 def ragged_dir(tmp_path_factory):
   directory = tmp_path_factory.mktemp("ragged")
-  return _prepare(directory, RaggedPictures, "array_record")
+  return _prepare(directory, RaggedImages, "array_record")
 
 
 @pytest.fixture(scope="module")
 def parquet_dir(tmp_path_factory):
   directory = tmp_path_factory.mktemp("parquet")
-  return _prepare(directory, TinyPictures, "parquet")
+  return _prepare(directory, TinyImages, "parquet")
 
 
 @pytest.fixture(autouse=True)
@@ -106,11 +106,11 @@ def _own_counts(tmp_path, monkeypatch):
 
 
 def _source(data_dir, **kwargs):
-  settings = dict(name="tiny_pictures", split="train", image_size=8)
+  settings = dict(name="tiny_images", split="train", image_size=8)
   return tfds.TfdsSource(data_dir=data_dir, **(settings | kwargs))
 
 
-def test_pictures_and_texts_belong_together(data_dir):
+def test_images_and_texts_belong_together(data_dir):
   source = _source(data_dir)
   assert isinstance(source, examples.Source)
   assert source.num_images == source.num_examples("image_text") == 6
@@ -134,7 +134,7 @@ def test_each_of_several_captions_is_an_example(data_dir):
 
 
 def _ragged(ragged_dir, **kwargs):
-  settings = dict(name="ragged_pictures", text_feature="captions/text")
+  settings = dict(name="ragged_images", text_feature="captions/text")
   return _source(ragged_dir, **(settings | kwargs))
 
 
@@ -155,7 +155,7 @@ def test_every_caption_is_one_example_however_many_a_record_has(ragged_dir):
   assert len(kinds.sentences(source, 1000)) == 2 * sum(_CAPTIONS)
 
 
-def test_records_without_captions_are_pictures_all_the_same(ragged_dir):
+def test_records_without_captions_are_images_all_the_same(ragged_dir):
   source = _ragged(ragged_dir)
   assert source.num_images == 6
   assert sorted(len(source.captions(i)) for i in range(6)) == sorted(_CAPTIONS)
@@ -215,7 +215,7 @@ def test_slices_of_parquet_are_those_of_array_record(
 @pytest.mark.parametrize("name", ["data_dir", "parquet_dir"])
 def test_a_slice_and_its_rest_share_nothing(name, request, caplog):
   folder = request.getfixturevalue(name)
-  config = dict(kind="tfds", name="tiny_pictures", data_dir=str(folder))
+  config = dict(kind="tfds", name="tiny_images", data_dir=str(folder))
   config |= dict(image_feature="image", text_feature="caption", image_size=8)
   halves = dict(train_split="train[:4]", held_out_split="train[4:]")
   train, held_out = kinds.pair(config | halves)
@@ -235,8 +235,8 @@ def test_a_slice_and_its_rest_share_nothing(name, request, caplog):
 def test_a_format_that_needs_tensorflow_is_named(
   data_dir, tmp_path, file_format
 ):
-  folder = tmp_path / "tiny_pictures" / "1.0.0"
-  shutil.copytree(data_dir / "tiny_pictures" / "1.0.0", folder)
+  folder = tmp_path / "tiny_images" / "1.0.0"
+  shutil.copytree(data_dir / "tiny_images" / "1.0.0", folder)
   told = json.loads((folder / "dataset_info.json").read_text())
   told["fileFormat"] = file_format
   (folder / "dataset_info.json").write_text(json.dumps(told))
@@ -269,19 +269,19 @@ def test_caches_know_another_feature_and_another_preparation(
 
 
 def test_a_prepared_folder_and_a_slice_can_be_named(data_dir):
-  folder = str(data_dir / "tiny_pictures" / "1.0.0")
+  folder = str(data_dir / "tiny_images" / "1.0.0")
   source = tfds.TfdsSource(folder, "train[:2]", image_size=8)
   assert source.num_images == 2
-  assert source.name == "tfds:tiny_pictures/1.0.0:train[:2]"
+  assert source.name == "tfds:tiny_images/1.0.0:train[:2]"
 
 
-def test_a_broken_picture_is_an_image_error_with_its_record(
+def test_a_broken_image_is_an_image_error_with_its_record(
   data_dir, monkeypatch
 ):
   source = _source(data_dir)
-  record = source._records[2] | {"image": b"not a picture"}
+  record = source._records[2] | {"image": b"not an image"}
   monkeypatch.setattr(source, "_records", {2: record})
-  with pytest.raises(images.ImageError, match=r"tiny_pictures.*train\[2\]"):
+  with pytest.raises(image_io.ImageError, match=r"tiny_images.*train\[2\]"):
     source.image(2)
 
 
@@ -322,5 +322,5 @@ def test_reading_needs_no_tensorflow(data_dir):
     "s = tfds.TfdsSource(sys.argv[1], 'train', image_size=8);"
     "s.image(0), s.captions(0); assert 'tensorflow' not in sys.modules"
   )
-  folder = str(data_dir / "tiny_pictures" / "1.0.0")
+  folder = str(data_dir / "tiny_images" / "1.0.0")
   subprocess.run([sys.executable, "-c", code, folder], check=True)

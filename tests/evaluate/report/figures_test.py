@@ -1,4 +1,4 @@
-"""Figures: the right patches bright, the right pictures in the right places."""
+"""Figures: the right patches bright, the right images in the right places."""
 
 import numpy as np
 import pytest
@@ -52,18 +52,18 @@ def test_a_mask_that_fills_no_square_is_refused(count):
       figures.overlay_mask(RED, np.ones(0, bool), grid=(2, 2))
 
 
-def test_a_picture_of_another_type_is_refused():
+def test_a_image_of_another_type_is_refused():
   with pytest.raises(ValueError, match=r"float32\[4, 4, 3\].*uint8"):
     figures.to_pil(np.zeros((4, 4, 3), np.float32))
 
 
-def test_small_pictures_keep_their_pixels_when_enlarged():
+def test_small_images_keep_their_pixels_when_enlarged():
   checker = np.indices((4, 4)).sum(0) % 2 * 255
   large = figures.fit(checker.astype(np.uint8), 64)
   assert set(np.asarray(large).reshape(-1)) == {0, 255}
 
 
-def test_a_contact_sheet_holds_the_pictures_in_order_over_their_labels():
+def test_a_contact_sheet_holds_the_images_in_order_over_their_labels():
   images = [RED, BLUE, BLUE, RED, Image.fromarray(RED)]
   sheet = np.asarray(
     figures.contact_sheet(images, ["", "", "", "", "x"], columns=2, cell=40)
@@ -87,17 +87,17 @@ def test_a_long_label_is_wrapped_within_its_cell():
   assert (sheet[:, -6:] == 255).all()  # nothing runs over the edge
 
 
-def test_pictures_that_are_not_square_keep_their_shape():
+def test_images_that_are_not_square_keep_their_shape():
   wide = np.zeros((10, 40, 3), np.uint8)
   sheet = np.asarray(figures.contact_sheet([wide], cell=80))
   dark = (sheet < 128).all(-1)
   assert dark.sum() == 80 * 20
 
 
-def test_a_contact_sheet_needs_pictures_and_a_label_each():
-  with pytest.raises(ValueError, match="at least one picture"):
+def test_a_contact_sheet_needs_images_and_a_label_each():
+  with pytest.raises(ValueError, match="at least one image"):
     figures.contact_sheet([])
-  with pytest.raises(ValueError, match="2 pictures with 1 labels"):
+  with pytest.raises(ValueError, match="2 images with 1 labels"):
     figures.contact_sheet([RED, RED], ["a"])
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lavit_jax.evaluate.report import page, plots
 
-PICTURE = np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8)
 VOID = {"meta", "img", "line", "rect", "circle", "polyline", "!doctype"}
 
 
@@ -69,15 +69,15 @@ def full_report():
         title="What is kept",
         text="<script>alert(1)</script>",
         blocks=[
-          page.Figure(image=PICTURE, caption="a figure"),
+          page.Figure(image=IMAGE, caption="a figure"),
           page.Figure(image=plots.bar_chart({"one": 1.0}), title="a chart"),
           page.Table(
             columns=["selection", "gain", "sample"],
-            rows=[["learned", 0.91, PICTURE], ["random", None, "–"]],
+            rows=[["learned", 0.91, IMAGE], ["random", None, "–"]],
           ),
           page.Gallery(
-            labels=("picture", "reference", "model"),
-            rows=[(PICTURE, "a <red> circle", "a blue one")] * 2,
+            labels=("image", "reference", "model"),
+            rows=[(IMAGE, "a <red> circle", "a blue one")] * 2,
             right=[True, False],
           ),
         ],
@@ -116,12 +116,12 @@ def test_the_page_needs_nothing_beside_it():
   assert all(src.startswith("data:image/png;base64,") for src in checker.images)
 
 
-def test_pictures_are_embedded_bit_by_bit():
+def test_images_are_embedded_bit_by_bit():
   sources = parse(full_report()).images
   assert len(sources) == 4  # figure, table, two cards
   for source in sources:
     data = base64.b64decode(source.removeprefix("data:image/png;base64,"))
-    np.testing.assert_array_equal(Image.open(io.BytesIO(data)), PICTURE)
+    np.testing.assert_array_equal(Image.open(io.BytesIO(data)), IMAGE)
 
 
 def test_links_of_the_head_lead_to_sections():

@@ -66,8 +66,8 @@ def workdir(tmp_path):
     checkpoint = folder / "checkpoints" / str(step)
     checkpoint.mkdir(parents=True)
     (checkpoint / "arrays").write_bytes(bytes(2_000_000))
-    picture = np.full((4, 8, 3), 20 * step, np.uint8)
-    Image.fromarray(picture).save(folder / "pictures" / f"{step:06d}.png")
+    image = np.full((4, 8, 3), 20 * step, np.uint8)
+    Image.fromarray(image).save(folder / "pictures" / f"{step:06d}.png")
   return folder
 
 
@@ -95,7 +95,7 @@ def test_the_page_says_how_the_run_went(workdir, tmp_path):
     "Run run",
     "Where the time went",
     "Checkpoints",
-    "Evaluation pictures",
+    "Evaluation images",
     "Config",
     "held-out loss, last",
     "2.875",

@@ -72,15 +72,15 @@ def texts():
 
 @pytest.fixture(scope="module")
 def scenes():
-  """Prompts of 32 held-out pictures, read as continuous tokens."""
+  """Prompts of 32 held-out images, read as continuous tokens."""
   see = visual.VisualTokenizer(
     checkpoints.load_part(TINY, "encoder"),
     checkpoints.load_part(TINY, "tokenizer"),
   )
   language = parts.Language(TINY, see)
   source = shapes.ShapesSource("held_out", size=32)
-  pictures = np.stack([source.image(i) for i in range(32)])
-  tokens, valid = language.read(pictures)
+  images = np.stack([source.image(i) for i in range(32)])
+  tokens, valid = language.read(images)
   vocab = language.vocabulary
   rows = [
     [vocab.image_begin, row[kept], vocab.image_end]
@@ -124,7 +124,7 @@ def test_captions_of_scenes_are_nearly_all_the_same(tiny, rounded, scenes):
   before, after = (
     np.asarray(decode.generate(*pair, **how).tokens) for pair in (tiny, rounded)
   )
-  assert len(np.unique(before, axis=0)) >= 30  # 32 pictures, other words each
+  assert len(np.unique(before, axis=0)) >= 30  # 32 images, other words each
   assert (before == after).all(1).mean() >= 0.9
 
 

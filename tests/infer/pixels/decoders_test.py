@@ -35,8 +35,8 @@ def lavit(directory):
   return pipeline.LaVIT.load(directory)
 
 
-def _arrays(pictures):
-  return np.stack([np.asarray(p, np.int32) for p in pictures])
+def _arrays(images):
+  return np.stack([np.asarray(p, np.int32) for p in images])
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def drawn(lavit):
 
 
 @pytest.mark.parametrize("kind", ["lowres", "highres"])
-def test_a_picture_is_its_seed_s_whatever_the_batch(lavit, drawn, kind):
+def test_a_image_is_its_seed_s_whatever_the_batch(lavit, drawn, kind):
   (alone,) = lavit.draw_codes(CODES[2:], seed=5, decoder=kind, **_QUICK)
   difference = _arrays([alone]) - _arrays(drawn[kind][2:])
   assert np.abs(difference).max() <= 1
@@ -99,11 +99,11 @@ def test_tiles_draw_nearly_the_same(lavit, drawn):
   assert 0 < difference.mean() < 40
 
 
-def test_progress_counts_all_steps_of_all_pictures(lavit):
+def test_progress_counts_all_steps_of_all_images(lavit):
   told = []
   lavit.draw_codes(
     CODES * 2, seed=3, progress=lambda *now: told.append(now), **_QUICK
-  )  # six pictures: four, then two
+  )  # six images: four, then two
   assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
   lavit.draw_codes(CODES[:1], **_QUICK)
   assert len(told) == 4  # nobody is told of another call
@@ -111,10 +111,10 @@ def test_progress_counts_all_steps_of_all_pictures(lavit):
 
 def test_reconstruction_needs_no_language_model(lavit):
   rng = np.random.default_rng(0)
-  pictures = rng.integers(0, 256, (2, 40, 50, 3), dtype=np.uint8)
-  both = lavit.reconstruct(pictures, decoder="lowres", **_QUICK)
-  assert [picture.size for picture in both] == [(32, 32)] * 2
-  tokens = lavit.tokenize(pictures)
+  images = rng.integers(0, 256, (2, 40, 50, 3), dtype=np.uint8)
+  both = lavit.reconstruct(images, decoder="lowres", **_QUICK)
+  assert [image.size for image in both] == [(32, 32)] * 2
+  tokens = lavit.tokenize(images)
   again = lavit.draw_codes(
     [row["codes"] for row in tokens], decoder="lowres", **_QUICK
   )
@@ -200,16 +200,16 @@ def test_squares_without_latents_take_no_ratio():
     with pytest.raises(errors.UsageError, match="decoder"):
       tiny.draw_codes(CODES, decoder="pixels", **options)
   told = []
-  (picture,) = tiny.draw_codes(
+  (image,) = tiny.draw_codes(
     CODES[:1], solver="dpm++", steps=3, progress=lambda *now: told.append(now)
   )
   assert told[-1] == (3, 3)
-  assert picture.size == (48, 48)
+  assert image.size == (48, 48)
 
 
 @pytest.fixture
 def guarded(directory, tmp_path):
-  """The micro model with a checker that withholds light pictures."""
+  """The micro model with a checker that withholds light images."""
   copy = tmp_path / "guarded"
   shutil.copytree(directory, copy)
   config = safety.SafetyConfig(
@@ -237,19 +237,19 @@ def guarded(directory, tmp_path):
 def test_what_the_safety_checker_withholds_is_black_and_named(guarded):
   lavit = pipeline.LaVIT.load(guarded)
   assert lavit.info()["safety_checker"]
-  for picture in lavit.draw_codes(CODES, size=(32, 20), **_QUICK):
-    assert safety_lib.is_withheld(picture)
-    assert picture.size == (20, 32)
-    assert not np.asarray(picture).any()
+  for image in lavit.draw_codes(CODES, size=(32, 20), **_QUICK):
+    assert safety_lib.is_withheld(image)
+    assert image.size == (20, 32)
+    assert not np.asarray(image).any()
   free = pipeline.LaVIT.load(guarded, check_safety=False)
   free._painters = lavit._painters  # compiled already
   assert not free.info()["safety_checker"]
-  for picture in free.draw_codes(CODES, size=(32, 20), **_QUICK):
-    assert not safety_lib.is_withheld(picture)
-    assert np.asarray(picture).any()
+  for image in free.draw_codes(CODES, size=(32, 20), **_QUICK):
+    assert not safety_lib.is_withheld(image)
+    assert np.asarray(image).any()
 
 
-def test_the_checker_sees_the_middle_of_a_picture():
+def test_the_checker_sees_the_middle_of_a_image():
   from PIL import Image
 
   wide = Image.new("RGB", (96, 32))
@@ -261,7 +261,7 @@ def test_the_checker_sees_the_middle_of_a_picture():
 
 
 def test_options_name_what_they_are():
-  how = options_lib.Painting(size=[32, 48])
+  how = options_lib.PixelOptions(size=[32, 48])
   assert how.size == (32, 48)
   with pytest.raises(errors.UsageError, match="two whole numbers"):
-    options_lib.Painting(size="32x48")
+    options_lib.PixelOptions(size="32x48")

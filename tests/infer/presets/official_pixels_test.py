@@ -1,9 +1,9 @@
-"""Pictures scaled as torch's bicubic interpolation scales them."""
+"""Images scaled as torch's bicubic interpolation scales them."""
 
 import numpy as np
 import pytest
 
-from lavit_jax.core import images
+from lavit_jax.core import image_io
 from lavit_jax.infer.presets import official_pixels
 
 
@@ -27,8 +27,8 @@ def test_bicubic_is_that_of_torch(before, after):
   np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-def test_a_flat_picture_stays_flat_and_is_normalised():
+def test_a_flat_image_stays_flat_and_is_normalised():
   x = np.full((1, 9, 5, 3), 0.25, np.float32)
   found = official_pixels.clip_pixels(x, 4)
-  wanted = images.normalize(np.full((1, 4, 4, 3), 0.25, np.float32))
+  wanted = image_io.normalize(np.full((1, 4, 4, 3), 0.25, np.float32))
   np.testing.assert_allclose(found, wanted, atol=1e-6)

@@ -95,7 +95,7 @@ def test_remat_and_unroll_change_no_number(change):
   )
 
 
-def test_pictures_of_another_size_are_refused():
+def test_images_of_another_size_are_refused():
   apply, variables, _ = build()
   with pytest.raises(ValueError, match=r"\(1, 9, 8, 3\).*resize"):
     apply(variables, jnp.zeros((1, 9, 8, 3)))

@@ -57,7 +57,7 @@ def test_space_to_depth_keeps_a_patch_in_one_place():
   np.testing.assert_array_equal(pixel_decoder.depth_to_space(folded, 2), x)
 
 
-def test_features_change_the_picture_where_not_dropped(model):
+def test_features_change_the_image_where_not_dropped(model):
   _, apply, variables = model
   drop = jnp.array([False, True, False])
   out = apply(variables, _X, _T, _FEATURES, None, drop)

@@ -49,7 +49,7 @@ def theirs():
       value += 0.3 * torch.randn(value.shape)
     seen = model.vision_model(torch.tensor(_PIXELS))[1]
     seen = torch.nn.functional.normalize(model.visual_projection(seen))
-    # Thresholds that some of the pictures are above, and some are not.
+    # Thresholds that some of the images are above, and some are not.
     for name, share in (("concept", 0.96), ("special_care", 0.8)):
       vectors = getattr(model, f"{name}_embeds")
       scores = seen @ torch.nn.functional.normalize(vectors).T
@@ -67,7 +67,7 @@ def params(theirs):
   )
 
 
-def test_the_same_pictures_are_withheld_as_by_diffusers(theirs, params):
+def test_the_same_images_are_withheld_as_by_diffusers(theirs, params):
   import torch
 
   _, flags = theirs(

@@ -182,7 +182,7 @@ def test_layers_and_depths_go_by_level():
 
 
 _ADDED = dataclasses.replace(
-  _CONFIG, details=unet.Details(added_dim=4 + 3 * 2, added_time_dim=2)
+  _CONFIG, details=unet.DiffusersQuirks(added_dim=4 + 3 * 2, added_time_dim=2)
 )
 
 
@@ -315,7 +315,7 @@ def test_sizes_that_do_not_fit_are_named():
   with pytest.raises(errors.ConfigError, match="remat='half'"):
     dataclasses.replace(_CONFIG, remat="half")
   with pytest.raises(errors.ConfigError, match="added_time_dim=0"):
-    unet.Details(added_dim=3)
+    unet.DiffusersQuirks(added_dim=3)
 
 
 def test_a_scan_over_the_layers_is_the_layers():

@@ -45,10 +45,10 @@ def variables():
 def test_latents_have_a_place_for_every_square_of_pixels(variables):
   mean, logvar = _jit("encode")(variables, _X)
   assert mean.shape == logvar.shape == (2, 4, 6, 4)
-  picture = _jit("decode")(variables, mean)
-  assert picture.shape == _X.shape
-  assert jnp.isfinite(picture).all()
-  assert mean.dtype == picture.dtype == jnp.float32
+  image = _jit("decode")(variables, mean)
+  assert image.shape == _X.shape
+  assert jnp.isfinite(image).all()
+  assert mean.dtype == image.dtype == jnp.float32
 
 
 def test_variances_are_kept_within_bounds(variables):
@@ -96,7 +96,7 @@ def test_every_parameter_names_its_axes_and_can_be_sharded():
   )
   assert all(isinstance(leaf, nn.LogicallyPartitioned) for leaf in leaves)
   assert all(len(leaf.names) == leaf.value.ndim for leaf in leaves)
-  # Pictures have 3 channels and latents 4, which 8 devices do not divide.
+  # Images have 3 channels and latents 4, which 8 devices do not divide.
   full = vae.AutoencoderKL(vae.SD15_VAE)
   boxed = jax.eval_shape(full.init, jax.random.key(0), _X[:, :, :8])
   mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
@@ -152,7 +152,7 @@ def test_overlaps_that_cannot_be_are_refused(variables, overlap):
     vae.decode_tiled(_MODEL, variables, z, tile=4, overlap=overlap)
 
 
-def test_pictures_that_do_not_divide_are_refused(variables):
+def test_images_that_do_not_divide_are_refused(variables):
   with pytest.raises(errors.UsageError, match="multiples of 2"):
     _MODEL.apply(variables, _X[:, :7], method="encode")
 
@@ -182,7 +182,7 @@ def _nhwc(x):
     ("sd", "extra/vae_deprecated_names"),
   ],
 )
-def test_recorded_pictures_and_latents_are_reproduced(kind, folder):
+def test_recorded_images_and_latents_are_reproduced(kind, folder):
   if "LAVIT_SHARED" not in os.environ:
     pytest.skip("LAVIT_SHARED is not set: golden autoencoders")
   root = pathlib.Path(os.environ["LAVIT_SHARED"]) / "golden/a"
@@ -204,7 +204,7 @@ def test_recorded_pictures_and_latents_are_reproduced(kind, folder):
   assert _error(decoded, arrays[f"out_decoded_{kind}"]) < 1e-5
 
 
-# A config.json, and the sides of the pictures.
+# A config.json, and the sides of the images.
 CASES = {
   "three levels": (
     {"block_out_channels": [8, 12, 16], "layers_per_block": 2}
@@ -222,7 +222,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_autoencoder_of_diffusers_is_reproduced(case):
-  """Means, variances, pictures, and pictures decoded in tiles."""
+  """Means, variances, images, and images decoded in tiles."""
   torch = pytest.importorskip("torch", reason="computes diffusers' side")
   diffusers = pytest.importorskip("diffusers", reason="a second autoencoder")
   fields, sides = CASES[case]

@@ -40,7 +40,7 @@ def golden_apply(kind, *sizes):
 
 
 def padded(golden, case, capacity):
-  """Recorded rows of all pictures, a picture a row: vectors and valid."""
+  """Recorded rows of all images, an image a row: vectors and valid."""
   rows, counts = (golden[f"in_{n}{case}"] for n in ("quantized", "token_nums"))
   vectors = np.zeros((len(counts), capacity, rows.shape[1]), np.float32)
   valid = np.arange(capacity) < counts[:, None]
@@ -101,11 +101,11 @@ def test_gradient_reaches_the_mask_of_dropped_patches():
     return jnp.square(out - 1.0).sum()
 
   gradient = np.asarray(jax.grad(loss)(mask))
-  assert np.isfinite(gradient).all()  # none kept in the second picture
+  assert np.isfinite(gradient).all()  # none kept in the second image
   assert (np.abs(gradient[0]) > 1e-7).all()
 
 
-def test_a_picture_without_codes_has_finite_gradients():
+def test_a_image_without_codes_has_finite_gradients():
   apply, variables, vectors = build()
   valid = jnp.zeros((2, 6), bool)
 
@@ -122,7 +122,7 @@ def test_a_picture_without_codes_has_finite_gradients():
 
 def test_too_many_codes_and_uneven_heads_are_refused():
   apply, variables, vectors = build()
-  with pytest.raises(ValueError, match=r"12 codes a picture.*6"):
+  with pytest.raises(ValueError, match=r"12 codes an image.*6"):
     apply(variables, jnp.tile(vectors, (1, 2, 1)), jnp.ones((2, 12)))
   with pytest.raises(errors.ConfigError, match="num_heads=3"):
     dataclasses.replace(CONFIG, num_heads=3)

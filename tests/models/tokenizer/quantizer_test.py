@@ -301,7 +301,7 @@ def test_vectors_for_dead_codes_are_sent_by_who_has_them():
 
 
 def test_no_array_of_kmeans_at_full_size_is_vectors_by_codes():
-  """Four batches of 2,048 pictures, 192 words each, and 16,384 codes."""
+  """Four batches of 2,048 images, 192 words each, and 16,384 codes."""
   config = quantizer.LAVIT_7B
   batches, vectors = 4, 2048 * 192
   z = jax.ShapeDtypeStruct((batches, vectors, config.code_dim), jnp.float32)
@@ -314,7 +314,7 @@ def test_no_array_of_kmeans_at_full_size_is_vectors_by_codes():
 
 
 def test_no_array_of_a_steps_sums_is_vectors_by_codes():
-  """Of 2,048 pictures looked up and summed by their codes, 16,384."""
+  """Of 2,048 images looked up and summed by their codes, 16,384."""
   config = quantizer.LAVIT_7B
   vectors = 2048 * 192
 

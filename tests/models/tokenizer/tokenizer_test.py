@@ -15,7 +15,7 @@ N = 16
 
 @pytest.fixture(scope="module")
 def official():
-  """Model, variables, and the features and keep mask of recorded pictures."""
+  """Model, variables, and the features and keep mask of recorded images."""
   config = load.model_config()
   golden = load.arrays("tokenize")
   model = tokenizer.DynamicVisualTokenizer(config)
@@ -29,7 +29,7 @@ def official():
   return apply, variables, features, keep, golden
 
 
-def test_ids_of_recorded_pictures_are_the_official_ones(official):
+def test_ids_of_recorded_images_are_the_official_ones(official):
   apply, variables, features, keep, golden = official
   _, ids, valid = apply(variables, features, keep, capacity=N, method="encode")
   np.testing.assert_array_equal(valid.sum(1), golden["out_lengths"])

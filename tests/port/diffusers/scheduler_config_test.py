@@ -39,7 +39,7 @@ def test_stable_diffusions_own_file_is_our_constant():
 
 def test_missing_fields_take_ddims_defaults():
   ours = scheduler_config.parse({})
-  assert ours == schedules.Schedule(
+  assert ours == schedules.NoiseSchedule(
     kind="linear",
     beta_start=0.0001,
     beta_end=0.02,
@@ -97,7 +97,7 @@ def test_every_field_of_ddim_reaches_the_schedule():
   }
   assert set(changes) == set(scheduler_config.DEFAULTS)
   for theirs, ours in changes.values():
-    assert _parse(**theirs) == schedules.Schedule(**ours)
+    assert _parse(**theirs) == schedules.NoiseSchedule(**ours)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_what_is_written_reads_back_as_the_same():
     {"clip": (0.9, 2.0), "zero_snr": True, "spacing": "trailing"},
     {"num_steps": 2, "betas": (0.1, 0.2), "prediction": "sample"},
   ):
-    schedule = schedules.Schedule(**changes)
+    schedule = schedules.NoiseSchedule(**changes)
     written = json.loads(json.dumps(scheduler_config.unparse(schedule)))
     assert scheduler_config.parse(written) == schedule
   with pytest.raises(errors.UsageError, match="'cosine'"):
@@ -186,15 +186,15 @@ def test_both_folders_go_the_recorded_way(folder, scheduler):
   solver = solvers.OFFICIAL
   pairs = [(schedules.alphas_cumprod(schedule), f"alphas_cumprod_{scheduler}")]
   _, numbers = solver.plan(schedule, 10)
-  z, path, pictures = jnp.asarray(recorded["in_latents"]), [], []
+  z, path, images = jnp.asarray(recorded["in_latents"]), [], []
   for i, eps in enumerate(recorded["in_eps"]):
     now = {name: values[i] for name, values in numbers.items()}
-    z, picture = solver.step(schedule, eps, z, None, now)
+    z, image = solver.step(schedule, eps, z, None, now)
     path.append(z)
-    pictures.append(picture)
+    images.append(image)
   pairs += [
     (np.stack(path), f"trajectory_{scheduler}"),
-    (np.stack(pictures), f"x0_{scheduler}"),
+    (np.stack(images), f"x0_{scheduler}"),
   ]
   for ours, name in pairs:
     theirs = recorded[f"out_{name}"]

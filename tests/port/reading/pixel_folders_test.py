@@ -80,7 +80,7 @@ def test_a_folder_is_the_files_through_the_tables(tmp_path, part):
   meta = checkpoints.read_meta(tmp_path / "model", part)
   assert unet.UNetConfig(**meta["unet"]) == pixel_sources.UNETS[part]
   assert vae.VaeConfig(**meta["vae"]) == pixel_sources.VAE
-  schedule = schedules.Schedule(**meta["schedule"])
+  schedule = schedules.NoiseSchedule(**meta["schedule"])
   assert schedule == schedules.STABLE_DIFFUSION
   assert str(tmp_path) not in json.dumps(meta)
 

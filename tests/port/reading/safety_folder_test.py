@@ -13,7 +13,7 @@ diffusers = pytest.importorskip(
   reason="has the checker's class",
 )
 
-from lavit_jax.core import errors, images
+from lavit_jax.core import errors, image_io
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.infer.pixels import safety
 from lavit_jax.port import exporting, importing
@@ -34,7 +34,7 @@ _TOWER = {
 
 @pytest.fixture(scope="module")
 def checker():
-  """diffusers' checker at small sizes, which withholds light pictures."""
+  """diffusers' checker at small sizes, which withholds light images."""
   config = transformers.CLIPConfig(vision_config=_TOWER, projection_dim=16)
   torch.manual_seed(1)
   model = diffusers.StableDiffusionSafetyChecker(config).eval()
@@ -43,20 +43,20 @@ def checker():
       value += 0.3 * torch.randn(value.shape)
     model.special_care_embeds_weights.fill_(2.0)
     model.concept_embeds_weights.fill_(2.0)
-    dark, light = (_scores(model, _picture(c)) for c in (0, 255))
+    dark, light = (_scores(model, _image(c)) for c in (0, 255))
     concept = int((light - dark).argmax())
     middle = (light[concept] + dark[concept]) / 2
     model.concept_embeds_weights[concept] = middle
   return model
 
 
-def _picture(level):
+def _image(level):
   return Image.new("RGB", (40, 32), (level, level, level))
 
 
-def _scores(model, picture):
-  """Cosines of a picture with the concepts."""
-  seen = images.normalize(safety.clip_square(picture, 32))
+def _scores(model, image):
+  """Cosines of an image with the concepts."""
+  seen = image_io.normalize(safety.clip_square(image, 32))
   pixels = torch.from_numpy(seen.transpose(2, 0, 1)[None].copy())
   found = model.visual_projection(model.vision_model(pixels)[1])
   normal = torch.nn.functional.normalize
@@ -88,7 +88,7 @@ def test_it_comes_in_works_and_goes_back(source, checker, tmp_path):
   model = tmp_path / "model"
   importing.run(source, model, quiet=True, only=["safety"])
   assert checkpoints.parts_in(model) == ["safety"]
-  given = [_picture(0), _picture(255), _picture(0)]
+  given = [_image(0), _image(255), _image(0)]
   found = safety.Checker(model).check(given)
   assert [safety.is_withheld(p) for p in found] == [False, True, False]
   assert not np.asarray(found[1]).any()
@@ -157,11 +157,11 @@ _CLIP = {
     {"image_mean": [10**400] * 3},
   ],
 )
-def test_pictures_are_prepared_as_the_checkpoint_says(tmp_path, change):
+def test_images_are_prepared_as_the_checkpoint_says(tmp_path, change):
   file = "feature_extractor/preprocessor_config.json"
   (tmp_path / file).parent.mkdir()
   (tmp_path / file).write_text(json.dumps(_CLIP | change))
-  check = lambda: safety_folder._check_pictures(tmp_path, file, 32)
+  check = lambda: safety_folder._check_images(tmp_path, file, 32)
   fine = ({}, {"size": 32, "crop_size": 32}, {"rescale_factor": 1 / 255})
   if change in fine:
     check()

@@ -15,7 +15,7 @@ from lavit_jax.port import importing
 from lavit_jax.port.verify import recorded_search, recordings, verify
 from tests.port import sources
 
-PICTURES = 2
+IMAGES = 2
 END, BASE = 2, 9.0  # </s>, and what all hidden states have in common
 
 
@@ -54,11 +54,11 @@ def small(tmp_path_factory):
 
 
 def seen(model):
-  """Pixels and noise of a few pictures."""
+  """Pixels and noise of a few images."""
   rng = np.random.default_rng(0)
   side, patches = model.config.vit.image_size, model.config.num_patches
-  pixels = rng.standard_normal((PICTURES, 3, side, side), np.float32)
-  gumbel = -np.log(rng.exponential(size=(PICTURES, patches, 2)))
+  pixels = rng.standard_normal((IMAGES, 3, side, side), np.float32)
+  gumbel = -np.log(rng.exponential(size=(IMAGES, patches, 2)))
   return {"in_pixels": pixels, "in_gumbel": gumbel.astype(np.float32)}
 
 
@@ -201,8 +201,8 @@ def imported(golden, tmp_path_factory):
   return directory
 
 
-def one_picture(golden):
-  """The second picture of caption.npz alone: it is done after 22 steps."""
+def one_image(golden):
+  """The second image of caption.npz alone: it is done after 22 steps."""
   with np.load(golden / "caption.npz") as file:
     arrays = {
       n: a for n, a in file.items() if not n.endswith(("prompt", "ids"))
@@ -228,8 +228,8 @@ def one_picture(golden):
 
 @pytest.mark.shared
 @pytest.mark.slow
-def test_a_picture_that_was_done_early_passes_alone(golden, imported, tmp_path):
-  arrays, said, steps = one_picture(golden)
+def test_a_image_that_was_done_early_passes_alone(golden, imported, tmp_path):
+  arrays, said, steps = one_image(golden)
   assert steps == 22
   folder = save(tmp_path / "r", "caption", arrays, said)
   assert failed(imported, folder) == set()

@@ -80,23 +80,23 @@ def test_names_are_those_of_the_official_release(source):
     assert set(state) == wanted
 
 
-def test_pictures_get_words_of_their_own_and_captions(lavit):
+def test_images_get_words_of_their_own_and_captions(lavit):
   """Not all or nothing: what is shown of a specimen is to be looked at."""
   scenes = shapes.ShapesSource("held_out", size=4, image_size=56)
-  pictures = [scenes.image(i) for i in range(4)]
-  tokens = lavit.tokenize(pictures)
+  images = [scenes.image(i) for i in range(4)]
+  tokens = lavit.tokenize(images)
   assert all(0 < row["keep"].sum() < row["keep"].size for row in tokens)
   assert len({tuple(row["keep"]) for row in tokens}) > 1
   assert len(set(np.concatenate([row["codes"] for row in tokens]))) > 4
-  captions = lavit.caption(pictures, max_new_tokens=8)
+  captions = lavit.caption(images, max_new_tokens=8)
   assert len(set(captions)) > 1
   assert all(captions)
 
 
-def test_other_words_are_drawn_as_other_pictures(lavit):
+def test_other_words_are_drawn_as_other_images(lavit):
   codes = [np.arange(7), np.arange(100, 112)]
   drawn = lavit.draw_codes(codes, seed=0, steps=2)
-  one, two = (np.asarray(picture, np.float32) for picture in drawn)
+  one, two = (np.asarray(image, np.float32) for image in drawn)
   assert one.shape == (32, 32, 3)
   assert one.std() > 5
   assert np.abs(one - two).mean() > 1

@@ -57,13 +57,13 @@ def test_every_array_of_every_recording_passes(rows, golden):
 
 def test_numbers_are_within_the_tolerances_and_ids_equal(rows):
   numbers = [row for row in rows if row.tolerance]
-  pictures = [row for row in numbers if row.tolerance == 2 / 255]
+  images = [row for row in numbers if row.tolerance == 2 / 255]
   levels = [row for row in numbers if "uint8" in row.array]
-  assert len(pictures) == len(levels) == 5
-  assert max(row.max_abs for row in pictures) <= 2 / 255
+  assert len(images) == len(levels) == 5
+  assert max(row.max_abs for row in images) <= 2 / 255
   assert max(row.max_abs for row in levels) <= 2
   assert len(numbers) > 100
-  others = [row for row in numbers if row not in pictures + levels]
+  others = [row for row in numbers if row not in images + levels]
   assert max(row.max_rel for row in others) <= 2e-4
   exact = [row for row in rows if row.tolerance == 0.0 and row.max_abs]
   assert not exact
@@ -157,8 +157,8 @@ def test_a_folder_without_recordings_is_refused(model, tmp_path):
     verify.run(model, tmp_path)
 
 
-def test_pictures_may_differ_by_two_levels_and_no_more():
-  kinds = {"picture": 1 / 255, "levels": 1}
+def test_images_may_differ_by_two_levels_and_no_more():
+  kinds = {"image": 1 / 255, "levels": 1}
   for kind, level in kinds.items():
     theirs = np.zeros((2, 3), np.float32)
     for off, status in ((1.99, "pass"), (2.01, "fail")):

@@ -183,7 +183,7 @@ def assert_computes_the_same(model, part, folder):
       to_torch["condition"],
       added_cond_kwargs=added,
     ).sample.numpy()
-    picture = latent.decode(to_torch["z"]).sample.numpy()
+    image = latent.decode(to_torch["z"]).sample.numpy()
   z = jnp.asarray(given.pop("z").transpose(0, 2, 3, 1))
 
   @jax.jit
@@ -196,10 +196,10 @@ def assert_computes_the_same(model, part, folder):
 
   ours = ours.lower(stored.params, z, given).compile(_QUICK)
   eps, made = ours(stored.params, z, given)
-  for found, wanted in ((eps, out), (made, picture)):
+  for found, wanted in ((eps, out), (made, image)):
     found = np.asarray(found).transpose(0, 3, 1, 2)
     assert load.error(found, wanted) <= 1e-5
-  schedule = schedules.Schedule(**stored.meta["schedule"])
+  schedule = schedules.NoiseSchedule(**stored.meta["schedule"])
   scheduler.set_timesteps(5)
   steps, numbers = solvers.OFFICIAL.plan(schedule, 5)
   np.testing.assert_array_equal(steps, scheduler.timesteps)
@@ -256,7 +256,9 @@ def trained(model, target, part, **meta):
 @pytest.mark.parametrize("part", FOLDERS)
 def test_diffusers_loads_a_model_trained_here(model, tmp_path, part):
   schedule = dataclasses.asdict(
-    schedules.Schedule(prediction="velocity", zero_snr=True, spacing="trailing")
+    schedules.NoiseSchedule(
+      prediction="velocity", zero_snr=True, spacing="trailing"
+    )
   )
   target = tmp_path / "trained"
   trained(model[1], target, part, schedule=schedule)

@@ -1,4 +1,4 @@
-"""Held-out numbers: sums over tokens and pictures, however they are cut."""
+"""Held-out numbers: sums over tokens and images, however they are cut."""
 
 import math
 
@@ -55,16 +55,16 @@ def test_nothing_to_learn_from_is_no_number_for_the_best(pretrain):
   assert math.isnan(found["loss"])
 
 
-def test_pictures_are_of_the_fullest_batch_and_valid():
+def test_images_are_of_the_fullest_batch_and_valid():
   case = outlines.Case(stubs.pixels())
   objective, batch = case.objective, case.batch
   real = objective.held_out_metrics
 
   def metrics(params, frozen, state, batch):
     made = real(params, frozen, state, batch)
-    return made | {"pictures": batch["image"][:3]}
+    return made | {"images": batch["image"][:3]}
 
   objective.held_out_metrics = metrics
   found = _evaluate(case, _rows(batch, 0, 1), _rows(batch, 1, 2, 3))
-  np.testing.assert_array_equal(objective.pictures, batch["image"][[2, 3]])
+  np.testing.assert_array_equal(objective.images, batch["image"][[2, 3]])
   assert set(found) == {"loss", "eps_mse", "eps_mse_noisy", "picture_mse"}

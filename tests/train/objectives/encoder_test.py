@@ -76,7 +76,7 @@ def test_captions_are_scored_by_their_own_tokens():
   assert encoder.caption_loss(logits, text, 0 * weights) == 0
 
 
-def test_pixels_are_the_squared_error_of_valid_pictures():
+def test_pixels_are_the_squared_error_of_valid_images():
   rng = np.random.default_rng(0)
   made, target = rng.standard_normal((2, 6, 4, 12)).astype(np.float32)
   loss = encoder.pixel_loss(made, target, _PAIRS)
@@ -84,7 +84,7 @@ def test_pixels_are_the_squared_error_of_valid_pictures():
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-def test_whitening_is_of_covariance_and_mean_of_valid_pictures():
+def test_whitening_is_of_covariance_and_mean_of_valid_images():
   rng = np.random.default_rng(0)
   features = rng.normal(0.3, 2.0, (6, 4, 5)).astype(np.float32)
   run = jax.jit(jax.value_and_grad(encoder.whitening_loss))
@@ -129,7 +129,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(stage):
   assert min(found.values()) >= 0 < found["whitening"]
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
-  # Six pictures are valid; of these one has no caption.
+  # Six images are valid; of these one has no caption.
   counts = {name: float(x.count) for name, x in metrics.items()}
   assert (counts["contrast"], counts["pixel_mse"]) == (5, 6)
   words = case.batch["text_mask"] * case.batch["valid"][:, None]

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from lavit_jax.core import images, sharding
+from lavit_jax.core import image_io, sharding
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.models.pixels import vae
 from lavit_jax.train import loop, objectives
@@ -58,7 +58,7 @@ def _untrained(cfg):
 @pytest.mark.slow
 @pytest.mark.shared
 def test_photographs_are_learnt(tmp_path):
-  """Errors of eps and of drawn pictures fall, on photographs held out."""
+  """Errors of eps and of drawn images fall, on photographs held out."""
   with micro.one_device():
     latent_micro.save_model(tmp_path / "model", kinds=())
     made = loop.train(_autoencoder(tmp_path), tmp_path / "vae", quiet=True)
@@ -74,13 +74,13 @@ def test_photographs_are_learnt(tmp_path):
 
 
 def _check_autoencoder(root):
-  """Latents times its factor have unit variance; that of the pictures."""
+  """Latents times its factor have unit variance; that of the images."""
   part = checkpoints.load_part(root / "model", "lowres_pixels")
   net = vae.AutoencoderKL(vae.VaeConfig(**part.meta["vae"]))
   folder = pathlib.Path(os.environ["LAVIT_SHARED"]) / "data/A_coco/images"
   paths = sorted(folder.iterdir())[:32]
-  pictures = np.stack([images.to_uint8(images.load(p), 16) for p in paths])
-  x = conditioning.to_unit(pictures)
+  images = np.stack([image_io.to_uint8(image_io.load(p), 16) for p in paths])
+  x = conditioning.to_unit(images)
   mean, _ = net.apply({"params": part.params["vae"]}, x, method="encode")
   np.testing.assert_allclose(np.std(mean) * net.config.scaling_factor, 1, 0.15)
   return float(np.var(x))

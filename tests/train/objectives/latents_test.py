@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from lavit_jax.core import errors, images, sharding
+from lavit_jax.core import errors, image_io, sharding
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.data.caches import latents
 from lavit_jax.diffusion import schedules
@@ -142,7 +142,9 @@ def test_what_is_written_is_a_part_as_imported_ones_are(straight, source):
     latent_micro.unet_config("lowres"), remat="full"
   )
   assert vae.VaeConfig(**made.meta["vae"]) == latent_micro.VAE
-  assert schedules.Schedule(**made.meta["schedule"]).prediction == "velocity"
+  assert (
+    schedules.NoiseSchedule(**made.meta["schedule"]).prediction == "velocity"
+  )
   semantic = _load(straight, "lowres")
   old = checkpoints.load_part(source, "lowres")
   _equal(semantic.params["decoder"], old.params["decoder"])
@@ -152,12 +154,12 @@ def test_what_is_written_is_a_part_as_imported_ones_are(straight, source):
   assert painter.schedule.prediction == "velocity"
 
 
-def test_an_evaluation_shows_real_and_drawn_pictures(straight):
+def test_an_evaluation_shows_real_and_drawn_images(straight):
   rows = writers.read_json_lines(straight / "run" / "metrics.jsonl")
   names = {name for row in rows for name in row}
   assert {"held_out/loss", "held_out/eps_mse", "held_out/picture_mse"} <= names
   (path,) = (straight / "run" / "pictures").iterdir()
-  height, width = images.size_of(path)
+  height, width = image_io.size_of(path)
   assert (height % 2, width % 2) == (0, 0)
   assert height >= 48
 
@@ -177,7 +179,7 @@ def highres(source, tmp_path_factory):
 
 @pytest.fixture
 def lowres(source, tmp_path):
-  """The other, every second picture told nothing but `uncond`."""
+  """The other, every second image told nothing but `uncond`."""
   dropout = {"phases__train__condition_dropout": 0.5}
   return _whole("lowres", source, tmp_path, **dropout)
 
@@ -257,7 +259,7 @@ def test_the_kind_of_sdxl_draws_and_is_written_as_imported(source, tmp_path):
     state.extra,
     batch,
   )
-  assert metrics["pictures"].shape == (2, 2 * height, width, 3)
+  assert metrics["images"].shape == (2, 2 * height, width, 3)
   assert {"loss", "eps_mse", "latent_mse", "picture_mse"} <= set(metrics)
   phase = phases_lib.phases_of(objective.config)[0]
   started = objective.begin_phase(phase, state)
@@ -287,7 +289,7 @@ def test_every_axis_of_every_network_has_a_rule(highres):
   sharding.param_shardings(boxed, mesh)
 
 
-def test_a_share_of_bad_pictures_is_judged_however_few_there_are(
+def test_a_share_of_bad_images_is_judged_however_few_there_are(
   source, tmp_path
 ):
   """Too few to be judged as they come: all of them, before the cache is."""
@@ -296,7 +298,7 @@ def test_a_share_of_bad_pictures_is_judged_however_few_there_are(
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
   data = _config("lowres", tmp_path, source).data.to_dict()
   data["path"] = data["held_out_path"] = str(photos / "index.jsonl")
-  with pytest.raises(errors.DataError, match="pictures are unusable"):
+  with pytest.raises(errors.DataError, match="images are unusable"):
     latents_lib.write_cache(
       source, "lowres", data, tmp_path / "cache", batch=4, quiet=True
     )
@@ -311,7 +313,7 @@ def test_training_from_cached_latents_is_training_without(source, tmp_path):
   summary = latents_lib.write_cache(
     source, "lowres", cfg.data.to_dict(), out, batch=4, quiet=True
   )
-  assert summary["pictures"] == 8
+  assert summary["images"] == 8
   assert summary["bad"] == 0
   assert sum(p.stat().st_size for p in out.iterdir()) == summary["bytes"]
   again = latents_lib.write_cache(

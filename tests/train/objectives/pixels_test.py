@@ -153,7 +153,7 @@ def step(stage):
   return _step(stage[0], _PHASE)
 
 
-def test_an_invalid_picture_changes_nothing(stage, step):
+def test_an_invalid_image_changes_nothing(stage, step):
   objective, params, state, batch = stage
   args = (nn.meta.unbox(params), objective.frozen, nn.meta.unbox(state))
   batch = batch | {"valid": np.array([1, 1, 1, 0, 1, 1, 1, 1], np.float32)}
@@ -220,7 +220,7 @@ def test_the_exponential_mean_is_what_gets_exported(stage):
   exported, meta = objective.export(params, after)
   assert exported is after["ema"]
   assert pixel_decoder.PixelDecoderConfig(**meta["pixels"]) == _DECODER
-  assert schedules.Schedule(**meta["schedule"]) == schedules.PIXELS
+  assert schedules.NoiseSchedule(**meta["schedule"]) == schedules.PIXELS
 
 
 def test_held_out_metrics_do_not_depend_on_the_order_of_training(stage):

@@ -26,7 +26,7 @@ def _drawn(share):
 
 def test_word_dropout_hides_its_share_of_visual_words_and_nothing_else():
   tokens = jax.random.randint(jax.random.key(0), (64, 128), 0, _VOCAB.size)
-  out = pretrain.drop_words(_VOCAB, tokens, _drawn(0.25))
+  out = pretrain.drop_visual_tokens(_VOCAB, tokens, _drawn(0.25))
   visual = _VOCAB.is_code(tokens)
   np.testing.assert_array_equal(out[~visual], tokens[~visual])
   assert _VOCAB.is_code(out[visual]).all()
@@ -35,7 +35,7 @@ def test_word_dropout_hides_its_share_of_visual_words_and_nothing_else():
   expected = 0.25 * (1 - 1 / _VOCAB.num_codes)
   np.testing.assert_allclose(changed, expected, atol=0.02)
   assert len(np.unique(out[(out != tokens)])) == _VOCAB.num_codes
-  same = pretrain.drop_words(_VOCAB, tokens, _drawn(0.0))
+  same = pretrain.drop_visual_tokens(_VOCAB, tokens, _drawn(0.0))
   np.testing.assert_array_equal(same, tokens)
 
 

@@ -34,7 +34,7 @@ def _features(seed=0, shape=(4, 9, 5)):
 def test_reconstruction_is_one_minus_the_cosine_of_every_patch():
   x, made = _features(), _features(1)
   sums = tokenizer.reconstruction_sums(x, made, _VALID)
-  sums |= {"pictures": _VALID.sum(), "variance": 1.0}
+  sums |= {"images": _VALID.sum(), "variance": 1.0}
   a, b = x[_KEPT].astype(np.float64), made[_KEPT].astype(np.float64)
   norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
   expected = (1 - (a * b).sum(-1) / norms).mean()
@@ -46,7 +46,7 @@ def test_detail_is_the_squared_error_over_the_variance():
   x, made, usual = _features(), _features(1), _features(2, (9, 5))
   sums = tokenizer.reconstruction_sums(x, made, _VALID)
   variance = np.square(x - usual).mean((1, 2)) @ _VALID
-  sums |= {"pictures": _VALID.sum(), "variance": variance}
+  sums |= {"images": _VALID.sum(), "variance": variance}
   a, b = x[_KEPT].astype(np.float64), made[_KEPT].astype(np.float64)
   expected = np.square(a - b).mean() / np.square(a - usual).mean()
   detail = tokenizer.reconstruction_loss(sums, 3.0)
@@ -67,7 +67,7 @@ def test_both_terms_are_of_float32_whatever_the_features_are_in():
 def test_nothing_valid_is_no_loss():
   x, none = _features(), np.zeros(4, np.float32)
   sums = tokenizer.reconstruction_sums(x, x + 1, none)
-  sums |= {"pictures": none.sum(), "variance": none.sum()}
+  sums |= {"images": none.sum(), "variance": none.sum()}
   assert tokenizer.reconstruction_loss(sums, 3.0) == 0
 
 
@@ -79,7 +79,7 @@ def _log_probs(seed=0):
 def test_rate_is_the_squared_distance_of_the_kept_share():
   sums = tokenizer.selection_sums(jnp.asarray(_log_probs()), _VALID)
   masks = np.random.default_rng(0).random((4, 9)) < 0.3
-  sums |= {"pictures": _VALID.sum(), "kept": masks.mean(1) @ _VALID}
+  sums |= {"images": _VALID.sum(), "kept": masks.mean(1) @ _VALID}
   phase = {"rate_weight": 2.0, "rate": 1 / 3, "entropy_weight": 0.0}
   expected = 2.0 * (1 / 3 - masks[_KEPT].mean()) ** 2
   loss = tokenizer.selection_loss(sums, phase)
@@ -89,7 +89,7 @@ def test_rate_is_the_squared_distance_of_the_kept_share():
 def test_entropy_is_that_of_keep_and_drop():
   log_probs = _log_probs()
   sums = tokenizer.selection_sums(jnp.asarray(log_probs), _VALID)
-  sums |= {"pictures": _VALID.sum(), "kept": 0.0}
+  sums |= {"images": _VALID.sum(), "kept": 0.0}
   phase = {"rate_weight": 0.0, "rate": 0.0, "entropy_weight": 0.5}
   p = np.exp(log_probs[_KEPT])
   expected = -0.5 * (p * np.log(p)).sum(-1).mean()
@@ -156,7 +156,7 @@ def test_gradient_of_the_hard_mask_is_that_of_the_soft_one(case):
   assert np.abs(without["selector"]).max() > 1e-4  # the reconstruction's
 
 
-def test_commitment_and_codebook_are_of_kept_tokens_of_valid_pictures(case):
+def test_commitment_and_codebook_are_of_kept_tokens_of_valid_images(case):
   """By NumPy: every token, its nearest code, the sums that move it."""
   settings = _CODES | {"mask": "random", "revive_below": 0.0}
   (_, (state, metrics)), _ = _run(case, **settings)
@@ -227,7 +227,7 @@ _PHASES = {
 
 @pytest.mark.parametrize("name", _PHASES)
 def test_a_phase_switches_its_terms_on(name, case):
-  """Only these; an invalid picture is as if it were not there in each."""
+  """Only these; an invalid image is as if it were not there in each."""
   settings, more = _PHASES[name]
   (loss, (state, metrics)), gradient = _run(case, **settings)
   assert set(metrics) == {"loss", "recon_loss", "kept_share"} | more
@@ -252,7 +252,7 @@ def test_a_phase_switches_its_terms_on(name, case):
   )
 
 
-def test_held_out_gains_are_those_of_all_valid_pictures(case):
+def test_held_out_gains_are_those_of_all_valid_images(case):
   """However they are cut into batches."""
   objective = case.objective
   run = jax.jit(objective.held_out_metrics)

@@ -67,7 +67,7 @@ def test_a_run_goes_on_with_what_it_began_with_or_says_so(
   micro_runs, tmp_path, caplog
 ):
   (root,) = micro.branch(micro_runs, tmp_path, 1)
-  path = micro.pictures(root)
+  path = micro.images(root)
 
   def train(**updates):
     data = dict(data__kind="jsonl", data__path=str(path))

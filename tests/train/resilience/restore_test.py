@@ -105,12 +105,17 @@ def test_another_batch_size_goes_on_with_the_next_example(micro_runs, tmp_path):
 
 def test_rows_that_depend_on_their_batch_keep_its_size():
   meta = {"data": {"next_example": 80, "batch_size": 8}}
-  same = data_position.resume(meta, 7, 8, free_rows=False)
+  same = data_position.resume(meta, 7, 8, batch_size_may_change=False)
   assert same.example(7) == 80
-  assert data_position.resume(meta, 7, 5, free_rows=True).example(8) == 85
+  assert (
+    data_position.resume(meta, 7, 5, batch_size_may_change=True).example(8)
+    == 85
+  )
   with pytest.raises(errors.ConfigError, match=r"batch_size=5.*batches of 8"):
-    data_position.resume(meta, 7, 5, free_rows=False)
-  old = data_position.resume({"data": {"next_batch": 7}}, 7, 8, free_rows=True)
+    data_position.resume(meta, 7, 5, batch_size_may_change=False)
+  old = data_position.resume(
+    {"data": {"next_batch": 7}}, 7, 8, batch_size_may_change=True
+  )
   assert old.example(7) == 56
 
 

@@ -66,7 +66,7 @@ _UNET = unet.UNetConfig(
   transformer_layers=(1, 2),
   num_heads=(4, 4),
   cross_dim=96,
-  details=unet.Details(added_dim=96 + 6 * 32, added_time_dim=32),
+  details=unet.DiffusersQuirks(added_dim=96 + 6 * 32, added_time_dim=32),
 )
 _VAE = vae.VaeConfig(channels=(32, 64), layers_per_block=2, groups=8)
 
@@ -280,7 +280,7 @@ def _outline(stage, **changes):
       first, last = path.split("__")
       node = cfg[first]
     node[last] = value
-  return objectives.build(cfg, artifacts.Outline(cfg))
+  return objectives.build(cfg, artifacts.AbstractArtifacts(cfg))
 
 
 def _counted_step(objective, phase):
@@ -327,7 +327,7 @@ def test_a_step_of_pretraining():
   per_key = 3 * 4 * config.width * config.depth * 2 * length
   assert parts["llm"] - whole["llm"] == per_key * (length - 1) / 2
   assert whole["llm"] - short["llm"] == per_key * (length - 10) / 2
-  # Frozen: one forward pass of all pictures.
+  # Frozen: one forward pass of all images.
   vit = objective.tokenizer_config.vit
   assert parts["encoder"] == net.vit(vit, 2 * 3).forward
 
@@ -361,7 +361,7 @@ def test_full_size_networks():
 def test_steps_of_the_full_size_configs(name):
   module = importlib.import_module(f"lavit_jax.configs.lavit_7b.{name}")
   cfg = module.get_config()
-  objective = objectives.build(cfg, artifacts.Outline(cfg))
+  objective = objectives.build(cfg, artifacts.AbstractArtifacts(cfg))
   parts = flops.of_step(objective, objective.last_phase)
   trained = {"pretrain": "llm"}.get(name, "unet")
   assert max(parts, key=parts.get) == trained

@@ -125,11 +125,11 @@ def test_padding_is_not_useful(micro_runs):
   ]
   segment = sum(n * n for n in lengths) / sum(lengths)  # mean over tokens
   parts = flops.of_step(objective, phase, segment=segment)
-  tokens, pictures = there.mean(), batch["keep"].any(-1).mean()
+  tokens, images = there.mean(), batch["keep"].any(-1).mean()
   assert 0.3 < tokens < 1
-  assert 0 < pictures < 1
+  assert 0 < images < 1
   by_hand = sum(
-    value * (tokens if name in ("llm", "head") else pictures)
+    value * (tokens if name in ("llm", "head") else images)
     for name, value in parts.items()
   )
   assert count(batch) == pytest.approx(by_hand)

@@ -57,7 +57,7 @@ def test_tensorboard_reads_every_scalar_back(tmp_path):
       np.testing.assert_allclose(value, expected(step), rtol=1e-6)
 
 
-def test_tensorboard_reads_pictures_back_bit_by_bit(tmp_path):
+def test_tensorboard_reads_images_back_bit_by_bit(tmp_path):
   import io
 
   images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
@@ -73,7 +73,7 @@ def test_tensorboard_reads_pictures_back_bit_by_bit(tmp_path):
   assert plugin.plugin_name == "images"
 
 
-def test_pictures_of_another_type_are_refused_by_name(tmp_path):
+def test_images_of_another_type_are_refused_by_name(tmp_path):
   writer = event_files.TensorBoardWriter(tmp_path)
   with pytest.raises(ValueError, match=r"'masks'.*float64\[1, 2, 2, 3\]"):
     writer.write_images(0, {"masks": np.zeros((1, 2, 2, 3))})

@@ -1,7 +1,8 @@
 """Where a stage finds its data and the weights of earlier stages.
 
-`Stored` reads them. `Outline` knows their shapes alone, from `config.assumed`,
-so that a run can be compiled where neither weights nor data are.
+`Artifacts` reads them. `AbstractArtifacts` knows their shapes alone, from
+`config.assumed`, so that a run can be compiled where there are neither
+weights nor data.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from lavit_jax.train.objectives.frozen import branches, latent_parts
 _LOG = logging.getLogger(__name__)
 
 
-class Stored:
+class Artifacts:
   """Model directories and datasets on disk."""
 
   outline = False
@@ -41,7 +42,7 @@ class Stored:
     """
     for name, value in real.items():
       told = config.get("assumed", real).get(name)
-      if told != value and hosts.first():
+      if told != value and hosts.is_lead():
         _LOG.warning(
           "config.assumed.%s=%s, but it is %s here: where this model_dir is"
           " not, lavit compile measures another step than this run's. Give it"
@@ -50,12 +51,12 @@ class Stored:
         )
 
 
-class Outline:
+class AbstractArtifacts:
   """The same, by shape: arrays are `jax.ShapeDtypeStruct`, sources None.
 
   `config.assumed` says what is not in the rest of a config: `tokenizer`, a
   `tokenizer.TokenizerConfig` as a dict with its encoder; `text_size`, pieces
-  of text in the vocabulary; `capacity`, the most words of a picture; `decoder`
+  of text in the vocabulary; `capacity`, the most words of an image; `decoder`
   and `vae`, a pixel decoder's semantic decoder and autoencoder as dicts, by
   default the official ones.
   """

@@ -12,29 +12,29 @@ from lavit_jax.train.objectives.frozen import latent_parts
 
 
 def codes(
-  config, pictures, prints
+  config, images, prints
 ) -> tuple[codes_lib.CodeCache, codes_lib.CodeCache]:
-  """The caches of training and held-out pictures.
+  """The caches of training and held-out images.
 
   Args:
     config: of a run of stage pretrain; `accept` may name train_cache.source,
       .tokenizer and .pictures, and likewise of held_out_cache.
-    pictures: its (train, held-out) sources.
+    images: its (train, held-out) sources.
     prints: their `examples.fingerprint`s.
 
   Raises:
-    errors.DataError: there is none, or it is of other pictures, or by another
+    errors.DataError: there is none, or it is of other images, or by another
       tokenizer than model_dir's: its codes would be those of something else.
   """
   data = config.data
   # Of the tokenizer the first process alone reads all: one that fails is
   # enough.
-  words = fingerprints.of_words(config.model_dir) if hosts.first() else None
+  words = fingerprints.of_words(config.model_dir) if hosts.is_lead() else None
   found = []
   for split, folder, source, print_ in zip(
     ("train", "held_out"),
     (data.cache_dir, data.held_out_cache_dir),
-    pictures,
+    images,
     prints,
     strict=True,
   ):
@@ -51,19 +51,19 @@ def codes(
 
 
 def latents(data, training: bool, source, fingerprint: str, vae, read):
-  """The latent cache of training or held-out pictures; None without one.
+  """The latent cache of training or held-out images; None without one.
 
   Args:
     data: config.data of a run of stage latents.
     training: of which of them.
-    source: these pictures.
+    source: these images.
     fingerprint: their `examples.fingerprint`.
     vae: the VaeConfig of the autoencoder.
     read: gives its weights; called where there is a cache.
 
   Raises:
     errors.DataError: there is none where config.data says, or it is of other
-      pictures, another autoencoder or other buckets.
+      images, another autoencoder or other buckets.
   """
   folder = data.latents_dir if training else data.held_out_latents_dir
   if not folder:
@@ -71,7 +71,7 @@ def latents(data, training: bool, source, fingerprint: str, vae, read):
   return latents_lib.LatentCache.load(
     folder,
     source=fingerprint,
-    pictures=_seen(source),
+    images=_seen(source),
     vae=latent_parts.fingerprint(read(), vae),
     buckets=data.buckets,
   )
@@ -91,7 +91,7 @@ def made_of_latents(data) -> dict[str, str]:
 
 
 def _command(data, model, folder, split) -> str:
-  """What writes the cache of some pictures of config.data."""
+  """What writes the cache of some images of config.data."""
   if data.kind == "tfds":
     return "infer.tokenize_data.write_cache with the run's config.data"
   words = ["lavit", "tokenize", "--model", model, "--out", folder]
@@ -103,8 +103,8 @@ def _command(data, model, folder, split) -> str:
 
 
 def _seen(source) -> str:
-  """`picture_bytes.of` a source; "" but on the first process."""
-  return image_bytes.of(source) if hosts.first() else ""
+  """`image_bytes.of` a source; "" but on the first process."""
+  return image_bytes.of(source) if hosts.is_lead() else ""
 
 
 def _check(config, name, made, told, folder, split):

@@ -172,7 +172,7 @@ def check_buckets(buckets, config: vae.VaeConfig) -> None:
 
 
 def check_start(
-  run, config: unet.UNetConfig, schedule: schedules.Schedule
+  run, config: unet.UNetConfig, schedule: schedules.NoiseSchedule
 ) -> None:
   """Whether the model directory that a run starts from has its U-Net.
 
@@ -214,7 +214,7 @@ def check_start(
   differ = agreement.fields(theirs, config, "model.unet.")
   told = checkpoints.read_meta(folder, part).get("schedule")
   if told is not None:
-    differ += _of_schedule(schedules.Schedule(**told), schedule)
+    differ += _of_schedule(schedules.NoiseSchedule(**told), schedule)
   else:
     _LOG.warning("%s does not say its noise schedule", what)
   agreement.settle(differ, agreement.accepted(run), what=what)

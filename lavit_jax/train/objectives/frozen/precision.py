@@ -10,9 +10,9 @@ in `config.model.compute`, one entry a network:
   )
 
 So a step is the same program whether a part was imported (its part.json then
-says float32), was trained here, or is not there at all (`stored.Outline`): the
-one that `lavit compile` measures. Networks whose sizes are in the run's config
-have these fields among them. What is left out has its usual value.
+says float32), was trained here, or is not there at all (`AbstractArtifacts`):
+the one that `lavit compile` measures. Networks whose sizes are in the run's
+config have these fields among them. What is left out has its usual value.
 """
 
 import dataclasses

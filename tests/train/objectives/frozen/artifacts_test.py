@@ -42,7 +42,7 @@ def test_an_outline_has_the_shapes_of_the_real_objective(stage, micro_runs):
   cfg = micro.config(stage, micro_runs)
   real = objectives.build(cfg)
   cfg = micro.assuming(cfg)
-  outline = objectives.build(cfg, artifacts.Outline(cfg))
+  outline = objectives.build(cfg, artifacts.AbstractArtifacts(cfg))
   assert outline.batch_shapes() == real.batch_shapes()
   for shapes in (
     lambda o: jax.eval_shape(step_lib.init_fn(o, 0)),
@@ -56,4 +56,4 @@ def test_without_parts_and_without_assumptions_the_error_says_what_to_do(
 ):
   cfg = micro.config("pretrain", micro_runs)
   with pytest.raises(errors.ConfigError, match=r"config\.assumed"):
-    artifacts.Outline(cfg)
+    artifacts.AbstractArtifacts(cfg)

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from lavit_jax.core import errors, images
+from lavit_jax.core import errors, image_io
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.jobs import tokenize
 from lavit_jax.train import objectives
@@ -18,11 +18,11 @@ def made(micro_runs, tmp_path_factory):
   """A root with a model, my.jsonl and its caches."""
   folder = tmp_path_factory.mktemp("caches")
   (root,) = micro.branch(micro_runs, folder, 1)
-  path = micro.pictures(root)
+  path = micro.images(root)
   summary = tokenize.write_caches(
     root / "model", str(path), root / "mine", quiet=True
   )
-  counts = [summary[split]["pictures"] for split in ("train", "held_out")]
+  counts = [summary[split]["images"] for split in ("train", "held_out")]
   assert sum(counts) == micro.SCENES
   assert min(counts) > 0
   return root
@@ -65,7 +65,7 @@ def _rename(root):
 
 def _repaint(root):
   for path in root.glob("*.png"):
-    images.to_pil(255 - np.asarray(images.load(path))).save(path)
+    image_io.to_pil(255 - np.asarray(image_io.load(path))).save(path)
 
 
 _CHANGES = {
@@ -111,13 +111,13 @@ def test_another_tokenizer_can_be_meant(root, made, caplog):
 def test_of_which_part_of_a_file_a_cache_is_stands_in_the_message(
   root, made, caplog
 ):
-  """A tenth is held out, unless the run names a file of held-out pictures."""
+  """A tenth is held out, unless the run names a file of held-out images."""
   path = str(root / "my.jsonl")
   with pytest.raises(errors.DataError) as caught:
     objectives.build(_config(root, made, data__held_out_path=path))
   there = "train, nine tenths by hash, of my.jsonl: "
   assert there in str(caught.value)
-  assert f"all of my.jsonl: {micro.SCENES} pictures of 48" in str(caught.value)
+  assert f"all of my.jsonl: {micro.SCENES} images of 48" in str(caught.value)
   assert "held-out numbers tell nothing" in caplog.text
   assert f"--data {path} --held-out {path}" in str(caught.value), "way out"
 
@@ -132,14 +132,12 @@ def test_a_tokenizer_of_another_encoder_is_refused(root, made):
   assert set(meta["made_of"]) == {"train_data", "held_out_data", "encoder"}
 
 
-def test_a_share_of_bad_pictures_is_judged_however_few_there_are(
-  root, tmp_path
-):
+def test_a_share_of_bad_images_is_judged_however_few_there_are(root, tmp_path):
   """Too few to be judged as they come: all of them, before the cache is."""
   for path in sorted(root.glob("*.png"))[::2]:
     path.write_bytes(path.read_bytes()[:60])
   given = root / "model", str(root / "my.jsonl"), tmp_path / "codes"
-  with pytest.raises(errors.DataError, match="pictures are unusable"):
+  with pytest.raises(errors.DataError, match="images are unusable"):
     tokenize.write_caches(*given, quiet=True)
   assert not (tmp_path / "codes" / "train").exists()
   summary = tokenize.write_caches(

@@ -93,7 +93,7 @@ def test_a_start_is_held_to_the_schedule_it_was_trained_with(start, name):
 
 def test_every_field_of_a_schedule_is_compared_or_of_sampling():
   """shift and betas are of other kinds: they change the table alone."""
-  fields = {f.name for f in dataclasses.fields(schedules.Schedule)}
+  fields = {f.name for f in dataclasses.fields(schedules.NoiseSchedule)}
   known = {*_SCHEDULES, *latent_parts._SAMPLING, "shift", "betas"}
   assert fields == known
 

@@ -53,7 +53,7 @@ def _no_data(monkeypatch):
   """Objectives of weights alone: no source, no cache, no tokenizer.model."""
   nothing = lambda *_, **__: None
   pieces = lambda self: types.SimpleNamespace(size=_TEXT)
-  monkeypatch.setattr(artifacts.Stored, "sources", lambda *_: (None, None))
+  monkeypatch.setattr(artifacts.Artifacts, "sources", lambda *_: (None, None))
   monkeypatch.setattr(base.Objective, "text_tokenizer", pieces)
   monkeypatch.setattr(pipeline, "image_batches", nothing)
   monkeypatch.setattr(latents.LatentsObjective, "_batches", nothing)
@@ -212,7 +212,7 @@ def test_what_is_compiled_ahead_is_what_an_imported_model_trains(
   ahead.model_dir = ahead.start_from = ahead.vae_from = "nowhere"
   if ahead.stage == "latents":
     ahead.start_from = ""
-  assert _jaxpr(ahead, artifacts.Outline(ahead), phase) == real
+  assert _jaxpr(ahead, artifacts.AbstractArtifacts(ahead), phase) == real
   if name != "tokenizer":
     assert "bf16" in real
 

@@ -1,7 +1,7 @@
-"""The one place that decodes and preprocesses pictures.
+"""The one place that decodes and preprocesses images.
 
 `load` turns whatever a user or a dataset holds (path, bytes, PIL image, array)
-into an upright RGB picture; `to_uint8` gives the square the data pipeline
+into an upright RGB image; `to_uint8` gives the square the data pipeline
 carries; `normalize` is the model's door.
 """
 
@@ -32,21 +32,21 @@ _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
 class ImageError(errors.LavitError):
-  """A picture that cannot be used; the message names it and says why."""
+  """An image that cannot be used; the message names it and says why."""
 
 
 def load(source, *, name=None, max_pixels=MAX_PIXELS, plain=False):
-  """Decodes one picture to an upright RGB PIL image.
+  """Decodes one image to an upright RGB PIL image.
 
   EXIF orientation is applied, transparency is laid over white, CMYK, palette,
-  grey, 1-bit and 16-bit pictures become 8-bit RGB, of several frames the
+  grey, 1-bit and 16-bit images become 8-bit RGB, of several frames the
   first is taken. Files go by content, not by their ending.
 
   Args:
     source: a path, encoded bytes, a PIL image, or an array uint8[H, W],
       uint8[H, W, 1|3|4] or float[H, W, 1|3|4] in [0, 1].
-    name: what to call the picture in errors; by default the path.
-    max_pixels: larger pictures are refused before they are decoded.
+    name: what to call the image in errors; by default the path.
+    max_pixels: larger images are refused before they are decoded.
     plain: leave it to Pillow's convert("RGB") alone, as the official code
       does: no orientation, and under transparency whatever colour is stored.
 
@@ -67,7 +67,7 @@ def load(source, *, name=None, max_pixels=MAX_PIXELS, plain=False):
     image = _from_array(np.asarray(source), name)
     return _finish(image, name, max_pixels, plain)
   raise ImageError(
-    f"{name}: cannot make a picture of {type(source).__name__}; give a path,"
+    f"{name}: cannot make an image of {type(source).__name__}; give a path,"
     " encoded bytes, a PIL image or an array."
   )
 
@@ -77,15 +77,15 @@ def size_of(source, *, name=None, max_pixels=MAX_PIXELS):
 
   Args:
     source: what `load` takes.
-    name: what to call the picture in errors; by default the path.
-    max_pixels: larger pictures are refused.
+    name: what to call the image in errors; by default the path.
+    max_pixels: larger images are refused.
 
   Returns:
-    (height, width) of the upright picture. Damage beyond the header goes
+    (height, width) of the upright image. Damage beyond the header goes
     unseen.
 
   Raises:
-    ImageError: missing, no picture, too large or too thin.
+    ImageError: missing, no image, too large or too thin.
   """
   name = name or _name(source)
   encoded = isinstance(source, (bytes, bytearray, memoryview))
@@ -104,7 +104,7 @@ def size_of(source, *, name=None, max_pixels=MAX_PIXELS):
   except Exception as error:  # Pillow's plugins raise whatever they like
     reason = " ".join(str(error).split()) or type(error).__name__
     raise ImageError(
-      f"{name}: cannot be read as a picture ({reason[:200]}); replace or remove"
+      f"{name}: cannot be read as an image ({reason[:200]}); replace or remove"
       " it."
     ) from error
   return (width, height) if turned else (height, width)
@@ -126,7 +126,7 @@ def _orientation(image):
   """The EXIF orientation, 1 (upright) where there is none or a broken one."""
   try:
     return image.getexif().get(ExifTags.Base.Orientation, 1)
-  except Exception:  # as `load`, which leaves such a picture as it is
+  except Exception:  # as `load`, which leaves such an image as it is
     return 1
 
 
@@ -164,7 +164,7 @@ def normalize(pixels):
 
 
 def preprocess(source, size, **kwargs):
-  """Loads one picture as CLIP-normalised float32[size, size, 3]."""
+  """Loads one image as CLIP-normalised float32[size, size, 3]."""
   return normalize(to_uint8(load(source, **kwargs), size))
 
 
@@ -195,13 +195,13 @@ def _name(source):
 
 
 def _from_path(path, name, max_pixels, plain):
-  """Opens a file, telling a missing one from one that is no picture."""
+  """Opens a file, telling a missing one from one that is no image."""
   if os.fspath(path).startswith(("http:/", "https:/")):
-    raise ImageError(f"{name}: is a web address; download the picture first.")
+    raise ImageError(f"{name}: is a web address; download the image first.")
   try:
     path = files.place(path)
     if path.is_dir():
-      raise ImageError(f"{name}: is a folder, not a picture.")
+      raise ImageError(f"{name}: is a folder, not an image.")
     with path.open("rb") as file:
       return _decode(file, name, max_pixels, plain)
   except FileNotFoundError:
@@ -223,8 +223,8 @@ def _decode(file, name, max_pixels, plain):
     raise
   except UnidentifiedImageError as error:
     raise ImageError(
-      f"{name}: is no picture of a known format (empty, damaged or something"
-      " else under a picture's name); replace or remove it."
+      f"{name}: is no image of a known format (empty, damaged or something"
+      " else under an image's name); replace or remove it."
     ) from error
   except Exception as error:  # Pillow's plugins raise whatever they like
     reason = " ".join(str(error).split()) or type(error).__name__
@@ -234,7 +234,7 @@ def _decode(file, name, max_pixels, plain):
 
 
 def _check_size(size, name, max_pixels):
-  """Refuses empty, huge and extremely thin pictures."""
+  """Refuses empty, huge and extremely thin images."""
   width, height = size
   if width < 1 or height < 1:
     raise ImageError(f"{name}: has no pixels ({width}x{height}).")
@@ -302,7 +302,7 @@ def _from_array(array, name):
     array = array[..., 0]
   if array.ndim != 2 and (array.ndim != 3 or array.shape[-1] not in (3, 4)):
     raise ImageError(
-      f"{name}: an array picture is [H, W], [H, W, 1], [H, W, 3] or"
+      f"{name}: an array image is [H, W], [H, W, 1], [H, W, 3] or"
       f" [H, W, 4], got {array.shape}."
     )
   if not array.size:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin, features
 
-from lavit_jax.core import images
+from lavit_jax.core import image_io
 
 _TRICKY = pathlib.Path(__file__).parents[1] / "data_files" / "tricky"
 _MANIFEST = json.loads((_TRICKY / "manifest.json").read_text())
@@ -25,10 +25,10 @@ def _name(entry):
 def _check(folder, entry):
   path = folder / entry["image"]
   if entry["verdict"] == "reject":
-    with pytest.raises(images.ImageError, match=entry["image"]):
-      images.load(path)
+    with pytest.raises(image_io.ImageError, match=entry["image"]):
+      image_io.load(path)
     return
-  image = images.load(path)
+  image = image_io.load(path)
   width, height = entry["size"]
   turned = entry["orientation"] in (5, 6, 7, 8)
   assert image.size == ((height, width) if turned else (width, height))
@@ -50,16 +50,16 @@ def test_large_odd_file_is_treated_as_its_manifest_says(entry):
 
 
 def _array(name):
-  return np.asarray(images.load(_TRICKY / name)).astype(np.float32)
+  return np.asarray(image_io.load(_TRICKY / name)).astype(np.float32)
 
 
-def test_cmyk_is_the_picture_not_its_negative():
+def test_cmyk_is_the_image_not_its_negative():
   error = np.abs(_array("pil_sample_cmyk.jpg") - _array("pil_sample_rgb.jpg"))
   assert error.mean() < 12
 
 
 @pytest.mark.parametrize("turn", [3, 6])
-def test_orientation_makes_the_picture_upright(turn):
+def test_orientation_makes_the_image_upright(turn):
   upright = _array("hopper.jpg")
   error = np.abs(_array(f"hopper_orientation_{turn}.jpg") - upright)
   assert error.mean() < 12
@@ -68,7 +68,7 @@ def test_orientation_makes_the_picture_upright(turn):
 @pytest.mark.parametrize(
   "kind", ["JPEG", "PNG", "WEBP", "TIFF", "MPO", "GIF", "JPEG2000", "AVIF"]
 )
-def test_the_header_tells_the_size_that_a_picture_is_loaded_with(kind):
+def test_the_header_tells_the_size_that_a_image_is_loaded_with(kind):
   if kind == "AVIF" and not features.check("avif"):
     pytest.skip("this Pillow has no AVIF")  # before 11.3
   turned = set()
@@ -76,8 +76,8 @@ def test_the_header_tells_the_size_that_a_picture_is_loaded_with(kind):
     file, exif = io.BytesIO(), Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     Image.new("RGB", (60, 40)).save(file, kind, exif=exif)
-    height, width = images.size_of(file.getvalue())
-    assert images.load(file.getvalue()).size == (width, height)
+    height, width = image_io.size_of(file.getvalue())
+    assert image_io.load(file.getvalue()).size == (width, height)
     turned |= {height > width}
   bare = kind in ("GIF", "JPEG2000")  # no place for an orientation
   assert turned == ({False} if bare else {False, True})
@@ -87,14 +87,14 @@ def test_the_header_tells_the_size_that_a_picture_is_loaded_with(kind):
 @pytest.mark.parametrize("entry", _HERE, ids=_name)
 def test_the_header_tells_the_size_of_odd_files(entry):
   if entry["verdict"] != "reject":
-    found = images.load(_TRICKY / entry["image"]).size[::-1]
-    assert images.size_of(_TRICKY / entry["image"]) == found
+    found = image_io.load(_TRICKY / entry["image"]).size[::-1]
+    assert image_io.size_of(_TRICKY / entry["image"]) == found
 
 
 def test_transparent_pixels_are_white_not_their_hidden_colour():
   image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
   image.putpixel((1, 0), (255, 0, 0, 255))
-  pixels = np.asarray(images.load(image))
+  pixels = np.asarray(image_io.load(image))
   np.testing.assert_array_equal(pixels[0], [[255, 255, 255], [255, 0, 0]])
 
 
@@ -104,7 +104,7 @@ def test_palette_transparency_is_white():
   image.putpixel((1, 0), 1)
   file = io.BytesIO()
   image.save(file, "PNG", transparency=0)
-  pixels = np.asarray(images.load(file.getvalue()))
+  pixels = np.asarray(image_io.load(file.getvalue()))
   np.testing.assert_array_equal(pixels[0], [[255, 255, 255], [40, 50, 60]])
 
 
@@ -112,7 +112,7 @@ def test_sixteen_bits_are_scaled_not_clipped():
   values = np.array([[0, 257, 32896, 65535]], np.uint16)
   file = io.BytesIO()
   Image.fromarray(values).save(file, "PNG")
-  pixels = np.asarray(images.load(file.getvalue()))
+  pixels = np.asarray(image_io.load(file.getvalue()))
   np.testing.assert_array_equal(pixels[0, :, 0], [0, 1, 128, 255])
 
 
@@ -124,7 +124,7 @@ def test_first_frame_of_an_animation():
   frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
   file = io.BytesIO()
   frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
-  pixels = np.asarray(images.load(file.getvalue()))
+  pixels = np.asarray(image_io.load(file.getvalue()))
   np.testing.assert_array_equal(pixels[0, 0], [255, 0, 0])
 
 
@@ -135,15 +135,15 @@ def test_bombs_are_refused_without_being_unpacked(monkeypatch):
 
   monkeypatch.setattr(ImageFile.ImageFile, "load", unpack)
   monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", unpack)
-  with pytest.raises(images.ImageError, match="limit of"):
-    images.load(_TRICKY / "made_bomb_12000x12000.png")
+  with pytest.raises(image_io.ImageError, match="limit of"):
+    image_io.load(_TRICKY / "made_bomb_12000x12000.png")
 
 
 def test_pixel_limit_counts_pixels():
   image = Image.new("RGB", (10, 10))
-  assert images.load(image, max_pixels=100).size == (10, 10)
-  with pytest.raises(images.ImageError, match="limit of 99"):
-    images.load(image, max_pixels=99)
+  assert image_io.load(image, max_pixels=100).size == (10, 10)
+  with pytest.raises(image_io.ImageError, match="limit of 99"):
+    image_io.load(image, max_pixels=99)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_pixel_limit_counts_pixels():
     ("https://example.org/a.jpg", "web address"),
     ("a\0b.jpg", "cannot be read"),
     (b"", "0 bytes"),
-    (b"<html>", "no picture"),
+    (b"<html>", "no image"),
     (3, "int"),
     (np.zeros((2, 3, 5), np.uint8), "2, 3, 5"),
     (np.zeros((2, 2), np.int64), "int64"),
@@ -165,45 +165,45 @@ def test_pixel_limit_counts_pixels():
     (Image.new("RGB", (1000, 2)), "thinner"),
   ],
 )
-def test_what_is_no_picture_is_named_and_refused(source, said):
-  with pytest.raises(images.ImageError, match=said):
-    images.load(source)
+def test_what_is_no_image_is_named_and_refused(source, said):
+  with pytest.raises(image_io.ImageError, match=said):
+    image_io.load(source)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 5, 1), (3, 5, 3), (3, 5, 4)])
 def test_arrays_of_every_layout_become_rgb(shape):
   array = np.full(shape, 255, np.uint8)
-  image = images.load(array)
+  image = image_io.load(array)
   assert (image.mode, image.size) == ("RGB", (5, 3))
   assert np.asarray(image).min() == 255
 
 
-def test_float_and_uint8_arrays_give_the_same_picture():
+def test_float_and_uint8_arrays_give_the_same_image():
   array = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-  same = np.asarray(images.load(array / np.float32(255)))
+  same = np.asarray(image_io.load(array / np.float32(255)))
   np.testing.assert_array_equal(same, array)
 
 
-def test_path_bytes_and_open_picture_give_the_same_pixels():
+def test_path_bytes_and_open_image_give_the_same_pixels():
   path = _TRICKY / "hopper.jpg"
-  from_path = np.asarray(images.load(path))
+  from_path = np.asarray(image_io.load(path))
   np.testing.assert_array_equal(
-    np.asarray(images.load(path.read_bytes())), from_path
+    np.asarray(image_io.load(path.read_bytes())), from_path
   )
   with Image.open(path) as image:
-    np.testing.assert_array_equal(np.asarray(images.load(image)), from_path)
+    np.testing.assert_array_equal(np.asarray(image_io.load(image)), from_path)
 
 
 def test_resize_is_pillows_bicubic_straight_to_a_square():
-  image = images.load(_TRICKY / "flower.webp")
-  pixels = images.to_uint8(image, 24)
+  image = image_io.load(_TRICKY / "flower.webp")
+  pixels = image_io.to_uint8(image, 24)
   expected = image.resize((24, 24), Image.Resampling.BICUBIC)
   assert (pixels.dtype, pixels.shape) == (np.uint8, (24, 24, 3))
   np.testing.assert_array_equal(pixels, np.asarray(expected))
 
 
 def test_preprocess_uses_clips_mean_and_deviation():
-  pixels = images.preprocess(np.full((2, 2, 3), 255, np.uint8), 2)
+  pixels = image_io.preprocess(np.full((2, 2, 3), 255, np.uint8), 2)
   expected = (1 - np.array([0.48145466, 0.4578275, 0.40821073])) / np.array(
     [0.26862954, 0.26130258, 0.27577711]
   )
@@ -213,11 +213,11 @@ def test_preprocess_uses_clips_mean_and_deviation():
 
 def test_normalize_takes_bytes_floats_and_jax_arrays():
   array = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-  expected = images.normalize(array)
+  expected = image_io.normalize(array)
   np.testing.assert_allclose(
-    images.normalize(array / np.float32(255)), expected, atol=1e-6
+    image_io.normalize(array / np.float32(255)), expected, atol=1e-6
   )
-  on_device = images.normalize(jnp.asarray(array))
+  on_device = image_io.normalize(jnp.asarray(array))
   assert isinstance(on_device, jnp.ndarray)
   np.testing.assert_allclose(on_device, expected, atol=1e-6)
 
@@ -225,11 +225,11 @@ def test_normalize_takes_bytes_floats_and_jax_arrays():
 def test_to_pil_clips_and_rounds():
   pixels = np.array([[[-1.0, 0.5, 2.0]]])
   np.testing.assert_array_equal(
-    np.asarray(images.to_pil(pixels)), [[[0, 128, 255]]]
+    np.asarray(image_io.to_pil(pixels)), [[[0, 128, 255]]]
   )
 
 
 @pytest.mark.parametrize("bad", [np.zeros((2, 2)), np.full((1, 1, 3), np.nan)])
-def test_to_pil_refuses_what_is_no_picture(bad):
-  with pytest.raises(images.ImageError):
-    images.to_pil(bad)
+def test_to_pil_refuses_what_is_no_image(bad):
+  with pytest.raises(image_io.ImageError):
+    image_io.to_pil(bad)
