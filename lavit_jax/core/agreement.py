@@ -1,8 +1,8 @@
-"""Whether what is stored is what a run takes it for.
+"""Compares stored settings and fingerprints with those of a run.
 
-Weights mean something only under the settings that they were trained with. Of
-two descriptions of one thing every field that differs is found, and named with
-both values and the way out; which are meant, `config.accept` says.
+Weights are meaningful only with the settings that they were trained with. Each
+difference is reported with both values and a way out; `config.accept` names
+those that are intended.
 """
 
 import dataclasses
@@ -13,86 +13,94 @@ from typing import Any
 from lavit_jax.core import errors
 
 _LOG = logging.getLogger(__name__)
-# How a network is computed; its weights mean the same.
+# Fields that change how a network is computed, not the meaning of its weights.
 COMPUTED = ("dtype", "remat", "unroll", "scan", "matmul")
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """A field or a fingerprint that is not the same on both sides.
+  """A field or a fingerprint that differs between what is stored and a run.
 
   Attributes:
     name: as `config.accept` names it.
-    theirs: the stored value.
-    ours: this run's.
+    stored: the stored value.
+    current: the value of this run.
     way_out: what to do about it, a clause such as "give --config.x=1".
   """
 
   name: str
-  theirs: Any
-  ours: Any
+  stored: Any
+  current: Any
   way_out: str
 
-  def __str__(self):
-    return f"{self.name} is {self.theirs!r} there, {self.ours!r} here"
+  def __str__(self) -> str:
+    return f"{self.name} is {self.stored!r} there, {self.current!r} here"
 
 
 def fields(
-  theirs: Any, ours: Any, prefix: str, free: Collection[str] = ()
+  stored: Any, current: Any, prefix: str, free: Collection[str] = ()
 ) -> list[Difference]:
-  """Fields of two configs of one class that differ.
+  """Returns the fields in which two configs of one class differ.
 
   Args:
-    theirs: a dataclass, as stored.
-    ours: a dataclass of the same class, as of this run.
+    stored: a dataclass, as stored.
+    current: a dataclass of the same class, of this run.
     prefix: of the fields in a run's config, such as "model.llm.".
-    free: names of fields that may differ, beside `COMPUTED`.
+    free: names of fields that may differ, besides `COMPUTED`.
   """
-  found = _fields(dataclasses.asdict(theirs), dataclasses.asdict(ours), prefix)
-  may = {prefix + name for name in (*COMPUTED, *free)}
+  differing = _differing(
+    dataclasses.asdict(stored), dataclasses.asdict(current), prefix
+  )
+  allowed = {prefix + name for name in (*COMPUTED, *free)}
   return [
     Difference(name, old, new, f"give --config.{name}={old}")
-    for name, (old, new) in found.items()
-    if name not in may
+    for name, (old, new) in differing.items()
+    if name not in allowed
   ]
 
 
-def _fields(theirs, ours, prefix):
-  """{dotted name: (theirs, ours)} where they differ."""
-  found = {}
-  for key in ours:
-    old, new = theirs[key], ours[key]
+def _differing(stored, current, prefix):
+  """Returns {dotted name: (stored, current)} of values that differ."""
+  differing = {}
+  for key in current:
+    old, new = stored[key], current[key]
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-      found |= _fields(old, new, f"{prefix}{key}.")
+      differing |= _differing(old, new, f"{prefix}{key}.")
     elif old != new:
-      found[prefix + key] = old, new
-  return found
+      differing[prefix + key] = old, new
+  return differing
 
 
-def prints(
-  theirs: Mapping[str, str], ours: Mapping[str, str], way_out: str
+def fingerprints(
+  stored: Mapping[str, str], current: Mapping[str, str], way_out: str
 ) -> list[Difference]:
-  """Fingerprints that differ; what only one side has is not known to."""
+  """Returns the fingerprints that differ.
+
+  Args:
+    stored: fingerprints by name.
+    current: those of this run. Names on one side only are not compared.
+    way_out: see `Difference`.
+  """
   return [
-    Difference(name, theirs[name], ours[name], way_out)
-    for name in ours
-    if name in theirs and theirs[name] != ours[name]
+    Difference(name, stored[name], current[name], way_out)
+    for name in current
+    if name in stored and stored[name] != current[name]
   ]
 
 
-def accepted(config) -> frozenset[str]:
-  """The names in `config.accept`, of differences that are meant.
+def accepted(config: Mapping[str, Any]) -> frozenset[str]:
+  """Returns the names in `config.accept`, of intended differences.
 
   Raises:
-    errors.ConfigError: it is no text.
+    errors.ConfigError: `config.accept` is not a string.
   """
-  told = config.get("accept", "")
-  if not isinstance(told, str):
+  accept = config.get("accept", "")
+  if not isinstance(accept, str):
     raise errors.ConfigError(
-      f"config.accept={told!r}: expected names of differences, with commas"
-      " between them, such as --config.accept=train_data,encoder."
+      f"config.accept={accept!r}: expected names of differences separated by"
+      " commas, such as --config.accept=train_data,encoder."
     )
-  return frozenset(name.strip() for name in told.split(",") if name.strip())
+  return frozenset(name.strip() for name in accept.split(",") if name.strip())
 
 
 def settle(
@@ -102,13 +110,16 @@ def settle(
   what: str,
   error: type[errors.LavitError] = errors.ConfigError,
 ) -> None:
-  """Raises for differences, but for those that are accepted: a warning.
+  """Raises an error for differences; logs those that are accepted.
 
   Args:
-    differences: what `fields` or `prints` gave.
-    accept: see `accepted`.
-    what: begins the message, such as "The llm of start_from=DIR".
-    error: of what kind the error is.
+    differences: of `fields` or `fingerprints`.
+    accept: names of intended differences, see `accepted`.
+    what: subject of the message, such as "The llm of start_from=DIR".
+    error: class of the error.
+
+  Raises:
+    error: there are differences that are not accepted.
   """
   for one in differences:
     if one.name in accept:
@@ -119,5 +130,5 @@ def settle(
     names = ",".join(sorted({*accept, *(one.name for one in wrong)}))
     raise error(
       f"{what} does not fit this run: {'; '.join(map(str, wrong))}. Either"
-      f" {ways}; or, if the difference is meant, --config.accept={names}."
+      f" {ways}; or, if the difference is intended, --config.accept={names}."
     )

@@ -1,13 +1,20 @@
-"""What a step or a held-out batch measures, as sums that can be added up.
+"""Metrics of steps and held-out batches, as sums and counts to be merged.
 
 A metric is a `clu.metrics.Metric`: it holds sums and counts, is merged over
-batches, and only then divided. So a mean over batches of unequal weight is the
-mean over what they hold, and a batch with nothing to count weighs nothing.
+batches, and only then divided. Thus the mean over batches of unequal weight is
+the mean over their examples, and a batch with a count of 0 has no weight.
+
+The sums that an objective differentiates are plain dicts and become metrics
+only in `Objective.combine`: parts of a batch are added up before the loss, any
+function of the sums, is known, and clu's metrics know division alone. Nor is
+there a `clu.metrics.Collection`: it merges all metrics of a row or none, while
+here one that is not finite is left out alone.
 """
 
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import flax.struct
 import jax
@@ -15,91 +22,94 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 
-Metrics = dict[str, metrics.Metric]
+Metric: TypeAlias = metrics.Metric
+Metrics = dict[str, Metric]
 
 
 @flax.struct.dataclass
 class Sum(metrics.Metric):
-  """A count that is added up: tokens, steps left out."""
+  """A count that is summed, such as tokens or skipped steps."""
 
   total: jax.Array
 
-  def merge(self, other):
-    """The sum of both."""
+  def merge(self, other: "Sum") -> "Sum":
+    """Returns the sum of both."""
     return Sum(self.total + other.total)
 
-  def compute(self):
-    """The sum."""
+  def compute(self) -> jax.Array:
+    """Returns the sum."""
     return self.total
 
 
 @flax.struct.dataclass
 class Std(metrics.Std):
-  """clu's standard deviation, whose `compute` asks jax.numpy.clip for `a_min`.
+  """A standard deviation.
 
-  JAX 0.10 has no such argument any more (clu 0.0.12).
+  clu's own (0.0.12) passes `a_min` to jax.numpy.clip, which JAX 0.10 removed.
   """
 
-  def compute(self):
-    """sqrt(mean of squares - square of the mean)."""
+  def compute(self) -> jax.Array:
+    """Returns sqrt(mean of squares - square of the mean)."""
     mean = self.total / self.count
     return jnp.sqrt(jnp.maximum(self.sum_of_squares / self.count - mean**2, 0))
 
 
 def mean(total: jax.Array, count: jax.Array) -> metrics.Average:
-  """A mean of which float[] sum and float[] count are known."""
+  """Returns a mean as a metric, from its sum float[] and count float[]."""
   return metrics.Average(total=total, count=count)
 
 
 def of_step(value: jax.Array) -> metrics.Average:
-  """A number float[] of a step, in which every step counts alike."""
+  """Returns a number float[] as a metric to which each step counts alike."""
   return metrics.Average(total=value, count=jnp.ones(()))
 
 
 def last(value: jax.Array) -> metrics.LastValue:
-  """A number float[] of which the newest is asked for."""
+  """Returns a number float[] as a metric whose last value is reported."""
   return metrics.LastValue(total=value, count=jnp.ones(()))
 
 
 def ratio(total: jax.Array, count: jax.Array) -> jax.Array:
-  """The mean float[] of a sum; 0 of nothing, which is no loss."""
+  """Returns the mean float[] of a sum; 0 for a count of 0, as for a loss."""
   return total / jnp.maximum(count, 1.0)
 
 
-def value(metric: metrics.Metric) -> float:
-  """The number of one metric; NaN if there was nothing to count."""
-  found = jax.tree.map(np.float64, jax.device_get(metric))
-  return float(found.compute()) if _counted(found) else math.nan
+def value(metric: Metric) -> float:
+  """Returns the number of a metric, NaN for a count of 0."""
+  on_host = jax.tree.map(np.float64, jax.device_get(metric))
+  return float(on_host.compute()) if _has_count(on_host) else math.nan
 
 
-def merged(rows: Sequence[Metrics], *, finite: bool = False):
-  """The numbers of several steps or batches together.
+def merged(
+  rows: Sequence[Metrics], *, finite: bool = False
+) -> dict[str, float]:
+  """Merges the metrics of several steps or batches.
 
   Args:
-    rows: metrics of each, on devices or not; all of them have the same names.
-    finite: leave out, metric by metric, what is not finite; NaN where nothing
-      else is there.
+    rows: metrics of each, on devices or not, all with the same names.
+    finite: leave out, metric by metric, values that are not finite. The result
+      is NaN if none is.
 
   Returns:
-    {name: float}, without the names of which there was nothing to count.
+    {name: float}, without metrics whose count is 0.
   """
   rows = jax.tree.map(np.float64, jax.device_get(list(rows)))
-  found = {}
+  numbers = {}
   for name in rows[0] if rows else ():
     column = [row[name] for row in rows]
     kept = [x for x in column if _is_finite(x) or not finite]
     if not kept:
-      found[name] = math.nan
+      numbers[name] = math.nan
       continue
-    whole = functools.reduce(lambda a, b: a.merge(b), kept)
-    if _counted(whole):
-      found[name] = float(whole.compute())
-  return found
+    metric: Any = functools.reduce(lambda a, b: a.merge(b), kept)
+    if _has_count(metric):
+      numbers[name] = float(metric.compute())
+  return numbers
 
 
 def _is_finite(metric) -> bool:
   return all(np.isfinite(x) for x in jax.tree.leaves(metric))
 
 
-def _counted(metric) -> bool:
+def _has_count(metric) -> bool:
   return getattr(metric, "count", 1) != 0

@@ -1,4 +1,4 @@
-"""Ends several things: what one of them meets keeps no other from its end."""
+"""Closes several resources, all of them even if one raises an error."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -7,7 +7,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def each(calls: Iterable[Callable[[], object]]) -> None:
-  """Makes every call, then raises the first error; it notes the others."""
+  """Makes every call, then raises the first error, with notes of the others."""
   first: Exception | None = None
   for call in calls:
     try:
@@ -22,15 +22,16 @@ def each(calls: Iterable[Callable[[], object]]) -> None:
 
 
 def after(error: BaseException, call: Callable[[], object]) -> None:
-  """Makes a call while `error` is raised, in whose place none may come.
+  """Makes a call while `error` is being raised; logs an error of the call.
 
-  Who started the program goes by that one: after Preempted it is started again.
+  The first error must remain: after Preempted, for instance, a launcher starts
+  the run again.
   """
   try:
     call()
   except Exception as another:
     _LOG.warning(
-      "after %s, what was open could not be ended in good order",
+      "after %s, open files and threads could not be closed properly",
       type(error).__name__,
       exc_info=another,
     )

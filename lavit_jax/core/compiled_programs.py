@@ -1,42 +1,46 @@
-"""Keeps compiled programs between commands, in a folder of the user's.
+"""Keeps compiled programs between commands, in a cache folder of the user.
 
-What JAX compiles for an image or a training step takes seconds to minutes and
-is the same at every call. The folder is bounded by what is removed here when a
-command starts: JAX's own bound, `jax_compilation_cache_max_size`, needs the
-package filelock, and fails on entries that were written without it.
+Compiling the programs of an image or a training step takes seconds to minutes,
+and gives the same result at every call. Old programs are removed when a command
+starts. JAX's own limit, `jax_compilation_cache_max_size`, is not used: it needs
+the package filelock, and fails on entries that were written without it.
 """
 
 import os
 import pathlib
 
-LIMIT = 1 << 30  # bytes that a command leaves there when it starts
-LEAST = 0.0  # seconds of compilation from which on inference keeps a program
+from etils import epy
+
+with epy.lazy_imports():
+  import jax
+
+LIMIT = 1 << 30  # bytes; a starting command removes what exceeds them
+MIN_SECONDS = 0.0  # compile time from which on inference keeps a program
 HELP = """\
 Compiled programs are kept in ~/.cache/lavit_jax/compiled (at most about 1 GB;
 XDG_CACHE_HOME moves it), or where JAX_COMPILATION_CACHE_DIR says;
 JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
 """
-_CACHE, _USED = "-cache", "-atime"  # ends of JAX's file names
-_LEAST = "jax_persistent_cache_min_compile_time_secs"
+_PROGRAM, _LAST_USE = "-cache", "-atime"  # suffixes of JAX's file names
+_MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 
 def user_folder() -> pathlib.Path:
-  """Where the programs of one user are."""
+  """Returns the folder of the user's programs."""
   caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   return pathlib.Path(caches) / "lavit_jax" / "compiled"
 
 
-def keep(least: float | None = LEAST) -> None:
-  """Keeps the programs of this process, unless JAX was told where or not.
+def keep(least: float | None = MIN_SECONDS) -> None:
+  """Keeps the programs that this process compiles.
 
-  Without a place to write, as in a home that is read-only, none are kept.
+  Environment variables of JAX that configure its cache take precedence. No
+  programs are kept if the folder is not writable, as in a read-only home.
 
   Args:
-    least: seconds that the compilation of a program must take for it to be
-      kept; None leaves it to JAX (1).
+    least: seconds of compilation from which on a program is kept; None leaves
+      it to JAX (1).
   """
-  import jax
-
   if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     return
   folder = user_folder()
@@ -44,8 +48,13 @@ def keep(least: float | None = LEAST) -> None:
     return
   _prune(folder, LIMIT)
   jax.config.update("jax_compilation_cache_dir", str(folder))
-  if least is not None and _LEAST.upper() not in os.environ:
-    jax.config.update(_LEAST, least)
+  if least is not None and _MIN_SECONDS.upper() not in os.environ:
+    jax.config.update(_MIN_SECONDS, least)
+
+
+def keep_none() -> None:
+  """Keeps no program of this process, and reads none that was kept."""
+  jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _is_writable(folder) -> bool:
@@ -57,22 +66,22 @@ def _is_writable(folder) -> bool:
 
 
 def _prune(folder, limit) -> None:
-  """Removes the programs that were not used for longest, down to `limit`."""
-  found = []
-  for path in folder.glob(f"*{_CACHE}"):
+  """Removes the least recently used programs until `limit` bytes are left."""
+  programs = []
+  for path in folder.glob(f"*{_PROGRAM}"):
     try:
       stat = path.stat()
-    except OSError:  # another command removes it
+    except OSError:  # another command has just removed it
       continue
-    found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
-  total = sum(size for _, size, _ in found)
-  for _, size, path in sorted(found):
+    programs.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
+  total = sum(size for _, size, _ in programs)
+  for _, size, path in sorted(programs):
     if total <= limit:
       return
     try:
       path.unlink(missing_ok=True)
-      used = path.name.removesuffix(_CACHE) + _USED
-      path.with_name(used).unlink(missing_ok=True)
-    except OSError:  # of another user: it stays
+      last_use = path.name.removesuffix(_PROGRAM) + _LAST_USE
+      path.with_name(last_use).unlink(missing_ok=True)
+    except OSError:  # a file of another user
       continue
     total -= size

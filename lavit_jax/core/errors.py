@@ -1,8 +1,8 @@
-"""Errors that are the user's to mend: the CLI prints them as one paragraph."""
+"""Errors that a user can fix; the command line prints them without a trace."""
 
 
 class LavitError(ValueError):
-  """What was given, what was expected, and what to do, in one paragraph."""
+  """An error whose message says what was given, expected, and can be done."""
 
   exit_status = 2  # of the command
 
@@ -12,28 +12,28 @@ class UsageError(LavitError):
 
 
 class ConfigError(LavitError):
-  """A config field is unknown, missing or contradicts another."""
+  """A config field is unknown, missing, or contradicts another one."""
 
 
 class CheckpointError(LavitError):
-  """A checkpoint is missing, damaged or belongs to another model."""
+  """A checkpoint is missing, damaged, or belongs to another model."""
 
 
 class DataError(LavitError):
-  """Data on disk cannot be used as asked."""
+  """Data on disk cannot be used as requested."""
 
 
 class Preempted(LavitError):
-  """The run was asked to stop and has saved: give the same command again."""
+  """The run had to stop and has saved: the same command continues it."""
 
-  exit_status = 75  # EX_TEMPFAIL, by which launchers know to start it again
+  exit_status = 75  # EX_TEMPFAIL, on which launchers start the run again
 
 
 class Unreachable(LavitError):
-  """Another machine did not answer: it may be there on the next try."""
+  """Another machine did not answer; a later try may succeed."""
 
   exit_status = 69  # EX_UNAVAILABLE
 
 
 class PeerLost(Unreachable):
-  """Another process of this run has died, and with it the run."""
+  """Another process of this run has died, which ended the run."""

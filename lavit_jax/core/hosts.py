@@ -1,7 +1,9 @@
-"""What a run of several processes needs: to agree, and to lay arrays out.
+"""Coordination of a run's processes, and placement of arrays across them.
 
-With one process everything here is what it would be without this file.
+With one process nothing here communicates.
 """
+
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,40 +11,40 @@ from jax.experimental import multihost_utils
 
 
 def is_lead() -> bool:
-  """Whether this process is the one that writes logs and small files."""
+  """Returns whether this process writes logs and small files."""
   return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-  """Returns once every process has come here."""
+  """Waits until every process has called it with this name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
 def broadcast_from_lead(number: int) -> int:
-  """The number that the first process gives, on all of them."""
+  """Returns the number of the lead process, on every process."""
   if jax.process_count() == 1:
     return int(number)
   return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def all_agree(good: bool) -> bool:
-  """Whether it holds on every process; all get the same answer."""
+  """Returns whether `good` is True on every process, the same on each."""
   if jax.process_count() == 1:
     return bool(good)
   return bool(np.all(multihost_utils.process_allgather(np.bool_(good))))
 
 
-def put(tree, layout):
-  """Global arrays of a tree, laid out as a tree of shardings says.
+def put(tree: Any, layout: Any) -> Any:
+  """Places a tree of arrays according to shardings.
 
   Args:
-    tree: arrays that are whole on every process (numpy, or of one device of
-      its own), equal ones, or global already.
-    layout: `jax.sharding.Sharding`s, a tree like it or one for all.
+    tree: arrays that every process has in full, with equal values (NumPy, or
+      on a device of the process), or global arrays.
+    layout: a tree of `jax.sharding.Sharding`, or one for all arrays.
 
   Returns:
-    The tree of `jax.Array`; each process keeps its own share of it.
+    The tree of `jax.Array`; each process keeps its shards.
   """
   if isinstance(layout, jax.sharding.Sharding):
     layout = jax.tree.map(lambda _: layout, tree)
@@ -50,20 +52,20 @@ def put(tree, layout):
 
 
 def _put(x, target):
-  spread = isinstance(x, jax.Array) and not x.is_fully_addressable
-  if target.is_fully_addressable or spread:
+  is_global = isinstance(x, jax.Array) and not x.is_fully_addressable
+  if target.is_fully_addressable or is_global:
     return jax.device_put(x, target)
-  whole = np.asarray(x)  # device_put would compare it over the network
+  array = np.asarray(x)  # device_put would compare it over the network
   return jax.make_array_from_callback(
-    whole.shape, target, lambda index: whole[index]
+    array.shape, target, lambda index: array[index]
   )
 
 
-def storable(tree):
-  """The same tree as Orbax saves it from several processes at once.
+def storable(tree: Any) -> Any:
+  """Returns the tree in the form that Orbax saves from several processes.
 
-  It takes global arrays, each process writing its share, and numpy arrays,
-  which the first writes; not arrays of one device among several processes'.
+  Orbax saves global arrays, of which each process writes its shards, and NumPy
+  arrays, which the lead writes. It refuses arrays on a device of one process.
   """
   if jax.process_count() == 1:
     return tree

@@ -1,12 +1,14 @@
-"""The one place that decodes and preprocesses images.
+"""Decodes and preprocesses images; no other file does.
 
-`load` turns whatever a user or a dataset holds (path, bytes, PIL image, array)
-into an upright RGB image; `to_uint8` gives the square the data pipeline
-carries; `normalize` is the model's door.
+`load` converts the images of users and datasets (path, bytes, PIL image,
+array) to upright RGB images. `to_uint8` resizes them to squares for the data
+pipeline, and `normalize` prepares these for the encoder.
 """
 
 import io
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import (
@@ -24,37 +26,43 @@ from lavit_jax.core.storage import files
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
-MAX_PIXELS = 50_000_000  # 150 MB as RGB; Pillow itself only warns at 89 M.
-MAX_ASPECT = 100  # a longer strip squashed to a square shows nothing
+MAX_PIXELS = 50_000_000  # 150 MB as RGB; Pillow itself warns at 89 M only
+MAX_ASPECT = 100  # longer strips show nothing once resized to a square
 _WHITE = (255, 255, 255, 255)
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
 
 class ImageError(errors.LavitError):
-  """An image that cannot be used; the message names it and says why."""
+  """An image cannot be used; the message names it and gives the reason."""
 
 
-def load(source, *, name=None, max_pixels=MAX_PIXELS, plain=False):
+def load(
+  source: Any,
+  *,
+  name: str | None = None,
+  max_pixels: int = MAX_PIXELS,
+  plain: bool = False,
+) -> Image.Image:
   """Decodes one image to an upright RGB PIL image.
 
-  EXIF orientation is applied, transparency is laid over white, CMYK, palette,
-  grey, 1-bit and 16-bit images become 8-bit RGB, of several frames the
-  first is taken. Files go by content, not by their ending.
+  EXIF orientation is applied. Transparency is composited over white. CMYK,
+  palette, grey, 1-bit and 16-bit images become 8-bit RGB; of several frames
+  the first is used. The format is told by the content, not by the file name.
 
   Args:
     source: a path, encoded bytes, a PIL image, or an array uint8[H, W],
       uint8[H, W, 1|3|4] or float[H, W, 1|3|4] in [0, 1].
-    name: what to call the image in errors; by default the path.
+    name: of the image in errors; by default the path.
     max_pixels: larger images are refused before they are decoded.
-    plain: leave it to Pillow's convert("RGB") alone, as the official code
-      does: no orientation, and under transparency whatever colour is stored.
+    plain: only apply Pillow's convert("RGB"), as the official code does: the
+      orientation is ignored, and transparent pixels keep their stored colour.
 
   Returns:
     PIL image of mode RGB.
 
   Raises:
-    ImageError: missing, unreadable, cut off, too large or too thin.
+    ImageError: missing, unreadable, truncated, too large or too thin.
   """
   name = name or _name(source)
   if isinstance(source, (str, os.PathLike)):
@@ -72,20 +80,22 @@ def load(source, *, name=None, max_pixels=MAX_PIXELS, plain=False):
   )
 
 
-def size_of(source, *, name=None, max_pixels=MAX_PIXELS):
-  """Height and width that `load` would give, told by the header alone.
+def size_of(
+  source: Any, *, name: str | None = None, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
+  """Returns the size that `load` would give, from the header only.
 
   Args:
-    source: what `load` takes.
-    name: what to call the image in errors; by default the path.
+    source: as of `load`.
+    name: of the image in errors; by default the path.
     max_pixels: larger images are refused.
 
   Returns:
-    (height, width) of the upright image. Damage beyond the header goes
-    unseen.
+    (height, width) of the upright image. Damage after the header is not
+    detected.
 
   Raises:
-    ImageError: missing, no image, too large or too thin.
+    ImageError: missing, not an image, too large or too thin.
   """
   name = name or _name(source)
   encoded = isinstance(source, (bytes, bytearray, memoryview))
@@ -94,27 +104,27 @@ def size_of(source, *, name=None, max_pixels=MAX_PIXELS):
     return height, width
   try:
     if not encoded and files.is_remote(source):
-      source, encoded = files.place(source).read_bytes(), True
+      source, encoded = files.input_path(source).read_bytes(), True
     with Image.open(io.BytesIO(source) if encoded else source) as image:
       _check_size(image.size, name, max_pixels)
       width, height = _stored_size(image)
-      turned = _orientation(image) in _TURNED
+      transposed = _orientation(image) in _TRANSPOSED
   except ImageError:
     raise
-  except Exception as error:  # Pillow's plugins raise whatever they like
+  except Exception as error:  # Pillow's plugins raise errors of any class
     reason = " ".join(str(error).split()) or type(error).__name__
     raise ImageError(
       f"{name}: cannot be read as an image ({reason[:200]}); replace or remove"
       " it."
     ) from error
-  return (width, height) if turned else (height, width)
+  return (width, height) if transposed else (height, width)
 
 
 def _stored_size(image):
-  """Width and height as they are stored, before any turn.
+  """Returns width and height as stored, before any rotation.
 
-  Of a TIFF Pillow tells the upright ones since version 11, and still has the
-  orientation: its tags say what no version changes.
+  For a TIFF, Pillow returns the upright size since version 11, and still the
+  orientation. Its tags are the same in all versions.
   """
   if image.format != "TIFF":
     return image.size
@@ -123,53 +133,55 @@ def _stored_size(image):
 
 
 def _orientation(image):
-  """The EXIF orientation, 1 (upright) where there is none or a broken one."""
+  """Returns the EXIF orientation; 1 (upright) if it is missing or broken."""
   try:
     return image.getexif().get(ExifTags.Base.Orientation, 1)
-  except Exception:  # as `load`, which leaves such an image as it is
+  except Exception:  # `load` does not rotate such an image either
     return 1
 
 
-def to_uint8(image, size):
-  """Resizes an RGB image straight to uint8[size, size, 3] (no crop).
+def to_uint8(image: Image.Image, size: int) -> np.ndarray:
+  """Resizes an RGB image to uint8[size, size, 3], without a crop.
 
-  Pillow's antialiased bicubic, as LaVIT's own preprocessing does.
+  Pillow's antialiased bicubic interpolation, as in LaVIT's preprocessing.
   """
   if image.size != (size, size):
     image = image.resize((size, size), Image.Resampling.BICUBIC)
   return np.array(image, np.uint8)
 
 
-def cut(image, box, size):
-  """Scales a part of an RGB image to uint8[height, width, 3].
+def cut(
+  image: Image.Image,
+  box: tuple[float, float, float, float],
+  size: Sequence[int],
+) -> np.ndarray:
+  """Crops an RGB image and resizes the crop to uint8[height, width, 3].
 
   Args:
     image: a PIL image.
-    box: left, top, right, bottom in its pixels, whole or not.
+    box: left, top, right, bottom in pixels, integers or not.
     size: height and width.
-
-  The whole as a square is `to_uint8`.
   """
+  height, width = size
   bicubic = Image.Resampling.BICUBIC
-  return np.array(image.resize(size[::-1], bicubic, box=box), np.uint8)
+  return np.array(image.resize((width, height), bicubic, box=box), np.uint8)
 
 
-def normalize(pixels):
+def normalize(pixels: Any) -> Any:
   """Maps uint8[..., 3] or float[..., 3] in [0, 1] to CLIP's float32[..., 3].
 
-  Works on NumPy and on JAX arrays, and returns the same kind.
+  NumPy arrays give NumPy arrays, JAX arrays JAX arrays.
   """
   scale = 255.0 if np.issubdtype(pixels.dtype, np.integer) else 1.0
   return (pixels.astype(np.float32) / np.float32(scale) - MEAN) / STD
 
 
-def preprocess(source, size, **kwargs):
-  """Loads one image as CLIP-normalised float32[size, size, 3]."""
-  return normalize(to_uint8(load(source, **kwargs), size))
+def to_pil(pixels: Any) -> Image.Image:
+  """Converts float[H, W, 3], clipped to [0, 1], or uint8[H, W, 3] to PIL.
 
-
-def to_pil(pixels):
-  """Turns float[H, W, 3] in [0, 1] (clipped) or uint8[H, W, 3] into a PIL."""
+  Raises:
+    ImageError: another shape, NaN or infinite pixels.
+  """
   pixels = np.asarray(pixels)
   if pixels.ndim != 3 or pixels.shape[-1] != 3:
     raise ImageError(f"to_pil takes [H, W, 3], got shape {pixels.shape}.")
@@ -182,7 +194,7 @@ def to_pil(pixels):
 
 
 def _name(source):
-  """What to call `source` in an error message."""
+  """Returns the name of `source` for error messages."""
   if isinstance(source, (str, os.PathLike)):
     return str(source)
   if isinstance(source, (bytes, bytearray, memoryview)):
@@ -195,11 +207,11 @@ def _name(source):
 
 
 def _from_path(path, name, max_pixels, plain):
-  """Opens a file, telling a missing one from one that is no image."""
+  """Decodes a file; errors tell a missing file from one without an image."""
   if os.fspath(path).startswith(("http:/", "https:/")):
     raise ImageError(f"{name}: is a web address; download the image first.")
   try:
-    path = files.place(path)
+    path = files.input_path(path)
     if path.is_dir():
       raise ImageError(f"{name}: is a folder, not an image.")
     with path.open("rb") as file:
@@ -213,7 +225,7 @@ def _from_path(path, name, max_pixels, plain):
 
 
 def _decode(file, name, max_pixels, plain):
-  """Decodes an open file; size is checked before any pixel is unpacked."""
+  """Decodes an open file; its size is checked before pixels are decoded."""
   try:
     with Image.open(file) as image:
       _check_size(image.size, name, max_pixels)
@@ -223,10 +235,10 @@ def _decode(file, name, max_pixels, plain):
     raise
   except UnidentifiedImageError as error:
     raise ImageError(
-      f"{name}: is no image of a known format (empty, damaged or something"
-      " else under an image's name); replace or remove it."
+      f"{name}: is no image of a known format (it may be empty, damaged, or not"
+      " an image); replace or remove it."
     ) from error
-  except Exception as error:  # Pillow's plugins raise whatever they like
+  except Exception as error:  # Pillow's plugins raise errors of any class
     reason = " ".join(str(error).split()) or type(error).__name__
     raise ImageError(
       f"{name}: cannot be decoded ({reason[:200]}); replace or remove it."
@@ -245,20 +257,20 @@ def _check_size(size, name, max_pixels):
     )
   if max(size) > MAX_ASPECT * min(size):
     raise ImageError(
-      f"{name}: {width}x{height} is thinner than 1:{MAX_ASPECT}; squashed to"
-      " a square nothing could be seen. Crop it."
+      f"{name}: {width}x{height} is thinner than 1:{MAX_ASPECT}; resized to a"
+      " square it would show nothing. Crop it."
     )
 
 
 def _finish(image, name, max_pixels, plain):
-  """Upright, opaque, 8-bit RGB."""
+  """Converts an image to upright, opaque, 8-bit RGB."""
   _check_size(image.size, name, max_pixels)
   try:
     image.load()
     if plain:
       return image.convert("RGB")
     return _to_rgb(_upright(image), name)
-  except OSError as error:  # a lazily opened PIL image may be cut off
+  except OSError as error:  # a lazily opened PIL image may be truncated
     raise ImageError(f"{name}: cannot be decoded ({error}).") from error
 
 
@@ -266,12 +278,12 @@ def _upright(image):
   """Applies the EXIF orientation; a broken EXIF block is ignored."""
   try:
     return ImageOps.exif_transpose(image)
-  except Exception:  # the pixels are good, only the side information is not
+  except Exception:  # the pixels are good, only the metadata are not
     return image
 
 
 def _to_rgb(image, name):
-  """Converts any Pillow mode to RGB over white."""
+  """Converts an image of any Pillow mode to RGB, over white."""
   if image.mode == "F":
     raise ImageError(
       f"{name}: holds floating point pixels, whose range is unknown; save it"
@@ -288,16 +300,16 @@ def _to_rgb(image, name):
 
 
 def _from_sixteen_bit(image):
-  """Scales 16-bit grey to 8 bit (v / 257); its transparent value is white."""
+  """Scales 16-bit grey to 8 bits (v / 257); transparent pixels become white."""
   values = np.asarray(image).astype(np.int64)
   grey = ((values.clip(0, 65535) + 128) // 257).astype(np.uint8)
-  if isinstance(hidden := image.info.get("transparency"), int):
-    grey[values == hidden] = 255
+  if isinstance(transparent := image.info.get("transparency"), int):
+    grey[values == transparent] = 255
   return Image.fromarray(grey, "L").convert("RGB")
 
 
 def _from_array(array, name):
-  """Makes a PIL image of uint8 or float [H, W] or [H, W, 1|3|4]."""
+  """Converts an array uint8 or float [H, W] or [H, W, 1|3|4] to PIL."""
   if array.ndim == 3 and array.shape[-1] == 1:
     array = array[..., 0]
   if array.ndim != 2 and (array.ndim != 3 or array.shape[-1] not in (3, 4)):

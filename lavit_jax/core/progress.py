@@ -14,8 +14,8 @@ _BAR = 24  # characters
 
 
 @dataclasses.dataclass(frozen=True)
-class _Mark:
-  """Totals at the end of one step; `busy` leaves pauses out."""
+class _Totals:
+  """Totals at the end of one step; `busy` is the time without pauses."""
 
   step: int
   busy: float = 0.0
@@ -25,12 +25,12 @@ class _Mark:
 
 
 class Progress:
-  """Shows how far a stage is and how fast it goes.
+  """Shows the progress of a stage and its rates.
 
-  In a terminal one line is redrawn in place, at most ten times a second;
-  elsewhere a plain line is printed every `every` seconds and never a carriage
-  return. Rates are means of the last half minute, the first step left out: it
-  compiles, and would spoil the estimate of the time left.
+  In a terminal one line is redrawn, at most ten times per second. Elsewhere a
+  plain line is printed every `every` seconds, without carriage returns. Rates
+  are means of the last half minute without the first step, which compiles and
+  would distort the estimate of the remaining time.
 
   ```
   with Progress(total=100, label="tokenizer") as bar:
@@ -63,17 +63,17 @@ class Progress:
     self._clock = clock
     self._begin = self._drawn = clock()
     self._paused = self._waited = 0.0
-    self._waits = False  # whether there are data to wait for
-    self._marks = collections.deque([_Mark(start)])
+    self._waits = False  # whether `waiting` is used at all
+    self._history = collections.deque([_Totals(start)])
     self._first = True  # no step is done yet
     self._metrics: dict[str, float] = {}
-    self._fresh = False  # steps have come since the last line
-    self._unended = False  # "compiling" stands in the terminal's last line
+    self._fresh = False  # steps were done since the last line
+    self._unended = False  # the terminal's last line says "compiling"
 
   def __enter__(self) -> "Progress":
     return self
 
-  def __exit__(self, *unused) -> None:
+  def __exit__(self, *unused: object) -> None:
     self.close()
 
   @contextlib.contextmanager
@@ -88,7 +88,7 @@ class Progress:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Leaves the time inside out of the rates: evaluation, saving."""
+    """Excludes the time inside from the rates, as for evaluation and saving."""
     before = self._clock()
     try:
       yield
@@ -96,10 +96,7 @@ class Progress:
       self._paused += self._clock() - before
 
   def compiling(self) -> None:
-    """Says that the next step is slow, as it is compiled first.
-
-    Nothing else is shown until that step is done.
-    """
+    """Shows that the next step is compiled first, until that step is done."""
     text = f"{self._label}: compiling the step (a minute or so)".lstrip(": ")
     if self._terminal:
       width = shutil.get_terminal_size().columns - 1
@@ -117,17 +114,24 @@ class Progress:
     tokens: int = 0,
     metrics: Mapping[str, float] | None = None,
   ) -> None:
-    """Says that `step` steps are done, and what the last of them held."""
+    """Reports finished steps.
+
+    Args:
+      step: number of finished steps.
+      examples: examples in the last step.
+      tokens: tokens in the last step.
+      metrics: numbers to show, by name; earlier ones remain.
+    """
     now = self._clock()
     busy = now - self._begin - self._paused
-    last = self._marks[-1]
+    last = self._history[-1]
     examples, tokens = last.examples + examples, last.tokens + tokens
-    self._marks.append(_Mark(step, busy, self._waited, examples, tokens))
+    self._history.append(_Totals(step, busy, self._waited, examples, tokens))
     if self._first:
-      self._marks.popleft()
+      self._history.popleft()
       self._first = False
-    while len(self._marks) > 2 and busy - self._marks[1].busy >= _WINDOW:
-      self._marks.popleft()
+    while len(self._history) > 2 and busy - self._history[1].busy >= _WINDOW:
+      self._history.popleft()
     self._metrics.update(metrics or {})
     self._fresh, self._unended = True, False
     if now - self._drawn >= self._every or (
@@ -136,12 +140,12 @@ class Progress:
       self._draw(now)
 
   def rates(self) -> dict[str, float]:
-    """Means of the last half minute, to be written beside the metrics.
+    """Returns means of the last half minute, to be written with the metrics.
 
-    Names: steps_per_second, examples_per_second, tokens_per_second and
-    data_wait_share (0 to 1). Empty before the second step.
+    Names are steps_per_second, examples_per_second, tokens_per_second and
+    data_wait_share (0 to 1). There are none before the second step.
     """
-    first, last = self._marks[0], self._marks[-1]
+    first, last = self._history[0], self._history[-1]
     seconds = last.busy - first.busy
     if seconds <= 0:
       return {}
@@ -153,7 +157,7 @@ class Progress:
     }
 
   def print(self, text: str) -> None:
-    """Prints a line of its own without breaking the bar."""
+    """Prints a separate line without breaking the bar."""
     if self._terminal:
       self._stream.write("\r\x1b[K")
     self._stream.write(text + "\n")
@@ -162,7 +166,7 @@ class Progress:
     self._stream.flush()
 
   def close(self) -> None:
-    """Prints the last state, if it has not been, and ends the line."""
+    """Prints the last state, unless it was printed, and ends the line."""
     if self._fresh:
       self._draw(self._clock())
       if self._terminal:
@@ -185,7 +189,7 @@ class Progress:
     self._stream.flush()
 
   def _line(self, now: float) -> str:
-    step = self._marks[-1].step
+    step = self._history[-1].step
     share = min(step / self._total, 1.0) if self._total else 1.0
     rates = self.rates()
     fields = [f"{step}/{self._total}", f"{duration(now - self._begin)} gone"]
@@ -206,7 +210,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-  """Seconds in words: 42 → "42s", 150 → "2m30s", 3720 → "1h02m"."""
+  """Formats seconds: 42 → "42s", 150 → "2m30s", 3720 → "1h02m"."""
   seconds = round(max(seconds, 0.0))
   if seconds < 60:
     return f"{seconds}s"
@@ -218,7 +222,7 @@ def duration(seconds: float) -> str:
 
 
 def quantity(value: float) -> str:
-  """Three digits and a suffix: 12.34 → "12.3", 1234 → "1.23k"."""
+  """Formats three digits and a suffix: 12.34 → "12.3", 1234 → "1.23k"."""
   for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
     if value >= 0.9995 * factor:  # 999.6 reads 1k
       return f"{value / factor:.3g}{suffix}"

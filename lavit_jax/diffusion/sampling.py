@@ -1,12 +1,12 @@
-"""Sampling: images, or latents, drawn by a network that predicts noise.
+"""Sampling of images or latents by a network that removes noise.
 
-One `lax.scan` over the visited steps, both streams of guidance in one batch.
-What a step computes is a solver's (`solvers`), from the levels of a schedule
-(`schedules`); `latents` has the conditions of the official pixel decoders.
+One `lax.scan` over the visited steps, with both streams of guidance in one
+batch. `solvers` defines the steps, `schedules` the noise levels;
+`stable_diffusion` adds the conditions of the official pixel decoders.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,22 +16,42 @@ import numpy as np
 from lavit_jax.core import errors
 from lavit_jax.diffusion import schedules, solvers
 
+Progress = Callable[[int, int], None]  # takes (steps done, steps)
 
-def image_noise(seeds: jax.Array, step: int | jax.Array, shape):
-  """float32[B, *shape]: a pure function of each int[B] seed and the step."""
+
+def image_noise(
+  seeds: jax.Array, step: int | jax.Array, shape: Sequence[int]
+) -> jax.Array:
+  """Draws float32[B, *shape], a pure function of each seed and the step.
+
+  Args:
+    seeds: int[B].
+    step: number of the step, 0 for the noise to start from.
+    shape: of one image.
+  """
 
   def one(seed):
     key = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.random.normal(key, shape)
+    return jax.random.normal(key, tuple(shape))
 
   return jax.vmap(one)(seeds)
 
 
-def guided(denoise: Callable[..., jax.Array], guidance):
-  """Joins both streams: `denoise` gets conditions and unconditions in a row.
+def guided(
+  denoise: Callable[..., jax.Array], guidance: float | jax.Array
+) -> Callable[..., jax.Array]:
+  """Returns a network with classifier-free guidance.
 
-  Classifier-free guidance (Ho & Salimans, arXiv 2207.12598) in one batch of
-  2 B: output = u + guidance * (c - u), in float32.
+  Ho & Salimans, arXiv 2207.12598: output = u + guidance * (c - u), in float32.
+  Both streams are one batch of 2 B.
+
+  Args:
+    denoise: see `sample`.
+    guidance: factor of the difference between both streams.
+
+  Returns:
+    Maps (z [B, ...], t int[B], a tree of B conditions and B unconditional
+    ones, concatenated) to float32[B, ...].
   """
 
   def joined(z, t, pair):
@@ -54,24 +74,26 @@ def sample(
   uncondition: Any = None,
   guidance: float | jax.Array = 1.0,
   noise: jax.Array | None = None,
-  dtype: jnp.dtype = jnp.float32,
-  progress: Callable[[int, int], None] | None = None,
+  dtype: Any = jnp.float32,
+  progress: Progress | None = None,
 ) -> jax.Array:
-  """Draws images, as one `lax.scan` over the visited steps.
+  """Samples images, as one `lax.scan` over the visited steps.
 
   Args:
-    denoise: (z dtype[B, ...], t int[B], condition) -> the network's output.
-    schedule: what the network was trained with.
+    denoise: maps (z dtype[B, ...], t int[B], condition) to the network's
+      output.
+    schedule: that the network was trained with.
     condition: pytree of arrays [B, ...].
     seeds: int[B]; an image depends on its own seed only.
     shape: of one image.
     steps: number of visited steps (static).
     solver: DDIM or DPM-Solver++ (static).
-    uncondition: tree like condition; None runs the conditional stream alone.
+    uncondition: tree like condition for the unconditional stream; None runs
+      the conditional stream only.
     guidance: factor of classifier-free guidance, used with uncondition.
-    noise: float[B, *shape] to start from, instead of the seeds' own.
-    dtype: in which `denoise` is given z. Here all is float32: what is left of
-      the noise late in a sampling is less than bfloat16 can tell.
+    noise: float[B, *shape] to start from, instead of noise from the seeds.
+    dtype: of the network's z. The solver computes in float32: late in
+      sampling, bfloat16 cannot represent the little noise that is left.
     progress: called on the host with (steps done, steps) after each step.
 
   Returns:
@@ -80,7 +102,7 @@ def sample(
   Raises:
     errors.UsageError: steps do not fit the schedule, or noise the shape.
   """
-  visited, numbers = solver.plan(schedule, steps)
+  visited, coefficients = solver.plan(schedule, steps)
   if uncondition is not None:
     condition = jax.tree.map(
       lambda c, u: jnp.concatenate([c, u]), condition, uncondition
@@ -88,37 +110,37 @@ def sample(
     denoise = guided(denoise, guidance)
   z = _start(seeds, shape, noise)
 
-  def step(carry, now):
+  def step(carry, xs):
     z, previous = carry
-    t, index, now = now
+    t, index, coefficients = xs
     output = denoise(z.astype(dtype), jnp.full(z.shape[:1], t), condition)
     extra = image_noise(seeds, index, shape) if solver.eta else None
     output = output.astype(jnp.float32)
-    z, image = solver.step(schedule, output, z, previous, now, extra)
+    z, image = solver.step(schedule, output, z, previous, coefficients, extra)
     if progress is not None:
-      _tell(progress, index, steps, z)
+      _report(progress, index, steps, z)
     return (z, image), None
 
   index = np.arange(1, steps + 1, dtype=np.int32)
-  scanned = (visited, index, numbers)
-  (z, _), _ = jax.lax.scan(step, (z, jnp.zeros_like(z)), scanned)
+  xs = (visited, index, coefficients)
+  (z, _), _ = jax.lax.scan(step, (z, jnp.zeros_like(z)), xs)
   return z
 
 
 def _start(seeds, shape, noise):
-  """float32[B, *shape], the noise to start from."""
+  """Returns the noise to start from, float32[B, *shape]."""
   if noise is None:
     return image_noise(seeds, 0, shape)
-  if noise.shape != (wanted := (len(seeds), *shape)):
+  if noise.shape != (expected := (len(seeds), *shape)):
     raise errors.UsageError(
       f"The noise to start from has shape {noise.shape}, but {len(seeds)} seeds"
-      f" and images of {tuple(shape)} need {wanted}."
+      f" and images of shape {tuple(shape)} need {expected}."
     )
   return jnp.asarray(noise, jnp.float32)
 
 
-def _tell(progress, index, steps, z):
-  """Calls progress(index, steps) once z is there."""
+def _report(progress, index, steps, z):
+  """Calls progress(index, steps) once z is computed."""
   jax.debug.callback(
     lambda index, _: progress(int(index), steps), index, z.ravel()[0]
   )
@@ -136,9 +158,9 @@ def _tell(progress, index, steps, z):
   ),
 )
 def draw(
-  decoder,
+  decoder: Any,
   schedule: schedules.NoiseSchedule,
-  variables,
+  variables: Any,
   x_rec: jax.Array,
   seeds: jax.Array,
   *,
@@ -146,27 +168,27 @@ def draw(
   solver: solvers.Solver = solvers.Ddim(),
   guide: bool = False,
   guidance: float | jax.Array = 1.0,
-  progress: Callable[[int, int], None] | None = None,
+  progress: Progress | None = None,
 ) -> jax.Array:
-  """Images from reconstructed features.
+  """Samples images from reconstructed features in pixel space.
 
   Args:
-    decoder: a `pixels.PixelDecoder` (static).
-    schedule: what it was trained with (static).
+    decoder: a `pixel_decoder.PixelDecoder` (static).
+    schedule: that it was trained with (static).
     variables: its variables, `{"params": ...}`.
     x_rec: float[B, N, D].
     seeds: int[B].
-    steps: that the solver visits (static).
+    steps: number of visited steps (static).
     solver: see `solvers.py` (static).
-    guide: run the unconditional stream too (static; twice the work).
-    guidance: its factor; a change of it compiles nothing.
-    progress: as of `sample` (static).
+    guide: run the unconditional stream, too (static; twice the work).
+    guidance: factor of the guidance; another one needs no compilation.
+    progress: see `sample` (static).
 
   Returns:
     float32[B, H, W, 3] in [0, 1].
   """
   size = decoder.config.image_size
-  given = jnp.zeros(x_rec.shape[0], bool)
+  conditioned = jnp.zeros(x_rec.shape[0], bool)
 
   def denoise(z, t, condition):
     x_rec, drop = condition
@@ -175,12 +197,12 @@ def draw(
   images = sample(
     denoise,
     schedule,
-    (x_rec, given),
+    (x_rec, conditioned),
     seeds=seeds,
     shape=(size, size, 3),
     steps=steps,
     solver=solver,
-    uncondition=(x_rec, ~given) if guide else None,
+    uncondition=(x_rec, ~conditioned) if guide else None,
     guidance=guidance,
     progress=progress,
   )

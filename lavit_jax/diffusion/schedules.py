@@ -1,8 +1,8 @@
-"""Noise schedules of diffusion: how much noise a step holds, and what follows.
+"""Noise schedules of diffusion, and conversions between its predictions.
 
 With a_t the cumulative product of 1 - beta, z_t = sqrt(a_t) x + sqrt(1 - a_t)
-eps. Settings carry the meaning they have in diffusers' scheduler files; the
-goldens of the official sampler hold the numbers.
+eps. Fields have the meaning that they have in diffusers' scheduler files; the
+tests compare them with recordings of the official sampler.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ from lavit_jax.core import errors
 KINDS = ("linear", "scaled_linear", "cosine", "squaredcos_cap_v2")
 SPACINGS = ("leading", "trailing", "linspace")
 PREDICTIONS = ("epsilon", "velocity", "sample")
-_STEEPEST = 0.999  # largest beta of "squaredcos_cap_v2"
+_MAX_BETA = 0.999  # of "squaredcos_cap_v2"
+Array = np.ndarray | jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,20 +27,21 @@ class NoiseSchedule:
   Attributes:
     num_steps: T, the steps of training.
     kind: of the betas; "cosine" is Nichol & Dhariwal's (arXiv 2102.09672),
-      "squaredcos_cap_v2" diffusers' form of it, by betas of at most 0.999.
+      "squaredcos_cap_v2" diffusers' form of it, with betas up to 0.999.
     beta_start: first beta of the linear kinds.
     beta_end: last beta of the linear kinds.
-    betas: T of them, instead of a kind.
-    zero_snr: rescale so that nothing is left of the image at the last step
-      (Lin et al., arXiv 2305.08891).
-    spacing: which steps a short sampling visits; only "trailing" and
-      "linspace" begin at the last one, where nothing is left of the image.
+    spacing: which steps are visited in sampling; only "trailing" and
+      "linspace" begin at the last step, which is pure noise or nearly so.
     steps_offset: added to the steps of the "leading" spacing.
-    alpha_to_one: the last sampling step ends at a = 1, not at a_0.
-    prediction: what the network's output stands for; see `to_eps`.
+    alpha_to_one: whether the last sampling step ends at a = 1, not at a_0.
+    prediction: meaning of the network's output; see `to_eps`.
     clip: bound on the predicted image at every step, None for none. A pair
-      (share, largest) is dynamic thresholding (arXiv 2205.11487); see `bound`.
+      (quantile, largest) is dynamic thresholding (arXiv 2205.11487); see
+      `bound`.
     shift: added to log(a / (1 - a)) of the cosine kind; negative = noisier.
+    betas: T of them, instead of a kind.
+    zero_snr: rescale so that the last step is pure noise (Lin et al., arXiv
+      2305.08891).
   """
 
   num_steps: int = 1000
@@ -63,7 +65,7 @@ class NoiseSchedule:
     for name, values in allowed.items():
       if getattr(self, name) not in values:
         raise errors.ConfigError(
-          f"{name}={getattr(self, name)!r} is not known: it must be one of"
+          f"{name}={getattr(self, name)!r} is unknown: it must be one of"
           f" {', '.join(values)}. Change schedule.{name}."
         )
     self._check_numbers()
@@ -72,24 +74,25 @@ class NoiseSchedule:
     ends = (self.beta_start, self.beta_end)
     betas = ends if self.betas is None else self.betas
     bounds = self.clip if isinstance(self.clip, tuple) else (1.0, self.clip)
-    good = {
+    in_range = {
       "num_steps": self.num_steps >= 1,
       "steps_offset": self.steps_offset >= 0,
       "betas": all(0 <= beta < 1 for beta in betas),
       "clip": self.clip is None
       or (len(bounds) == 2 and 0 < bounds[0] <= 1 and bounds[1] > 0),
     }
-    for name, fine in good.items():
-      if not fine:
+    for name, good in in_range.items():
+      if not good:
         raise errors.ConfigError(
-          f"schedule.{name} is out of range in {self}: steps count from 1, an"
-          " offset from 0, betas lie in [0, 1), clip is a positive number or a"
-          " pair of a share within (0, 1] and a positive number."
+          f"schedule.{name} is out of range in {self}: num_steps must be at"
+          " least 1, steps_offset at least 0, betas in [0, 1), and clip a"
+          " positive number or a pair of a quantile in (0, 1] and a positive"
+          " number."
         )
     if self.betas is not None and len(self.betas) != self.num_steps:
       raise errors.ConfigError(
-        f"{len(self.betas)} betas for {self.num_steps} steps: give as many"
-        " betas as steps. Change schedule.betas or schedule.num_steps."
+        f"The schedule has {len(self.betas)} betas for {self.num_steps} steps:"
+        " give one beta per step. Change schedule.betas or schedule.num_steps."
       )
 
 
@@ -105,7 +108,7 @@ PIXELS = NoiseSchedule(
 
 
 def alphas_cumprod(schedule: NoiseSchedule) -> np.ndarray:
-  """float32[T], a_t: falls from nearly 1 to nearly 0."""
+  """Returns a_t float32[T], which falls from nearly 1 to nearly 0."""
   table = _alphas(schedule)
   if schedule.zero_snr:
     root = np.sqrt(table)
@@ -115,7 +118,7 @@ def alphas_cumprod(schedule: NoiseSchedule) -> np.ndarray:
 
 
 def _alphas(schedule):
-  """float64[T], before any rescaling."""
+  """Returns a_t float64[T] before any rescaling."""
   steps = schedule.num_steps
   start, end = schedule.beta_start, schedule.beta_end
   if schedule.betas is not None:
@@ -127,7 +130,7 @@ def _alphas(schedule):
     return odds / (1 + odds)
   elif schedule.kind == "squaredcos_cap_v2":
     level = _squared_cosine(np.arange(steps + 1) / steps)
-    betas = np.minimum(1 - level[1:] / level[:-1], _STEEPEST)
+    betas = np.minimum(1 - level[1:] / level[:-1], _MAX_BETA)
   elif schedule.kind == "linear":
     betas = np.linspace(start, end, steps)
   else:
@@ -140,73 +143,82 @@ def _squared_cosine(time):
 
 
 def timesteps(schedule: NoiseSchedule, count: int) -> np.ndarray:
-  """int32[count], the visited steps from noisy to clean.
+  """Returns the visited steps int32[count] from noisy to clean.
 
   `timesteps(STABLE_DIFFUSION, 5)` is [801, 601, 401, 201, 1].
 
   Raises:
-    errors.UsageError: count is not within 1 .. num_steps.
+    errors.UsageError: count is not in 1 ... num_steps.
   """
   total = schedule.num_steps
   check_count(schedule, count)
+  steps: np.ndarray
   if schedule.spacing == "leading":
     steps = np.arange(count)[::-1] * (total // count) + schedule.steps_offset
   elif schedule.spacing == "trailing":
-    # Rounding may let arange take a step more, down to 0.
+    # By rounding, arange may have one step more, down to 0.
     steps = np.round(np.arange(total, 0, -total / count)[:count]) - 1
   else:
     steps = np.linspace(0, total - 1, count).round()[::-1]
   return np.clip(steps, 0, total - 1).astype(np.int32)
 
 
-def check_count(schedule: NoiseSchedule, count: int):
-  """UsageError unless count steps can be visited."""
+def check_count(schedule: NoiseSchedule, count: int) -> None:
+  """Raises errors.UsageError unless count is in 1 ... num_steps."""
   if not 1 <= count <= schedule.num_steps:
     raise errors.UsageError(
-      f"{count} sampling steps asked for, but the schedule has"
-      f" {schedule.num_steps}: give a number from 1 to {schedule.num_steps}."
+      f"{count} sampling steps, but the schedule has {schedule.num_steps}: give"
+      f" a number from 1 to {schedule.num_steps}."
     )
 
 
-def _over(level: jax.Array, like: jax.Array) -> jax.Array:
-  """float[B] as float[B, 1, ...], or a scalar as it is."""
-  return level.reshape(level.shape + (1,) * (like.ndim - level.ndim))
+def _broadcast(a: jax.Array, like: jax.Array) -> jax.Array:
+  """Maps float[B] to float[B, 1, ...]; leaves a scalar as it is."""
+  return a.reshape(a.shape + (1,) * (like.ndim - a.ndim))
 
 
-def add_noise(schedule: NoiseSchedule, x, noise, t):
-  """z_t of float[B, ...] images, float[B, ...] noise and int[B] steps."""
-  a = _over(jnp.asarray(alphas_cumprod(schedule))[t], x)
+def add_noise(
+  schedule: NoiseSchedule, x: jax.Array, noise: jax.Array, t: jax.Array
+) -> jax.Array:
+  """Returns z_t for images x and noise float[B, ...] and steps int[B]."""
+  a = _broadcast(jnp.asarray(alphas_cumprod(schedule))[t], x)
   return jnp.sqrt(a) * x + jnp.sqrt(1 - a) * noise
 
 
-def to_eps(schedule: NoiseSchedule, output, z, a):
-  """The predicted noise, whatever the network's output stands for.
+def to_eps(
+  schedule: NoiseSchedule, output: jax.Array, z: jax.Array, a: Array
+) -> jax.Array:
+  """Converts the network's output to the predicted noise.
 
-  With prediction "epsilon" it is the output itself. With "velocity" (Salimans
-  & Ho, arXiv 2202.00512) eps = sqrt(a) output + sqrt(1 - a) z: a network that
-  gives 0 already copies the noise out of a noisy image, and the predicted
-  image stays bounded where nothing is left of it. With "sample" the output
-  is the image, and eps = (z - sqrt(a) output) / sqrt(1 - a): a small network
-  on large patches then never has to carry noise through (Li & He, arXiv
-  2511.13720).
+  With prediction "epsilon" the output is the noise.
+
+  With "velocity" (Salimans & Ho, arXiv 2202.00512) eps = sqrt(a) output +
+  sqrt(1 - a) z. A network with output 0 already copies the noise from a noisy
+  image, and the predicted image is bounded even for pure noise.
+
+  With "sample" the output is the image, and eps = (z - sqrt(a) output) /
+  sqrt(1 - a): a small network on large patches need not pass noise through (Li
+  & He, arXiv 2511.13720).
 
   Args:
-    schedule: says which prediction.
+    schedule: tells the prediction.
     output: float[B, ...].
-    z: float[B, ...], the noisy image the output was computed from.
+    z: float[B, ...], the noisy image, input of the network.
     a: float[B] or float[], its a_t.
   """
   if schedule.prediction == "epsilon":
     return output
-  a = _over(jnp.asarray(a), z)
+  a = _broadcast(jnp.asarray(a), z)
   if schedule.prediction == "sample":
     return (z - jnp.sqrt(a) * output) / jnp.sqrt(1 - a)
   return jnp.sqrt(a) * output + jnp.sqrt(1 - a) * z
 
 
-def to_image(schedule: NoiseSchedule, output, z, a):
-  """The predicted clean image; the arguments are those of `to_eps`."""
-  a = _over(jnp.asarray(a), z)
+def to_image(
+  schedule: NoiseSchedule, output: jax.Array, z: jax.Array, a: Array
+) -> jax.Array:
+  """Converts the network's output to the predicted image; see `to_eps`."""
+  a = _broadcast(jnp.asarray(a), z)
   if schedule.prediction == "epsilon":
     return (z - jnp.sqrt(1 - a) * output) / jnp.sqrt(a)
   if schedule.prediction == "sample":
@@ -215,31 +227,37 @@ def to_image(schedule: NoiseSchedule, output, z, a):
 
 
 def bound(schedule: NoiseSchedule, image: jax.Array) -> jax.Array:
-  """The predicted image, float[B, ...], within the schedule's `clip`.
+  """Clips predicted images float[B, ...] to the schedule's `clip`.
 
-  A pair (share, largest) bounds each image at the quantile `share` of its
-  own absolute values, kept within 1 .. largest, and divides by that bound.
+  A pair (quantile, largest) clips each image at that quantile of its absolute
+  values, itself clipped to 1 ... largest, and divides by it.
   """
   if schedule.clip is None:
     return image
   if not isinstance(schedule.clip, tuple):
     return jnp.clip(image, -schedule.clip, schedule.clip)
-  share, largest = schedule.clip
+  quantile, largest = schedule.clip
   flat = jnp.abs(image.reshape(image.shape[0], -1))
-  limit = jnp.clip(jnp.quantile(flat, share, axis=1), 1.0, largest)
-  limit = _over(limit, image)
+  limit = jnp.clip(jnp.quantile(flat, quantile, axis=1), 1.0, largest)
+  limit = _broadcast(limit, image)
   return jnp.clip(image, -limit, limit) / limit
 
 
-def eps_error(schedule: NoiseSchedule, output, x, noise, a):
-  """Mean squared error of the predicted noise, float32[B].
+def eps_error(
+  schedule: NoiseSchedule,
+  output: jax.Array,
+  x: jax.Array,
+  noise: jax.Array,
+  a: jax.Array,
+) -> jax.Array:
+  """Returns the mean squared error of the predicted noise, float32[B].
 
-  Equal to that of `to_eps`, without its cancellation: for "velocity" it is
+  It equals that of `to_eps`, without its cancellation: for "velocity" it is
   a * || output - (sqrt(a) noise - sqrt(1 - a) x) ||^2, for "sample"
   a / (1 - a) * || output - x ||^2.
 
   Args:
-    schedule: says which prediction.
+    schedule: tells the prediction.
     output: float[B, ...], the network's for `add_noise(x, noise)`.
     x: float[B, ...], clean images.
     noise: float[B, ...].
@@ -250,6 +268,6 @@ def eps_error(schedule: NoiseSchedule, output, x, noise, a):
     return jnp.square(output - noise).mean(axes)
   if schedule.prediction == "sample":
     return a / (1 - a) * jnp.square(output - x).mean(axes)
-  wide = _over(a, x)
+  wide = _broadcast(a, x)
   velocity = jnp.sqrt(wide) * noise - jnp.sqrt(1 - wide) * x
   return a * jnp.square(output - velocity).mean(axes)

@@ -1,15 +1,15 @@
-"""The two official pixel decoders, from conditions to latents.
+"""Sampling by the two official pixel decoders, from conditions to latents.
 
 LaVIT, arXiv 2309.04669, section 3.2. *lowres* is Stable Diffusion 1.5's U-Net,
-told by N masked tokens; *highres* is SDXL's, told by N tokens, a pooled vector
-and six numbers of size and place. The networks are callables, whose conditions
-have the names that `unet.UNet` gives them; latents are channels last, and
-whoever asks for them decodes them:
+conditioned on N masked tokens; *highres* is SDXL's, conditioned on N tokens, a
+pooled vector and six numbers of image size and crop. The networks are
+callables, whose conditions are keyword arguments of `unet.UNet`. Latents are
+channels last; the caller decodes them:
 
   @jax.jit
   def draw(params, tokens, uncond, seeds):
-    denoise = lambda z, t, given: net.apply({"params": params}, z, t, **given)
-    return latents.lowres(
+    denoise = lambda z, t, cond: net.apply({"params": params}, z, t, **cond)
+    return stable_diffusion.lowres(
       denoise, schedule, settings, tokens, uncond, seeds=seeds
     )
 """
@@ -37,20 +37,21 @@ Denoise = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
 def size_of(ratio: str, side: int = 1024, factor: int = 8) -> tuple[int, int]:
-  """Height and width of a ratio: "4:3" gives (896, 1152).
+  """Returns height and width of a ratio: "4:3" gives (896, 1152).
 
   Args:
     ratio: a key of `RATIOS`.
-    side: of the square that the decoder draws; the sizes are in proportion.
-    factor: of which they are multiples.
+    side: height and width of the decoder's square images; the result is in
+      proportion.
+    factor: height and width are multiples of it.
 
   Raises:
-    errors.UsageError: the ratio is none of `RATIOS`.
+    errors.UsageError: the ratio is not in `RATIOS`.
   """
   if ratio not in RATIOS:
     raise errors.UsageError(
-      f"The ratio {ratio!r} is not known: give one of {', '.join(RATIOS)}, or"
-      " a height and a width."
+      f"The ratio {ratio!r} is unknown: give one of {', '.join(RATIOS)}, or a"
+      " height and a width."
     )
   scale = side / (1024 * factor)
   height, width = (max(round(n * scale), 1) * factor for n in RATIOS[ratio])
@@ -59,16 +60,16 @@ def size_of(ratio: str, side: int = 1024, factor: int = 8) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """What is drawn and how; hashable, for a static argument.
+  """Image size, steps and solver; hashable, so that it can be static.
 
   Attributes:
     height: of the image, in pixels.
     width: of the image, in pixels.
-    steps: that the solver visits.
+    steps: number of visited steps.
     solver: see `solvers.named`.
-    dtype: of what the network is given; latents are float32 throughout.
+    dtype: of the network's inputs; latents are float32 in the solver.
     channels: of the latents.
-    factor: pixels of a latent place, to each side; the VAE's.
+    factor: height and width, in pixels, of a latent position; the VAE's.
     progress: called on the host with (steps done, steps) after each step.
 
   Raises:
@@ -82,21 +83,21 @@ class Settings:
   dtype: str = "float32"
   channels: int = 4
   factor: int = 8
-  progress: Callable[[int, int], None] | None = None
+  progress: sampling.Progress | None = None
 
   def __post_init__(self):
     for name in ("height", "width"):
       value = getattr(self, name)
       if value <= 0 or value % self.factor:
-        near = max(round(value / self.factor), 1) * self.factor
+        nearest = max(round(value / self.factor), 1) * self.factor
         raise errors.UsageError(
-          f"{name}={value} is not a multiple of {self.factor}, the pixels of a"
-          f" latent place to each side: {near} is near."
+          f"{name}={value} is not a multiple of {self.factor}, the {name} of a"
+          f" latent position in pixels. The nearest multiple is {nearest}."
         )
 
   @property
   def shape(self) -> tuple[int, int, int]:
-    """Height, width and channels of the latents of one image."""
+    """Returns height, width and channels of the latents of one image."""
     factor = self.factor
     return self.height // factor, self.width // factor, self.channels
 
@@ -113,19 +114,22 @@ def lowres(
   guidance: float | jax.Array = LOWRES_GUIDANCE,
   noise: jax.Array | None = None,
 ) -> jax.Array:
-  """Latents by the U-Net of Stable Diffusion 1.5.
+  """Samples latents by the U-Net of Stable Diffusion 1.5.
 
   Args:
-    denoise: (z [B, h, w, C], t int[B], {"condition": [B, N, D],
-      "condition_mask": bool[B, N]}) -> its output; B counts both streams.
+    denoise: maps (z [B, h, w, C], t int[B], {"condition": [B, N, D],
+      "condition_mask": bool[B, N]}) to the U-Net's output; here B counts both
+      streams.
     schedule: of the checkpoint.
     settings: sizes, steps, solver.
-    tokens: float[B, N, D], `decoder.LowresDecoder`'s.
-    uncond: float[1, U, D] or float[U, D], the checkpoint's; U at most N.
+    tokens: float[B, N, D], of `decoder.LowresDecoder`.
+    uncond: float[1, U, D] or float[U, D], the checkpoint's unconditional
+      embeddings; U at most N.
     seeds: int[B]; an image depends on its own seed only.
-    mask: bool[B, N], which tokens are seen; None for all.
-    guidance: a plain 1 runs the conditional stream alone.
-    noise: float[B, h, w, C] to start from, instead of the seeds' own.
+    mask: bool[B, N], False for masked tokens; None for no mask.
+    guidance: factor of guidance; the Python number 1 runs the conditional
+      stream only.
+    noise: float[B, h, w, C] to start from, instead of noise from the seeds.
 
   Returns:
     float32[B, h, w, C], still to be divided by the VAE's scaling factor.
@@ -137,41 +141,43 @@ def lowres(
     mask = jnp.ones(tokens.shape[:2], bool)
   _check_batch({"tokens": tokens, "mask": mask}, seeds)
   tokens = tokens.astype(settings.dtype)
-  rest, seen = pad_uncond(uncond, tokens)
+  padded, uncond_mask = pad_uncond(uncond, tokens)
   return _sample(
     denoise,
     schedule,
     settings,
     {"condition": tokens, "condition_mask": mask.astype(bool)},
-    {"condition": rest, "condition_mask": seen},
+    {"condition": padded, "condition_mask": uncond_mask},
     (seeds, guidance, noise),
   )
 
 
-def pad_uncond(uncond: jax.Array, tokens: jax.Array):
-  """The unconditional stream: zeros after its U tokens, which alone are seen.
+def pad_uncond(
+  uncond: jax.Array, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Pads the tokens of the unconditional stream with masked zeros.
 
   Args:
     uncond: float[1, U, D] or float[U, D].
-    tokens: float[B, N, D], those of the conditional stream.
+    tokens: float[B, N, D] of the conditional stream.
 
   Returns:
-    [B, N, D] of the tokens' dtype, and bool[B, N].
+    Tokens [B, N, D] of the same dtype, and their mask bool[B, N].
 
   Raises:
     errors.UsageError: U > N, or another D.
   """
   uncond = uncond.reshape(-1, uncond.shape[-1])
-  (used, width), (_, num, wanted) = uncond.shape, tokens.shape
-  if used > num or width != wanted:
+  (used, width), (_, num, expected) = uncond.shape, tokens.shape
+  if used > num or width != expected:
     raise errors.UsageError(
-      f"The unconditional embeddings are {used} tokens of width {width}, but"
-      f" a condition is {num} of width {wanted}: they need its width, and at"
-      " most as many tokens. They belong to another decoder."
+      f"The unconditional embeddings are {used} tokens of width {width}, but a"
+      f" condition has {num} of width {expected}: the widths must be equal, and"
+      f" the tokens at most {num}. They belong to another decoder."
     )
   padded = jnp.pad(uncond.astype(tokens.dtype), ((0, num - used), (0, 0)))
-  seen = jnp.broadcast_to(jnp.arange(num) < used, tokens.shape[:2])
-  return jnp.broadcast_to(padded, tokens.shape), seen
+  mask = jnp.broadcast_to(jnp.arange(num) < used, tokens.shape[:2])
+  return jnp.broadcast_to(padded, tokens.shape), mask
 
 
 def highres(
@@ -187,22 +193,25 @@ def highres(
   guidance: float | jax.Array = HIGHRES_GUIDANCE,
   noise: jax.Array | None = None,
 ) -> jax.Array:
-  """Latents by the U-Net of SDXL.
+  """Samples latents by the U-Net of SDXL.
 
-  Without a condition both tokens and pooled vector are zeros.
+  In the unconditional stream tokens and pooled vector are zeros.
 
   Args:
-    denoise: (z [B, h, w, C], t int[B], {"condition": [B, N, D], "pooled": [B,
-      P], "sizes": float32[B, 6]}) -> its output; B counts both streams.
+    denoise: maps (z [B, h, w, C], t int[B], {"condition": [B, N, D], "pooled":
+      [B, P], "sizes": float32[B, 6]}) to the U-Net's output; here B counts
+      both streams.
     schedule: of the checkpoint.
     settings: sizes, steps, solver.
-    tokens: float[B, N, D], `decoder.HighresDecoder`'s first.
-    pooled: float[B, P], its second.
+    tokens: float[B, N, D], first result of `decoder.HighresDecoder`.
+    pooled: float[B, P], its second result.
     seeds: int[B]; an image depends on its own seed only.
-    original_size: height and width to be told; None for the drawn ones.
-    crop: top and left to be told.
-    guidance: a plain 1 runs the conditional stream alone.
-    noise: float[B, h, w, C] to start from, instead of the seeds' own.
+    original_size: height and width of the source to condition on; None for
+      those of the image.
+    crop: top and left of the crop to condition on.
+    guidance: factor of guidance; the Python number 1 runs the conditional
+      stream only.
+    noise: float[B, h, w, C] to start from, instead of noise from the seeds.
 
   Returns:
     float32[B, h, w, C], still to be divided by the VAE's scaling factor.
@@ -211,43 +220,52 @@ def highres(
     errors.UsageError: shapes do not fit each other, or steps the schedule.
   """
   _check_batch({"tokens": tokens, "pooled": pooled}, seeds)
-  given = {
+  condition = {
     "condition": tokens.astype(settings.dtype),
     "pooled": pooled.astype(settings.dtype),
   }
-  nothing = jax.tree.map(jnp.zeros_like, given)
+  uncondition = jax.tree.map(jnp.zeros_like, condition)
   numbers = sizes(settings, len(seeds), original_size, crop)
   return _sample(
     denoise,
     schedule,
     settings,
-    given | {"sizes": numbers},
-    nothing | {"sizes": numbers},
+    condition | {"sizes": numbers},
+    uncondition | {"sizes": numbers},
     (seeds, guidance, noise),
   )
 
 
-def sizes(settings: Settings, count: int, original_size=None, crop=(0, 0)):
-  """float32[count, 6]: original height and width, top and left, drawn ones."""
+def sizes(
+  settings: Settings,
+  count: int,
+  original_size: tuple[int, int] | None = None,
+  crop: tuple[int, int] = (0, 0),
+) -> jax.Array:
+  """Returns SDXL's size conditioning, float32[count, 6].
+
+  Its columns are height and width of the source, top and left of the crop,
+  height and width of the image.
+  """
   target = (settings.height, settings.width)
   original = target if original_size is None else original_size
   row = [*original, *crop, *target]
   return jnp.broadcast_to(jnp.asarray(row, jnp.float32), (count, 6))
 
 
-def _sample(denoise, schedule, settings, given, nothing, rest):
+def _sample(denoise, schedule, settings, condition, uncondition, rest):
   seeds, guidance, noise = rest
   # A traced factor may be any number: then both streams run.
-  alone = isinstance(guidance, int | float) and guidance == 1
+  unguided = isinstance(guidance, int | float) and guidance == 1
   return sampling.sample(
     denoise,
     schedule,
-    given,
+    condition,
     seeds=seeds,
     shape=settings.shape,
     steps=settings.steps,
     solver=settings.solver,
-    uncondition=None if alone else nothing,
+    uncondition=None if unguided else uncondition,
     guidance=guidance,
     noise=noise,
     dtype=jnp.dtype(settings.dtype),
@@ -256,12 +274,12 @@ def _sample(denoise, schedule, settings, given, nothing, rest):
 
 
 def _check_batch(arrays, seeds):
-  """UsageError unless all arrays have as many rows as there are seeds."""
+  """Raises UsageError unless each array has one row per seed."""
   rows = {name: array.shape[0] for name, array in arrays.items()}
   if any(count != len(seeds) for count in rows.values()):
     listed = ", ".join(
       f"{count} rows of {name}" for name, count in rows.items()
     )
     raise errors.UsageError(
-      f"{len(seeds)} seeds, but {listed}: give one of each an image."
+      f"{len(seeds)} seeds, but {listed}: give one of each per image."
     )

@@ -1,9 +1,9 @@
-"""GELU and SiLU that keep their derivative for the backward pass.
+"""GELU and SiLU that save their derivative for the backward pass.
 
-JAX keeps the argument and computes the derivative when it is needed. XLA on a
-CPU then computes it, exp and erf included, again in each of the products that
-take it in: half of the backward pass of an MLP. The derivative needs no more
-memory than the argument that it stands in for.
+JAX saves the argument and computes the derivative where it is used. XLA on a
+CPU then computes it, exp and erf included, once for each matrix product that
+uses it: half of the backward pass of an MLP. The derivative takes as much
+memory as the argument, in whose place it is saved.
 """
 
 import math
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-  """X Phi(x) with the exact normal distribution function, not tanh."""
+  """Computes ``x * Phi(x)``, Phi the exact normal distribution function."""
   return nn.gelu(x, approximate=False)
 
 
@@ -27,7 +27,7 @@ def _gelu_forward(x):
 
 @jax.custom_vjp
 def silu(x: jax.Array) -> jax.Array:
-  """X sigmoid(x)."""
+  """Computes ``x * sigmoid(x)``."""
   return nn.silu(x)
 
 

@@ -1,28 +1,37 @@
-"""Layers every network here is made of, and the one entry for attention."""
+"""Layers that every network shares, and the entry point of attention."""
 
 import functools
 import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from etils import epy
+from flax import traverse_util
 
 from lavit_jax.models import activations, matmul
-from lavit_jax.models.attention import forms, gpu, mesh, tpu
+from lavit_jax.models.attention import forms, mesh
+
+with epy.lazy_imports():  # Pallas is imported where there is a TPU alone
+  from lavit_jax.models.attention import gpu, tpu
 
 _POLICIES = jax.checkpoint_policies
-# What backward recomputes of a layer, by name (`remat` in every config). The
-# products of `matmul.linear` are named "product", what attention gives
-# "attention_out".
+# Rematerialization policies: which activations of a layer are saved for the
+# backward pass, by the name that configs give in `remat`. Results of
+# `matmul.linear` are named "product", those of attention "attention_out".
 REMAT = {
-  "none": None,  # keep everything
-  # Keep what matrix products and attention give, recompute what is between.
+  "none": None,  # save everything
+  # Save results of matrix products and attention, recompute the rest.
   "dots": _POLICIES.save_from_both_policies(
     _POLICIES.dots_with_no_batch_dims_saveable,
     _POLICIES.save_only_these_names("product", "attention_out"),
   ),
-  # The same, the products in the host's memory meanwhile.
+  # Save attention on the device, products in the host's memory.
   "offload": _POLICIES.save_and_offload_only_these_names(
     names_which_can_be_saved=["attention_out"],
     names_which_can_be_offloaded=["product"],
@@ -30,10 +39,10 @@ REMAT = {
     offload_dst="pinned_host",
   ),
   "attention": _POLICIES.save_only_these_names("attention_out"),
-  "full": _POLICIES.nothing_saveable,  # keep only what goes into a layer
+  "full": _POLICIES.nothing_saveable,  # save only the inputs of a layer
 }
 
-_LONG = 128  # places of a row from which a kernel would matter
+_LONG = 128  # positions from which on a missing kernel is worth a warning
 _KERNELS = {"tpu": tpu, "gpu": gpu}
 
 _LOG = logging.getLogger(__name__)
@@ -50,41 +59,42 @@ def attention(
   causal: bool = False,
   segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-  """Attention of queries to keys; softmax in float32.
+  """Computes attention of queries to keys, its softmax in float32.
 
-  Masks combine: a key is seen where `mask`, `causal` and the segments all
-  allow it. A query that sees no key gives zeros. With a `policy` the softmax
-  is LaVIT's (`attention.forms.policy_softmax`) and only `causal` may be added.
+  Masks combine: a query attends to a key where `mask`, `causal` and the
+  segments all allow it. A query that attends to no key gives zeros. With a
+  `policy` the softmax is LaVIT's (`attention.forms.policy_softmax`), and only
+  `causal` may be combined with it.
 
-  Rows that see all keys, all but some keys (a mask of [B, 1, 1, M]), or those
-  before them, packed or not, are computed by a library's kernel on the
-  platform of the current mesh. It never holds the logits, float32[B, H, L, M]:
+  Rows without a mask, with a mask of keys ([B, 1, 1, M]) and causal rows,
+  packed or not, are computed by a kernel on the platform of the current mesh.
+  It never holds the logits, float32[B, H, L, M]:
 
-    tpu  `attention_tpu`, splash kernel   L and M from 128, Dh 32 ... 512
-    gpu  `attention_gpu`, cuDNN's kernel  L and M from 128, Dh to 128 in steps
+    tpu  `attention.tpu`, splash kernel   L and M from 128, Dh 32 ... 512
+    gpu  `attention.gpu`, cuDNN's kernel  L and M from 128, Dh to 128 in steps
                                           of 8, bfloat16 or float16
     cpu  none: einsums, by row or block if the logits are large
 
-  What does not fit, policies, and other masks (a cache's) are einsums. Where
-  the mesh splits L over `context`, each device gathers the keys and values of
-  what the kernels compute and of causal rows.
+  Other shapes, policies and other masks (such as a cache's) are computed by
+  einsums. Where the mesh splits L over `context`, each device gathers keys and
+  values for the kernels and for causal rows.
 
   Args:
     query: float[B, L, H, Dh].
     key: float[B, M, G, Dh]; G divides H, each key head serves H / G heads.
     value: float[B, M, G, Dh].
-    mask: bool, broadcastable to [B, H, L, M], True where a key is seen.
+    mask: bool, broadcastable to [B, H, L, M], False for masked keys.
     policy: float, broadcastable to [B, H, L, M], factor of each weight.
     policy_eps: the eps of `policy_softmax`.
-    causal: query i sees keys 0 ... i + M - L.
-    segment_ids: int[B, L], at least 0; L = M, and a query sees keys of its
-      own segment.
+    causal: whether query i attends to keys 0 ... i + M - L only.
+    segment_ids: int[B, L], at least 0; L = M, and a query attends to the keys
+      of its own segment.
 
   Returns:
     float[B, L, H, Dh] of the query's dtype.
 
   Raises:
-    ValueError: heads that do not divide, or a combination not listed here.
+    ValueError: heads do not divide, or a policy is combined with a mask.
   """
   heads, groups = query.shape[2], key.shape[2]
   if heads % groups or key.shape != value.shape:
@@ -98,39 +108,40 @@ def attention(
       " into the policy instead."
     )
   query = query * query.shape[-1] ** -0.5
-  if policy is None and forms.is_of_keys(mask, causal, segment_ids):
+  if policy is None and forms.is_key_mask(mask, causal, segment_ids):
     segments = forms.segments(query, key, mask, segment_ids)
-    if form := _form(query, key, causal):
-      return form(query, key, value, segments)
-  seen = forms.combine(query, key, mask, causal, segment_ids)
-  return forms.attend(query, key, value, seen, policy, policy_eps)
+    if attend := _partitioned(query, key, causal):
+      return attend(query, key, value, segments)
+  mask = forms.combined_mask(query, key, mask, causal, segment_ids)
+  with forms.scope(causal, key.shape[1]):
+    return forms.attend(query, key, value, mask, policy, policy_eps)
 
 
-def _form(query, key, causal):
-  """The form that the current mesh asks for, None: einsums of whole arrays."""
+def _partitioned(query, key, causal):
+  """Returns attention by a kernel or by shards; None if neither applies."""
   platform = mesh.platform()
   kernel = _KERNELS.get(platform)
   if kernel and kernel.fits(query, key, causal=causal):
     return functools.partial(kernel.attend, causal=causal)
-  # One row on a mesh that splits rows: parameters are made, nothing is run.
-  outline = query.shape[0] == 1 < mesh.ways()[0]
-  if kernel and not outline and min(query.shape[1], key.shape[1]) >= _LONG:
+  # A single row on a mesh that splits rows only initializes parameters.
+  is_init = query.shape[0] == 1 < mesh.ways()[0]
+  if kernel and not is_init and min(query.shape[1], key.shape[1]) >= _LONG:
     shapes = (query.shape, key.shape, query.dtype.name)
-    _say_no_kernel(platform, *shapes, mesh.ways())
+    _warn_of_einsums(platform, *shapes, mesh.ways())
   split = max(mesh.ways()) > 1
   if causal and split and mesh.fits(query, key):
-    return functools.partial(mesh.attend, mesh.einsums)
+    return functools.partial(mesh.attend, mesh.einsums, causal=True)
   return None
 
 
 @functools.cache  # once for each shape
-def _say_no_kernel(platform, query, key, dtype, ways):
-  """Logs that long rows go without a kernel: slow, and large in memory."""
+def _warn_of_einsums(platform, query, key, dtype, ways):
+  """Logs that long rows use no kernel: slow, and large in memory."""
   _LOG.warning(
-    "Attention of %s over keys %s in %s takes no kernel on this %s, but"
-    " einsums that hold all logits: see the table of layers.attention. The"
-    " mesh splits rows, places and heads %d, %d and %d ways, which must divide"
-    " them.",
+    "Attention of queries %s over keys %s in %s uses no kernel on this %s, but"
+    " einsums that hold all logits: the docstring of layers.attention lists"
+    " the shapes that kernels support. The mesh splits rows, positions and"
+    " heads %d, %d and %d ways, which must divide them.",
     query,
     key,
     dtype,
@@ -140,7 +151,7 @@ def _say_no_kernel(platform, query, key, dtype, ways):
 
 
 def l2_normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:
-  """Unit vectors x / norm; where the norm is below eps, 0 with gradient 0."""
+  """Returns x / norm over the last axis; 0 with gradient 0 for norms <= eps."""
   square = jnp.square(x).sum(-1, keepdims=True)
   small = square <= eps * eps
   inverse = jax.lax.rsqrt(jnp.where(small, 1.0, square))
@@ -150,7 +161,9 @@ def l2_normalize(x: jax.Array, eps: float = 1e-12) -> jax.Array:
 def rotary(
   x: jax.Array, positions: jax.Array, theta: float = 10000.0
 ) -> jax.Array:
-  """Turns pairs (i, i + Dh / 2) of float[B, L, H, Dh], as HF's LLaMA does.
+  """Applies rotary position embeddings to pairs (i, i + Dh / 2).
+
+  Su et al., arXiv 2104.09864, with the pairs of Hugging Face's LLaMA.
 
   Args:
     x: float[B, L, H, Dh], Dh even.
@@ -170,7 +183,7 @@ def rotary(
 
 
 def remat(block: type[nn.Module], name: str) -> type[nn.Module]:
-  """The block with the named remat policy, for use under `nn.scan`."""
+  """Returns the block with a policy of `REMAT`, for use under `nn.scan`."""
   if name not in REMAT:
     raise ValueError(f"remat={name!r} is unknown; use one of {sorted(REMAT)}.")
   if name == "none":
@@ -181,10 +194,14 @@ def remat(block: type[nn.Module], name: str) -> type[nn.Module]:
 def stack(
   block: type[nn.Module], depth: int, remat_name: str, unroll: int = 1
 ) -> type[nn.Module]:
-  """`depth` blocks as one scan with stacked parameters.
+  """Returns `depth` blocks as one scan over stacked parameters.
 
-  A block maps (carry, context) to (carry, output); the context, one pytree,
-  is the same for all. Parameters get a first axis "layers".
+  Args:
+    block: maps (carry, context) to (carry, output). The context, one pytree,
+      is the same for all layers.
+    depth: number of layers; parameters get it as a first axis, "layers".
+    remat_name: see `remat`.
+    unroll: layers per scan step.
   """
   return nn.scan(
     remat(block, remat_name),
@@ -193,8 +210,79 @@ def stack(
     in_axes=nn.broadcast,
     length=depth,
     unroll=unroll,
+    check_constancy_invariants=False,  # all variables are scanned: one trace
     metadata_params={nn.PARTITION_NAME: "layers"},
   )
+
+
+def stack_params(params: Mapping[str, Any], name: str) -> dict[str, Any]:
+  """Stacks the arrays of modules `name_0`, `name_1`, ... under `name`.
+
+  A single module stays as it is: `stack` is for several.
+
+  Args:
+    params: nested dicts of NumPy or JAX arrays, unboxed.
+    name: of the modules, at any depth of the tree.
+
+  Returns:
+    The parameters of the same network with its layers in a `stack`.
+  """
+  layer = re.compile(re.escape(name) + r"_(\d+)")
+  flat = traverse_util.flatten_dict(dict(params))
+  stacked: dict[tuple[str, ...], Any] = {}
+  groups: dict[tuple[str, ...], dict[int, tuple[str, ...]]] = {}
+  for path, leaf in flat.items():
+    matches = [
+      (i, m) for i, key in enumerate(path) if (m := layer.fullmatch(key))
+    ]
+    if not matches:
+      stacked[path] = leaf
+      continue
+    (i, match), *_ = matches
+    target = (*path[:i], name, *path[i + 1 :])
+    groups.setdefault(target, {})[int(match[1])] = path
+  for target, paths in groups.items():
+    leaves = [flat[paths[i]] for i in range(len(paths))]
+    if len(leaves) == 1:
+      stacked[paths[0]] = leaves[0]
+    else:
+      is_numpy = isinstance(leaves[0], np.ndarray)
+      stacked[target] = (np if is_numpy else jnp).stack(leaves)
+  return traverse_util.unflatten_dict(stacked)
+
+
+def unstack_params(params: Mapping[str, Any], name: str) -> dict[str, Any]:
+  """Reverses `stack_params`; returns arrays under `name_0`, `name_1`, ...."""
+  unstacked = {}
+  for path, leaf in traverse_util.flatten_dict(dict(params)).items():
+    if name not in path:
+      unstacked[path] = leaf
+      continue
+    i = path.index(name)
+    for number, layer in enumerate(leaf):
+      unstacked[*path[:i], f"{name}_{number}", *path[i + 1 :]] = layer
+  return traverse_util.unflatten_dict(unstacked)
+
+
+def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
+  """Maps [B, H, W, C] to [B, H / patch, W / patch, patch * patch * C]."""
+  return einops.rearrange(
+    x, "b (h p) (w q) c -> b h w (p q c)", p=patch, q=patch
+  )
+
+
+def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
+  """Maps [B, h, w, patch * patch * C] to [B, h * patch, w * patch, C]."""
+  return einops.rearrange(
+    x, "b h w (p q c) -> b (h p) (w q) c", p=patch, q=patch
+  )
+
+
+def partitioned(
+  init: Callable[..., Any], axes: Sequence[str | None]
+) -> Callable[..., Any]:
+  """Returns an initializer whose parameters have logical axes."""
+  return nn.with_logical_partitioning(init, tuple(axes))
 
 
 def dense(
@@ -203,30 +291,28 @@ def dense(
   *,
   use_bias: bool = True,
   dtype: Any = "float32",
-  kernel_init=None,
+  kernel_init: Callable[..., Any] | None = None,
   name: str | None = None,
 ) -> nn.Dense:
-  """`nn.Dense` with the logical axes of its kernel; the bias has the last."""
+  """Returns an `nn.Dense` whose kernel has logical axes, its bias the last."""
   kernel_init = kernel_init or nn.initializers.lecun_normal()
-  zeros = nn.initializers.zeros
   return nn.Dense(
     features,
     use_bias=use_bias,
     dtype=jnp.dtype(dtype),
-    kernel_init=nn.with_logical_partitioning(kernel_init, axes),
-    bias_init=nn.with_logical_partitioning(zeros, axes[-1:]),
+    kernel_init=partitioned(kernel_init, axes),
+    bias_init=partitioned(nn.initializers.zeros, axes[-1:]),
     dot_general=matmul.dot_general,
     name=name,
   )
 
 
 def _constant(value, *axes):
-  init = nn.initializers.constant(value)
-  return nn.with_logical_partitioning(init, axes)
+  return partitioned(nn.initializers.constant(value), axes)
 
 
 class RMSNorm(nn.Module):
-  """x / sqrt(mean x² + eps) * scale in float32, then `dtype`."""
+  """Computes x / sqrt(mean x² + eps) * scale in float32, then `dtype`."""
 
   epsilon: float = 1e-5
   dtype: Any = "float32"
@@ -242,7 +328,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-  """LayerNorm in float32, the variance from the centred values."""
+  """LayerNorm in float32, with the variance of the centred values."""
 
   epsilon: float = 1e-5
   dtype: Any = "float32"
@@ -260,7 +346,7 @@ class LayerNorm(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Linear, exact GELU, linear."""
+  """Two linear layers with the exact GELU between them."""
 
   hidden_dim: int
   dtype: Any = "float32"

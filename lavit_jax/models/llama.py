@@ -1,46 +1,56 @@
-"""LLaMA: the decoder-only language model that reads and writes both alphabets.
+"""LLaMA, the decoder-only language model of text and visual tokens.
 
-Pre-norm blocks of causal attention (rotary, grouped keys) and SwiGLU, one
-scan over the layers, embedding and head not tied (Touvron et al., 2023). A
-row may mix ids and continuous embeddings: where `use_embeds` is True the
-embedding of the id is replaced, which is how an image is read as a condition
-(LaVIT, arXiv 2309.04669, section 3.2).
+Pre-norm blocks of causal attention (rotary positions, grouped keys) and
+SwiGLU, one scan over the layers, embedding and head not tied (Touvron et al.,
+arXiv 2302.13971 and 2307.09288). A row may mix ids and continuous embeddings:
+where `use_embeds` is True the embedding of the id is replaced. This is how an
+image that is a condition enters (LaVIT, arXiv 2309.04669, section 3.2).
 
-Kernels, embedding and head may be int8, with their scales beside them
-(`infer/quantize.py`): the parameters say so, the config does not.
+Kernels, embedding and head may be int8 with scales beside them
+(`infer/loading/quantize.py`). The parameters tell which; the config does not.
 """
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
+import einops
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
 from lavit_jax.core import errors
-from lavit_jax.models import activations, layers, low_precision
+from lavit_jax.models import activations, blocks, layers, low_precision
 from lavit_jax.models import matmul as matmul_lib
+from lavit_jax.models.attention import context as context_lib
 
-_NO_CLASS = -1e9  # the logit of the padding rows of the head
+Params = Mapping[str, Any]  # nested dicts of arrays, unboxed
+
+_PADDING_LOGIT = -1e9  # of rows of the head past the vocabulary
 _VOCAB_MULTIPLE = 128
 _LARGE = 30_000_000  # weights in layers; see `for_decoding`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-  """Sizes of one network.
+  """Sizes of a language model, and how it is computed.
 
   Attributes:
     vocab_size: ids in use; embedding and head have `padded_vocab` rows.
+    width: D, of embeddings and hidden states.
+    depth: number of layers.
+    num_heads: heads of queries.
     num_kv_heads: heads of keys and values, a divisor of `num_heads`.
-    max_len: longest sequence meant; rotary positions have no table.
+    mlp_dim: F, hidden width of the MLPs.
+    rope_theta: base of the rotary wavelengths.
+    norm_eps: eps of the RMSNorms.
+    max_len: longest sequence meant; longer ones are computed all the same.
     dtype: of the computation; parameters are float32.
-    remat: name of a policy in `layers.REMAT`, what backward recomputes.
-    matmul: number format of the layers' products in training, of
-      `narrow.FORMATS`; "" for dtype.
-    unroll: layers a scan step; more is faster to run, slower to compile.
+    remat: name of a policy in `layers.REMAT`.
+    matmul: number format of the layers' products in training, one of
+      `low_precision.FORMATS`; "" for dtype.
+    unroll: layers per scan step; more run faster and compile slower.
     scan: whether the layers are one scan over stacked parameters; see
       `unstacked`.
   """
@@ -63,33 +73,34 @@ class LlamaConfig:
   def __post_init__(self):
     if self.width % self.num_heads or self.head_dim % 2:
       raise errors.ConfigError(
-        f"width={self.width} over num_heads={self.num_heads}: heads must be"
-        " equal and even in size (rotary turns pairs). Change one of the two."
+        f"width={self.width} with num_heads={self.num_heads}: heads must be"
+        " equal in width, and the width even (rotary positions act on pairs)."
+        " Change one of the two."
       )
     if self.num_heads % self.num_kv_heads:
       raise errors.ConfigError(
         f"num_heads={self.num_heads} is not a multiple of"
-        f" num_kv_heads={self.num_kv_heads}: each key head serves equally many"
-        " query heads. Change one of the two."
+        f" num_kv_heads={self.num_kv_heads}: each key head serves the same"
+        " number of query heads. Change one of the two."
       )
     low_precision.check(self.matmul)
 
   @property
   def head_dim(self) -> int:
-    """Width of one head."""
+    """Returns Dh, the width of one head."""
     return self.width // self.num_heads
 
   @property
   def padded_vocab(self) -> int:
-    """Rows of embedding and head, a multiple of 128."""
+    """Returns the rows of embedding and head, a multiple of 128."""
     return -(-self.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
 
   def served(self) -> "LlamaConfig":
-    """The same network without what is of training alone."""
+    """Returns the config for inference, without training-only fields."""
     return dataclasses.replace(self, matmul="")
 
 
-# Llama-2-7B with the paper's 32000 pieces, 2 marks and 16384 codes.
+# Llama-2-7B with the paper's 32000 text pieces, 2 image marks, 16384 codes.
 LLAMA2_7B = LlamaConfig(
   vocab_size=48386,
   width=4096,
@@ -100,28 +111,25 @@ LLAMA2_7B = LlamaConfig(
   dtype="bfloat16",
   remat="full",
 )
-# The embedded default: a few million parameters, minutes on a CPU.
-TINY = LlamaConfig(
-  vocab_size=1026,
-  width=256,
-  depth=6,
-  num_heads=4,
-  num_kv_heads=4,
-  mlp_dim=688,
-  max_len=512,
-)
 
 
 def init_cache(
   config: LlamaConfig, batch: int, max_len: int, dtype: Any = None
-) -> dict[str, jax.Array]:
-  """An empty key-value cache of `max_len` slots a row.
+) -> context_lib.Cache:
+  """Returns an empty key-value cache.
+
+  Args:
+    config: of the model.
+    batch: B, rows.
+    max_len: M, slots per row.
+    dtype: of keys and values; None for that of the config.
 
   Returns:
-    k, v: dtype[layers, B, G, M, Dh], zeros (heads before slots: the other
-    way round a CPU would copy them at every token); valid: bool[B, M], False,
-    the slots that may be attended; index: int32[], the next slot to write.
-    Rows share the index: prompts of different length are padded on the left.
+    `k` and `v`, dtype[layers, B, G, M, Dh], zeros. Heads come before slots:
+    the other way round a CPU would copy them at every token.
+    `valid`, bool[B, M], the slots that may be attended to, all False.
+    `index`, int32[], the next slot to write. Rows share it: prompts of
+    different lengths are padded on the left.
   """
   shape = (
     config.depth,
@@ -139,37 +147,29 @@ def init_cache(
   }
 
 
-def unstacked(model: "Llama", params) -> tuple["Llama", dict]:
-  """The same network with the parameters of every layer apart.
+def unstacked(model: "Llama", params: Params) -> tuple["Llama", Params]:
+  """Returns the same network with separate parameters for each layer.
 
-  For decoding on a CPU: there a scan copies the weights of each layer before
-  it uses them, half the time of a step. Longer to compile.
+  Meant for decoding on a CPU, where a scan copies the weights of each layer
+  before it uses them: half the time of a step. It takes longer to compile.
 
   Args:
     model: with `scan`.
-    params: its parameters, unboxed; what is stacked is taken out of them.
+    params: its parameters.
 
   Returns:
-    (model, params) under `layers_0`, `layers_1`, ….
+    The model without `scan`, and its parameters: those of the layers are under
+    `layers_0`, `layers_1`, ….
   """
-  depth = model.config.depth
-  params = dict(params)
-  split = [{} for _ in range(depth)]
-  flat = flax.traverse_util.flatten_dict(params.pop("layers"))
-  while flat:  # one array after the other, so that memory holds one twice
-    path, array = flat.popitem()
-    for i in range(depth):
-      split[i][path] = array[i]
-  for i, layer in enumerate(split):
-    params[f"layers_{i}"] = flax.traverse_util.unflatten_dict(layer)
-  return Llama(dataclasses.replace(model.config, scan=False)), params
+  config = dataclasses.replace(model.config, scan=False)
+  return Llama(config), layers.unstack_params(params, "layers")
 
 
-def for_decoding(model: "Llama", params) -> tuple["Llama", dict]:
-  """The form in which the default backend decodes fastest.
+def for_decoding(model: "Llama", params: Params) -> tuple["Llama", Params]:
+  """Returns the model in the form that decodes fastest on this backend.
 
-  `unstacked` on a CPU, if the weights are more than its caches hold and float:
-  without a scan, int8 ones would all be cast back at once.
+  On a CPU that is `unstacked`, for float weights that exceed its caches;
+  without a scan all int8 weights would be cast to floats at once.
   """
   weights = jax.tree.leaves(params["layers"])
   large = sum(x.size for x in weights) >= _LARGE
@@ -179,101 +179,44 @@ def for_decoding(model: "Llama", params) -> tuple["Llama", dict]:
   return model, params
 
 
-def positions_of(mask=None, segment_ids=None):
-  """Positions int32[B, L] that count valid tokens and restart a segment.
-
-  mask [0, 0, 1, 1, 1] gives [0, 0, 0, 1, 2]; segment_ids [1, 1, 2, 2, 2]
-  gives [0, 1, 0, 1, 2].
-  """
-  if segment_ids is not None:
-    place = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
-    first = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
-    start = jax.lax.cummax(jnp.where(first, place, 0), axis=1)
-    return place - start
-  return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Context:
-  """What every layer shares: a pytree, broadcast over the scan."""
-
-  positions: jax.Array  # int32[B, L]
-  mask: jax.Array | None  # bool[B, 1, 1 | L, M]
-  segment_ids: jax.Array | None  # int32[B, L]
-  index: jax.Array | None  # int32[]: decoding, the first slot to write
-
-
-jax.tree_util.register_dataclass(
-  _Context,
-  data_fields=["positions", "mask", "segment_ids", "index"],
-  meta_fields=[],
-)
-
-
-class Linear(nn.Module):
-  """x kernel, no bias. A kernel int8[D, F] has `scale` float32[F] beside it.
-
-  What a collection "lora" has under its name, `a` float[D, R] and `b`
-  float[R, F], changes it by x a b.
-  """
-
-  features: int
-  axes: tuple[str, str]
-  dtype: str
-  matmul: str = ""
-
-  @nn.compact
-  def __call__(self, x):
-    """Maps float[..., D] to dtype[..., F]."""
-    init = nn.initializers.lecun_normal()
-    init = nn.with_logical_partitioning(init, self.axes)
-    kernel = self.param("kernel", init, (x.shape[-1], self.features))
-    scale = self.get_variable("params", "scale")
-    x = x.astype(self.dtype)
-    if scale is None and self.matmul:
-      y = low_precision.linear(x, kernel.astype(self.dtype), self.matmul)
-    elif scale is None:
-      y = matmul_lib.linear(x, kernel.astype(self.dtype))
-    else:
-      y = matmul_lib.scaled(x, kernel, scale)
-    a, b = (self.get_variable("lora", name) for name in ("a", "b"))
-    if a is None:
-      return y
-    low = matmul_lib.linear(x, a.astype(self.dtype))
-    return y + matmul_lib.linear(low, b.astype(self.dtype))
-
-
 class Attention(nn.Module):
   """Causal self-attention with rotary positions and grouped keys."""
 
   config: LlamaConfig
 
   @nn.compact
-  def __call__(self, x, context: _Context, cache=None, layer=None):
-    """float[B, L, D], the whole cache (k, v) or None -> the same."""
+  def __call__(
+    self,
+    x: jax.Array,
+    context: context_lib.Context,
+    cache: tuple[jax.Array, ...] | None = None,
+    layer: jax.Array | None = None,
+  ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
+    """Attends within the row, or to the cache.
+
+    Args:
+      x: float[B, L, D].
+      context: shared by all layers.
+      cache: keys and values [layers, B, G, M, Dh] of all layers, or None.
+      layer: int32[], the number of this layer in the cache.
+
+    Returns:
+      float[B, L, D], and the cache with this layer's keys and values.
+    """
     c = self.config
-    dense = functools.partial(Linear, dtype=c.dtype, matmul=c.matmul)
+    dense = functools.partial(blocks.Linear, dtype=c.dtype, matmul=c.matmul)
+    split = functools.partial(
+      einops.rearrange, pattern="b l (h d) -> b l h d", d=c.head_dim
+    )
     heads, groups = c.num_heads, c.num_kv_heads
-    q = dense(heads * c.head_dim, ("embed", "heads"), name="query")(x)
-    k = dense(groups * c.head_dim, ("embed", "kv"), name="key")(x)
-    v = dense(groups * c.head_dim, ("embed", "kv"), name="value")(x)
-    q = q.reshape(*x.shape[:2], heads, c.head_dim)
-    k = k.reshape(*x.shape[:2], groups, c.head_dim)
-    v = v.reshape(*x.shape[:2], groups, c.head_dim)
+    q = split(dense(heads * c.head_dim, ("embed", "heads"), name="query")(x))
+    k = split(dense(groups * c.head_dim, ("embed", "kv"), name="key")(x))
+    v = split(dense(groups * c.head_dim, ("embed", "kv"), name="value")(x))
     q = layers.rotary(q, context.positions, c.rope_theta)
     k = layers.rotary(k, context.positions, c.rope_theta)
     if cache is not None:
-      cache = tuple(
-        jax.lax.dynamic_update_slice(
-          old,
-          new.swapaxes(1, 2)[None].astype(old.dtype),
-          (layer, 0, 0, context.index, 0),
-        )
-        for old, new in zip(cache, (k, v), strict=True)
-      )
-      k, v = (
-        jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).swapaxes(1, 2)
-        for x in cache
+      cache, (k, v) = context_lib.update_cache(
+        cache, (k, v), layer, context.index
       )
     out = layers.attention(
       q,
@@ -283,20 +226,20 @@ class Attention(nn.Module):
       causal=cache is None,
       segment_ids=context.segment_ids,
     )
-    out = out.reshape(*x.shape[:2], heads * c.head_dim)
+    out = einops.rearrange(out, "b l h d -> b l (h d)")
     return dense(c.width, ("heads", "embed"), name="out")(out), cache
 
 
 class Mlp(nn.Module):
-  """SwiGLU: (silu(x gate) * (x up)) down."""
+  """SwiGLU MLP: (silu(x gate) * (x up)) down."""
 
   config: LlamaConfig
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     """Maps float[B, L, D] to float[B, L, D]."""
     c = self.config
-    dense = functools.partial(Linear, dtype=c.dtype, matmul=c.matmul)
+    dense = functools.partial(blocks.Linear, dtype=c.dtype, matmul=c.matmul)
     up, down = ("embed", "mlp"), ("mlp", "embed")
     gate = activations.silu(dense(c.mlp_dim, up, name="gate")(x))
     h = gate * dense(c.mlp_dim, up, name="up")(x)  # [B, L, F]
@@ -305,13 +248,15 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer, in the form `nn.scan` wants."""
+  """One layer, in the form that `nn.scan` expects."""
 
   config: LlamaConfig
 
   @nn.compact
-  def __call__(self, carry, context: _Context):
-    """(x, cache or None, layer) -> ((x, cache, layer + 1), None)."""
+  def __call__(
+    self, carry: tuple[Any, Any, Any], context: context_lib.Context
+  ) -> tuple[tuple[Any, Any, Any], None]:
+    """Maps (x, cache or None, layer) to ((x, cache, layer + 1), None)."""
     c = self.config
     x, cache, layer = carry
     norm = functools.partial(layers.RMSNorm, c.norm_eps, dtype=c.dtype)
@@ -324,72 +269,68 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-  """The language model. `hidden` and `head` apart let a loss be blocked."""
+  """The language model; losses compute `logits` of `hidden` in blocks."""
 
   config: LlamaConfig
 
-  def setup(self):
+  def setup(self) -> None:
     c = self.config
     shape = (c.padded_vocab, c.width)
-    self.embedding = self.param(
-      "embedding",
-      nn.with_logical_partitioning(
-        nn.initializers.normal(1.0), ("lookup", "embed")
-      ),
-      shape,
-    )
-    self.head = self.param(
-      "head",
-      nn.with_logical_partitioning(
-        nn.initializers.normal(0.02), ("vocab", "embed")
-      ),
-      shape,
-    )
-    self.embedding_scale = self.get_variable("params", "embedding_scale")
-    self.head_scale = self.get_variable("params", "head_scale")
+    boxed, normal = layers.partitioned, nn.initializers.normal
+    init = boxed(normal(1.0), ("lookup", "embed"))
+    self.embedding = self.param("embedding", init, shape)
+    init = boxed(normal(0.02), ("vocab", "embed"))
+    self.head = self.param("head", init, shape)
+    self.embedding_scale: Any = self.get_variable("params", "embedding_scale")
+    self.head_scale: Any = self.get_variable("params", "head_scale")
     if c.scan:
-      self.layers = layers.stack(Block, c.depth, c.remat, c.unroll)(c)
+      self.layers: Any = layers.stack(Block, c.depth, c.remat, c.unroll)(c)
     else:
       self.layers = [layers.remat(Block, c.remat)(c) for _ in range(c.depth)]
     self.norm = layers.RMSNorm(c.norm_eps, dtype=c.dtype)
 
   def __call__(
     self,
-    tokens,
+    tokens: jax.Array,
     *,
-    embeds=None,
-    use_embeds=None,
-    positions=None,
-    segment_ids=None,
-    mask=None,
-    cache=None,
+    embeds: jax.Array | None = None,
+    use_embeds: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    cache: context_lib.Cache | None = None,
     return_hidden: bool = False,
-  ):
+  ) -> Any:
     """Runs the model over whole rows, or over the next tokens of a cache.
 
     Args:
       tokens: int[B, L], ids below vocab_size.
       embeds: float[B, L, D] or None, continuous inputs.
-      use_embeds: bool[B, L], True where `embeds` stands in for the id.
+      use_embeds: bool[B, L], True where `embeds` replaces the id's embedding.
       positions: int[B, L]; by default valid tokens are counted, from 0 in
-        every segment, or on from what the cache holds.
-      segment_ids: int[B, L] of a packed row: attention stays inside one.
-      mask: bool[B, L], False at padding, which no other token then sees.
-      cache: from `init_cache` or the last call: keys and values are written
-        to its next L slots, and all its valid slots are attended.
-      return_hidden: give what `logits` maps to logits, float[B, L, D].
+        every segment, or on from the tokens in the cache.
+      segment_ids: int[B, L] of packed rows: attention stays within a segment.
+      mask: bool[B, L], False at padding, which no other token attends to.
+      cache: from `init_cache` or the last call. Keys and values are written
+        to its next L slots; attention is to all its valid slots.
+      return_hidden: return the input of `logits`, float[B, L, D], instead.
 
     Returns:
-      float32[B, L, padded_vocab], about -inf at rows past vocab_size; with a
-      cache, the pair of that and the new cache.
+      float32[B, L, padded_vocab], -1e9 at rows past vocab_size. With a cache,
+      the pair of that and the new cache.
     """
     x = self.embed(tokens, embeds, use_embeds)
     x, cache = self.hidden(x, positions, segment_ids, mask, cache)
     x = x if return_hidden else self.logits(x)
     return x if cache is None else (x, cache)
 
-  def embed(self, tokens, embeds=None, use_embeds=None):
-    """Ids int[B, L], some replaced by `embeds`, to float[B, L, D]."""
+  def embed(
+    self,
+    tokens: jax.Array,
+    embeds: jax.Array | None = None,
+    use_embeds: Any = None,
+  ) -> jax.Array:
+    """Maps ids int[B, L], some replaced by `embeds`, to float[B, L, D]."""
     x = jnp.take(self.embedding, tokens, axis=0)
     if self.embedding_scale is not None:
       x = x * jnp.take(self.embedding_scale, tokens)[..., None]
@@ -398,52 +339,53 @@ class Llama(nn.Module):
       x = jnp.where(use_embeds[..., None], embeds.astype(x.dtype), x)
     return nn.with_logical_constraint(x, ("act_batch", "act_len", "act_embed"))
 
-  def hidden(self, x, positions, segment_ids, mask, cache):
-    """float[B, L, D] embeddings to the normed last layer, and the cache."""
-    index, held = None, None
-    if cache is not None:
-      context, cache = _extend(cache, x, positions, mask)
-      held, index = (cache["k"], cache["v"]), context.index
+  def hidden(
+    self,
+    x: jax.Array,
+    positions: jax.Array | None,
+    segment_ids: jax.Array | None,
+    mask: jax.Array | None,
+    cache: context_lib.Cache | None,
+  ) -> tuple[jax.Array, context_lib.Cache | None]:
+    """Runs all layers on float[B, L, D] of `embed`; `__call__` has the rest.
+
+    Returns:
+      float[B, L, D] after the last norm, and the new cache.
+    """
+    arrays: Any = None  # keys and values of all layers
+    if cache is None:
+      context = context_lib.of_rows(x, positions, segment_ids, mask)
     else:
-      if mask is None and segment_ids is None:
-        place = jnp.arange(x.shape[1], dtype=jnp.int32)
-        default = jnp.broadcast_to(place, x.shape[:2])
-      else:
-        default = positions_of(mask, segment_ids)
-      context = _Context(
-        default if positions is None else positions,
-        None if mask is None else mask[:, None, None, :],
-        segment_ids,
-        None,
-      )
-    carry = (x, held, jnp.zeros((), jnp.int32))
+      context, cache = context_lib.of_cache(cache, x, positions, mask)
+      arrays = (cache["k"], cache["v"])
+    carry = (x, arrays, jnp.zeros((), jnp.int32))
     for layer in [self.layers] if self.config.scan else self.layers:
       carry, _ = layer(carry, context)
-    x, held, _ = carry
+    x, arrays, _ = carry
     if cache is not None:
-      cache = cache | {
-        "k": held[0],
-        "v": held[1],
-        "index": index + x.shape[1],
-      }
+      k, v = arrays
+      index = cache["index"] + x.shape[1]
+      cache = cache | {"k": k, "v": v, "index": index}
     return self.norm(x), cache
 
-  def logits(self, x):
-    """float[B, L, D] from `hidden` to float32[B, L, padded_vocab]."""
+  def logits(self, x: jax.Array) -> jax.Array:
+    """Maps float[B, L, D] of `hidden` to float32[B, L, padded_vocab]."""
     c = self.config
     out = project(x, self.head, self.head_scale)
     out = nn.with_logical_constraint(out, ("act_batch", "act_len", "act_vocab"))
     used = jnp.arange(c.padded_vocab) < c.vocab_size
-    return jnp.where(used, out, _NO_CLASS)
+    return jnp.where(used, out, _PADDING_LOGIT)
 
 
-def project(x, head, scale=None):
-  """Hidden states by rows of the head.
+def project(
+  x: jax.Array, head: jax.Array, scale: jax.Array | None = None
+) -> jax.Array:
+  """Computes logits of hidden states for rows of the head.
 
   Args:
     x: float[B, L, D].
-    head: float or int8[V, D], all rows or some.
-    scale: float32[V], of an int8 head.
+    head: float or int8[V, D], all rows or some of them.
+    scale: float32[V] of an int8 head, or None.
 
   Returns:
     float32[B, L, V].
@@ -455,20 +397,3 @@ def project(x, head, scale=None):
   else:  # decoding
     out = matmul_lib.tall(x[:, 0], head)[:, None]
   return out if scale is None else out * scale
-
-
-def _extend(cache, x, positions, mask):
-  """Marks the new slots of a cache; context for tokens that go there."""
-  batch, length = x.shape[:2]
-  index = cache["index"]
-  if mask is None:
-    mask = jnp.ones((batch, length), bool)
-  valid = jax.lax.dynamic_update_slice(cache["valid"], mask, (0, index))
-  if positions is None:
-    before = cache["valid"].sum(1, dtype=jnp.int32, keepdims=True)
-    counted = jnp.cumsum(mask.astype(jnp.int32), axis=1)
-    positions = jnp.maximum(before + counted - 1, 0)
-  slots = jnp.arange(valid.shape[1])
-  seen = slots <= index + jnp.arange(length)[:, None]  # [L, M]
-  seen = seen[None, None] & valid[:, None, None]
-  return _Context(positions, seen, None, index), cache | {"valid": valid}

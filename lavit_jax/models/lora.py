@@ -1,18 +1,20 @@
-"""Low-rank changes of a frozen network's matrices (LoRA).
+"""Low-rank adaptation (LoRA) of a frozen network's matrices.
 
 Hu et al., arXiv 2106.09685: W x becomes W x + scale B A x, where only A and B
-are trained, and scale = alpha / rank. The network itself knows nothing of it:
+are trained, and scale = alpha / rank. The network's own code is unchanged:
 
   with lora.applied(tree, scale):
     out = net.apply({"params": frozen}, ...)
 
-A tree has the nesting of the network's parameters; in place of the kernel
-float[in, out] of each matrix it changes it has `a` float[in, rank] and `b`
-float[rank, out]. LLaMA, whose layers are one scan, takes the tree, its kernels
-stacked, as the collection "lora": see `collection`.
+A LoRA tree is nested as the network's parameters are. In place of each adapted
+kernel float[in, out] it has `a` float[in, rank] and `b` float[rank, out].
+LLaMA, whose layers are one scan, takes the tree with stacked arrays as the
+collection "lora": see `collection`.
 """
 
 import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,27 +24,34 @@ from flax import traverse_util
 from lavit_jax.core import errors
 from lavit_jax.models import matmul
 
+Params = Mapping[str, Any]  # nested dicts of arrays
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")  # the projections of a U-Net
 LLAMA = ("query", "key", "value", "out", "gate", "up", "down")
 
 
-def init(rng, boxed, rank: int, targets=ATTENTION):
-  """Low-rank changes that start as none: `a` is random, `b` zero.
+def init(
+  rng: jax.Array,
+  boxed: Params,
+  rank: int,
+  targets: Sequence[str] = ATTENTION,
+) -> Params:
+  """Returns a LoRA tree that changes nothing: `a` is random, `b` zero.
 
   Args:
     rng: a key.
     boxed: (abstract) parameters with their logical axes, as `jax.eval_shape`
       of a module's `init` gives them.
-    rank: of each change, at least 1.
-    targets: names of the layers whose kernels are changed.
+    rank: of the adaptation, at least 1.
+    targets: names of the layers whose kernels are adapted.
 
   Returns:
-    A tree of boxed float32 arrays; a kernel's own axes stay where they were.
+    A tree of boxed float32 arrays, with the logical axes of the kernels.
 
   Raises:
-    errors.ConfigError: no such layer, or a rank below 1.
+    errors.ConfigError: no layer has such a name, or the rank is below 1.
   """
-  flat = traverse_util.flatten_dict(boxed)
+  flat = traverse_util.flatten_dict(dict(boxed))
   kernels = {
     path[:-1]: box
     for path, box in flat.items()
@@ -52,29 +61,30 @@ def init(rng, boxed, rank: int, targets=ATTENTION):
     raise errors.ConfigError(
       f"LoRA of rank {rank} on {targets}: the rank must be at least 1, and the"
       f" network must have such layers (it has {len(kernels)}). Change"
-      " model.lora, or set model.lora.rank=0 to train the whole."
+      " model.lora, or set model.lora.rank=0 to train the whole network."
     )
   out = {}
   for number, (path, box) in enumerate(sorted(kernels.items())):
     *stack, rows, columns = box.value.shape
-    *layers, into, out_of = box.names
+    *layers, row_axis, column_axis = box.names
     key = jax.random.fold_in(rng, number)
     a = jax.random.normal(key, (*stack, rows, rank)) * rows**-0.5
-    out[*path, "a"] = nn.LogicallyPartitioned(a, (*layers, into, "rank"))
+    out[*path, "a"] = nn.LogicallyPartitioned(a, (*layers, row_axis, "rank"))
     b = jnp.zeros((*stack, rank, columns))
-    out[*path, "b"] = nn.LogicallyPartitioned(b, (*layers, "rank", out_of))
+    axes = (*layers, "rank", column_axis)
+    out[*path, "b"] = nn.LogicallyPartitioned(b, axes)
   return traverse_util.unflatten_dict(out)
 
 
 @contextlib.contextmanager
-def applied(tree, scale: float):
-  """Adds the changes to every layer they belong to, inside.
+def applied(tree: Params | None, scale: float) -> Iterator[None]:
+  """Adapts every layer that the tree has, within the `with` block.
 
-  Gradients reach the tree, through recomputed blocks too. The sum is that of
-  `merge`, without the whole kernels' gradients.
+  Gradients reach the tree, also through rematerialized blocks. Results are
+  those of `merge`, but no gradient of a full kernel is computed.
 
   Args:
-    tree: see `init`, unboxed; None changes nothing.
+    tree: see `init`, unboxed; None adapts nothing.
     scale: alpha / rank.
   """
   if tree is None:
@@ -94,15 +104,15 @@ def applied(tree, scale: float):
     yield
 
 
-def collection(tree, scale: float):
-  """The tree as `llama.Llama` adds it up: `b` times the scale."""
-  flat = traverse_util.flatten_dict(tree)
+def collection(tree: Params, scale: float) -> Params:
+  """Returns the collection "lora" of `llama.Llama`: `b` times the scale."""
+  flat = traverse_util.flatten_dict(dict(tree))
   flat = {k: v * scale if k[-1] == "b" else v for k, v in flat.items()}
   return traverse_util.unflatten_dict(flat)
 
 
-def merge(params, tree, scale: float):
-  """The parameters of one network that does what both did.
+def merge(params: Params, tree: Params, scale: float) -> Params:
+  """Returns parameters that equal the network with its LoRA.
 
   Args:
     params: of the frozen network, unboxed.
@@ -113,16 +123,16 @@ def merge(params, tree, scale: float):
     Parameters of the same shapes and dtypes; sums are float32.
 
   Raises:
-    errors.UsageError: a change of a kernel that is not there.
+    errors.UsageError: the network lacks a kernel that the tree adapts.
   """
-  flat = traverse_util.flatten_dict(params)
+  flat = traverse_util.flatten_dict(dict(params))
   for path, pair in _pairs(tree).items():
     kernel = flat.get((*path, "kernel"))
     shape = (*pair["a"].shape[:-1], pair["b"].shape[-1])
     if kernel is None or kernel.shape != shape:
       raise errors.UsageError(
-        f"There is no kernel {'/'.join(path)} of the shape that this LoRA"
-        " changes: it belongs to another network."
+        f"The network has no kernel {'/'.join(path)} of shape {shape}, which"
+        " this LoRA adapts: it belongs to another network."
       )
     change = pair["a"].astype(jnp.float32) @ pair["b"].astype(jnp.float32)
     merged = kernel.astype(jnp.float32) + scale * change
@@ -130,9 +140,9 @@ def merge(params, tree, scale: float):
   return traverse_util.unflatten_dict(flat)
 
 
-def _pairs(tree):
-  """{path of a layer: {"a": ..., "b": ...}}."""
-  pairs = {}
-  for path, leaf in traverse_util.flatten_dict(tree).items():
+def _pairs(tree: Params) -> dict[tuple[str, ...], dict[str, Any]]:
+  """Returns {path of a layer: {"a": ..., "b": ...}}."""
+  pairs: dict[tuple[str, ...], dict[str, Any]] = {}
+  for path, leaf in traverse_util.flatten_dict(dict(tree)).items():
     pairs.setdefault(path[:-1], {})[path[-1]] = leaf
   return pairs

@@ -1,14 +1,14 @@
-"""Matrix products in narrow number formats, for training.
+"""Matrix products in int8 and fp8, for training.
 
 For chips whose peak in int8 or fp8 is twice that in bfloat16 (`FORMATS`). Both
-arrays of a product are rounded as it runs, on a scale for every row of the left
-one and every column of the right one, the largest magnitude of each; sums are
-wide, and parameters, optimizer and gradients stay as they are.
+operands are rounded at every step, with one scale per row of the left one and
+per column of the right one: the largest magnitude of each. Sums are int32 or
+float32; parameters, optimizer state and gradients keep their dtypes.
 
-The rounding and the scaled product are qwix's (`qwix.quantize`,
-`qwix.dot_general`). Which products are narrow is decided here: the forward one
-and the gradient by x. The gradient by the kernel, a sum over all tokens of a
-batch, for which small errors of many rows add up, stays in the dtype of x.
+qwix rounds and multiplies (`qwix.quantize`, `qwix.dot_general`). This module
+decides which products have low precision: the forward product and the gradient
+by x. The gradient by the kernel stays in the dtype of x: it is a sum over all
+tokens of a batch, in which small errors of many rows add up.
 """
 
 import functools
@@ -21,8 +21,8 @@ from lavit_jax.core import errors
 from lavit_jax.models import matmul
 
 # (format of activations and kernels, format of gradients) by name. TPU v5e,
-# v5p and v6e: int8. NVIDIA H100 and later: both; fp8 is e4m3, which has more
-# digits, and e5m2, which reaches further, for gradients.
+# v5p and v6e support int8; NVIDIA H100 and later support both. Of the fp8
+# formats e4m3 has more digits, and e5m2, for gradients, a wider range.
 FORMATS = {
   "int8": (jnp.int8, jnp.int8),
   "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2),
@@ -30,33 +30,36 @@ FORMATS = {
 
 
 def check(name: str) -> None:
-  """Refuses a format that is unknown, or for which qwix is missing.
+  """Checks that a format can be used.
+
+  Args:
+    name: one of `FORMATS`, or "" for products in the model's dtype.
 
   Raises:
-    errors.ConfigError: one of the two.
+    errors.ConfigError: the format is unknown, or qwix is not installed.
   """
   if name not in ("", *FORMATS):
     raise errors.ConfigError(
       f"matmul={name!r} is unknown: expected one of {sorted(FORMATS)}, or ''"
-      " for products in dtype."
+      " for products in the model's dtype."
     )
   if name:
     try:
-      import qwix  # noqa: F401
+      import qwix  # noqa: F401  # optional extra
     except ImportError as e:
       raise errors.ConfigError(
-        f"matmul={name!r} needs qwix: pip install qwix (lavit_jax[tpu] and"
-        " lavit_jax[cuda] bring it)."
+        f"matmul={name!r} needs qwix: pip install qwix. The extras"
+        " lavit_jax[tpu] and lavit_jax[cuda] install it."
       ) from e
 
 
-def linear(x, kernel, name: str):
-  """Maps float[..., D] by float[D, F] to float[..., F] in a narrow format.
+def linear(x: jax.Array, kernel: jax.Array, name: str) -> jax.Array:
+  """Maps float[..., D] by float[D, F] to float[..., F] in low precision.
 
   The result is named "product", as that of `matmul.linear`.
 
   Args:
-    x: of float32 or bfloat16; so are the result and the gradients.
+    x: float32 or bfloat16; the result and the gradients have its dtype.
     kernel: of the dtype of x.
     name: one of `FORMATS`.
   """
@@ -83,15 +86,14 @@ def _backward(name, saved, grad):
 _linear.defvjp(_forward, _backward)
 
 
-def _product(rows, kernel, axes, of_rows, of_kernel):
-  """Contracts the last axis of `rows` with an axis of a kernel, rounded."""
-  import qwix
+def _product(rows, kernel, axes, rows_format, kernel_format):
+  """Contracts the last axis of `rows` with axes of a kernel, both rounded."""
+  import qwix  # optional extra
 
-  every_row = tuple(range(rows.ndim - 1))
-  kept = tuple(i for i in range(kernel.ndim) if i not in axes)
-  left = qwix.quantize(rows, of_rows, channelwise_axes=every_row)
-  right = qwix.quantize(kernel, of_kernel, channelwise_axes=kept)
+  row_axes = tuple(range(rows.ndim - 1))
+  free_axes = tuple(i for i in range(kernel.ndim) if i not in axes)
+  left = qwix.quantize(rows, rows_format, channelwise_axes=row_axes)
+  right = qwix.quantize(kernel, kernel_format, channelwise_axes=free_axes)
   contracted = ((rows.ndim - 1,), axes)
-  return qwix.dot_general(left, right, (contracted, ((), ()))).astype(
-    rows.dtype
-  )
+  out = qwix.dot_general(left, right, (contracted, ((), ())))
+  return out.astype(rows.dtype)

@@ -1,79 +1,96 @@
-"""The LLM with the continuous branch by which it reads images."""
+"""The language model with the continuous branch by which it reads images."""
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lavit_jax.models import llama
+from lavit_jax.models import layers, llama
 from lavit_jax.models.tokenizer import merger, tokenizer
 
 
 class UnifiedModel(nn.Module):
-  """LLaMA + the merger and projection that train with it (method.md, 4)."""
+  """LLaMA with the token merger and the projection that train with it.
+
+  LaVIT, arXiv 2309.04669, section 3.2. An image that the model reads enters as
+  continuous merged tokens; one that it generates is made of codes.
+
+  Attributes:
+    llama_config: of the language model.
+    tokenizer_config: of the tokenizer that the merger belongs to.
+    capacity: K, merged tokens per image.
+  """
 
   llama_config: llama.LlamaConfig
   tokenizer_config: tokenizer.TokenizerConfig
   capacity: int
 
-  def setup(self):
+  def setup(self) -> None:
     self.llm = llama.Llama(self.llama_config)
     self.merger = merger.TokenMerger(self.tokenizer_config.merger)
     init = nn.initializers.lecun_normal()
     self.projection = nn.Dense(
       self.llama_config.width,
       dtype=jnp.dtype(self.tokenizer_config.merger.dtype),
-      kernel_init=nn.with_logical_partitioning(init, (None, "embed")),
-      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+      kernel_init=layers.partitioned(init, (None, "embed")),
+      bias_init=layers.partitioned(nn.initializers.zeros, ("norm",)),
     )
 
-  def read(self, features: jax.Array, keep: jax.Array):
-    """Continuous tokens of images.
+  def read(
+    self, features: jax.Array, keep: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the continuous tokens of images.
 
     Args:
       features: float[B, N, D] of the frozen encoder.
-      keep: bool[B, N], patches kept.
+      keep: bool[B, N], True for kept patches.
 
     Returns:
-      (float[B, K, W] projected tokens, bool[B, K] which are tokens); K is the
-      model's capacity, kept patches beyond it are cut.
+      Projected tokens float[B, K, W], and valid bool[B, K]. K is the model's
+      capacity; kept patches beyond it are cut.
     """
-    form = self.tokenizer_config.merger_form
-    if form == "reference":
-      mask = keep.astype(features.dtype)
-      merged = self.merger(features, mask, form="reference")
-      tokens, valid, _ = merger.gather_kept(merged, keep, self.capacity)
-    else:
-      tokens, valid, _ = self.merger.compact(features, keep, self.capacity)
+    tokens, valid, _ = self.merger.merge_kept(
+      features, keep, self.capacity, form=self.tokenizer_config.merger_form
+    )
     return self.projection(tokens), valid
 
   def __call__(
-    self, tokens, *, features, keep, slot, order, positions, segments
-  ):
-    """Hidden states of packed rows.
+    self,
+    tokens: jax.Array,
+    *,
+    features: jax.Array,
+    keep: jax.Array,
+    image_index: jax.Array,
+    token_index: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+  ) -> jax.Array:
+    """Computes the hidden states of packed rows.
 
     Args:
       tokens: int[B, L] ids.
-      features: float[B, S, N, D] of the images that are read.
-      keep: bool[B, S, N] their kept patches.
-      slot: int[B, L], which image of the row enters here, -1 for none.
-      order: int[B, L], which kept token of it.
+      features: float[B, S, N, D] of the S images that a row reads.
+      keep: bool[B, S, N], their kept patches.
+      image_index: int[B, L], the image whose token a position reads, -1 for
+        none.
+      token_index: int[B, L], the number of that token among the image's.
       positions: int[B, L] within each document.
       segments: int[B, L], 0 for padding.
 
     Returns:
       float[B, L, W] after the last norm.
     """
-    batch, slots = keep.shape[:2]
-    flat = lambda x: x.reshape(batch * slots, *x.shape[2:])
-    read, _ = self.read(flat(features), flat(keep))  # [B*S, K, W]
-    read = read.reshape(batch, slots * self.capacity, -1)
-    index = jnp.maximum(slot, 0) * self.capacity + order
-    index = jnp.minimum(index, slots * self.capacity - 1)
+    images = keep.shape[1]
+    flat = lambda x: einops.rearrange(x, "b s ... -> (b s) ...")
+    read, _ = self.read(flat(features), flat(keep))
+    read = einops.rearrange(read, "(b s) k w -> b (s k) w", s=images)
+    index = jnp.maximum(image_index, 0) * self.capacity + token_index
+    index = jnp.minimum(index, images * self.capacity - 1)
     embeds = jnp.take_along_axis(read, index[..., None], axis=1)  # [B, L, W]
     return self.llm(
       tokens,
       embeds=embeds,
-      use_embeds=slot >= 0,
+      use_embeds=image_index >= 0,
       positions=positions,
       segment_ids=segments,
       return_hidden=True,

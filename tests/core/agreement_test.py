@@ -1,4 +1,4 @@
-"""What is stored, held to what a run takes it for."""
+"""Stored settings and fingerprints are compared with those of a run."""
 
 import dataclasses
 import logging
@@ -12,7 +12,7 @@ from lavit_jax.models.pixels import unet
 
 
 def _changed(value):
-  """Another value of the same type."""
+  """Returns another value of the same type."""
   if isinstance(value, bool):
     return not value
   if isinstance(value, str):
@@ -22,7 +22,7 @@ def _changed(value):
   return value * 2 if value else 1
 
 
-@pytest.mark.parametrize("config", [llama.TINY, unet.SD15_UNET])
+@pytest.mark.parametrize("config", [llama.LLAMA2_7B, unet.SD15_UNET])
 def test_every_field_but_those_of_computation_is_found(config):
   for field in dataclasses.fields(config):
     other = dataclasses.replace(config)  # past the checks of its fields
@@ -35,7 +35,7 @@ def test_every_field_but_those_of_computation_is_found(config):
     free = field.name in agreement.COMPUTED
     assert names == ([] if free else [f"model.net.{field.name}"])
     if found:
-      assert (found[0].theirs, found[0].ours) == (old, _changed(old))
+      assert (found[0].stored, found[0].current) == (old, _changed(old))
 
 
 def test_fields_of_fields_are_named_by_their_path():
@@ -46,9 +46,11 @@ def test_fields_of_fields_are_named_by_their_path():
   assert found.way_out == "give --config.model.unet.details.norm_eps=0.001"
 
 
-def test_prints_are_compared_where_both_sides_have_them():
-  found = agreement.prints({"a": "1", "b": "2"}, {"b": "3", "c": "4"}, "mend")
-  assert [(d.name, d.theirs, d.ours) for d in found] == [("b", "2", "3")]
+def test_fingerprints_are_compared_where_both_sides_have_them():
+  found = agreement.fingerprints(
+    {"a": "1", "b": "2"}, {"b": "3", "c": "4"}, "mend"
+  )
+  assert [(d.name, d.stored, d.current) for d in found] == [("b", "2", "3")]
 
 
 def test_a_difference_is_an_error_until_it_is_accepted(caplog):
@@ -77,7 +79,7 @@ def test_a_difference_is_an_error_until_it_is_accepted(caplog):
   assert "10000.0 here, as config.accept allows" in caplog.text
 
 
-def test_what_is_accepted_is_told_by_names():
+def test_accepted_differences_must_be_a_string_of_names():
   config = ml_collections.ConfigDict({"accept": ("encoder",)})
   with pytest.raises(errors.ConfigError, match="commas"):
     agreement.accepted(config)

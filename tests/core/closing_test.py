@@ -1,4 +1,4 @@
-"""What a run has open is ended whatever one part of it meets."""
+"""All that a run has open is closed, whichever part raises an error."""
 
 import contextlib
 import logging
@@ -9,11 +9,11 @@ import pytest
 from lavit_jax.core import errors
 from lavit_jax.train import loop
 from lavit_jax.train.resilience import run_checkpoints
-from lavit_jax.train.telemetry import writers
+from lavit_jax.train.telemetry import run_log, writers
 
 
 class _Open:
-  """Notes that it was closed; raises what it was given."""
+  """Records that it was closed; raises the given error."""
 
   def __init__(self, name, closed, error=None):
     self.name, self.closed, self.error = name, closed, error
@@ -25,13 +25,15 @@ class _Open:
 
 
 _RUN = loop._Run
-_NAMES = ("tracer", "meter", "writer", "hashes", "checkpoints")
+_NAMES = ("tracer", "meter", "writer", "batches", "checkpoints")
 
 
 def _run(closed, **met):
-  run = object.__new__(_RUN)
-  for name in _NAMES:
-    setattr(run, name, _Open(name, closed, met.get(name)))
+  run, logs = object.__new__(_RUN), object.__new__(run_log.RunLog)
+  opened = {name: _Open(name, closed, met.get(name)) for name in _NAMES}
+  run.logs, run.awaits_saves = logs, True
+  run.checkpoints, logs.tracer = opened["checkpoints"], opened["tracer"]
+  logs._open = [opened[name] for name in ("meter", "writer", "batches")]
   return run
 
 
@@ -44,7 +46,7 @@ def test_a_run_closes_all_it_has_open(failing):
   assert closed == list(_NAMES)  # checkpoints last: they may take long
 
 
-def test_every_error_of_closing_is_told():
+def test_every_error_of_closing_is_reported():
   run = _run([], meter=OSError("one"), checkpoints=OSError("two"))
   with pytest.raises(OSError, match="one") as caught:
     run.close()

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept, and how many of them."""
+"""The folder of compiled programs, and its limit."""
 
 import os
 import pathlib
@@ -10,53 +10,60 @@ import pytest
 
 from lavit_jax.core import compiled_programs
 
-LEAST = "jax_persistent_cache_min_compile_time_secs"
+MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 
 @pytest.fixture
-def told(monkeypatch, tmp_path):
-  """What JAX is told."""
-  told = {}
-  monkeypatch.setattr(jax.config, "update", told.__setitem__)
+def settings(monkeypatch, tmp_path):
+  """Returns the settings that JAX gets, as they are made."""
+  settings = {}
+  monkeypatch.setattr(jax.config, "update", settings.__setitem__)
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-  monkeypatch.delenv(LEAST.upper(), raising=False)
-  return told
+  monkeypatch.delenv(MIN_SECONDS.upper(), raising=False)
+  return settings
 
 
-def test_programs_are_kept_in_a_folder_of_the_user(told, tmp_path):
+def test_programs_are_kept_in_the_users_cache_folder(settings, tmp_path):
   compiled_programs.keep()
   folder = tmp_path / "caches" / "lavit_jax" / "compiled"
-  assert told == {"jax_compilation_cache_dir": str(folder), LEAST: 0.0}
+  assert settings == {
+    "jax_compilation_cache_dir": str(folder),
+    MIN_SECONDS: 0.0,
+  }
   assert folder.is_dir()
-  told.clear()
+  settings.clear()
   compiled_programs.keep(least=None)
-  assert LEAST not in told
+  assert MIN_SECONDS not in settings
 
 
-def test_what_jax_was_told_is_left(told, monkeypatch):
-  monkeypatch.setenv(LEAST.upper(), "3")
+def test_settings_of_jax_in_the_environment_take_precedence(
+  settings, monkeypatch
+):
+  monkeypatch.setenv(MIN_SECONDS.upper(), "3")
   compiled_programs.keep()
-  assert LEAST not in told
-  told.clear()
+  assert MIN_SECONDS not in settings
+  settings.clear()
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
   compiled_programs.keep()
-  assert not told
+  assert not settings
 
 
-def test_where_nothing_can_be_written_nothing_is_kept(told, monkeypatch):
+def test_no_programs_are_kept_in_a_folder_that_is_not_writable(
+  settings, monkeypatch
+):
   monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nobody")
   compiled_programs.keep()
-  assert not told
+  assert not settings
   monkeypatch.setattr(os, "access", lambda *unused: False)
   monkeypatch.setenv("XDG_CACHE_HOME", "/tmp")
   compiled_programs.keep()
-  assert not told
+  assert not settings
 
 
-def test_the_folder_stays_below_its_bound(told, monkeypatch):
+def test_the_folder_stays_below_its_bound(settings, monkeypatch):
   compiled_programs.keep()
-  folder = pathlib.Path(told["jax_compilation_cache_dir"])
+  folder = pathlib.Path(settings["jax_compilation_cache_dir"])
   for i in range(6):
     for end in ("-cache", "-atime"):
       path = folder / f"jit_f-{i}{end}"
@@ -87,7 +94,7 @@ print(sum(name.endswith("cache_hits") for name in hits))
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
   ):
     env.pop(name, None)
-  said = [
+  outputs = [
     subprocess.run(
       [sys.executable, "-c", program],
       env=env,
@@ -97,5 +104,5 @@ print(sum(name.endswith("cache_hits") for name in hits))
     ).stdout.split()
     for _ in range(2)
   ]
-  assert said[0][0] == said[1][0]
-  assert (int(said[0][1]), int(said[1][1]) > 0) == (0, True)
+  assert outputs[0][0] == outputs[1][0]
+  assert (int(outputs[0][1]), int(outputs[1][1]) > 0) == (0, True)

@@ -68,7 +68,7 @@ def test_orientation_makes_the_image_upright(turn):
 @pytest.mark.parametrize(
   "kind", ["JPEG", "PNG", "WEBP", "TIFF", "MPO", "GIF", "JPEG2000", "AVIF"]
 )
-def test_the_header_tells_the_size_that_a_image_is_loaded_with(kind):
+def test_the_header_gives_the_size_of_the_loaded_image(kind):
   if kind == "AVIF" and not features.check("avif"):
     pytest.skip("this Pillow has no AVIF")  # before 11.3
   turned = set()
@@ -85,7 +85,7 @@ def test_the_header_tells_the_size_that_a_image_is_loaded_with(kind):
 
 @_QUIET
 @pytest.mark.parametrize("entry", _HERE, ids=_name)
-def test_the_header_tells_the_size_of_odd_files(entry):
+def test_the_header_gives_the_size_of_odd_files(entry):
   if entry["verdict"] != "reject":
     found = image_io.load(_TRICKY / entry["image"]).size[::-1]
     assert image_io.size_of(_TRICKY / entry["image"]) == found
@@ -129,7 +129,7 @@ def test_first_frame_of_an_animation():
 
 
 @_QUIET
-def test_bombs_are_refused_without_being_unpacked(monkeypatch):
+def test_bombs_are_refused_without_being_decoded(monkeypatch):
   def unpack(_):
     raise AssertionError("unpacked")
 
@@ -165,7 +165,7 @@ def test_pixel_limit_counts_pixels():
     (Image.new("RGB", (1000, 2)), "thinner"),
   ],
 )
-def test_what_is_no_image_is_named_and_refused(source, said):
+def test_sources_without_an_image_are_refused_by_name(source, said):
   with pytest.raises(image_io.ImageError, match=said):
     image_io.load(source)
 
@@ -202,8 +202,8 @@ def test_resize_is_pillows_bicubic_straight_to_a_square():
   np.testing.assert_array_equal(pixels, np.asarray(expected))
 
 
-def test_preprocess_uses_clips_mean_and_deviation():
-  pixels = image_io.preprocess(np.full((2, 2, 3), 255, np.uint8), 2)
+def test_normalize_uses_clips_mean_and_deviation():
+  pixels = image_io.normalize(np.full((2, 2, 3), 255, np.uint8))
   expected = (1 - np.array([0.48145466, 0.4578275, 0.40821073])) / np.array(
     [0.26862954, 0.26130258, 0.27577711]
   )
@@ -230,6 +230,6 @@ def test_to_pil_clips_and_rounds():
 
 
 @pytest.mark.parametrize("bad", [np.zeros((2, 2)), np.full((1, 1, 3), np.nan)])
-def test_to_pil_refuses_what_is_no_image(bad):
+def test_to_pil_refuses_arrays_that_are_no_image(bad):
   with pytest.raises(image_io.ImageError):
     image_io.to_pil(bad)

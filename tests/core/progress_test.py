@@ -1,4 +1,4 @@
-"""Progress: what stands in a log and in a terminal, with a clock of our own."""
+"""Progress: lines in a log and in a terminal, with a clock that tests set."""
 
 import io
 import re
@@ -34,7 +34,7 @@ def run(bar, clock, steps, *, seconds=1.0, wait=0.25):
     bar.update(step, examples=8, tokens=600, metrics={"loss": 1 / step})
 
 
-def test_a_log_gets_whole_lines_at_the_interval_and_no_carriage_return(clock):
+def test_a_log_gets_complete_lines_without_carriage_returns(clock):
   stream = io.StringIO()
   with progress.Progress(
     35, label="pixels", every=10, stream=stream, clock=clock
@@ -93,7 +93,7 @@ def test_rates_follow_the_last_half_minute(clock):
   assert bar.rates()["data_wait_share"] == pytest.approx(0.25)
 
 
-def test_a_resumed_run_counts_only_its_own_steps(clock):
+def test_rates_of_a_resumed_run_count_only_its_new_steps(clock):
   stream = io.StringIO()
   bar = progress.Progress(100, start=90, every=1, stream=stream, clock=clock)
   run(bar, clock, range(91, 96), seconds=2.0)

@@ -30,7 +30,7 @@ def test_layout_is_the_official_one_at_full_size():
   assert (vocab.code_offset, vocab.size) == (32002, 48386)
   assert vocab.padded_size == 48512
   assert vocab.padded_size % 128 == 0
-  assert (vocab.eos_id, vocab.pad_id) == (2, 0)
+  assert vocab.eos_id == 2
 
 
 def test_codes_and_ids_are_inverse():
@@ -69,7 +69,7 @@ def test_suppression_leaves_exactly_what_an_output_may_contain():
   assert len(vocab.suppress_for_text()) == vocab.padded_size
 
 
-def test_text_comes_back_whatever_it_is(tokenizer):
+def test_every_text_is_decoded_to_itself(tokenizer):
   for text in ("a red circle", "two  spaces", "漢字 😀 ü", "line\nbreak", ""):
     assert tokenizer.decode(tokenizer.encode(text)) == text
   assert tokenizer.size == 300
@@ -96,7 +96,7 @@ def test_decode_leaves_special_pieces_out_and_refuses_codes(tokenizer):
     tokenizer.decode([*ids, 301])
 
 
-def test_tokenizer_is_pickled_and_copied_whole(tokenizer):
+def test_tokenizers_are_pickled_and_copied_with_their_model(tokenizer):
   for other in (
     pickle.loads(pickle.dumps(tokenizer)),
     copy.deepcopy(tokenizer),
@@ -104,7 +104,7 @@ def test_tokenizer_is_pickled_and_copied_whole(tokenizer):
     assert other.encode("a green square") == tokenizer.encode("a green square")
 
 
-def test_what_is_no_tokenizer_is_named(tmp_path):
+def test_files_that_are_no_tokenizer_are_refused_by_name(tmp_path):
   path = tmp_path / "tokenizer.model"
   with pytest.raises(errors.UsageError, match="No text tokenizer at"):
     vocabulary.TextTokenizer.load(path)
@@ -116,7 +116,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("bad", ["cut \ud83d", "\udcff", "a\ude00b", 3, None])
-def test_a_text_that_is_none_is_named_before_sentencepiece_sees_it(
+def test_values_that_are_no_text_are_refused_before_sentencepiece(
   tokenizer, tmp_path, bad
 ):
   with pytest.raises(vocabulary.BadText, match=r"half a character|expected a"):

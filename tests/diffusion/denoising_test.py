@@ -1,4 +1,4 @@
-"""What all stages of diffusion share: targets, weights, draws, mean weights."""
+"""The denoising loss: errors, weights, random numbers, moving average."""
 
 import dataclasses
 
@@ -62,10 +62,10 @@ _FACTORS = {  # of the squared error of eps
 
 @pytest.mark.parametrize("weighting", sorted(_FACTORS))
 @pytest.mark.parametrize("prediction", schedules.PREDICTIONS)
-def test_weights_are_their_definitions_whatever_is_predicted(
+def test_weights_are_their_definitions_for_every_prediction(
   prediction, weighting
 ):
-  """Weight times own error = factor times the error of the eps it implies."""
+  """Weight times output error = factor times error of the implied eps."""
   schedule = _SCHEDULES[prediction]
   if (prediction, weighting) == ("epsilon", "picture"):
     with pytest.raises(errors.ConfigError, match="no bound"):
@@ -81,35 +81,37 @@ def test_weights_are_their_definitions_whatever_is_predicted(
   np.testing.assert_allclose(weights * own, expected, rtol=2e-3)
 
 
-def test_output_takes_the_error_as_it_is():
+def test_weighting_output_leaves_the_error_unchanged():
   weights = denoising.loss_weights(_SCHEDULES["velocity"], "output", _A)
   np.testing.assert_array_equal(weights, 1)
 
 
 @pytest.mark.parametrize("weighting", ["none", "min_snr", "picture", "output"])
 @pytest.mark.parametrize("prediction", ["velocity", "sample"])
-def test_weights_are_finite_where_nothing_is_left(prediction, weighting):
+def test_weights_are_finite_for_pure_noise(prediction, weighting):
   made = denoising.loss_weights(_SCHEDULES[prediction], weighting, np.zeros(1))
   assert np.isfinite(made).all()
 
 
 def test_bad_weightings_and_schedules_are_refused():
   schedule = _SCHEDULES["epsilon"]
-  with pytest.raises(errors.ConfigError, match="none of"):
+  with pytest.raises(errors.ConfigError, match="expected one of"):
     denoising.check(schedule, {"weighting": "snr"})
   ends = dataclasses.replace(schedule, zero_snr=True)
   with pytest.raises(errors.ConfigError, match="pure noise"):
     denoising.check(ends, {"weighting": "none"})
 
 
-def test_strata_visit_every_part_of_the_schedule_once():
-  made = denoising.steps_of_strata(_SCHEDULES["epsilon"], 10, jax.random.key(0))
+def test_stratified_steps_visit_every_stratum_once():
+  made = denoising.stratified_steps(
+    _SCHEDULES["epsilon"], 10, jax.random.key(0)
+  )
   assert sorted(np.asarray(made) // 100) == list(range(10))
   assert list(made) != sorted(made)
 
 
 def _loss(phase, predict=None, valid=np.ones(4, np.float32), seed=0):
-  """Four images of constant value, told that value."""
+  """Computes the loss of four images, conditioned on their constant value."""
   value = jnp.arange(4.0)
   x = jnp.broadcast_to(value[:, None, None, None], (4, 2, 2, 1))
   asked = []
@@ -131,7 +133,7 @@ def _loss(phase, predict=None, valid=np.ones(4, np.float32), seed=0):
 
 
 def test_a_network_that_knows_the_image_has_no_loss():
-  """It must be given the noisy version of the very image it is told."""
+  """Its input must be the noisy version of the image it is conditioned on."""
   table = jnp.asarray(schedules.alphas_cumprod(_SCHEDULES["epsilon"]))
 
   def right(z, t, told, drop):
@@ -144,7 +146,7 @@ def test_a_network_that_knows_the_image_has_no_loss():
   assert metrics["eps_mse"].compute() < 1e-6
 
 
-def test_draws_are_so_many_noisy_versions_of_each_image():
+def test_draws_are_independent_noisy_versions_of_each_image():
   _, _, (z, t, told, _) = _loss({"draws": 3})
   assert told["value"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
   assert len(set(t.tolist())) == 12
@@ -152,7 +154,7 @@ def test_draws_are_so_many_noisy_versions_of_each_image():
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(0.0, 0.0), (1.0, 1.0)])
-def test_conditions_are_dropped_at_the_rate_that_is_set(rate, expected):
+def test_conditions_are_dropped_at_the_configured_rate(rate, expected):
   drop = _loss({"condition_dropout": rate})[2][3]
   assert np.asarray(drop).mean() == expected
   some = _loss({"condition_dropout": 0.3, "draws": 500})[2][3]
@@ -170,7 +172,7 @@ def test_images_without_weight_do_not_count():
   assert _loss({}, None, np.zeros(4, np.float32))[0] == 0
 
 
-def test_the_mean_weights_follow_slowly_and_start_where_training_does():
+def test_the_moving_average_starts_at_the_weights_and_follows_slowly():
   params = {"w": jnp.ones(3)}
   state = denoising.start_ema(params)
   np.testing.assert_array_equal(state["ema"]["w"], 1)

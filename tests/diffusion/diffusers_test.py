@@ -103,14 +103,14 @@ def _judge(kind, name, **kwargs):
 # 7 divides no number of steps here, 20 does; from 15 on rules change.
 @pytest.mark.parametrize("count", [7, 20])
 @pytest.mark.parametrize("name", _CHANGES)
-def test_ddim_goes_the_way_of_diffusers(name, count):
+def test_ddim_steps_as_diffusers_does(name, count):
   scheduler, schedule = _judge(diffusers.DDIMScheduler, name)
   ours = _ours(schedule, solvers.OFFICIAL, count)
   _assert_equal(ours, _theirs(scheduler, count))
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "velocity", "clip"])
-def test_noisy_ddim_goes_the_way_of_diffusers(name):
+def test_noisy_ddim_steps_as_diffusers_does(name):
   extra = np.random.default_rng(1).normal(size=(7, *_NOISE.shape))
   extra = extra.astype(np.float32)
   scheduler, schedule = _judge(diffusers.DDIMScheduler, name)
@@ -122,7 +122,7 @@ def test_noisy_ddim_goes_the_way_of_diffusers(name):
 
 @pytest.mark.parametrize("count", [7, 20])
 @pytest.mark.parametrize("name", _CHANGES)
-def test_dpm_solver_goes_the_way_of_diffusers(name, count):
+def test_dpm_solver_steps_as_diffusers_does(name, count):
   kind = diffusers.DPMSolverMultistepScheduler
   scheduler, schedule = _judge(kind, name)
   solver = solvers.named("dpm++")
@@ -131,7 +131,7 @@ def test_dpm_solver_goes_the_way_of_diffusers(name, count):
 
 @pytest.mark.parametrize("count", [7, 20])
 @pytest.mark.parametrize("lower", [True, False])
-def test_dpm_solver_may_end_at_the_least_noise(lower, count):
+def test_dpm_solver_may_end_at_the_lowest_noise_level(lower, count):
   scheduler, schedule = _judge(
     diffusers.DPMSolverMultistepScheduler,
     "stable_diffusion",
@@ -143,7 +143,7 @@ def test_dpm_solver_may_end_at_the_least_noise(lower, count):
 
 
 @pytest.mark.parametrize("name", _CHANGES)
-def test_what_is_written_is_read_by_diffusers_as_the_same(name):
+def test_diffusers_reads_the_written_scheduler_as_the_same_one(name):
   scheduler, schedule = _judge(diffusers.DDIMScheduler, name)
   written = scheduler_config.unparse(schedule)
   again = diffusers.DDIMScheduler.from_config(written)
@@ -210,7 +210,7 @@ def test_the_file_of_another_scheduler_is_the_same_ddim(fields):
   _assert_equal(_ours(schedule, solvers.OFFICIAL, 7), _theirs(scheduler, 7))
 
 
-def test_the_schedulers_that_load_are_those_diffusers_calls_compatible():
+def test_the_loadable_schedulers_are_those_diffusers_calls_compatible():
   theirs = {c.__name__ for c in diffusers.DDIMScheduler().compatibles}
   # Its levels are no betas.
   assert set(scheduler_config.CLASSES) == theirs - {"EDMEulerScheduler"}

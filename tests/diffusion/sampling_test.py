@@ -16,7 +16,7 @@ _SOLVERS = [solvers.Ddim(), solvers.Ddim(eta=1.0), solvers.DpmSolver()]
 
 
 def _linear_denoise(z, t, condition):
-  """Stands for a network: cheap, and uses all it is given."""
+  """Stands in for a network: cheap, and uses all its inputs."""
   shift, scale = condition
   wave = jnp.sin(t.astype(jnp.float32))[:, None, None]
   return 0.3 * z * scale[:, None, None] + shift[:, None, None] + 0.1 * wave
@@ -50,7 +50,7 @@ def test_sampling_equals_a_plain_loop(eta):
   np.testing.assert_allclose(ours, z, atol=2e-5)
 
 
-def test_a_solver_is_given_the_image_of_the_step_before():
+def test_a_solver_gets_the_image_of_the_previous_step():
   solver = solvers.DpmSolver()
   visited, numbers = solver.plan(_SHORT, 7)
   z = sampling.image_noise(jnp.arange(3), 0, (4, 5))
@@ -83,7 +83,7 @@ def test_guidance_zero_equals_the_unconditional_stream_alone():
 
 
 @pytest.mark.parametrize("solver", _SOLVERS)
-def test_a_seed_gives_its_image_whatever_the_batch(solver):
+def test_an_image_depends_on_its_seed_not_on_its_batch(solver):
   together = _sample(seeds=jnp.array([4, 9, 2]), solver=solver)
   condition = jax.tree.map(lambda x: x[1:2], _condition(3))
   alone = sampling.sample(
@@ -99,7 +99,7 @@ def test_a_seed_gives_its_image_whatever_the_batch(solver):
   assert np.abs(together[0] - together[1]).max() > 0.1
 
 
-def test_given_noise_takes_the_place_of_the_seeds():
+def test_noise_as_an_argument_replaces_that_of_the_seeds():
   noise = jax.random.normal(jax.random.key(3), (3, 4, 5))
   ours = _sample(noise=noise)
   np.testing.assert_array_equal(ours, _sample(noise=noise, seeds=[7, 8, 9]))
@@ -108,7 +108,7 @@ def test_given_noise_takes_the_place_of_the_seeds():
   np.testing.assert_array_equal(_sample(noise=own), _sample())
 
 
-def test_noise_of_another_shape_says_which_is_needed():
+def test_noise_of_another_shape_is_refused():
   with pytest.raises(ValueError, match=r"need \(3, 4, 5\)"):
     _sample(noise=jnp.zeros((1, 4, 5)))
 
@@ -141,7 +141,7 @@ def test_both_streams_of_all_steps_are_one_scan_over_one_batch(solver):
   assert len(batches) == count  # another factor, other seeds: no new trace
 
 
-def test_progress_is_told_after_each_step_in_order():
+def test_progress_is_reported_after_each_step_in_order():
   told = []
   draw = jax.jit(lambda: _sample(progress=lambda *at: told.append(at)))
   quiet = _sample()
@@ -168,7 +168,7 @@ def test_a_network_in_bfloat16_leaves_the_latents_in_float32():
   assert 0 < np.abs(ours - _sample()).max() < 0.05
 
 
-def test_bfloat16_rounds_what_the_network_sees_and_nothing_else():
+def test_bfloat16_rounds_the_input_of_the_network_and_nothing_else():
   def blind(z, t, _):
     return jnp.full_like(z, 0.25)
 

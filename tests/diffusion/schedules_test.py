@@ -49,7 +49,7 @@ def test_a_negative_shift_is_noisier():
   assert (noisy[10:-10] < plain[10:-10]).all()
 
 
-def test_zero_snr_leaves_nothing_at_the_last_step_and_the_first_as_it_was():
+def test_zero_snr_ends_in_pure_noise_and_keeps_the_first_step():
   plain = schedules.alphas_cumprod(schedules.STABLE_DIFFUSION)
   zero = schedules.alphas_cumprod(schedules.NoiseSchedule(zero_snr=True))
   assert zero[-1] == 0
@@ -57,7 +57,7 @@ def test_zero_snr_leaves_nothing_at_the_last_step_and_the_first_as_it_was():
   assert (zero[1:] < plain[1:]).all()
 
 
-def test_given_betas_take_the_place_of_a_kind():
+def test_betas_replace_a_kind():
   betas = np.linspace(0.00085**0.5, 0.012**0.5, 50) ** 2
   given = schedules.NoiseSchedule(
     num_steps=50, kind="linear", betas=tuple(betas)
@@ -77,7 +77,7 @@ def test_sampling_may_begin_at_the_noisiest_step(spacing):
 
 
 @pytest.mark.parametrize("spacing", schedules.SPACINGS)
-def test_as_many_steps_are_visited_as_asked_for(spacing):
+def test_the_requested_number_of_steps_is_visited(spacing):
   schedule = schedules.NoiseSchedule(spacing=spacing)
   for count in range(1, 1001, 4):  # 61: 1000 / 61 * 61 rounds to above 1000
     steps = schedules.timesteps(schedule, count)
@@ -85,7 +85,7 @@ def test_as_many_steps_are_visited_as_asked_for(spacing):
     assert 0 <= steps[-1] <= steps[0] < 1000
 
 
-def test_too_many_steps_say_how_many_there_are():
+def test_too_many_steps_are_refused_with_their_number():
   with pytest.raises(ValueError, match="from 1 to 40"):
     schedules.timesteps(SHORT, 41)
   with pytest.raises(ValueError, match="from 1 to 40"):

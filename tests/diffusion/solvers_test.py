@@ -65,7 +65,7 @@ def test_dpm_solver_is_of_second_order_and_ddim_of_first(spacing):
 
 
 @pytest.mark.parametrize("solver", [solvers.Ddim(), _DPM])
-def test_a_network_sure_of_its_image_gets_it(solver):
+def test_a_network_certain_of_an_image_samples_it(solver):
   ours = sampling.sample(
     lambda z, t, image: image,
     _SHORT,
@@ -122,7 +122,7 @@ def test_clip_corrects_the_noise_unless_it_is_official():
   np.testing.assert_allclose(theirs, 0.8 + 0.6 * 2, rtol=1e-6)
 
 
-def test_predicted_noise_of_pure_noise_is_refused():
+def test_a_schedule_from_pure_noise_refuses_predicted_noise():
   schedule = schedules.NoiseSchedule(zero_snr=True, spacing="trailing")
   with pytest.raises(ValueError, match="zero_snr"):
     solvers.Ddim().plan(schedule, 5)
@@ -136,7 +136,7 @@ def test_dpm_solver_refuses_to_visit_a_step_twice(spacing):
   with pytest.raises(ValueError, match="from 1 to 40"):
     _DPM.plan(schedule, 41)
   if spacing == "leading":
-    with pytest.raises(ValueError, match="40 steps of a schedule of 40"):
+    with pytest.raises(ValueError, match="40 steps of a schedule with 40"):
       _DPM.plan(schedule, 40)
 
 
@@ -144,7 +144,9 @@ def test_solvers_have_names():
   assert solvers.named("ddim", eta=0.5) == solvers.Ddim(eta=0.5, official=True)
   assert solvers.named("dpm++") == solvers.DpmSolver(official=True)
   assert solvers.named("ddim", official=False) == solvers.Ddim()
-  with pytest.raises(ValueError, match="'euler': give one of ddim, dpm\\+\\+"):
+  with pytest.raises(
+    ValueError, match="'euler' is unknown: give one of ddim, dpm\\+\\+"
+  ):
     solvers.named("euler")
   with pytest.raises(ValueError, match=r"eta=0\.5"):
     solvers.named("dpm++", eta=0.5)

@@ -56,8 +56,8 @@ def _unified():
     ids,
     features=jnp.zeros((1, 1, _GRID, _WIDTH)),
     keep=jnp.ones((1, 1, _GRID), bool),
-    slot=ids,
-    order=ids,
+    image_index=ids,
+    token_index=ids,
     positions=ids,
     segments=ids + 1,
   )
@@ -111,7 +111,7 @@ _NETWORKS = {
 
 
 @pytest.mark.parametrize("name", _NETWORKS)
-def test_no_layer_is_without_a_dtype(name):
+def test_every_layer_has_a_dtype(name):
   made, seen = _NETWORKS[name](), []
 
   def note(call, args, kwargs, context):
@@ -129,7 +129,7 @@ def test_no_layer_is_without_a_dtype(name):
   assert not [path for path, dtype in seen if dtype is None]
 
 
-def test_what_is_read_has_the_dtype_of_the_merger():
+def test_read_tokens_have_the_dtype_of_the_merger():
   model = unified.UnifiedModel(_LLM, _WORDS, 4)
   variables = jax.eval_shape(_unified(), jax.random.key(0))
   read, _ = jax.eval_shape(

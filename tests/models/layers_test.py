@@ -28,7 +28,7 @@ def by_hand(query, key, value, seen):
   return out
 
 
-def test_attention_is_softmax_over_the_keys_seen():
+def test_attention_is_softmax_over_unmasked_keys():
   query, key, value = qkv(heads=4, groups=2)
   seen = np.array(jax.random.bernoulli(jax.random.key(1), 0.5, (2, 5, 5)))
   seen |= np.eye(5, dtype=bool)
@@ -47,7 +47,7 @@ def test_causal_queries_are_the_last_ones():
   )
 
 
-def test_masks_combine_and_a_blind_query_gives_zeros():
+def test_masks_combine_and_a_fully_masked_query_gives_zeros():
   query, key, value = qkv()
   segments = jnp.array([[1, 1, 2, 2, 2], [1, 2, 2, 3, 3]])
   mask = jnp.ones((2, 1, 1, 5), bool).at[0, 0, 0, 2].set(False)
@@ -161,6 +161,30 @@ def test_l2_normalize_is_safe_at_zero():
   )
   gradient = jax.grad(lambda x: layers.l2_normalize(x)[:, 0].sum())(x)
   np.testing.assert_allclose(gradient, [[0.128, -0.096], [0.0, 0.0]], rtol=1e-5)
+
+
+def test_space_to_depth_keeps_a_patch_at_one_position():
+  x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
+  folded = layers.space_to_depth(x, 2)
+  assert folded.shape == (2, 2, 3, 12)
+  np.testing.assert_array_equal(folded[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
+  np.testing.assert_array_equal(layers.depth_to_space(folded, 2), x)
+
+
+def test_stacked_parameters_come_back_and_single_layers_are_left_alone():
+  array = lambda seed: np.full((2, 3), seed)
+  params = {
+    "down": {f"block_{i}": {"fc": {"kernel": array(i)}} for i in range(11)},
+    "up": {"block_0": {"fc": {"kernel": array(7)}}},
+    "norm": {"scale": array(9)},
+  }
+  stacked = layers.stack_params(params, "block")
+  kernels = stacked["down"]["block"]["fc"]["kernel"]
+  assert isinstance(kernels, np.ndarray)  # no device is involved
+  np.testing.assert_array_equal(kernels[:, 0, 0], np.arange(11))
+  assert set(stacked["up"]) == {"block_0"}
+  again = layers.unstack_params(stacked, "block")
+  jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def test_unknown_remat_policy_is_named():

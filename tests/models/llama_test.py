@@ -10,6 +10,7 @@ import pytest
 
 from lavit_jax.core import errors
 from lavit_jax.models import llama
+from lavit_jax.models.attention import context
 from lavit_jax.port.tables import names
 
 _GOLDEN = pathlib.Path(__file__).parents[1] / "golden/llm_small.npz"
@@ -69,7 +70,7 @@ def golden():
   for name, rows, ids in tables:
     weights[name] = np.zeros((48386, 32), np.float32)
     weights[name][data[ids]] = data[f"weights/{rows}"]
-  params = jax.tree.map(jnp.asarray, names.to_ours(names.LLM, weights))
+  params = jax.tree.map(jnp.asarray, names.to_flax(names.LLM, weights))
   return config, params, data
 
 
@@ -177,9 +178,9 @@ def test_no_gradient_crosses_a_segment(params, tokens):
 def test_positions_count_valid_tokens_and_restart_in_segments():
   mask = jnp.array([[0, 0, 1, 1, 1]], bool)
   segments = jnp.array([[1, 1, 2, 2, 2], [3, 3, 3, 0, 0]])
-  np.testing.assert_array_equal(llama.positions_of(mask), [[0, 0, 0, 1, 2]])
+  np.testing.assert_array_equal(context.positions_of(mask), [[0, 0, 0, 1, 2]])
   np.testing.assert_array_equal(
-    llama.positions_of(None, segments), [[0, 1, 0, 1, 2], [0, 1, 2, 0, 1]]
+    context.positions_of(None, segments), [[0, 1, 0, 1, 2], [0, 1, 2, 0, 1]]
   )
 
 

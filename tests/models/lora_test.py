@@ -54,7 +54,7 @@ def test_a_new_lora_changes_nothing(case):
   jax.tree.map(np.testing.assert_array_equal, merged, params)
 
 
-def test_merged_weights_do_what_both_did(case):
+def test_merged_weights_equal_network_and_lora_together(case):
   net, params, boxed, x = case
   tree = _tree(boxed)
   both = _apply(net, params, x, tree)
@@ -85,7 +85,7 @@ def test_gradients_reach_the_lora_as_they_reach_the_kernel(case):
   np.testing.assert_allclose(low, 0.5 * tree["to_q"]["a"].T @ full, atol=1e-5)
 
 
-def test_outside_of_the_block_the_network_is_its_own(case):
+def test_outside_of_the_block_the_network_is_unchanged(case):
   net, params, boxed, x = case
   base = _apply(net, params, x)
   _apply(net, params, x, _tree(boxed))
@@ -107,7 +107,7 @@ def test_a_lora_of_another_network_is_refused(case):
     lora.merge({"to_q": params["to_q"]}, _tree(boxed), 1.0)
 
 
-def test_it_has_a_change_for_every_attention_of_a_u_net():
+def test_every_attention_of_a_u_net_is_adapted():
   config = latent_micro.unet_config("lowres")
   net = latent_parts.unet.UNet(config)
   boxed = jax.eval_shape(

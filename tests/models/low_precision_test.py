@@ -54,7 +54,9 @@ def test_products_and_gradients_are_near_those_in_full(name, dtype):
     ("fp8", ("f8E4M3FN",) * 2, ("f8E5M2", "f8E4M3FN")),
   ],
 )
-def test_what_is_multiplied_is_narrow(name, forward, backward, platform):
+def test_products_have_low_precision_operands(
+  name, forward, backward, platform
+):
   x, kernel, grad = _arrays("bfloat16")
 
   def both(x, kernel, grad):

@@ -1,12 +1,13 @@
-"""Orbax on disk or in gs://: model directories for use.
+"""Model directories: the parts of a trained model, on disk or in gs://.
 
-A *model directory* is what inference loads: one folder a part (`encoder`,
-`tokenizer`, `pixels`, `lowres`, `highres`, `llm`), each with its parameters
-and a `part.json` that describes it. `lowres` and `highres` are the official
-release's two decoders. A run's own checkpoints: `train/run_checkpoints.py`.
+Inference loads a *model directory*. It has one folder per part (`encoder`,
+`tokenizer`, `pixels`, `lowres`, `highres`, `llm`, ...), with parameters stored
+by Orbax and a `part.json` that describes them. `lowres` and `highres` are the
+two decoders of the official release. Checkpoints of a training run are another
+format: `train/resilience/run_checkpoints.py`.
 
-`part.json` names the folder of the parameters that belong to it: a part is
-written anew beside the old one, and is there once that file is.
+`part.json` names the folder of its parameters. A new version of a part is
+written beside the old one, and replaces it when that file is written.
 """
 
 import contextlib
@@ -39,86 +40,94 @@ PARTS = (
 )
 FORMAT = 1
 _PART_FILE = "part.json"
-_WEIGHTS = ("weights", "weights-1")  # one of them is in use
-_FIELD = "weights"  # of part.json: which; the first one if it is missing
+_WEIGHTS = ("weights", "weights-1")  # folders, of which one is in use
+_FIELD = "weights"  # of part.json, the folder in use; by default the first
 
 
 @contextlib.contextmanager
-def writing(directory):
-  """Names the disk when a write fails: full, over quota, not writable."""
+def writing(directory: files.PathLike) -> Iterator[None]:
+  """Raises CheckpointError with the directory when a write inside fails."""
   try:
     yield
-  except errors.LavitError:  # a ValueError too, which says what to do itself
+  except errors.LavitError:  # also a ValueError, with a message of its own
     raise
   except (OSError, ValueError) as e:  # Orbax reports a full disk as ValueError
     raise errors.CheckpointError(
       f"A checkpoint could not be written under {directory}:"
       f" {str(e).splitlines()[0][:400]} Make room, then give the same command"
-      " again: training goes on from the newest checkpoint that is complete."
+      " again: training continues from the newest complete checkpoint."
     ) from e
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """One part of a model directory: its parameters and its description."""
+  """One part of a model: its parameters and the content of its part.json."""
 
   params: Any
   meta: dict[str, Any]
 
 
 def save_part(
-  directory, name: str, params, meta: Mapping[str, Any], dtype=None
+  directory: files.PathLike,
+  name: str,
+  params: Any,
+  meta: Mapping[str, Any],
+  dtype: Any = None,
 ) -> epath.Path:
-  """Writes one part of a model directory, whole or not at all.
+  """Writes one part of a model directory, completely or not at all.
 
-  Of a run of several processes all call it, and each writes its share.
+  All processes of a run call it; each writes its shards.
 
   Args:
-    directory: the model directory; made if missing.
+    directory: the model directory; created if missing.
     name: one of `PARTS`.
-    params: tree of arrays. Where any is mapped from a file (np.memmap) all
-      must be numpy arrays, and they are stored a few at a time: memory holds
-      about one and a half of the largest.
-    meta: JSON-able description (model config, provenance, metrics).
-    dtype: cast floating arrays to this dtype first (e.g. jnp.float16).
+    params: tree of arrays. If any is memory-mapped (np.memmap), all must be
+      NumPy arrays; memory then holds about one and a half of the largest.
+    meta: description to store as JSON (model config, provenance, metrics).
+    dtype: floating arrays are cast to it first (e.g. jnp.float16).
+
+  Returns:
+    The folder of the part.
 
   Raises:
-    errors.UsageError: `name` is no part of a model.
-    errors.CheckpointError: the disk is full, or the directory has a name that
-      Orbax cannot keep arrays under; what was there before stays.
+    errors.UsageError: `name` is not in `PARTS`.
+    errors.CheckpointError: the disk is full, or Orbax cannot keep arrays in a
+      directory of this name. The previous part then remains.
   """
   if name not in PARTS:
-    raise errors.UsageError(f"A model has parts {PARTS}; {name!r} is none.")
+    raise errors.UsageError(
+      f"{name!r} is not a part of a model: expected one of {PARTS}."
+    )
   files.check_arrays_folder(directory, write=True)
   folder = files.absolute(directory) / name
   if dtype is not None:
     params = jax.tree.map(lambda x: _cast(x, dtype), params)
   with writing(folder.parent):
-    used = _intact_place(folder)
-    place = _WEIGHTS[hosts.broadcast_from_lead(int(used == _WEIGHTS[0]))]
+    old = _intact_weights_name(folder)
+    new = _WEIGHTS[hosts.broadcast_from_lead(int(old == _WEIGHTS[0]))]
     if hosts.is_lead():
       folder.mkdir(parents=True, exist_ok=True)
-      _remove_weights(folder, besides=used)
+      _remove_weights(folder, keep=old)
     hosts.barrier(f"lavit_part_{name}_begun")
     if any(isinstance(x, np.memmap) for x in jax.tree.leaves(params)):
-      mapped_arrays.save(folder / place, params)
+      mapped_arrays.save(folder / new, params)
     else:
       with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / place, hosts.storable(params))
+        checkpointer.save(folder / new, hosts.storable(params))
     if hosts.is_lead():
-      described = {"format": FORMAT, "part": name, **meta}
-      if place != _WEIGHTS[0]:  # so that earlier versions read what they can
-        described[_FIELD] = place
-      text = json.dumps(described, indent=1) + "\n"
+      content = {"format": FORMAT, "part": name, **meta}
+      if new != _WEIGHTS[0]:  # without it earlier versions can read the part
+        content[_FIELD] = new
+      text = json.dumps(content, indent=1) + "\n"
       files.write_whole(folder / _PART_FILE, text.encode())
   if hosts.is_lead():
-    _remove_weights(folder, besides=place)
+    _remove_weights(folder, keep=new)
   hosts.barrier(f"lavit_part_{name}_done")
   return folder
 
 
-def _place(folder) -> str | None:
-  """The name of the parameters that a part is of; None if it is no part yet.
+def _weights_name(folder) -> str | None:
+  """Returns the name of a part's weights folder, None without a part.json.
 
   Raises:
     errors.CheckpointError: part.json is damaged.
@@ -126,44 +135,44 @@ def _place(folder) -> str | None:
   path = folder / _PART_FILE
   if not path.exists():
     return None
-  place = _described(path).get(_FIELD, _WEIGHTS[0])
-  if place not in _WEIGHTS:
+  name = _read_json(path).get(_FIELD, _WEIGHTS[0])
+  if name not in _WEIGHTS:
     raise errors.CheckpointError(
-      f"{path} says that its {_FIELD} are {place!r}; expected one of"
-      f" {', '.join(_WEIGHTS)}. It is damaged; make the part again."
+      f"{path} has {_FIELD}={name!r}; expected one of {', '.join(_WEIGHTS)}. It"
+      " is damaged; make the part again."
     )
-  return place
+  return name
 
 
-def _described(path) -> dict[str, Any]:
-  """What a part.json holds; CheckpointError if it is damaged."""
+def _read_json(path) -> dict[str, Any]:
+  """Returns the content of a part.json; CheckpointError if it is damaged."""
   try:
-    found = json.loads(path.read_text())
+    content = json.loads(path.read_text())
   except ValueError as e:
     raise errors.CheckpointError(
       f"{path} is not valid JSON: {e}. It is damaged; make the part again."
     ) from e
-  if not isinstance(found, dict):
+  if not isinstance(content, dict):
     raise errors.CheckpointError(
-      f"{path} holds a {type(found).__name__}; expected the description of a"
+      f"{path} holds a {type(content).__name__}; expected the description of a"
       " part, a JSON object. It is damaged; make the part again."
     )
-  return found
+  return content
 
 
-def _intact_place(folder) -> str | None:
-  """`_place`; None of a damaged part too: it is written over."""
+def _intact_weights_name(folder) -> str | None:
+  """Returns `_weights_name`, but None for a damaged part, to be replaced."""
   try:
-    return _place(folder)
+    return _weights_name(folder)
   except errors.CheckpointError:
     return None
 
 
-def _remove_weights(folder, besides: str | None) -> None:
-  """Parameters that no part.json names, and those that were never finished."""
+def _remove_weights(folder, keep: str | None) -> None:
+  """Removes unfinished and replaced weights of a part."""
   for path in files.listing(folder):
-    # Orbax adds .orbax-checkpoint-tmp to what is not finished.
-    if path.name.partition(".")[0] in _WEIGHTS and path.name != besides:
+    # Orbax adds .orbax-checkpoint-tmp to the names of unfinished folders.
+    if path.name.partition(".")[0] in _WEIGHTS and path.name != keep:
       path.rmtree(missing_ok=True)
 
 
@@ -171,17 +180,17 @@ def _cast(x, dtype):
   return x.astype(cast_dtype(x.dtype, dtype))
 
 
-def cast_dtype(stored, wanted):
-  """`wanted` for floats, unless it is None; what is stored for the rest."""
+def cast_dtype(stored: Any, target: Any) -> Any:
+  """Returns the target dtype, if any, for floats, else the stored dtype."""
   floating = jnp.issubdtype(stored, jnp.floating)
-  return wanted if floating and wanted is not None else stored
+  return target if floating and target is not None else stored
 
 
 def load_part(
-  directory,
+  directory: files.PathLike,
   name: str,
   *,
-  dtype=jnp.float32,
+  dtype: Any = jnp.float32,
   branches: Mapping[str, Any] | None = None,
   layout: Any = None,
 ) -> Part:
@@ -189,11 +198,11 @@ def load_part(
 
   Args:
     directory: a model directory.
-    name: of PARTS.
-    dtype: to which floats are cast as they are read.
-    branches: other dtypes for top branches of the params, by their names.
-    layout: tree of shardings of (some of) its arrays: each is read straight
-      to where it belongs, by every process its own share.
+    name: one of `PARTS`.
+    dtype: floats are cast to it as they are read.
+    branches: other dtypes for top branches of the parameters, by name.
+    layout: tree of shardings for (some of) the arrays. Each process reads its
+      shards directly to its devices.
 
   Raises:
     errors.CheckpointError: the directory or the part is missing or damaged.
@@ -201,15 +210,15 @@ def load_part(
   meta = read_meta(directory, name)
   weights = _weights(directory, name)
   with _reading(weights), ocp.StandardCheckpointer() as checkpointer:
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    places = dict(jax.tree_util.tree_leaves_with_path(layout))
-    # Cast as they are read: a cast of arrays on one device would fail
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = dict(jax.tree_util.tree_leaves_with_path(layout))
+    # Cast while reading: a later cast of arrays on one device would fail
     # within the mesh of a training run.
     target = jax.tree_util.tree_map_with_path(
       lambda path, m: jax.ShapeDtypeStruct(
         m.shape,
         cast_dtype(m.dtype, (branches or {}).get(_top(path), dtype)),
-        sharding=places.get(path, host),
+        sharding=shardings.get(path, default),
       ),
       _stored_tree(checkpointer, weights),
     )
@@ -217,16 +226,16 @@ def load_part(
   return Part(params, meta)
 
 
-def load_arrays(directory, name: str, target):
-  """Reads some arrays of a part, each straight to where it belongs.
+def load_arrays(directory: files.PathLike, name: str, target: Any) -> Any:
+  """Reads some arrays of a part to given shardings.
 
-  Every process reads its own share of them.
+  Each process reads its shards directly to its devices.
 
   Args:
     directory: a model directory.
-    name: of PARTS.
+    name: one of `PARTS`.
     target: nested dicts of `jax.ShapeDtypeStruct` with shardings, by the
-      part's own names, of the stored shapes. Floats are cast to their dtypes.
+      part's own names and of the stored shapes. Floats are cast to its dtypes.
 
   Returns:
     The same tree of `jax.Array`.
@@ -247,15 +256,20 @@ def load_arrays(directory, name: str, target):
 
 
 def _top(path) -> str:
-  """The first name of a path in a tree."""
+  """Returns the first name of a path in a tree."""
   return jax.tree_util.keystr(path[:1], simple=True)
 
 
 class StoredPart:
-  """One part on disk, its arrays read one by one when they are asked for."""
+  """A part on disk, whose arrays are read one by one on request.
 
-  def __init__(self, directory, name: str):
-    """Opens a part; CheckpointError if it is missing or damaged."""
+  Attributes:
+    meta: the content of part.json.
+    arrays: {path with slashes: shape and dtype}.
+  """
+
+  def __init__(self, directory: files.PathLike, name: str):
+    """Opens a part; raises CheckpointError if it is missing or damaged."""
     self.meta = read_meta(directory, name)
     self._path = _weights(directory, name)
     with _reading(self._path):
@@ -263,7 +277,6 @@ class StoredPart:
       leaves = jax.tree_util.tree_leaves_with_path(tree)
       if not leaves:  # Orbax only logs that it cannot read them
         raise ValueError("There are no arrays in it.")
-    # By path, with slashes: what `read` takes, shapes and dtypes.
     self.arrays = {
       jax.tree_util.keystr(path, simple=True, separator="/"): (
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -272,19 +285,19 @@ class StoredPart:
     }
 
   def read(self, path: str) -> np.ndarray:
-    """One array, on the host."""
-    with _reading(self._path):  # Orbax takes longer than a small array
+    """Reads one array to the host."""
+    with _reading(self._path):  # for small arrays faster than by Orbax
       return np.asarray(self._open(path).read().result())
 
   def blocks(self, path: str, whole: int) -> Iterator[tuple[tuple, np.ndarray]]:
-    """Pieces of one array as they lie on disk, each read once.
+    """Reads an array in the blocks in which it is stored, each once.
 
     Args:
       path: of the array.
-      whole: the axis along which no piece is cut.
+      whole: the axis along which no block is split.
 
     Yields:
-      (index, array), so that the whole array at `index` is the piece.
+      (index, block), the block being the array at `index`.
     """
     with _reading(self._path):
       stored = self._open(path)
@@ -298,25 +311,25 @@ class StoredPart:
         for i, size, n in zip(start, sizes, shape, strict=True)
       )
       with _reading(self._path):
-        piece = np.asarray(stored[index].read().result())
-      yield index, piece
+        block = np.asarray(stored[index].read().result())
+      yield index, block
 
   def _open(self, path):
-    """The array as TensorStore has it; Orbax itself reads only whole ones."""
+    """Opens an array with TensorStore; Orbax itself cannot read blocks."""
     base = {"driver": "file", "path": f"{self._path}/"}
     if files.is_remote(self._path):
       bucket, _, key = str(self._path).removeprefix("gs://").partition("/")
       base = {"driver": "gcs", "bucket": bucket, "path": f"{key}/"}
     name = path.replace("/", ".") + "/"
-    place = {"driver": "ocdbt", "base": base, "path": name}
-    found = ts.open({"driver": "auto", "kvstore": place}, read=True).result()
-    # As Orbax does: what is missing is an error, not zeros.
-    spec = found.spec().to_json() | {"fill_missing_data_reads": False}
+    store = {"driver": "ocdbt", "base": base, "path": name}
+    array = ts.open({"driver": "auto", "kvstore": store}, read=True).result()
+    # As in Orbax, missing data are an error, not zeros.
+    spec = array.spec().to_json() | {"fill_missing_data_reads": False}
     return ts.open(spec, read=True).result()
 
 
 def _stored_tree(checkpointer, path):
-  """The tree of array metadata of an Orbax checkpoint."""
+  """Returns the tree of array metadata of an Orbax checkpoint."""
   stored = checkpointer.metadata(path)
   tree = getattr(stored, "item_metadata", stored)
   return getattr(tree, "tree", tree)
@@ -324,45 +337,48 @@ def _stored_tree(checkpointer, path):
 
 @contextlib.contextmanager
 def _reading(path):
-  """Says that a part is damaged where Orbax says it in its own words."""
+  """Converts Orbax's errors to a CheckpointError that names the part."""
   try:
     yield
   except errors.LavitError:
     raise
   except Exception as e:
-    # Of an array that is cut or gone Orbax makes a plain Exception.
+    # For a truncated or missing array Orbax raises a plain Exception.
     if type(e) is not Exception and not isinstance(
       e, (ValueError, KeyError, OSError)
     ):
       raise
-    said = " ".join(str(e.__cause__ or e).split())
+    reason = " ".join(str(e.__cause__ or e).split())
     raise errors.CheckpointError(
       f"{path} cannot be read as an Orbax checkpoint:"
-      f" {said[:300]} It is damaged or incomplete; restore"
-      f" it from where it came, or make the {path.parent.name} part again."
+      f" {reason[:300]} It is damaged or incomplete; restore it from its"
+      f" source, or make the {path.parent.name} part again."
     ) from e
 
 
 def _weights(directory, name) -> epath.Path:
-  """Where the parameters of a part lie."""
+  """Returns the folder of a part's parameters."""
   files.check_arrays_folder(directory, write=False)
   folder = files.absolute(directory) / name
-  return folder / (_place(folder) or _WEIGHTS[0])
+  return folder / (_weights_name(folder) or _WEIGHTS[0])
 
 
-def read_meta(directory, name: str) -> dict[str, Any]:
-  """The description of one part, without its weights."""
-  directory = files.path_of(directory)
-  path = directory / name / _PART_FILE
+def read_meta(directory: files.PathLike, name: str) -> dict[str, Any]:
+  """Reads the part.json of one part.
+
+  Raises:
+    errors.CheckpointError: the part is missing, damaged, or of another format.
+  """
+  path = files.path_of(directory) / name / _PART_FILE
   if not path.exists():
-    have = parts_in(directory)
+    existing = ", ".join(parts_in(directory))
     raise errors.CheckpointError(
       f"{directory} has no part {name!r}"
-      + (f" (it has {', '.join(have)})." if have else ", nor any other part.")
+      + (f" (it has {existing})." if existing else ", nor any other part.")
       + f" Expected {path}. Train that stage with --config.model_dir="
       f"{directory}, or give a complete model directory."
     )
-  meta = _described(path)
+  meta = _read_json(path)
   if meta.get("format") != FORMAT:
     raise errors.CheckpointError(
       f"{path} has format {meta.get('format')!r}; this version of lavit_jax"
@@ -371,12 +387,12 @@ def read_meta(directory, name: str) -> dict[str, Any]:
   return {key: value for key, value in meta.items() if key != _FIELD}
 
 
-def parts_in(directory) -> Sequence[str]:
-  """Names of the parts that a model directory holds, in house order."""
-  directory = files.path_of(directory)
-  return [p for p in PARTS if (directory / p / _PART_FILE).exists()]
+def parts_in(directory: files.PathLike) -> Sequence[str]:
+  """Returns the names of a model directory's parts, in the order of `PARTS`."""
+  folder = files.path_of(directory)
+  return [p for p in PARTS if (folder / p / _PART_FILE).exists()]
 
 
-def count_params(tree) -> int:
-  """Number of scalars in a tree of arrays."""
+def count_params(tree: Any) -> int:
+  """Returns the number of scalars in a tree of arrays."""
   return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))

@@ -1,66 +1,76 @@
-"""Files of a run, on a disk or in an object store such as gs://.
+"""Paths and files on a disk or in an object store such as gs://.
 
-Whole files are there at once or not at all in both. Logs: `log_files.py`.
+Files are written atomically in both. Growing logs: `log_files.py`.
 """
 
 import io
 import os
 import pathlib
+from typing import Any
 
 from etils import epath
 
 from lavit_jax.core import errors
 
-_PATTERN = "*?["  # what makes a name a pattern
+PathLike = str | os.PathLike[str]
+
+_PATTERN = "*?["  # characters that make a name a pattern
 
 
-def is_remote(path) -> bool:
-  """Whether a path is in an object store."""
+def is_remote(path: PathLike) -> bool:
+  """Returns whether a path is in an object store."""
   return "://" in os.fspath(path)
 
 
-def path_of(path) -> epath.Path:
-  """A path here or in an object store.
+def path_of(path: PathLike) -> epath.Path:
+  """Returns an epath.Path on this disk or in an object store.
 
   Raises:
-    errors.ConfigError: a store that this installation cannot reach.
+    errors.ConfigError: this installation cannot reach the store.
   """
   path = os.fspath(path)
   if not is_remote(path):
     return epath.Path(path)
   if not path.startswith("gs://"):
     raise errors.ConfigError(
-      f"{path} is in a store that is not known here. Give a folder, or"
+      f"{path} is in an unknown kind of store. Give a folder, or"
       " gs://BUCKET/FOLDER."
     )
-  found = epath.Path(path)
+  remote = epath.Path(path)
   try:
-    found.exists()
+    remote.exists()
   except ImportError as e:
     raise errors.ConfigError(
       f"{path} is in Google Cloud Storage, which needs more packages:"
       " pip install 'lavit_jax[gcs]'"
     ) from e
-  return found
+  return remote
 
 
-def place(path) -> pathlib.Path | epath.Path:
-  """What the user gave, to read from: a pathlib.Path, or of an object store."""
+def input_path(path: PathLike) -> Any:
+  """Returns a path to read from.
+
+  It is a pathlib.Path on this disk, an epath.Path in an object store.
+  """
   return path_of(path) if is_remote(path) else pathlib.Path(path)
 
 
-def same(a, b) -> bool:
-  """Whether two paths, not empty, mean one folder."""
-  found = [os.fspath(path or "").rstrip("/") for path in (a, b)]
-  whole = [p if is_remote(p) else os.path.realpath(p) for p in found]
-  return all(found) and whole[0] == whole[1]
+def same(a: PathLike | None, b: PathLike | None) -> bool:
+  """Returns whether two paths are not empty and name the same folder."""
+  paths = [os.fspath(path or "").rstrip("/") for path in (a, b)]
+  real = [p if is_remote(p) else os.path.realpath(p) for p in paths]
+  return all(paths) and real[0] == real[1]
 
 
-def require_local(path, what: str) -> None:
-  """Refuses to write to an object store what needs a disk.
+def require_local(path: PathLike, what: str) -> None:
+  """Checks that a path to write to is on a disk.
+
+  Args:
+    path: to write to.
+    what: subject of the message, such as "A model folder".
 
   Raises:
-    errors.UsageError: `path` is in one; `what` is what would be written.
+    errors.UsageError: it is in an object store.
   """
   if is_remote(path):
     raise errors.UsageError(
@@ -69,44 +79,43 @@ def require_local(path, what: str) -> None:
     )
 
 
-def absolute(path) -> epath.Path:
-  """A path that stays what it is when the current folder changes."""
-  found = path_of(path)
-  return found if is_remote(path) else found.absolute()
+def absolute(path: PathLike) -> epath.Path:
+  """Returns an absolute path, on this disk or in an object store."""
+  epath_path = path_of(path)
+  return epath_path if is_remote(path) else epath_path.absolute()
 
 
-def check_arrays_folder(path, *, write: bool) -> None:
-  """Refuses folders whose names would lose the arrays that Orbax keeps there.
+def check_arrays_folder(path: PathLike, *, write: bool) -> None:
+  """Checks that Orbax can keep arrays in a folder of this name.
 
-  Orbax finds what each process has written by a pattern that begins with the
-  name of the folder, unescaped: with brackets nothing is found, with * or ?
-  perhaps what is another folder's. TensorStore takes a backslash for a slash.
+  Orbax finds the files of each process by a pattern that begins with the name
+  of the folder, unescaped: with brackets it finds nothing, with * or ? perhaps
+  files of another folder. TensorStore takes a backslash for a slash.
 
   Args:
-    path: of a checkpoint, or of a folder that will hold some.
-    write: whether arrays are to be written; what is there already can be read
-      from a folder with brackets.
+    path: of a checkpoint, or of a folder for checkpoints.
+    write: whether arrays are to be written; existing ones can be read from a
+      folder with brackets.
 
   Raises:
-    errors.CheckpointError: there is such a character in its whole path.
+    errors.CheckpointError: the absolute path has such a character.
   """
-  whole = os.fspath(path) if is_remote(path) else os.path.abspath(path)
-  found = [c for c in (_PATTERN if write else "") + "\\" if c in whole]
-  found += ["**"] if "**" in whole and not write else []
-  if found:
+  full = os.fspath(path) if is_remote(path) else os.path.abspath(path)
+  bad = [c for c in (_PATTERN if write else "") + "\\" if c in full]
+  bad += ["**"] if "**" in full and not write else []
+  if bad:
     raise errors.CheckpointError(
-      f"{whole} has {' and '.join(found)} in its name: Orbax and TensorStore,"
-      " which keep the arrays, would look for them elsewhere and lose them."
+      f"{full} has {' and '.join(bad)} in its name: Orbax and TensorStore,"
+      " which store the arrays, would look for them elsewhere and lose them."
       " Give a folder without these characters"
       + ("." if write else ", or rename this one.")
     )
 
 
 def listing(folder: epath.Path) -> list[epath.Path]:
-  """What is in a folder; nothing if it is not there.
+  """Returns the contents of a folder; nothing if it does not exist.
 
-  In an object store a folder that was just made is not: it is there while
-  something is in it.
+  In an object store a folder exists only while there is something in it.
   """
   try:
     return list(folder.iterdir())
@@ -115,35 +124,35 @@ def listing(folder: epath.Path) -> list[epath.Path]:
 
 
 def move_folder(source: epath.Path, target: epath.Path) -> None:
-  """Moves a folder to where none is; makes what it will be in.
+  """Moves a folder to a path that does not exist; creates its parents.
 
-  In an object store every object is copied, by the store, before any is
-  removed: a kill leaves the old folder whole, or the new one.
+  In an object store every object is copied, within the store, before any is
+  removed: a kill leaves the old folder or the new one complete.
   """
   if not is_remote(target):
     target.parent.mkdir(parents=True, exist_ok=True)
     source.rename(target)
     return
-  # epath moves nothing into a folder that is not there, and releases of gcsfs
-  # differ in what they do with a folder: they are given the objects.
-  system, start = system_of(source)
-  _, end = system_of(target)
+  # epath does not move into a folder that does not exist, and releases of
+  # gcsfs treat folders differently: so single objects are copied.
+  system, old = system_of(source)
+  _, new = system_of(target)
   system.invalidate_cache()
-  found = system.find(start)
-  system.copy(found, [end + name[len(start) :] for name in found])
+  names = system.find(old)
+  system.copy(names, [new + name[len(old) :] for name in names])
   source.rmtree()
 
 
-def system_of(path):
-  """Gives the file system that fsspec has for a path, and its path there."""
-  import fsspec.core  # a dependency of gcsfs, not of this package
+def system_of(path: PathLike) -> tuple[Any, str]:
+  """Returns fsspec's file system for a path, and the path in it."""
+  import fsspec.core  # optional extra: a dependency of gcsfs
 
   return fsspec.core.url_to_fs(os.fspath(path))
 
 
-def open_bytes(path) -> io.BufferedReader:
+def open_bytes(path: PathLike) -> io.BufferedReader:
   """Opens a file to read, with `peek`, which object stores' files lack."""
-  file = place(path).open("rb")
+  file = input_path(path).open("rb")
   return file if hasattr(file, "peek") else io.BufferedReader(file)
 
 

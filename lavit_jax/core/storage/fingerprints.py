@@ -1,9 +1,9 @@
-"""Fingerprints of stored weights and files: what they are, not where.
+"""Fingerprints of stored weights and files, which do not depend on their path.
 
-Hex digests of all bytes. Arrays are read one by one, so that memory holds the
-largest; what was read once in a process is remembered. A gigabyte takes about
-a second; what took as long is kept in the user's cache folder, and read again
-when a file of the weights has changed.
+Fingerprints are hex digests of all bytes. Arrays are read one by one, so that
+memory holds only the largest. Results are remembered within a process. A
+gigabyte takes about a second; results that took that long are kept in the
+user's cache folder until a file of the weights changes.
 """
 
 import functools
@@ -21,104 +21,106 @@ from lavit_jax.core.storage import checkpoints, fetched, files
 
 _LOG = logging.getLogger(__name__)
 _DIGITS = 32
-_WORTH_KEEPING = 1.0  # seconds of reading
+_MIN_SECONDS = 1.0  # results that took less are not kept
 
 
-def of_part(directory, name: str, branch: str = "") -> str:
-  """Digest of the weights of one part of a model directory.
+def of_part(directory: files.PathLike, name: str, branch: str = "") -> str:
+  """Returns the fingerprint of one part's weights.
 
   Args:
     directory: a model directory.
-    name: of checkpoints.PARTS.
+    name: one of `checkpoints.PARTS`.
     branch: path of a branch of the weights, such as "decoder"; "" for all.
-      The same wherever it is kept: only paths within it count.
+      Only paths within the branch count, not its own.
 
   Raises:
-    errors.CheckpointError: there is no such part, or it is damaged.
+    errors.CheckpointError: the part is missing or damaged.
   """
-  return _digest(directory, ((name, branch),))
+  return _fingerprint(directory, ((name, branch),))
 
 
-def of_words(directory) -> str:
-  """Digest of the weights that make words: encoder, then tokenizer.
+def of_tokenizer(directory: files.PathLike) -> str:
+  """Returns the fingerprint of encoder and tokenizer together.
 
-  What a code cache holds of the tokenizer that made it.
+  A code cache stores it for the tokenizer that computed the codes.
   """
   parts = (("encoder", ""), ("tokenizer", ""))
-  return _digest(directory, parts)
+  return _fingerprint(directory, parts)
 
 
-def of_file(path) -> str:
-  """Digest of a file's bytes."""
-  with files.place(path).open("rb") as file:
+def of_file(path: files.PathLike) -> str:
+  """Returns the fingerprint of a file's bytes."""
+  with files.input_path(path).open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
 
 
 def of_bytes(data: bytes) -> str:
-  """What `of_file` tells of a file that holds these."""
+  """Returns the fingerprint of a file with this content."""
   return hashlib.sha256(data).hexdigest()[:_DIGITS]
 
 
-def _digest(directory, parts):
+def _fingerprint(directory, parts):
   directory = os.fspath(files.absolute(directory))
   stamps = tuple(_stamp(directory, name) for name, _ in parts)
   path = _folder() / of_bytes(repr((directory, parts, stamps)).encode())
-  if found := _kept(path):
-    return found
+  if stored := _stored(path):
+    return stored
   digest, seconds = _digested(directory, parts, stamps)
-  found = digest.hexdigest()[:_DIGITS]
-  if seconds >= _WORTH_KEEPING:
-    _keep(path, found)
-  return found
+  fingerprint = digest.hexdigest()[:_DIGITS]
+  if seconds >= _MIN_SECONDS:
+    _store(path, fingerprint)
+  return fingerprint
 
 
 def _folder() -> pathlib.Path:
-  """Where digests are kept: XDG_CACHE_HOME or ~/.cache."""
+  """Returns the cache folder of fingerprints."""
   caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   return pathlib.Path(caches) / "lavit_jax" / "fingerprints"
 
 
-def _kept(path):
-  """The digest in a file, None if it holds none."""
+def _stored(path):
+  """Returns the fingerprint in a file, None if it has none."""
   try:
-    found = path.read_text()
+    text = path.read_text()
   except (OSError, ValueError):
     return None
-  return found if re.fullmatch(rf"[0-9a-f]{{{_DIGITS}}}", found) else None
+  return text if re.fullmatch(rf"[0-9a-f]{{{_DIGITS}}}", text) else None
 
 
-def _keep(path, digest):
-  """Keeps a digest; a folder that cannot be written is no fault."""
+def _store(path, fingerprint):
+  """Stores a fingerprint; it is no error if the folder is not writable."""
   unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.write_text(digest)
+    unfinished.write_text(fingerprint)
     os.replace(unfinished, path)
   except OSError as error:
-    _LOG.info("%s is not written (%s); weights are read again", path, error)
+    _LOG.info(
+      "%s cannot be written (%s); weights will be read again", path, error
+    )
 
 
 def _stamp(directory, name):
-  """What changes when a part is written anew, or its weights exchanged."""
-  checkpoints.read_meta(directory, name)  # or it says what is missing
-  path = files.place(directory) / name / "part.json"
+  """Returns a value that changes whenever the files of a part change."""
+  checkpoints.read_meta(directory, name)  # raises if the part is missing
+  path = files.input_path(directory) / name / "part.json"
   if files.is_remote(path):
     return tuple(fetched.version(path).items())
-  told = []
-  for inside in sorted(path.parent.rglob("*")):
-    if inside.is_file():
-      found, name = inside.stat(), str(inside.relative_to(path.parent))
-      told.append((name, found.st_mtime_ns, found.st_ino, found.st_size))
-  return tuple(told)
+  stamps = []
+  for file in sorted(path.parent.rglob("*")):
+    if file.is_file():
+      stat, name = file.stat(), str(file.relative_to(path.parent))
+      stamps.append((name, stat.st_mtime_ns, stat.st_ino, stat.st_size))
+  return tuple(stamps)
 
 
 @functools.lru_cache(maxsize=16)
 def _digested(directory, parts, stamps):
-  """(a digest that has taken in branches of parts, seconds that it took)."""
+  """Returns the hash object of branches of parts, and the seconds it took."""
   if not parts:
     return hashlib.sha256(), 0.0
-  before, seconds = _digested(directory, parts[:-1], stamps[:-1])
-  digest, begun = before.copy(), time.monotonic()
+  previous, seconds = _digested(directory, parts[:-1], stamps[:-1])
+  digest, begun = previous.copy(), time.monotonic()
   name, branch = parts[-1]
   stored = checkpoints.StoredPart(directory, name)
   for path in stored.arrays:

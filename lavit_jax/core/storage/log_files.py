@@ -1,10 +1,10 @@
-"""Logs that grow, on a disk or in an object store such as gs://.
+"""Growing logs, on a disk or in an object store such as gs://.
 
-On a disk a log is one file. Objects cannot be appended to: there a log is cut
-into segments, `metrics-00000.jsonl` and so on, and only the newest one, which
-is small, is ever put there again. A thread does that, so that training waits
-for no network; what it could not store is an error of the next call, and is
-stored by the one after that if the store then can.
+On a disk a log is one file. Objects cannot be appended to: there a log is split
+into segments, `metrics-00000.jsonl` and so on, and only the newest, small one
+is uploaded again as it grows. A thread uploads it, so that training does not
+wait for the network. A failed upload is raised by the next call; the call after
+that tries again.
 """
 
 import concurrent.futures
@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import time
+from typing import Protocol
 
 from etils import epath
 
@@ -19,31 +20,59 @@ from lavit_jax.core import closing
 from lavit_jax.core.storage import files
 
 _LOG = logging.getLogger(__name__)
-_OFTEN = 10.0  # seconds between two uploads of a log that nobody asked for
-_LEAST = 1.0  # seconds: a store takes one new version of an object a second
+_FLUSH_SECONDS = 10.0  # between uploads by `flush`
+_MIN_SECONDS = 1.0  # a store accepts one new version of an object per second
 SEGMENT = 1 << 20  # bytes, from which on a new segment is begun
 
 
-def open_log(path: epath.Path):
-  """A file to append whole records to: `write`, `flush`, `sync`, `close`.
+class Log(Protocol):
+  """A file to which complete records are appended.
 
-  `flush` hands over to the system what was written, `sync` to the disk. In an
-  object store `flush` does so now and then, `sync` as soon as it can, and only
-  `close` waits for it. `empty` tells whether nothing was ever written.
+  `flush` passes written records to the operating system, `sync` to the disk.
+  In an object store `flush` uploads them every few seconds, `sync` as soon as
+  possible, and only `close` waits for the upload.
   """
+
+  @property
+  def empty(self) -> bool:
+    """Returns whether nothing was ever written."""
+
+  def write(self, data: bytes) -> None:
+    """Appends complete records."""
+
+  def flush(self) -> None:
+    """Passes records on, or uploads them every few seconds."""
+
+  def sync(self) -> None:
+    """Writes records to the disk, or uploads them as soon as possible."""
+
+  def close(self) -> None:
+    """Writes or uploads all records, and closes the log."""
+
+
+class SizedLog(Log, Protocol):
+  """A log that knows its size."""
+
+  @property
+  def size(self) -> int:
+    """Returns the bytes written."""
+
+
+def open_log(path: epath.Path) -> Log:
+  """Opens a log; in an object store it is split into segments."""
   if files.is_remote(path):
     return _Segments(path)
-  before = pieces(path)
-  return _Local(before[-1] if before else path)
+  existing = pieces(path)
+  return _Local(existing[-1] if existing else path)
 
 
-def open_object(path: epath.Path):
-  """The same, never cut: who writes it looks at `size`, and begins another."""
+def open_object(path: epath.Path) -> SizedLog:
+  """Opens a log that is not split; the caller does so, by its `size`."""
   return _Object(path) if files.is_remote(path) else _Local(path)
 
 
 def pieces(path: epath.Path) -> list[epath.Path]:
-  """What there is of a log, in order: one file, and segments.
+  """Returns the files of a log, in order: a single file, then segments.
 
   Args:
     path: as `open_log` takes it.
@@ -55,9 +84,9 @@ def pieces(path: epath.Path) -> list[epath.Path]:
     names = [other.name for other in path.parent.iterdir()]
   except FileNotFoundError:
     return []
-  found = sorted(name for name in names if segment.fullmatch(name))
-  whole = [path.name] if path.name in names else []
-  return [path.parent / name for name in [*whole, *found]]
+  segments = sorted(name for name in names if segment.fullmatch(name))
+  single = [path.name] if path.name in names else []
+  return [path.parent / name for name in [*single, *segments]]
 
 
 class _Local:
@@ -65,7 +94,6 @@ class _Local:
 
   def __init__(self, path):
     self._file = path.open("ab")
-    self.flush = self._file.flush
 
   @property
   def size(self) -> int:
@@ -78,6 +106,9 @@ class _Local:
   def write(self, data: bytes) -> None:
     self._file.write(data)
 
+  def flush(self) -> None:
+    self._file.flush()
+
   def sync(self) -> None:
     self._file.flush()
     os.fsync(self._file.fileno())
@@ -89,13 +120,13 @@ class _Local:
 
 
 class _Object:
-  """An object that is stored anew as it grows, by a thread."""
+  """An object that a thread uploads again as it grows."""
 
-  def __init__(self, path):
+  def __init__(self, path: epath.Path):
     self._path, self._data = path, bytearray()
-    self._when = time.monotonic()
-    self._sent = 0  # bytes that are stored
-    self._stored: float | None = None  # when the thread last did
+    self._last_upload = time.monotonic()
+    self._uploaded = 0  # bytes in the store
+    self._finished_at: float | None = None  # end of the last upload
     self._pool = concurrent.futures.ThreadPoolExecutor(1, "lavit_log")
     self._upload: concurrent.futures.Future | None = None
     self._done: concurrent.futures.Future | None = None  # of `close`
@@ -112,38 +143,39 @@ class _Object:
     self._data += data
 
   def flush(self) -> None:
-    if time.monotonic() - self._when >= _OFTEN:
+    if time.monotonic() - self._last_upload >= _FLUSH_SECONDS:
       self.sync()
 
   def sync(self) -> None:
     if self._upload is not None and not self._upload.done():
-      return  # the next one takes along what is new
-    self._raise()
-    if self._sent < len(self._data):
-      self._when = time.monotonic()
+      return  # the next upload includes the new records
+    self._raise_error()
+    if self._uploaded < len(self._data):
+      self._last_upload = time.monotonic()
       self._upload = self._pool.submit(self._store, bytes(self._data))
 
-  def _raise(self) -> None:
-    """Waits for the upload, and raises what it met."""
+  def _raise_error(self) -> None:
+    """Waits for the upload, and raises its error."""
     upload, self._upload = self._upload, None
     if upload is not None:
       upload.result()
 
   def _store(self, data: bytes) -> None:
-    """Of the thread, which may wait where training may not."""
-    if self._stored is not None:
-      time.sleep(max(self._stored + _LEAST - time.monotonic(), 0.0))
+    """Uploads in the thread, which may wait where training may not."""
+    if self._finished_at is not None:
+      next_at = self._finished_at + _MIN_SECONDS
+      time.sleep(max(next_at - time.monotonic(), 0.0))
     self._path.write_bytes(data)
-    self._sent, self._stored = len(data), time.monotonic()
+    self._uploaded, self._finished_at = len(data), time.monotonic()
 
   def finish(self) -> concurrent.futures.Future:
-    """Stores the rest without waiting; nothing may be written any more."""
+    """Uploads the rest without waiting; no records may follow."""
 
-    def last(before=self._upload, data=bytes(self._data)):
-      # The upload before is over: the pool has one thread.
-      if before is not None and (error := before.exception()):
-        _LOG.warning("%s could not be stored: %s", self._path, error)
-      if self._sent < len(data):
+    def last(previous=self._upload, data=bytes(self._data)):
+      # The previous upload is over: the pool has one thread.
+      if previous is not None and (error := previous.exception()):
+        _LOG.warning("%s could not be uploaded: %s", self._path, error)
+      if self._uploaded < len(data):
         self._store(data)
 
     done, self._upload = self._pool.submit(last), None
@@ -159,14 +191,14 @@ class _Object:
 class _Segments:
   """A log of several objects."""
 
-  def __init__(self, path):
-    before = pieces(path)
-    self._path, self._had = path, bool(before)
+  def __init__(self, path: epath.Path):
+    existing = pieces(path)
+    self._path, self._existed = path, bool(existing)
     self._number = 0
-    if before and before[-1] != path:
-      self._number = int(before[-1].name.rpartition(".")[0][-5:]) + 1
+    if existing and existing[-1] != path:
+      self._number = int(existing[-1].name.rpartition(".")[0][-5:]) + 1
     self._object = _Object(self._segment())
-    self._ending: list[concurrent.futures.Future] = []
+    self._finishing: list[concurrent.futures.Future] = []
 
   def _segment(self) -> epath.Path:
     stem, dot, suffix = self._path.name.rpartition(".")
@@ -175,11 +207,11 @@ class _Segments:
 
   @property
   def empty(self) -> bool:
-    return not self._had and self._number == 0 and self._object.empty
+    return not self._existed and self._number == 0 and self._object.empty
 
   def write(self, data: bytes) -> None:
     if self._object.size and self._object.size + len(data) > SEGMENT:
-      self._ending.append(self._object.finish())
+      self._finishing.append(self._object.finish())
       self._number += 1
       self._object = _Object(self._segment())
     self._object.write(data)
@@ -189,9 +221,10 @@ class _Segments:
 
   def sync(self) -> None:
     self._object.sync()
-    over = [ending for ending in self._ending if ending.done()]
-    self._ending = [ending for ending in self._ending if ending not in over]
-    closing.each(ending.result for ending in over)
+    finished = [upload for upload in self._finishing if upload.done()]
+    self._finishing = [x for x in self._finishing if x not in finished]
+    closing.each(upload.result for upload in finished)
 
   def close(self) -> None:
-    closing.each([self._object.close, *(e.result for e in self._ending)])
+    uploads = [upload.result for upload in self._finishing]
+    closing.each([self._object.close, *uploads])

@@ -1,24 +1,25 @@
-"""Arrays mapped from files, saved by Orbax in bounded memory.
+"""Saves memory-mapped arrays with Orbax in bounded memory.
 
-Orbax has no option for this: `save_concurrent_gb` is not looked at where it
-writes numpy arrays (0.12.8), nor is `MemoryOptions` of its newer interface. So
-a handler of the one type np.ndarray is registered, which is what Orbax's
-`type_handlers` are for; it hands the arrays on a few at a time.
+Orbax has no option for this: for NumPy arrays it ignores `save_concurrent_gb`
+(0.12.8), and `MemoryOptions` of its newer interface. Therefore a type handler
+for np.ndarray is registered, which passes on a few arrays at a time.
 """
 
+import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-CHUNK_BYTES = 1 << 25  # of an array, as it is stored
+CHUNK_BYTES = 1 << 25  # size of a stored chunk of an array
 
 
-class _FewAtATime(ocp.type_handlers.NumpyHandler):
-  """Writes arrays as they are, without a copy, a few after the others.
+class _GroupedHandler(ocp.type_handlers.NumpyHandler):
+  """Writes arrays in small groups, without copying them.
 
-  Orbax by itself copies all of them first, and encodes all at once.
+  Orbax's own handler copies all arrays first, and encodes them all at once.
   """
 
   def __init__(self):
@@ -26,14 +27,14 @@ class _FewAtATime(ocp.type_handlers.NumpyHandler):
 
   async def serialize(self, values, infos, args=None):
     for start, stop in _groups([value.nbytes for value in values]):
-      some = (given[start:stop] for given in (values, infos, args))
-      for future in await super().serialize(*some):
+      group = (x[start:stop] for x in (values, infos, args))
+      for future in await super().serialize(*group):
         future.result()
     return []
 
 
 def _groups(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-  """Bounds of neighbours of CHUNK_BYTES together, or one that has more."""
+  """Yields bounds of groups of up to CHUNK_BYTES, or of one larger array."""
   start, total = 0, 0
   for i, size in enumerate(sizes):
     if i > start and total + size > CHUNK_BYTES:
@@ -43,12 +44,13 @@ def _groups(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
   yield start, len(sizes)
 
 
-def save(path, params) -> None:
-  """Saves a tree of numpy arrays in bounded memory; `load_part` reads it."""
+def save(path: str | os.PathLike[str], params: Any) -> None:
+  """Saves a tree of NumPy arrays in bounded memory; `load_part` reads it."""
   params = jax.tree.map(np.asarray, params)  # memmap to a view of its pages
   handler = ocp.PyTreeCheckpointHandler(
     type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-      (np.ndarray, _FewAtATime()), (jax.Array, ocp.type_handlers.ArrayHandler())
+      (np.ndarray, _GroupedHandler()),
+      (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
   )
   save_args = jax.tree.map(

@@ -1,11 +1,13 @@
-"""The forms in which attention is computed; `layers.attention` is the entry.
+"""Attention by einsums; `layers.attention` is the entry point.
 
-On a CPU logits that outgrow the caches take most of the time, so there they
-are made row by row or block by block; everywhere else in one piece.
+On a CPU, logits that outgrow the caches take most of the time, so there they
+are computed row by row or block by block; everywhere else all at once.
 """
 
+import contextlib
 import functools
 
+import einops
 import jax
 import jax.numpy as jnp
 
@@ -14,117 +16,145 @@ from lavit_jax.core import sharding
 _LARGE_LOGITS = 1 << 23  # bytes
 
 
-def attend(query, key, value, seen, policy, policy_eps: float):
-  """Attention of scaled queries, by the form that is the fastest here.
+def scope(causal: bool, keys: int) -> contextlib.AbstractContextManager:
+  """The named scope of attention; a causal one says over how many keys.
+
+  `cost.scopes` reads it: half of the logits of causal attention are masked.
+  """
+  name = f"causal_over_{keys}_keys" if causal else "attention"
+  return jax.named_scope(name)
+
+
+def attend(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  mask: jax.Array | None,
+  policy: jax.Array | None,
+  policy_eps: float,
+) -> jax.Array:
+  """Computes attention of scaled queries, by the fastest form for them.
 
   Args:
-    query: float[B, L, H, Dh], times the scale.
+    query: float[B, L, H, Dh], already scaled.
     key: float[B, M, G, Dh].
     value: float[B, M, G, Dh].
-    seen: bool[B | 1, H | 1, L | 1, M] or None.
-    policy: float, likewise, or None.
+    mask: bool[B | 1, H | 1, L | 1, M], False for masked keys, or None.
+    policy: float[B | 1, H | 1, L | 1, M] or None.
     policy_eps: see `policy_softmax`.
 
   Returns:
     float[B, L, H, Dh] of the query's dtype.
   """
-  rest = (query, key, value, seen, policy)
+  arrays = (query, key, value, mask, policy)
   batch, length, heads, _ = query.shape
   size = 4 * length * heads * key.shape[1]  # bytes of a row's logits
-  whole = functools.partial(_whole, policy_eps)
+  at_once = functools.partial(_at_once, policy_eps)
   if sharding.ways("act_batch") > 1:
-    return whole(*rest)  # a loop over rows would gather them all everywhere
+    return at_once(*arrays)  # a loop would gather all rows on every device
   if size >= _LARGE_LOGITS and policy is None:
-    small = _by_block
+    on_cpu = _by_block
   elif batch > 1 and size * batch >= _LARGE_LOGITS:
-    small = functools.partial(_by_row, policy_eps)
+    on_cpu = functools.partial(_by_row, policy_eps)
   else:
-    return whole(*rest)
-  return jax.lax.platform_dependent(*rest, cpu=small, default=whole)
+    return at_once(*arrays)
+  return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=at_once)
 
 
-def _whole(policy_eps, query, key, value, seen, policy):
-  """`attention` of scaled queries; seen and policy [B | 1, …] or None."""
+def _at_once(policy_eps, query, key, value, mask, policy):
+  """Computes all logits at once."""
   logits = _logits(query, key)  # [B, H, L, M]
   if policy is None:
-    weights = masked_softmax(logits, seen)
+    weights = masked_softmax(logits, mask)
   else:
-    policy = policy if seen is None else policy * seen
+    policy = policy if mask is None else policy * mask
     weights = policy_softmax(logits, policy, policy_eps)
   return _mix(weights.astype(query.dtype), value)
 
 
-def _by_row(policy_eps, query, key, value, seen, policy):
-  """`_whole` row by row: logits stay in a CPU's caches, twice as fast."""
+def _by_row(policy_eps, query, key, value, mask, policy):
+  """Computes row by row: logits stay in a CPU's caches, twice as fast."""
 
-  def widen(x):
+  def broadcast(x):
     return None if x is None else jnp.broadcast_to(x, (rows, *x.shape[1:]))
 
-  def one(row):
+  def attend_row(row):
     arrays = [None if x is None else x[None] for x in row]
-    return _whole(policy_eps, *arrays)[0]
+    return _at_once(policy_eps, *arrays)[0]
 
   rows = query.shape[0]
-  return jax.lax.map(one, (query, key, value, widen(seen), widen(policy)))
+  rest = broadcast(mask), broadcast(policy)
+  return jax.lax.map(attend_row, (query, key, value, *rest))
 
 
-def _by_block(query, key, value, seen, policy):
-  """`_whole` without a policy, one head and some queries at a time.
+def _by_block(query, key, value, mask, policy):
+  """Computes without a policy, one head and a block of queries at a time.
 
-  At 4096 places 2 to 3 times as fast; blocks of keys as well gain nothing.
+  At 4096 positions it is 2 to 3 times as fast as `_at_once`; blocks of keys as
+  well gain nothing.
   """
   del policy
   (batch, length, heads, dim), keys = query.shape, key.shape[1]
   block = min(length, max(_LARGE_LOGITS // (4 * keys), 1))
   count = -(-length // block)
-  rest = count * block - length
-  query = jnp.pad(query, ((0, 0), (0, rest), (0, 0), (0, 0)))
-  shape = (batch * heads, count, block, dim)
-  query = query.transpose(0, 2, 1, 3).reshape(shape)
-  if seen is not None and seen.shape[2] > 1:
-    seen = jnp.pad(seen, ((0, 0), (0, 0), (0, rest), (0, 0)))
+  padding = count * block - length
+  query = jnp.pad(query, ((0, 0), (0, padding), (0, 0), (0, 0)))
+  query = einops.rearrange(query, "b (n l) h d -> (b h) n l d", l=block)
+  if mask is not None and mask.shape[2] > 1:
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, padding), (0, 0)))
 
-  def head(given):
-    number, query = given
-    row, column = number // heads, number % heads
-    mine = column * key.shape[2] // heads
-    k, v = key[row, :, mine], value[row, :, mine]  # [M, Dh]
-    mask = None
-    if seen is not None:
-      mask = seen[row % seen.shape[0], column % seen.shape[1]]  # [L | 1, M | 1]
+  def attend_head(index_and_query):
+    index, query = index_and_query  # of B * H, [count, block, Dh]
+    row, head = index // heads, index % heads
+    group = head * key.shape[2] // heads
+    k, v = key[row, :, group], value[row, :, group]  # [M, Dh]
+    head_mask = None
+    if mask is not None:  # [L | 1, M | 1]
+      head_mask = mask[row % mask.shape[0], head % mask.shape[1]]
 
-    def some(given):
-      start, query = given
-      one = mask
-      if mask is not None and mask.shape[0] > 1:
-        one = jax.lax.dynamic_slice_in_dim(mask, start, block)
+    def attend_block(start_and_query):
+      start, query = start_and_query
+      block_mask = head_mask
+      if head_mask is not None and head_mask.shape[0] > 1:
+        block_mask = jax.lax.dynamic_slice_in_dim(head_mask, start, block)
       logits = jnp.einsum(
         "ld,md->lm", query, k, preferred_element_type=jnp.float32
       )
-      return masked_softmax(logits, one).astype(v.dtype) @ v
+      return masked_softmax(logits, block_mask).astype(v.dtype) @ v
 
-    return jax.lax.map(some, (jnp.arange(count) * block, query))
+    return jax.lax.map(attend_block, (jnp.arange(count) * block, query))
 
-  out = jax.lax.map(head, (jnp.arange(batch * heads), query))
+  out = jax.lax.map(attend_head, (jnp.arange(batch * heads), query))
   out = out.reshape(batch, heads, count * block, dim)[:, :, :length]
   return out.transpose(0, 2, 1, 3)
 
 
-def is_of_keys(mask, causal: bool, segment_ids) -> bool:
-  """Whether `segments`, and an order, say all of what is to be seen."""
+def is_key_mask(
+  mask: jax.Array | None, causal: bool, segment_ids: jax.Array | None
+) -> bool:
+  """Returns whether `segments` and a causal mask can express the masks."""
   if mask is None:
     return True
   return not causal and segment_ids is None and mask.shape[1:3] == (1, 1)
 
 
-def segments(query, key, mask, segment_ids):
-  """Ids whose equality says what is seen: int[B, L] and int[B, M], or None.
+def segments(
+  query: jax.Array,
+  key: jax.Array,
+  mask: jax.Array | None,
+  segment_ids: jax.Array | None,
+) -> tuple[jax.Array, jax.Array] | None:
+  """Expresses a mask of keys, or segment ids, as ids of queries and keys.
 
   Args:
     query: float[B, L, H, Dh].
     key: float[B, M, G, Dh].
     mask: bool[B | 1, 1, 1, M | 1] or None.
-    segment_ids: int[B, L], where there is no mask, or None.
+    segment_ids: int[B, L], if there is no mask, or None.
+
+  Returns:
+    int[B, L] and int[B, M]: a query attends to the keys of equal id. None
+    where every query attends to every key.
   """
   if segment_ids is not None:
     return segment_ids, segment_ids
@@ -135,21 +165,26 @@ def segments(query, key, mask, segment_ids):
   return jnp.ones((batch, length), jnp.int32), keys.astype(jnp.int32)
 
 
-def combine(query, key, mask, causal, segment_ids):
-  """One bool mask [B | 1, H | 1, L | 1, M] or None."""
+def combined_mask(
+  query: jax.Array,
+  key: jax.Array,
+  mask: jax.Array | None,
+  causal: bool,
+  segment_ids: jax.Array | None,
+) -> jax.Array | None:
+  """Returns all masks as one bool[B | 1, H | 1, L | 1, M], or None."""
   length, keys = query.shape[1], key.shape[1]
-  seen = mask
   if causal:
-    order = jnp.tril(jnp.ones((length, keys), bool), keys - length)
-    seen = order[None, None] if seen is None else seen & order
+    not_later = jnp.tril(jnp.ones((length, keys), bool), keys - length)
+    mask = not_later[None, None] if mask is None else mask & not_later
   if segment_ids is not None:
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    seen = same if seen is None else seen & same
-  return seen
+    mask = same if mask is None else mask & same
+  return mask
 
 
 def _logits(query, key):
-  """float32[B, H, L, M] products of float[B, L, H, Dh], float[B, M, G, Dh]."""
+  """Returns products float32[B, H, L, M] of [B, L, H, Dh] and [B, M, G, Dh]."""
   batch, length, heads, dim = query.shape
   groups = key.shape[2]
   float32 = jnp.float32
@@ -165,7 +200,7 @@ def _logits(query, key):
 
 
 def _mix(weights, value):
-  """float[B, L, H, Dh] of weights [B, H, L, M] and values [B, M, G, Dh]."""
+  """Returns the sum [B, L, H, Dh] of values [B, M, G, Dh] by [B, H, L, M]."""
   batch, heads, length, keys = weights.shape
   groups, dim = value.shape[2:]
   if groups == heads:
@@ -175,29 +210,30 @@ def _mix(weights, value):
   return out.reshape(batch, length, heads, dim)
 
 
-def masked_softmax(logits: jax.Array, seen: jax.Array | None) -> jax.Array:
-  """Softmax of float32[..., M] over the keys seen; zeros where none is."""
-  if seen is None:
+def masked_softmax(logits: jax.Array, mask: jax.Array | None) -> jax.Array:
+  """Softmax of float32[..., M] over unmasked keys; zeros if all are masked."""
+  if mask is None:
     return jax.nn.softmax(logits, axis=-1)
   lowest = jnp.finfo(logits.dtype).min
-  weights = jax.nn.softmax(jnp.where(seen, logits, lowest), axis=-1)
-  return jnp.where(seen.any(-1, keepdims=True), weights, 0.0)
+  weights = jax.nn.softmax(jnp.where(mask, logits, lowest), axis=-1)
+  return jnp.where(mask.any(-1, keepdims=True), weights, 0.0)
 
 
 def policy_softmax(
   logits: jax.Array, policy: jax.Array, eps: float
 ) -> jax.Array:
-  """LaVIT's softmax with a policy, differentiable in the policy.
+  """Computes LaVIT's softmax with a policy, differentiable in the policy.
 
-  e = exp(a - max over all keys) * policy, then (e + eps / M) / (sum e + eps).
-  With eps > 0 every key keeps a little weight, masked ones too (the official
-  code's). With eps = 0 it is the softmax over the keys of policy > 0, and the
-  mean over all keys where there is none, the limit of the form above.
+  With logits a: e = exp(a - max over all keys) * policy, then the weights are
+  (e + eps / M) / (sum e + eps). With eps > 0 every key keeps a little weight,
+  masked ones too, as in the official code. With eps = 0 it is the softmax over
+  the keys of policy > 0; where there is none it is the mean over all keys, the
+  limit for eps -> 0.
 
   Args:
     logits: float32[B, H, L, M].
-    policy: float, broadcastable to it, in 0 ... 1.
-    eps: a constant >= 0.
+    policy: float in 0 ... 1, broadcastable to the logits.
+    eps: a constant, at least 0.
 
   Returns:
     float32[B, H, L, M] whose last axis sums to one.
@@ -208,5 +244,6 @@ def policy_softmax(
   total = weights.sum(-1, keepdims=True)
   if eps:
     return (weights + eps / keys) / (total + eps)
-  some = total > 0
-  return jnp.where(some, weights / jnp.where(some, total, 1.0), 1.0 / keys)
+  any_key = total > 0
+  total = jnp.where(any_key, total, 1.0)
+  return jnp.where(any_key, weights / total, 1.0 / keys)

@@ -1,15 +1,16 @@
-"""What trains a small vision encoder from nothing, and is then thrown away.
+"""Networks that train a small vision encoder from scratch, then are dropped.
 
 LaVIT starts from EVA-CLIP, which is pretrained by masked image modelling and
-image-text contrast. No such weights can ship here, so the `encoder` stage
-trains a small ViT on the same two signals, and on captions read off its patch
-features, which makes short trainings see shapes (CapPa, Tschannen et al.,
-2023). The heads below live in that stage alone.
+image-text contrast. Its weights do not ship with this package, so the stage
+`encoder` trains a small ViT with the same two losses, and with captions
+predicted from its patch features, from which short trainings learn shapes
+(CapPa, Tschannen et al., arXiv 2306.07915). Only the ViT is kept.
 """
 
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from lavit_jax.models import layers, llama
@@ -18,7 +19,14 @@ from lavit_jax.models.encoder import vision
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContrastiveConfig:
-  """The ViT that is kept, and the text networks and heads that are not."""
+  """Sizes of the ViT, which is kept, and of text networks, which are not.
+
+  Attributes:
+    vit: the encoder.
+    text: the text tower of the contrast.
+    captioner: the decoder of captions, which reads patch features.
+    embed_dim: E, width in which images and texts are compared.
+  """
 
   vit: vision.ViTConfig
   text: llama.LlamaConfig
@@ -27,11 +35,11 @@ class ContrastiveConfig:
 
 
 class Contrastive(nn.Module):
-  """ViT, text tower, contrastive heads and a linear pixel head."""
+  """ViT, text tower, captioner, contrastive heads and a linear pixel head."""
 
   config: ContrastiveConfig
 
-  def setup(self):
+  def setup(self) -> None:
     config = self.config
     init = nn.initializers.lecun_normal()
     self.vit = vision.EvaVit(config.vit)
@@ -41,36 +49,42 @@ class Contrastive(nn.Module):
     self.caption_in = nn.Dense(
       config.captioner.width,
       dtype=jnp.dtype(config.captioner.dtype),
-      kernel_init=nn.with_logical_partitioning(init, ("embed", None)),
-      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+      kernel_init=layers.partitioned(init, ("embed", None)),
+      bias_init=layers.partitioned(nn.initializers.zeros, ("norm",)),
     )
     self.image_norm = layers.LayerNorm(1e-6)
     self.image_head = nn.Dense(
       config.embed_dim,
       dtype=jnp.dtype(config.vit.dtype),
       use_bias=False,
-      kernel_init=nn.with_logical_partitioning(init, ("embed", "code_dim")),
+      kernel_init=layers.partitioned(init, ("embed", "code_dim")),
     )
     self.text_head = nn.Dense(
       config.embed_dim,
       dtype=jnp.dtype(config.text.dtype),
       use_bias=False,
-      kernel_init=nn.with_logical_partitioning(init, ("embed", "code_dim")),
+      kernel_init=layers.partitioned(init, ("embed", "code_dim")),
     )
     self.pixel_head = nn.Dense(
       3 * config.vit.patch_size**2,
       dtype=jnp.dtype(config.vit.dtype),
-      kernel_init=nn.with_logical_partitioning(init, ("embed", "patch")),
-      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("patch",)),
+      kernel_init=layers.partitioned(init, ("embed", "patch")),
+      bias_init=layers.partitioned(nn.initializers.zeros, ("patch",)),
     )
     self.log_scale = self.param(
       "log_scale",
-      nn.with_logical_partitioning(nn.initializers.constant(2.66), ()),
+      layers.partitioned(nn.initializers.constant(2.66), ()),
       (),
     )
 
-  def __call__(self, pixels, tokens, text_mask, patch_mask):
-    """Both embeddings, features, predicted pixels, and the caption's logits.
+  def __call__(
+    self,
+    pixels: jax.Array,
+    tokens: jax.Array,
+    text_mask: jax.Array,
+    patch_mask: jax.Array,
+  ) -> dict[str, jax.Array]:
+    """Computes the inputs of all losses of the stage `encoder`.
 
     Args:
       pixels: float[B, H, W, 3], CLIP-normalised.
@@ -79,12 +93,11 @@ class Contrastive(nn.Module):
       patch_mask: bool[B, N], True where the patch is hidden from the ViT.
 
     Returns:
-      dict: `image` and `text` float32[B, E] of unit norm, `features`
-      float[B, N, D], `patches` float[B, N, P*P*3], `scale` float[], `caption`
-      float32[B, T, V].
+      `image` and `text` float32[B, E] of unit norm, `features` float[B, N, D],
+      predicted pixels `patches` float[B, N, P*P*3], `scale` float[] of the
+      contrast, logits `caption` float32[B, T, V].
     """
-    both = self.vit(pixels, with_cls=True, patch_mask=patch_mask)
-    features = both[:, 1:]
+    features = self.vit(pixels, with_cls=True, patch_mask=patch_mask)[:, 1:]
     image = self.image_head(self.image_norm(features.mean(1)))
     hidden = self.text(tokens, return_hidden=True)  # [B, T, D]
     last = jnp.maximum(text_mask.sum(-1) - 1, 0)
@@ -100,10 +113,10 @@ class Contrastive(nn.Module):
     }
 
   def _caption(self, features, tokens):
-    """Logits of every caption token, given the patches and those before it."""
+    """Returns logits of each token, from the patches and earlier tokens."""
     num = features.shape[1]
     patches = self.caption_in(self.caption_norm(features))
-    words = self.captioner.embed(tokens[:, :-1])
-    x = jnp.concatenate([patches, words], axis=1)  # [B, N + T - 1, W]
+    text = self.captioner.embed(tokens[:, :-1])
+    x = jnp.concatenate([patches, text], axis=1)  # [B, N + T - 1, W]
     x, _ = self.captioner.hidden(x, None, None, None, None)
     return self.captioner.logits(x[:, num - 1 :])

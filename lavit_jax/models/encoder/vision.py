@@ -6,7 +6,9 @@ output of the last block, without the final norm and without the CLS token.
 
 import dataclasses
 import functools
+from typing import Any
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,20 +21,24 @@ _NORM_EPS = 1e-6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-  """Sizes of one encoder.
+  """Sizes of an encoder.
 
   Attributes:
     image_size: height and width of the image, a multiple of patch_size.
+    patch_size: P, height and width of a patch.
+    width: D, of the features.
+    depth: number of blocks.
+    num_heads: H.
     mlp_dim: hidden width of the MLPs.
     head_dim_out: width of EVA's `head`, which LaVIT does not use; 0: none,
       and no final norm either.
     mask_token: whether there is a learned embedding for hidden patches.
-    position_std: scale at which the position embedding starts. A ViT trained
-      from nothing for a short time keeps its features' place only if it
-      starts strong, and merger and decoder know places from features alone.
+    position_std: standard deviation of the initial position embedding. After
+      a short training from scratch, features tell their positions only if it
+      starts large, and merger and decoder know positions from features alone.
     dtype: of the computation; parameters and norms are float32.
     remat: name of a policy in `layers.REMAT`.
-    unroll: layers a scan step; more is faster to run, slower to compile.
+    unroll: blocks per scan step; more run faster and compile slower.
   """
 
   image_size: int
@@ -64,7 +70,7 @@ class ViTConfig:
 
   @property
   def num_patches(self) -> int:
-    """N, patches of an image."""
+    """Returns N, the number of patches of an image."""
     return (self.image_size // self.patch_size) ** 2
 
 
@@ -97,8 +103,10 @@ class Block(nn.Module):
   return_output: bool = False
 
   @nn.compact
-  def __call__(self, x, _):
-    """float[B, L, D] -> (float[B, L, D], the same or None)."""
+  def __call__(
+    self, x: jax.Array, _: None
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Maps float[B, L, D] to (float[B, L, D], the same or None)."""
     c = self.config
     norm = functools.partial(layers.LayerNorm, _NORM_EPS, c.dtype)
     attention = blocks.SelfAttention(
@@ -111,7 +119,7 @@ class Block(nn.Module):
 
 
 class EvaVit(nn.Module):
-  """Pixels to patch features."""
+  """Maps pixels to features of patches."""
 
   config: ViTConfig
 
@@ -124,27 +132,32 @@ class EvaVit(nn.Module):
     return_layers: bool = False,
     patch_mask: jax.Array | None = None,
     use_head: bool = False,
-  ):
-    """Features of the last block, no norm.
+  ) -> Any:
+    """Computes the features of the last block, without a norm.
 
     Args:
       pixels: float[B, H, W, 3], CLIP-normalised.
-      with_cls: keep the CLS token, first.
-      return_layers: also give every block's output.
-      patch_mask: bool[B, N]; where True the patch is hidden behind the
-        learned mask token (`config.mask_token`).
-      use_head: give EVA's own output instead, norm and `head` on the CLS
+      with_cls: keep the CLS token, which comes first.
+      return_layers: return the output of every block as well.
+      patch_mask: bool[B, N]; True replaces the patch by the learned mask
+        token (`config.mask_token`).
+      use_head: return EVA's own output instead: norm and `head` on the CLS
         token (`config.head_dim_out`).
 
     Returns:
-      float[B, N, D], or [B, 1 + N, D] with the CLS token, or float[B, head];
-      with `return_layers` a pair of that and float[depth, B, 1 + N, D].
+      float[B, N, D], or [B, 1 + N, D] with the CLS token, or float[B, head].
+      With `return_layers`, the pair of that and float[depth, B, 1 + N, D].
+
+    Raises:
+      ValueError: pixels of another size, or a head or mask token that the
+        encoder does not have.
     """
     c = self.config
     if use_head and not c.head_dim_out:
       raise ValueError(
-        "use_head=True needs an encoder with EVA's norm and head: this one has"
-        " vit.head_dim_out=0. Use an encoder that was imported with its head."
+        "use_head=True needs an encoder with EVA's norm and head, but this one"
+        " has vit.head_dim_out=0. Use an encoder that was imported with its"
+        " head."
       )
     x = self._embed(pixels, patch_mask)
     scan = layers.stack(Block, c.depth, c.remat, c.unroll)
@@ -160,15 +173,15 @@ class EvaVit(nn.Module):
     return (x, outputs) if return_layers else x
 
   def _embed(self, pixels, patch_mask):
-    """float[B, H, W, 3] to float[B, 1 + N, D], positions added."""
+    """Maps pixels float[B, H, W, 3] to tokens float[B, 1 + N, D]."""
     c = self.config
     size = (c.image_size, c.image_size, 3)
     if pixels.shape[1:] != size:
       raise ValueError(
-        f"pixels have shape {pixels.shape}, the encoder takes [B, *{size}]:"
-        " resize the image (lavit_jax.core.image_io.preprocess does)."
+        f"pixels have shape {pixels.shape}, but the encoder takes [B, *{size}]:"
+        " resize the image (lavit_jax.core.image_io.to_uint8 does)."
       )
-    boxed, small = nn.with_logical_partitioning, nn.initializers.normal(0.02)
+    boxed, small = layers.partitioned, nn.initializers.normal(0.02)
     axes = ("patch", "embed")
     embed = layers.dense(c.width, axes, dtype=c.dtype, name="patch_embed")
     x = embed(patchify(pixels, c.patch_size))  # [B, N, D]
@@ -182,17 +195,14 @@ class EvaVit(nn.Module):
     cls = self.param("cls_token", token, (1, 1, c.width)).astype(x.dtype)
     cls = jnp.broadcast_to(cls, (x.shape[0], 1, c.width))
     x = jnp.concatenate([cls, x], axis=1)
-    places = boxed(
+    positions = boxed(
       nn.initializers.normal(c.position_std), (None, "position", "embed")
     )
     shape = (1, 1 + c.num_patches, c.width)
-    return x + self.param("pos_embed", places, shape).astype(x.dtype)
+    return x + self.param("pos_embed", positions, shape).astype(x.dtype)
 
 
 def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
-  """float[B, H, W, C] -> float[B, N, P*P*C], patches in raster order."""
-  batch, height, width, channels = pixels.shape
-  rows, columns = height // patch_size, width // patch_size
-  x = pixels.reshape(batch, rows, patch_size, columns, patch_size, channels)
-  x = x.transpose(0, 1, 3, 2, 4, 5)  # [B, rows, columns, P, P, C]
-  return x.reshape(batch, rows * columns, patch_size**2 * channels)
+  """Maps float[B, H, W, C] to patches float[B, N, P*P*C] in raster order."""
+  patches = layers.space_to_depth(pixels, patch_size)
+  return einops.rearrange(patches, "b h w c -> b (h w) c")

@@ -1,13 +1,14 @@
-"""The pixel decoder: reconstructed features condition a U-Net in pixel space.
+"""The pixel-space decoder: a U-Net conditioned on reconstructed features.
 
 LaVIT (arXiv 2309.04669, section 3.2) conditions Stable Diffusion's U-Net on the
-N reconstructed features. Here an image of 48 pixels takes the place of the
-latents: `patch` x `patch` pixels become the channels of one place.
+N reconstructed features. Here the U-Net denoises a small image, not latents:
+`patch` x `patch` pixels become the channels of one position.
 """
 
 import dataclasses
 import math
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,12 @@ class PixelDecoderConfig:
   """Sizes of the pixel decoder.
 
   Attributes:
-    image_size: height and width of the image.
-    patch: pixels of a U-Net place, to each side.
-    num_patches: N, a square number: the features lie on a square grid.
+    image_size: height and width of the image, in pixels.
+    patch: height and width, in pixels, of a position of the U-Net.
+    num_patches: N, a square number: the features form a square grid.
     feature_dim: D, the width of the reconstructed features.
-    grid_channels: channels in which the features, laid out on their grid and
-      enlarged, enter beside the image; 0 leaves only cross-attention.
+    grid_channels: input channels for the features, upsampled from their grid;
+      0: features enter by cross-attention only.
     unet: the U-Net; its in_channels and out_channels follow from the others.
   """
 
@@ -45,22 +46,23 @@ class PixelDecoderConfig:
     if side * side != self.num_patches:
       raise errors.ConfigError(
         f"num_patches={self.num_patches} is not a square: the features must"
-        " fill a square grid. Change model.num_patches."
+        " form a square grid. Change model.num_patches."
       )
     unit = self.patch * 2 ** (levels - 1)
     if self.image_size % unit or (self.image_size // self.patch) % side:
       raise errors.ConfigError(
         f"image_size={self.image_size} must be a multiple of patch *"
-        f" 2**(levels - 1) = {unit}, and image_size / patch a multiple of the"
-        f" {side} features a side. Change model.image_size or model.patch."
+        f" 2**(levels - 1) = {unit}, and image_size / patch a multiple of"
+        f" {side}, the features per side. Change model.image_size or"
+        " model.patch."
       )
     pixels = 3 * self.patch**2
-    given = (self.unet.in_channels, self.unet.out_channels)
-    if given != (pixels + self.grid_channels, pixels):
+    channels = (self.unet.in_channels, self.unet.out_channels)
+    expected = (pixels + self.grid_channels, pixels)
+    if channels != expected:
       raise errors.ConfigError(
-        f"unet.in_channels and unet.out_channels are {given}, but patch="
-        f"{self.patch} and grid_channels={self.grid_channels} need"
-        f" {(pixels + self.grid_channels, pixels)}."
+        f"unet.in_channels and unet.out_channels are {channels}, but patch="
+        f"{self.patch} and grid_channels={self.grid_channels} need {expected}."
       )
 
 
@@ -85,38 +87,29 @@ TINY = PixelDecoderConfig(
 )
 
 
-def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
-  """Maps [B, H, W, C] to [B, H / patch, W / patch, patch * patch * C]."""
-  b, h, w, c = x.shape
-  x = x.reshape(b, h // patch, patch, w // patch, patch, c)
-  x = x.transpose(0, 1, 3, 2, 4, 5)
-  return x.reshape(b, h // patch, w // patch, patch * patch * c)
-
-
-def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
-  """The inverse of `space_to_depth`."""
-  b, h, w, c = x.shape
-  x = x.reshape(b, h, w, patch, patch, c // patch**2)
-  x = x.transpose(0, 1, 3, 2, 4, 5)
-  return x.reshape(b, h * patch, w * patch, c // patch**2)
-
-
 class PixelDecoder(nn.Module):
   """U-Net in pixel space, conditioned on N reconstructed features."""
 
   config: PixelDecoderConfig
 
   @nn.compact
-  def __call__(self, x, t, x_rec, condition_mask=None, drop=None):
-    """Predicts the noise (or what the schedule's `prediction` names).
+  def __call__(
+    self,
+    x: jax.Array,
+    t: jax.Array,
+    x_rec: jax.Array,
+    condition_mask: jax.Array | None = None,
+    drop: jax.Array | None = None,
+  ) -> jax.Array:
+    """Predicts the noise, or what the schedule's `prediction` names.
 
     Args:
-      x: float[B, H, W, 3], a noisy image; clean ones lie in [-1, 1].
-      t: int[B].
-      x_rec: float[B, N, D].
-      condition_mask: bool[B, N]; features where it is False are not seen.
-      drop: bool[B]; True replaces the whole condition by the learned
-        unconditional one (classifier-free guidance).
+      x: float[B, H, W, 3], noisy images; clean ones are in [-1, 1].
+      t: int[B], steps of the diffusion.
+      x_rec: float[B, N, D], reconstructed features.
+      condition_mask: bool[B, N]; features where it is False are masked.
+      drop: bool[B]; True replaces the condition by the learned unconditional
+        one (classifier-free guidance).
 
     Returns:
       float32[B, H, W, 3].
@@ -125,49 +118,49 @@ class PixelDecoder(nn.Module):
     tokens = self._condition(x_rec, drop)
     if condition_mask is not None:
       tokens = jnp.where(condition_mask[..., None], tokens, 0.0)
-    h = space_to_depth(x, config.patch)
+    h = layers.space_to_depth(x, config.patch)
     if config.grid_channels:
       h = jnp.concatenate([h, self._grid(tokens, h.shape[1])], axis=-1)
     net = unet.UNet(config.unet, name="unet")
     h = net(h, t, tokens, condition_mask)
-    return depth_to_space(h, config.patch)
+    return layers.depth_to_space(h, config.patch)
 
   def _condition(self, x_rec, drop):
-    """The N condition tokens of the U-Net, float[B, N, Dc]."""
+    """Returns the N condition tokens of the U-Net, float[B, N, Dc]."""
     config, width = self.config, self.config.unet.cross_dim
-    init = nn.with_logical_partitioning(
+    init = layers.partitioned(
       nn.initializers.normal(0.02), ("position", "embed")
     )
     shape = (config.num_patches, width)
     uncond = self.param("uncond_embeddings", init, shape)
     position = self.param("pos_embed", init, shape)
     x_rec = layers.LayerNorm(name="condition_norm")(x_rec)
-    axes = ("embed", "mlp")
-    tokens = layers.dense(
-      width, axes, name="unet_proj", dtype=config.unet.dtype
-    )(x_rec)
+    project = layers.dense(
+      width, ("embed", "mlp"), name="unet_proj", dtype=config.unet.dtype
+    )
+    tokens = project(x_rec)
     if drop is not None:
       tokens = jnp.where(drop[:, None, None], uncond, tokens)
     return tokens + position
 
   def _grid(self, tokens, size):
-    """Tokens on their grid, enlarged to size: float[B, size, size, C].
+    """Upsamples tokens from their grid to float[B, size, size, C].
 
-    Each place within a token's patch has its own projection: convolutions
-    alone could not tell which part of the patch they stand on.
+    Each position within a token's patch has a projection of its own:
+    convolutions alone could not tell which part of the patch they are in.
     """
     config, dtype = self.config, self.config.unet.dtype
     side = math.isqrt(config.num_patches)
-    times = size // side
+    factor = size // side
     hidden = layers.dense(
       2 * tokens.shape[-1], ("embed", "mlp"), name="grid_fc", dtype=dtype
     )
     project = layers.dense(
-      times**2 * config.grid_channels,
+      factor**2 * config.grid_channels,
       ("mlp", "conv_out"),
       name="grid_proj",
       dtype=dtype,
     )
     grid = project(activations.gelu(hidden(tokens)))
-    grid = grid.reshape(-1, side, side, times**2 * config.grid_channels)
-    return depth_to_space(grid, times)
+    grid = einops.rearrange(grid, "b (h w) c -> b h w c", h=side)
+    return layers.depth_to_space(grid, factor)

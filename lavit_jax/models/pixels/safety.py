@@ -1,8 +1,8 @@
-"""Stable Diffusion's safety checker: CLIP, and concepts it must not be near.
+"""Stable Diffusion's safety checker: compares CLIP embeddings with concepts.
 
 The vision tower is CLIP's (Radford et al., arXiv 2103.00020); names are those
-of diffusers' `StableDiffusionSafetyChecker`. The concepts are vectors only:
-what they stand for was never published.
+of diffusers' `StableDiffusionSafetyChecker`. The concepts are published as
+vectors only, without the words behind them.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from lavit_jax.core import errors
 from lavit_jax.models import blocks, layers
 from lavit_jax.models.encoder import vision
 
-_EXTRA = 0.01  # by which one special concept tightens all that follow
-_STEP = 1000.0  # scores are rounded to 3 digits before they count
+_ADJUSTMENT = 0.01  # added to later scores once a special concept is found
+_ROUNDING = 1000.0  # scores are rounded to 3 digits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,15 @@ class SafetyConfig:
   """Sizes of the vision tower, and the number of concepts.
 
   Attributes:
+    image_size: S, height and width of the image.
+    patch_size: height and width of a patch.
+    width: D, of the vision tower.
+    depth: number of blocks.
+    num_heads: H.
+    mlp_dim: hidden width of the MLPs.
     projection_dim: width in which images and concepts are compared.
-    concepts: concepts that withhold an image.
-    special: concepts that only make the others stricter.
+    concepts: number of concepts for which an image is withheld.
+    special: number of concepts that only make the others stricter.
     norm_eps: of every LayerNorm.
   """
 
@@ -45,14 +51,14 @@ class SafetyConfig:
   def __post_init__(self):
     if self.image_size % self.patch_size or self.width % self.num_heads:
       raise errors.ConfigError(
-        f"safety checker: image_size={self.image_size} must be a multiple of"
+        f"Safety checker: image_size={self.image_size} must be a multiple of"
         f" patch_size={self.patch_size}, and width={self.width} of"
         f" num_heads={self.num_heads}."
       )
 
   @property
   def num_patches(self) -> int:
-    """Patches of an image."""
+    """Returns the number of patches of an image."""
     return (self.image_size // self.patch_size) ** 2
 
 
@@ -62,8 +68,8 @@ class Block(nn.Module):
   config: SafetyConfig
 
   @nn.compact
-  def __call__(self, x, _):
-    """float[B, L, D] -> (float[B, L, D], None)."""
+  def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+    """Maps float[B, L, D] to (float[B, L, D], None)."""
     c = self.config
     norm = functools.partial(layers.LayerNorm, c.norm_eps)
     y = norm(name="layer_norm1")(x)
@@ -75,13 +81,13 @@ class Block(nn.Module):
 
 
 class SafetyChecker(nn.Module):
-  """Images to scores of concepts."""
+  """Maps images to scores of concepts."""
 
   config: SafetyConfig
 
   @nn.compact
-  def __call__(self, pixels: jax.Array):
-    """Cosines with all concepts, less their thresholds.
+  def __call__(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes cosines with all concepts, minus their thresholds.
 
     Args:
       pixels: float[B, S, S, 3], CLIP-normalised.
@@ -89,31 +95,30 @@ class SafetyChecker(nn.Module):
     Returns:
       (float32[B, concepts], float32[B, special]).
     """
-    c = self.config
-    embedding = self._embed(pixels)
-    embedding = _unit(embedding)
-    scores = []
-    for name, count in (
-      ("concept_embeds", c.concepts),
-      ("special_care_embeds", c.special),
-    ):
-      shape = (count, c.projection_dim)
-      vectors = self._param(name, (None, None), shape)
-      limits = self._param(f"{name}_weights", (None,), shape[:1])
-      scores.append(embedding @ _unit(vectors).T - limits)
-    return tuple(scores)
+    embedding = _unit(self._embed(pixels))
+    return (
+      self._scores(embedding, "concept_embeds", self.config.concepts),
+      self._scores(embedding, "special_care_embeds", self.config.special),
+    )
+
+  def _scores(self, embedding, name, count):
+    """Returns float32[B, count]."""
+    shape = (count, self.config.projection_dim)
+    vectors = self._param(name, (None, None), shape)
+    thresholds = self._param(f"{name}_weights", (None,), shape[:1])
+    return embedding @ _unit(vectors).T - thresholds
 
   def _param(self, name, axes, shape):
-    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
+    init = layers.partitioned(nn.initializers.normal(0.02), axes)
     return self.param(name, init, shape)
 
   def _embed(self, pixels):
-    """float32[B, projection_dim]."""
+    """Maps pixels to CLIP's embedding, float32[B, projection_dim]."""
     c = self.config
-    axes = ("patch", "embed")
-    x = layers.dense(c.width, axes, use_bias=False, name="patch_embed")(
-      vision.patchify(pixels, c.patch_size)
+    embed = layers.dense(
+      c.width, ("patch", "embed"), use_bias=False, name="patch_embed"
     )
+    x = embed(vision.patchify(pixels, c.patch_size))
     cls = self._param("class_embedding", ("embed",), (c.width,))
     cls = jnp.broadcast_to(cls, (len(x), 1, c.width))
     x = jnp.concatenate([cls, x], axis=1)
@@ -123,10 +128,10 @@ class SafetyChecker(nn.Module):
     scan = layers.stack(Block, c.depth, "none")
     x, _ = scan(c, name="blocks")(x, None)
     x = layers.LayerNorm(c.norm_eps, name="post_norm")(x[:, 0])
-    axes = ("embed", None)
-    return layers.dense(
-      c.projection_dim, axes, use_bias=False, name="projection"
-    )(x)
+    project = layers.dense(
+      c.projection_dim, ("embed", None), use_bias=False, name="projection"
+    )
+    return project(x)
 
 
 def _unit(x):
@@ -134,19 +139,20 @@ def _unit(x):
 
 
 def withheld(concepts: jax.Array, special: jax.Array) -> jax.Array:
-  """Which images are not to be shown, bool[B].
+  """Returns bool[B], True for images that must not be shown.
 
   Args:
     concepts: float32[B, C] of `SafetyChecker`.
     special: float32[B, S], likewise; one above 0 adds 0.01 to all scores
       after it.
   """
-  extra = jnp.zeros(special.shape[0])
+  adjustment = jnp.zeros(special.shape[0])
   for i in range(special.shape[1]):
-    extra = jnp.where(_counts(special[:, i] + extra), _EXTRA, extra)
-  return _counts(concepts + extra[:, None]).any(axis=1)
+    found = _is_positive(special[:, i] + adjustment)
+    adjustment = jnp.where(found, _ADJUSTMENT, adjustment)
+  return _is_positive(concepts + adjustment[:, None]).any(axis=1)
 
 
-def _counts(score):
-  """Whether a score, rounded to 3 digits, is above 0."""
-  return jnp.round(score * _STEP) > 0
+def _is_positive(score):
+  """Returns whether a score, rounded to 3 digits, is above 0."""
+  return jnp.round(score * _ROUNDING) > 0

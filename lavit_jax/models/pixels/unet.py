@@ -1,43 +1,45 @@
-"""Conditional U-Net of latent diffusion, as published and at any size.
+"""The conditional U-Net of latent diffusion, at published and other sizes.
 
 The blocks, their order and their names are those of diffusers'
 `UNet2DConditionModel` (Rombach et al., arXiv 2112.10752; Podell et al., arXiv
 2307.01952): `down_blocks_i/resnets_j`, `attentions_j`, `downsamplers_0`,
 `mid_block`, `up_blocks_i`. Images are NHWC here; a 1 x 1 convolution is a
-Dense. `port/names_pixels.py` has the names of published weights, and
-`port/diffusers_config.py` reads their sizes.
+Dense. `port/tables/pixel_names.py` has the names of published weights, and
+`port/diffusers/config.py` reads their sizes.
 """
 
 import dataclasses
-import re
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import traverse_util
 
 from lavit_jax.core import errors
 from lavit_jax.models import activations, layers
 from lavit_jax.models.pixels import unet_blocks
 
-MASK_BIAS = -10000.0  # what diffusers adds to the logits of masked tokens
+MASK_BIAS = -10000.0  # diffusers adds it to the logits of masked tokens
 _TINY_INIT = nn.initializers.variance_scaling(1e-4, "fan_in", "normal")
 _PER_LEVEL = ("attention", "transformer_layers", "num_heads")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiffusersQuirks:
-  """What published U-Nets do differently.
+  """Details in which published U-Nets differ from each other.
 
   Attributes:
-    norm_eps: of the GroupNorms, those of the transformers (1e-6) apart.
-    cosines_first: cosines of the step before its sines.
+    norm_eps: of the GroupNorms, except those of transformers (1e-6).
+    cosines_first: whether the step's cosines come before its sines.
     freq_shift: see `unet_blocks.timestep_features`.
     linear_projection: whether files hold the projections into and out of a
-      transformer as matrices; else as 1 x 1 convolutions. The same here.
+      transformer as matrices, not as 1 x 1 convolutions. It makes no
+      difference here.
     mask_bias: see `unet_blocks.Attention`.
-    added_dim: width of a pooled condition and the sinusoids of sizes
-      together, which are embedded and added to the step's; 0: none
+    added_dim: width of the pooled condition and the sinusoids of sizes
+      together, which are embedded and added to the step's embedding; 0: none
       (diffusers' "text_time", `projection_class_embeddings_input_dim`).
     added_time_dim: width of the sinusoids of one size.
   """
@@ -54,36 +56,36 @@ class DiffusersQuirks:
     if bool(self.added_dim) != bool(self.added_time_dim):
       raise errors.ConfigError(
         f"added_dim={self.added_dim} and added_time_dim={self.added_time_dim}:"
-        " either both are 0 (nothing is added to the step) or neither. Change"
-        " unet.details."
+        " either both must be 0 (nothing is added to the step) or neither."
+        " Change unet.details."
       )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-  """Sizes of the U-Net, one tuple entry a level from fine to coarse.
+  """Sizes of the U-Net. Tuples have one entry per level, from fine to coarse.
 
   Attributes:
-    in_channels: channels of the input, extra condition channels included.
+    in_channels: channels of the input, including those of a condition.
     out_channels: channels of the prediction.
     channels: width of each level.
-    layers_per_block: residual blocks a level on the way down (up: one more);
+    layers_per_block: residual blocks per level on the way down (up: one more);
       one number for all levels or a tuple.
-    attention: whether a level has transformer blocks.
-    transformer_layers: transformer layers in each attention of a level; the
-      middle has those of the coarsest level.
-    num_heads: attention heads of a level, and of the middle likewise
-      (diffusers' `attention_head_dim`, which is no width of a head).
-    cross_dim: width of the condition tokens.
-    mid_attention: transformer between the two middle residual blocks.
+    attention: whether a level has transformers.
+    transformer_layers: layers of each transformer of a level; the middle block
+      has as many as the coarsest level.
+    num_heads: attention heads of a level; of the middle block likewise. It is
+      diffusers' `attention_head_dim`, which is not the width of a head.
+    cross_dim: Dc, width of the condition tokens.
+    mid_attention: whether the middle block has a transformer.
     groups: groups of every GroupNorm.
     ff_mult: hidden width of the GEGLU layers over their model width.
     dtype: of the computation; parameters and norms are float32.
-    remat: name of a policy in `layers.REMAT`, what backward recomputes of
-      each residual block and transformer layer.
+    remat: name of a policy in `layers.REMAT`, for each residual block and
+      transformer layer.
     scan: whether the layers of each transformer are one scan over stacked
       parameters, see `stacked`: SDXL's 70 layers compile far faster.
-    details: what published U-Nets do differently.
+    details: differences between published U-Nets.
   """
 
   in_channels: int
@@ -128,14 +130,14 @@ class UNetConfig:
       attends = self.attention[level] or (level == last and self.mid_attention)
       if width % self.groups or (attends and width % heads):
         raise errors.ConfigError(
-          f"A level of {width} channels is not a multiple of"
+          f"A level has {width} channels, not a multiple of"
           f" groups={self.groups} and num_heads={heads}: both must divide it."
           " Change unet.channels, unet.groups or unet.num_heads."
         )
 
   @property
   def depths(self) -> tuple[int, ...]:
-    """Residual blocks of each level on the way down."""
+    """Returns the residual blocks of each level on the way down."""
     if isinstance(self.layers_per_block, int):
       return (self.layers_per_block,) * len(self.channels)
     return self.layers_per_block
@@ -175,53 +177,28 @@ SDXL_UNET = UNetConfig(
 )
 
 
-_LAYER = re.compile(r"transformer_blocks_(\d+)")
-
-
-def stacked(params):
-  """The parameters for `scan` of a U-Net without it.
+def stacked(params: Mapping[str, Any]) -> dict[str, Any]:
+  """Converts parameters of a U-Net without `scan` to those of one with it.
 
   Args:
-    params: unboxed, of numpy or JAX arrays.
+    params: unboxed, of NumPy or JAX arrays.
   """
-  flat = traverse_util.flatten_dict(params)
-  groups, made = {}, {}
-  for path, leaf in flat.items():
-    found = [(i, m) for i, k in enumerate(path) if (m := _LAYER.fullmatch(k))]
-    if not found:
-      made[path] = leaf
-      continue
-    (i, match), *_ = found
-    to = (*path[:i], "transformer_blocks", *path[i + 1 :])
-    groups.setdefault(to, {})[int(match[1])] = path
-  for to, paths in groups.items():
-    leaves = [flat[paths[i]] for i in range(len(paths))]
-    if len(leaves) == 1:  # no scan of one layer
-      made[paths[0]] = leaves[0]
-    else:
-      numpy = isinstance(leaves[0], np.ndarray)
-      made[to] = (np if numpy else jnp).stack(leaves)
-  return traverse_util.unflatten_dict(made)
+  return layers.stack_params(params, unet_blocks.SCAN_NAME)
 
 
-def unstacked(params):
-  """The inverse of `stacked`."""
-  made = {}
-  for path, leaf in traverse_util.flatten_dict(params).items():
-    if "transformer_blocks" not in path:
-      made[path] = leaf
-      continue
-    i = path.index("transformer_blocks")
-    for number, layer in enumerate(leaf):
-      name = f"transformer_blocks_{number}"
-      made[*path[:i], name, *path[i + 1 :]] = layer
-  return traverse_util.unflatten_dict(made)
+def unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
+  """Converts parameters of a U-Net with `scan` to those of one without."""
+  return layers.unstack_params(params, unet_blocks.SCAN_NAME)
 
 
 class Block(nn.Module):
   """One level: residual blocks, each with its transformer, then a sampler.
 
-  `level` picks the sizes from the config. `sampler` is "down", "up" or None.
+  Attributes:
+    config: of the U-Net.
+    level: index of the level, which selects its sizes.
+    depth: number of residual blocks.
+    sampler: "down", "up" or None.
   """
 
   config: UNetConfig
@@ -230,25 +207,35 @@ class Block(nn.Module):
   sampler: str | None = None
 
   @nn.compact
-  def __call__(self, x, time, condition, mask=None, skips=(), size=None):
-    """One level, down when `skips` is empty, else up.
+  def __call__(
+    self,
+    x: jax.Array,
+    time: jax.Array,
+    condition: jax.Array,
+    mask: jax.Array | None = None,
+    skips: Sequence[jax.Array] = (),
+    size: Sequence[int] | None = None,
+  ) -> tuple[jax.Array, list[jax.Array]]:
+    """Computes a level, on the way down if `skips` is empty, else up.
 
     Args:
       x: float[B, h, w, C].
-      time: float[B, T].
+      time: float[B, T], embedding of the step.
       condition: float[B, N, Dc].
-      mask: bool[B, N], False where a condition token is not to be seen.
-      skips: maps of the way down, last one consumed first.
-      size: sides of what an "up" sampler gives.
+      mask: bool[B, N], False for masked condition tokens.
+      skips: maps of the way down, the last one used first.
+      size: height and width after an "up" sampler.
 
     Returns:
-      The output and the list of maps after each layer (and the sampler).
+      The output, and the maps after each residual block and the sampler.
     """
     config, level = self.config, self.level
-    width, skips, maps = config.channels[level], list(skips), []
+    width, maps = config.channels[level], []
+    remaining = list(skips)
     for j in range(self.depth):
-      x = jnp.concatenate([x, skips.pop()], axis=-1) if skips else x
-      x = resnet(config, width, f"resnets_{j}")(x, time)
+      if remaining:
+        x = jnp.concatenate([x, remaining.pop()], axis=-1)
+      x = _resnet(config, width, f"resnets_{j}")(x, time)
       if config.attention[level]:
         x = transformer(config, level, f"attentions_{j}")(x, condition, mask)
       maps.append(x)
@@ -263,8 +250,8 @@ class Block(nn.Module):
     return x, maps
 
 
-def resnet(config, width, name):
-  """The residual block of a config."""
+def _resnet(config, width, name):
+  """Returns a residual block of the U-Net."""
   kind = unet_blocks.remat(unet_blocks.ResnetBlock, config.remat)
   eps = config.details.norm_eps
   return kind(width, config.groups, config.dtype, eps, name=name)
@@ -273,7 +260,7 @@ def resnet(config, width, name):
 def transformer(
   config: UNetConfig, level: int, name: str
 ) -> unet_blocks.Transformer2D:
-  """The transformer of a level of a config."""
+  """Returns a transformer of a level of the U-Net."""
   return unet_blocks.Transformer2D(
     config.transformer_layers[level],
     config.num_heads[level],
@@ -293,13 +280,19 @@ class MidBlock(nn.Module):
   config: UNetConfig
 
   @nn.compact
-  def __call__(self, x, time, condition, mask=None):
-    """Maps float[B, h, w, C] to float[B, h, w, C]."""
+  def __call__(
+    self,
+    x: jax.Array,
+    time: jax.Array,
+    condition: jax.Array,
+    mask: jax.Array | None = None,
+  ) -> jax.Array:
+    """Maps float[B, h, w, C] to the same; the rest is as of `Block`."""
     config, level = self.config, len(self.config.channels) - 1
-    x = resnet(config, x.shape[-1], "resnets_0")(x, time)
+    x = _resnet(config, x.shape[-1], "resnets_0")(x, time)
     if config.mid_attention:
       x = transformer(config, level, "attentions_0")(x, condition, mask)
-    return resnet(config, x.shape[-1], "resnets_1")(x, time)
+    return _resnet(config, x.shape[-1], "resnets_1")(x, time)
 
 
 class UNet(nn.Module):
@@ -309,19 +302,25 @@ class UNet(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x, t, condition, condition_mask=None, pooled=None, sizes=None
-  ):
-    """Predicts the noise (or what the schedule's `prediction` names).
+    self,
+    x: jax.Array,
+    t: jax.Array,
+    condition: jax.Array,
+    condition_mask: jax.Array | None = None,
+    pooled: jax.Array | None = None,
+    sizes: jax.Array | None = None,
+  ) -> jax.Array:
+    """Predicts the noise, or what the schedule's `prediction` names.
 
     Args:
       x: float[B, h, w, in_channels], any h and w.
-      t: int[B] or float[B], the step of the diffusion.
+      t: int[B] or float[B], steps of the diffusion.
       condition: float[B, N, cross_dim].
-      condition_mask: bool[B, N]; tokens where it is False are not seen.
-      pooled: float[B, P], only and always with `details.added_dim`.
-      sizes: float[B, S] of numbers such as SDXL's six (height and width of
-        the source, top and left of the crop, height and width aimed at);
-        P + S * added_time_dim = added_dim.
+      condition_mask: bool[B, N]; tokens where it is False are masked.
+      pooled: float[B, P]; required with `details.added_dim`, refused without.
+      sizes: float[B, S], likewise, of numbers such as SDXL's six (height and
+        width of the source, top and left of the crop, height and width of the
+        target); P + S * added_time_dim = added_dim.
 
     Returns:
       float32[B, h, w, out_channels].
@@ -331,10 +330,8 @@ class UNet(nn.Module):
     """
     config, dtype = self.config, self.config.dtype
     time = self._time(t, pooled, sizes)
-    axes = ("conv", None, None, "conv_out")
-    conv_in = unet_blocks.conv(
-      config.channels[0], "conv_in", dtype=dtype, axes=axes
-    )
+    conv = functools.partial(unet_blocks.conv, dtype=dtype)
+    conv_in = conv(config.channels[0], "conv_in", axes=unet_blocks.INPUT_AXES)
     x = conv_in(x)
     skips = [x]
     last = len(config.channels) - 1
@@ -354,21 +351,18 @@ class UNet(nn.Module):
     norm = unet_blocks.group_norm(
       config.groups, config.details.norm_eps, "conv_norm_out"
     )
-    axes = ("conv", None, "conv_in", None)
-    conv_out = unet_blocks.conv(
-      config.out_channels, "conv_out", dtype=dtype, init=_TINY_INIT, axes=axes
-    )
+    axes = unet_blocks.OUTPUT_AXES
+    conv_out = conv(config.out_channels, "conv_out", init=_TINY_INIT, axes=axes)
     return conv_out(activations.silu(norm(x))).astype(jnp.float32)
 
   def _time(self, t, pooled, sizes):
-    """The vector of every residual block, float[B, 4 * channels[0]]."""
+    """Returns the embedding of the step, float[B, 4 * channels[0]]."""
     config, details = self.config, self.config.details
     base = config.channels[0]
 
     def embed(features, name):
-      return unet_blocks.TimestepEmbedding(4 * base, config.dtype, name=name)(
-        features
-      )
+      kind = unet_blocks.TimestepEmbedding
+      return kind(4 * base, config.dtype, name=name)(features)
 
     def sinusoids(numbers, width):
       return unet_blocks.timestep_features(
@@ -386,21 +380,21 @@ class UNet(nn.Module):
 
 
 def _check_added(details, pooled, sizes):
-  """Raises UsageError where `pooled` and `sizes` do not fit."""
+  """Raises UsageError unless `pooled` and `sizes` fit the config."""
   shapes = [None if x is None else x.shape for x in (pooled, sizes)]
   if not details.added_dim:
     if shapes != [None, None]:
       raise errors.UsageError(
-        f"pooled and sizes of shapes {shapes[0]}, {shapes[1]} given to a U-Net"
-        " that takes none (unet.details.added_dim is 0). Leave them out."
+        f"pooled and sizes have shapes {shapes[0]}, {shapes[1]}, but this U-Net"
+        " takes neither (unet.details.added_dim is 0). Leave them out."
       )
     return
-  step = details.added_time_dim
+  width = details.added_time_dim
   if (
-    None in shapes or shapes[0][-1] + shapes[1][-1] * step != details.added_dim
+    None in shapes or shapes[0][-1] + shapes[1][-1] * width != details.added_dim
   ):
     raise errors.UsageError(
-      f"pooled and sizes have shapes {shapes[0]}, {shapes[1]}: this U-Net needs"
-      f" both, with width(pooled) + {step} * width(sizes) ="
+      f"pooled and sizes have shapes {shapes[0]}, {shapes[1]}, but this U-Net"
+      f" needs both, with width(pooled) + {width} * width(sizes) ="
       f" {details.added_dim}."
     )

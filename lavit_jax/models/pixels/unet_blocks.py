@@ -1,48 +1,68 @@
-"""What the U-Net is made of: convolutions, residual and attention blocks.
+"""Blocks of the U-Net: convolutions, residual blocks and transformers.
 
 Names and order are those of diffusers (see `unet`).
 """
 
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lavit_jax.models import activations, layers
 
+SCAN_NAME = "transformer_blocks"  # of the scanned layers of a transformer
+
 _BOTH_SIDES = ((1, 1), (1, 1))
 _CONV_AXES = ("conv", None, "conv_in", "conv_out")
+# Axes of convolutions from and to few channels, which are not split.
+INPUT_AXES = ("conv", None, None, "conv_out")
+OUTPUT_AXES = ("conv", None, "conv_in", None)
 
 
-def by_rows(x: jax.Array) -> jax.Array:
-  """x[B, ...] split over the batch alone.
+def split_by_batch(x: jax.Array) -> jax.Array:
+  """Constrains the sharding of x[B, ...] to the batch axis.
 
-  Left to itself, XLA also splits channels and places, where weights are split
-  over them: SDXL then sent activations in place of weights and multiplied
-  more; the gradients of whole U-Nets even came out wrong (jax 0.10.2, CPU,
+  Without the constraint, XLA also splits channels and positions where weights
+  are split over them: for SDXL it then sent activations instead of weights and
+  multiplied more, and gradients of whole U-Nets were wrong (jax 0.10.2, CPU,
   2 x 2 x 2 mesh).
   """
   return nn.with_logical_constraint(x, ("act_batch", *(None,) * (x.ndim - 1)))
 
 
 class Conv(nn.Conv):
-  """A convolution whose maps are split over the batch alone."""
+  """A convolution whose feature maps are split over the batch only."""
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps float[B, h, w, C] to float[B, h, w, features]."""
-    return by_rows(super().__call__(by_rows(x)))
+    return split_by_batch(super().__call__(split_by_batch(x)))
 
 
 def conv(
-  features,
-  name,
+  features: int,
+  name: str,
   *,
-  strides=1,
-  dtype="float32",
-  init=None,
-  axes=_CONV_AXES,
-  padding=_BOTH_SIDES,
-):
-  """3 x 3 with one pixel of zeros on each side, as torch pads."""
+  strides: int = 1,
+  dtype: str = "float32",
+  init: Callable[..., Any] | None = None,
+  axes: Sequence[str | None] = _CONV_AXES,
+  padding: Any = _BOTH_SIDES,
+) -> Conv:
+  """Returns a 3 x 3 convolution, by default padded as PyTorch's.
+
+  Args:
+    features: channels of the output.
+    name: of the module.
+    strides: 1, or 2 to halve height and width.
+    dtype: of the computation.
+    init: of the kernel; LeCun normal by default.
+    axes: logical axes of the kernel [3, 3, C, features].
+    padding: pixels before and after, for each of height and width.
+  """
   kernel_init = init or nn.initializers.lecun_normal()
   return Conv(
     features,
@@ -50,26 +70,27 @@ def conv(
     strides=strides,
     padding=padding,
     dtype=dtype,
-    kernel_init=nn.with_logical_partitioning(kernel_init, axes),
-    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[3:]),
+    kernel_init=layers.partitioned(kernel_init, axes),
+    bias_init=layers.partitioned(nn.initializers.zeros, axes[3:]),
     name=name,
   )
 
 
-def group_norm(groups, epsilon, name):
+def group_norm(groups: int, epsilon: float, name: str) -> nn.GroupNorm:
+  """Returns a GroupNorm in float32, its variance from the centred values."""
   return nn.GroupNorm(
     num_groups=groups,
     epsilon=epsilon,
     use_fast_variance=False,
     dtype=jnp.float32,
-    scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+    scale_init=layers.partitioned(nn.initializers.ones, ("norm",)),
+    bias_init=layers.partitioned(nn.initializers.zeros, ("norm",)),
     name=name,
   )
 
 
 def remat(block: type[nn.Module], name: str) -> type[nn.Module]:
-  """The block with a remat policy of `layers.REMAT`, for use in no scan."""
+  """Returns the block with a policy of `layers.REMAT`, for use without scan."""
   if name == "none":
     return block
   return nn.remat(block, policy=layers.REMAT[name])
@@ -78,12 +99,12 @@ def remat(block: type[nn.Module], name: str) -> type[nn.Module]:
 def timestep_features(
   t: jax.Array, width: int, cosines_first: bool = True, shift: float = 0
 ) -> jax.Array:
-  """Sinusoids of numbers, their wavelengths from 2 pi to 20000 pi.
+  """Computes sinusoids of numbers, with wavelengths from 2 pi to 20000 pi.
 
   Args:
     t: int[B] or float[B].
     width: of the result; an odd one ends with a zero.
-    cosines_first: cosines, then sines, or the reverse.
+    cosines_first: whether cosines come before sines.
     shift: 1 makes the longest wavelength 20000 pi exactly; diffusers'
       `freq_shift` (its `flip_sin_to_cos` is `cosines_first`).
 
@@ -99,7 +120,7 @@ def timestep_features(
 
 
 class TimestepEmbedding(nn.Module):
-  """Linear, SiLU, Linear on the sinusoids of t."""
+  """Embeds the sinusoids of t: Linear, SiLU, Linear."""
 
   width: int
   dtype: str = "float32"
@@ -107,18 +128,13 @@ class TimestepEmbedding(nn.Module):
   @nn.compact
   def __call__(self, features: jax.Array) -> jax.Array:
     """Maps float[B, C] to float[B, width]."""
-    axes = ("embed", "mlp")
-    h = layers.dense(self.width, axes, name="linear_1", dtype=self.dtype)(
-      features
-    )
-    axes = ("mlp", "embed")
-    return layers.dense(self.width, axes, name="linear_2", dtype=self.dtype)(
-      activations.silu(h)
-    )
+    dense = functools.partial(layers.dense, self.width, dtype=self.dtype)
+    h = dense(("embed", "mlp"), name="linear_1")(features)
+    return dense(("mlp", "embed"), name="linear_2")(activations.silu(h))
 
 
 class ResnetBlock(nn.Module):
-  """Two convolutions with GroupNorm and SiLU; the time enters between."""
+  """Two convolutions with GroupNorm and SiLU; the step enters between them."""
 
   channels: int
   groups: int
@@ -129,7 +145,8 @@ class ResnetBlock(nn.Module):
   def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
     """Maps float[B, h, w, C] and float[B, T] to float[B, h, w, channels].
 
-    Without a time (in a VAE) the block has no `time_emb_proj`.
+    Without `time`, the step's embedding, as in a VAE, the block has no
+    `time_emb_proj`.
     """
     h = activations.silu(group_norm(self.groups, self.epsilon, "norm1")(x))
     h = conv(self.channels, "conv1", dtype=self.dtype)(h)
@@ -138,7 +155,7 @@ class ResnetBlock(nn.Module):
       shift = layers.dense(
         self.channels, axes, name="time_emb_proj", dtype=self.dtype
       )
-      h = h + by_rows(shift(activations.silu(time)))[:, None, None]
+      h = h + split_by_batch(shift(activations.silu(time)))[:, None, None]
     h = activations.silu(group_norm(self.groups, self.epsilon, "norm2")(h))
     h = conv(self.channels, "conv2", dtype=self.dtype)(h)
     if x.shape[-1] != self.channels:
@@ -146,16 +163,18 @@ class ResnetBlock(nn.Module):
       x = layers.dense(
         self.channels, axes, name="conv_shortcut", dtype=self.dtype
       )(x)
-    return by_rows(x + h)
+    return split_by_batch(x + h)
 
 
 class Attention(nn.Module):
   """Multi-head attention of float[B, L, D] to itself or to a condition.
 
   Attributes:
-    mask_bias: None: what is masked is not seen at all. Else it stands for
-      what diffusers adds to the logits of what is masked, -10000: the same,
-      but a row all masked sees everything.
+    num_heads: H.
+    dtype: of the computation; parameters are float32.
+    mask_bias: None: there is no attention to masked tokens. Else it stands for
+      the number that diffusers adds to the logits of masked tokens, -10000.
+      The result is the same, except that a fully masked row attends to all.
   """
 
   num_heads: int
@@ -163,18 +182,31 @@ class Attention(nn.Module):
   mask_bias: float | None = None
 
   @nn.compact
-  def __call__(self, x, context=None, mask=None):
-    """Maps float[B, L, D] (and float[B, N, Dc], bool[B, N]) to the first's."""
+  def __call__(
+    self,
+    x: jax.Array,
+    context: jax.Array | None = None,
+    mask: jax.Array | None = None,
+  ) -> jax.Array:
+    """Attends from x to the context, by default to itself.
+
+    Args:
+      x: float[B, L, D].
+      context: float[B, N, Dc] or None.
+      mask: bool[B, N], False for masked tokens of the context.
+
+    Returns:
+      float[B, L, D].
+    """
     width = x.shape[-1]
     context = x if context is None else context
-    split = (self.num_heads, width // self.num_heads)
 
     def project(y, name):
-      axes = ("embed", "heads")
-      y = layers.dense(
-        width, axes, name=name, use_bias=False, dtype=self.dtype
-      )(y)
-      return by_rows(y.reshape(*y.shape[:2], *split))  # [B, L, H, Dh]
+      dense = layers.dense(
+        width, ("embed", "heads"), name=name, use_bias=False, dtype=self.dtype
+      )
+      y = einops.rearrange(dense(y), "b l (h d) -> b l h d", h=self.num_heads)
+      return split_by_batch(y)
 
     query, key = project(x, "to_q"), project(context, "to_k")
     value = project(context, "to_v")
@@ -182,15 +214,15 @@ class Attention(nn.Module):
       if self.mask_bias is not None:
         mask = mask | ~mask.any(-1, keepdims=True)
       mask = mask[:, None, None]  # [B, 1, 1, N]
-    out = by_rows(layers.attention(query, key, value, mask=mask))
-    out = out.reshape(*x.shape[:2], width)
+    out = split_by_batch(layers.attention(query, key, value, mask=mask))
+    out = einops.rearrange(out, "b l h d -> b l (h d)")
     axes = ("heads", "embed")
     out = layers.dense(width, axes, name="to_out_0", dtype=self.dtype)(out)
-    return by_rows(out)
+    return split_by_batch(out)
 
 
 class FeedForward(nn.Module):
-  """GEGLU block with the exact GELU."""
+  """GEGLU block with the exact GELU; `mult` is hidden over model width."""
 
   mult: int
   dtype: str = "float32"
@@ -202,10 +234,12 @@ class FeedForward(nn.Module):
     hidden = self.mult * width
     axes = ("embed", "mlp")
     h = layers.dense(2 * hidden, axes, name="net_0_proj", dtype=self.dtype)(x)
-    h, gate = jnp.split(by_rows(h), 2, axis=-1)  # [B, L, F] each
-    h = by_rows(h * activations.gelu(gate))
+    h, gate = jnp.split(split_by_batch(h), 2, axis=-1)  # [B, L, F] each
+    h = split_by_batch(h * activations.gelu(gate))
     axes = ("mlp", "embed")
-    return by_rows(layers.dense(width, axes, name="net_2", dtype=self.dtype)(h))
+    return split_by_batch(
+      layers.dense(width, axes, name="net_2", dtype=self.dtype)(h)
+    )
 
 
 class TransformerBlock(nn.Module):
@@ -217,30 +251,34 @@ class TransformerBlock(nn.Module):
   mask_bias: float | None = None
 
   @nn.compact
-  def __call__(self, x, condition, mask=None):
+  def __call__(
+    self, x: jax.Array, condition: jax.Array, mask: jax.Array | None = None
+  ) -> jax.Array:
     """Maps float[B, L, D], float[B, N, Dc] and bool[B, N] to float[B, L, D]."""
-    x = by_rows(x)
+    x = split_by_batch(x)
     attn1 = Attention(self.num_heads, self.dtype, name="attn1")
     attn2 = Attention(self.num_heads, self.dtype, self.mask_bias, name="attn2")
-    x = by_rows(x + attn1(layers.LayerNorm(name="norm1")(x)))
-    x = by_rows(x + attn2(layers.LayerNorm(name="norm2")(x), condition, mask))
+    x = split_by_batch(x + attn1(layers.LayerNorm(name="norm1")(x)))
+    x = split_by_batch(
+      x + attn2(layers.LayerNorm(name="norm2")(x), condition, mask)
+    )
     ff = FeedForward(self.ff_mult, self.dtype, name="ff")
-    return by_rows(x + ff(layers.LayerNorm(name="norm3")(x)))
+    return split_by_batch(x + ff(layers.LayerNorm(name="norm3")(x)))
 
 
 class _ScannedBlock(TransformerBlock):
-  """A layer in the form in which `layers.stack` wants it."""
+  """A layer in the form that `layers.stack` expects."""
 
-  def __call__(self, x, told):
+  def __call__(self, x, context):
     """Maps float[B, L, D] and (condition, mask) to (float[B, L, D], None)."""
-    return super().__call__(x, *told), None
+    return super().__call__(x, *context), None
 
 
 class Transformer2D(nn.Module):
-  """Transformer layers over the h * w places of a feature map.
+  """Transformer layers over the h * w positions of a feature map.
 
   With `scan` several layers are one scan, their parameters stacked under
-  `transformer_blocks`; else they are `transformer_blocks_0` and so on.
+  `transformer_blocks`; without, they are `transformer_blocks_0` and so on.
   """
 
   num_layers: int
@@ -253,31 +291,35 @@ class Transformer2D(nn.Module):
   scan: bool = False
 
   @nn.compact
-  def __call__(self, x, condition, mask=None):
-    """Maps float[B, h, w, C] and the condition to float[B, h, w, C]."""
-    batch, height, width, channels = x.shape
+  def __call__(
+    self, x: jax.Array, condition: jax.Array, mask: jax.Array | None = None
+  ) -> jax.Array:
+    """Maps float[B, h, w, C], a condition and its mask to float[B, h, w, C]."""
+    channels = x.shape[-1]
     h = group_norm(self.groups, 1e-6, "norm")(x)
-    h = h.reshape(batch, height * width, channels)
+    h = einops.rearrange(h, "b h w c -> b (h w) c")
     axes = ("conv_in", "conv_out")
     h = layers.dense(channels, axes, name="proj_in", dtype=self.dtype)(h)
     sizes = (self.num_heads, self.ff_mult, self.dtype, self.mask_bias)
     if self.scan and self.num_layers > 1:
       kind = layers.stack(_ScannedBlock, self.num_layers, self.remat)
-      h, _ = kind(*sizes, name="transformer_blocks")(h, (condition, mask))
+      h, _ = kind(*sizes, name=SCAN_NAME)(h, (condition, mask))
     else:
       kind = remat(TransformerBlock, self.remat)
       for i in range(self.num_layers):
-        h = kind(*sizes, name=f"transformer_blocks_{i}")(h, condition, mask)
+        h = kind(*sizes, name=f"{SCAN_NAME}_{i}")(h, condition, mask)
     h = layers.dense(channels, axes, name="proj_out", dtype=self.dtype)(h)
-    return by_rows(x + h.reshape(x.shape))
+    return split_by_batch(x + h.reshape(x.shape))
 
 
 class Downsample(nn.Module):
   """Convolution of stride two.
 
   Attributes:
-    end_only: pad zeros at the right and the bottom alone, as VAEs do, not on
-      all sides.
+    channels: of the output.
+    dtype: of the computation.
+    end_only: pad at the right and the bottom only, as VAEs do, not on all
+      sides.
   """
 
   channels: int
@@ -288,7 +330,7 @@ class Downsample(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps float[B, h, w, C] to float[B, ceil(h / 2), ceil(w / 2), channels].
 
-    Where only the end is padded, odd sides are halved downwards.
+    With `end_only`, odd heights and widths are rounded down.
     """
     padding = ((0, 1), (0, 1)) if self.end_only else _BOTH_SIDES
     return conv(
@@ -297,17 +339,24 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-  """Nearest neighbour, twice the size, then a convolution."""
+  """Nearest-neighbour upsampling by two, then a convolution."""
 
   channels: int
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, x: jax.Array, size=None) -> jax.Array:
-    """Maps float[B, h, w, C] to float[B, 2 h, 2 w, channels].
+  def __call__(
+    self, x: jax.Array, size: Sequence[int] | None = None
+  ) -> jax.Array:
+    """Upsamples and convolves.
 
-    `size`, a pair no larger than that, cuts the map before the convolution:
-    a map of odd size was halved upwards on its way down.
+    Args:
+      x: float[B, h, w, C].
+      size: height and width to cut the upsampled map to: an odd size was
+        rounded up on the way down.
+
+    Returns:
+      float[B, 2 h, 2 w, channels], or of the given size.
     """
     x = x.repeat(2, axis=1).repeat(2, axis=2)
     if size is not None:

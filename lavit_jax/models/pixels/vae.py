@@ -1,15 +1,16 @@
-"""The autoencoder between images and latents, for U-Nets that draw in them.
+"""The autoencoder between images and the latents that a U-Net denoises.
 
 Blocks and names are those of diffusers' `AutoencoderKL` (Rombach et al., arXiv
-2112.10752): `encoder` and `decoder` with `down_blocks_i` or `up_blocks_i`,
-`mid_block`, and `quant_conv`, `post_quant_conv` beside them. Images are NHWC
-in [-1, 1]. A U-Net sees latents times `scaling_factor`; nothing here applies
-it.
+2112.10752): `encoder` and `decoder` with `down_blocks_i` or `up_blocks_i` and
+`mid_block`; `quant_conv` and `post_quant_conv`. Images are NHWC in [-1, 1]. A
+U-Net takes latents times `scaling_factor`; nothing here applies it.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,6 @@ from lavit_jax.models import activations, layers
 from lavit_jax.models.pixels import unet_blocks
 
 _EPS = 1e-6
-_FROM_DATA = ("conv", None, None, "conv_out")  # few channels are not split
-_TO_DATA = ("conv", None, "conv_in", None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,19 +27,19 @@ class VaeConfig:
   """Sizes of the autoencoder.
 
   Attributes:
-    in_channels: channels of an image that is read.
-    out_channels: channels of an image that is made.
+    in_channels: channels of the encoder's images.
+    out_channels: channels of the decoder's images.
     channels: width of each level from fine to coarse; each level but the
-      first halves the sides.
-    layers_per_block: residual blocks a level of the encoder (decoder: one
-      more).
+      first halves height and width.
+    layers_per_block: residual blocks per level of the encoder; the decoder has
+      one more.
     latent_channels: channels of the latents.
     groups: groups of every GroupNorm.
-    sample_size: side of the images it was trained on, the default tile of
+    sample_size: height and width of the training images, the default tile of
       `decode_tiled`.
-    scaling_factor: a U-Net's latents are these times it.
-    force_upcast: compute in float32 whatever `dtype` says: maps overflow
-      float16, and lose much in bfloat16.
+    scaling_factor: factor of the latents for a U-Net.
+    force_upcast: compute in float32 whatever `dtype` is: feature maps overflow
+      float16, and lose much precision in bfloat16.
     dtype: of the computation; parameters and norms are float32.
   """
 
@@ -66,12 +65,12 @@ class VaeConfig:
 
   @property
   def scale(self) -> int:
-    """Pixels a side of one place of the latents."""
+    """Returns the height and width, in pixels, of one latent position."""
     return 2 ** (len(self.channels) - 1)
 
   @property
   def compute_dtype(self) -> str:
-    """What is really computed in."""
+    """Returns the dtype of the computation, after `force_upcast`."""
     return "float32" if self.force_upcast else self.dtype
 
 
@@ -91,27 +90,29 @@ def _resnet(config, width, name):
 
 
 def _output(config, x, features):
-  """Norm, SiLU and the last convolution of encoder and decoder."""
+  """Applies norm, SiLU and the last convolution of encoder and decoder."""
   norm = unet_blocks.group_norm(config.groups, _EPS, "conv_norm_out")
   conv = unet_blocks.conv(
-    features, "conv_out", dtype=config.compute_dtype, axes=_TO_DATA
+    features,
+    "conv_out",
+    dtype=config.compute_dtype,
+    axes=unet_blocks.OUTPUT_AXES,
   )
   return conv(activations.silu(norm(x)))
 
 
 class Attention(nn.Module):
-  """One head over all places of a map, with the norm before it."""
+  """Single-head attention over all positions of a map, after a norm."""
 
   config: VaeConfig
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps float[B, h, w, C] to the same."""
-    batch, height, width, channels = x.shape
     dtype = self.config.compute_dtype
-    dense = functools.partial(layers.dense, channels, dtype=dtype)
+    dense = functools.partial(layers.dense, x.shape[-1], dtype=dtype)
     h = unet_blocks.group_norm(self.config.groups, _EPS, "group_norm")(x)
-    h = h.reshape(batch, height * width, channels)
+    h = einops.rearrange(h, "b h w c -> b (h w) c")
     query, key, value = (
       dense(("embed", "heads"), name=name)(h)[:, :, None]  # [B, L, 1, C]
       for name in ("to_q", "to_k", "to_v")
@@ -135,7 +136,14 @@ class MidBlock(nn.Module):
 
 
 class Block(nn.Module):
-  """The residual blocks of a level, then a sampler: "down", "up" or None."""
+  """The residual blocks of a level, then a sampler.
+
+  Attributes:
+    config: of the autoencoder.
+    width: channels of the level.
+    depth: number of residual blocks.
+    sampler: "down", "up" or None.
+  """
 
   config: VaeConfig
   width: int
@@ -157,7 +165,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Images to means and logarithms of variances, side by side."""
+  """Maps images to means and log variances of latents, concatenated."""
 
   config: VaeConfig
 
@@ -166,7 +174,7 @@ class Encoder(nn.Module):
     """Maps float[B, H, W, 3] to float[B, h, w, 2 * latent_channels]."""
     c, dtype = self.config, self.config.compute_dtype
     conv = unet_blocks.conv(
-      c.channels[0], "conv_in", dtype=dtype, axes=_FROM_DATA
+      c.channels[0], "conv_in", dtype=dtype, axes=unet_blocks.INPUT_AXES
     )
     x = conv(x)
     for i, width in enumerate(c.channels):
@@ -178,7 +186,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Latents to images."""
+  """Maps latents to images."""
 
   config: VaeConfig
 
@@ -187,7 +195,7 @@ class Decoder(nn.Module):
     """Maps float[B, h, w, latent_channels] to float[B, H, W, 3]."""
     c, dtype = self.config, self.config.compute_dtype
     conv = unet_blocks.conv(
-      c.channels[-1], "conv_in", dtype=dtype, axes=_FROM_DATA
+      c.channels[-1], "conv_in", dtype=dtype, axes=unet_blocks.INPUT_AXES
     )
     x = MidBlock(c, name="mid_block")(conv(z))
     for i, width in enumerate(reversed(c.channels)):
@@ -198,11 +206,11 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-  """Encoder, decoder, and what stands between them and the latents."""
+  """Encoder, decoder, and their projections to and from the latents."""
 
   config: VaeConfig
 
-  def setup(self):
+  def setup(self) -> None:
     c = self.config
     project = functools.partial(
       layers.dense, axes=(None, None), dtype=c.compute_dtype
@@ -213,34 +221,35 @@ class AutoencoderKL(nn.Module):
     self.post_quant_conv = project(c.latent_channels)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Images float[B, H, W, 3] made again from their latents' means."""
+    """Reconstructs images float[B, H, W, 3] from their latents' means."""
     return self.decode(self.encode(x)[0])
 
   def encode(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The distribution of the latents of images.
+    """Computes the distribution of the latents of images.
 
     Args:
       x: float[B, H, W, 3] in [-1, 1]; H and W multiples of `config.scale`.
 
     Returns:
-      Mean and logarithm of the variance, float32[B, h, w, latent_channels];
-      the latter lies in [-30, 20].
+      Mean and log variance, float32[B, h, w, latent_channels]; the latter is
+      clipped to [-30, 20].
 
     Raises:
-      errors.UsageError: sides that `config.scale` does not divide.
+      errors.UsageError: `config.scale` does not divide height and width.
     """
     scale = self.config.scale
     if x.shape[1] % scale or x.shape[2] % scale:
       raise errors.UsageError(
-        f"Images of {x.shape[1]} x {x.shape[2]} pixels: this autoencoder"
-        f" needs sides that are multiples of {scale}. Resize or crop them."
+        f"Images have {x.shape[1]} x {x.shape[2]} pixels, but this autoencoder"
+        f" needs heights and widths that are multiples of {scale}. Resize or"
+        " crop them."
       )
     moments = self.quant_conv(self.encoder(x)).astype(jnp.float32)
     mean, logvar = jnp.split(moments, 2, axis=-1)
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
   def decode(self, z: jax.Array) -> jax.Array:
-    """Images of latents.
+    """Maps latents to images.
 
     Args:
       z: float[B, h, w, latent_channels], divided by `scaling_factor`.
@@ -254,7 +263,13 @@ class AutoencoderKL(nn.Module):
 def sample(
   mean: jax.Array, logvar: jax.Array, noise: jax.Array | None = None
 ) -> jax.Array:
-  """Latents of `AutoencoderKL.encode`'s by normal noise; without it, means."""
+  """Samples latents from their distribution.
+
+  Args:
+    mean: float32[B, h, w, C], from `AutoencoderKL.encode`.
+    logvar: float32[B, h, w, C], likewise.
+    noise: standard normal [B, h, w, C]; without it the mean is returned.
+  """
   if noise is None:
     return mean
   return mean + jnp.exp(0.5 * logvar) * noise
@@ -263,29 +278,29 @@ def sample(
 @functools.partial(jax.jit, static_argnames=("model", "tile", "overlap"))
 def decode_tiled(
   model: AutoencoderKL,
-  variables,
+  variables: Any,
   latents: jax.Array,
   *,
   tile: int | None = None,
   overlap: int | None = None,
 ) -> jax.Array:
-  """Images of large latents, decoded tile by tile in little memory.
+  """Decodes large latents tile by tile, in little memory.
 
-  Tiles overlap, and in the overlap one fades into the next, by the rules of
-  diffusers' `enable_tiling`: a tile starts every `tile - overlap` places, and
-  the last ones of a row and of a column are smaller. Tiles of one size are
-  decoded one after the other by one program, all images of the batch at a
-  time. Norms and attention see one tile only, so that the result differs a
-  little from `AutoencoderKL.decode`'s.
+  Tiles overlap, and in the overlap one fades into the next, as in diffusers'
+  `enable_tiling`: a tile starts every `tile - overlap` positions, and the last
+  ones of a row and of a column are smaller. Tiles of one size are decoded one
+  after the other by one program, for all images of the batch at once. Norms
+  and attention act on one tile only, so that the result differs a little from
+  that of `AutoencoderKL.decode`.
 
   Args:
     model: an `AutoencoderKL`.
     variables: {"params": ...}.
     latents: float[B, h, w, latent_channels], divided by `scaling_factor`.
-    tile: places of the latents a side of a tile; None: as many as the
-      images had that the model was trained on. Latents no larger than it
-      are decoded whole.
-    overlap: places that neighbours share; None: a quarter of a tile.
+    tile: height and width of a tile in latent positions; None: those of the
+      training images. Latents no larger than a tile are decoded at once.
+    overlap: positions that neighbouring tiles share; None: a quarter of a
+      tile.
 
   Returns:
     float32[B, h * scale, w * scale, 3].
@@ -298,11 +313,11 @@ def decode_tiled(
   overlap = tile // 4 if overlap is None else overlap
   if not 0 <= overlap < tile:
     raise errors.UsageError(
-      f"overlap={overlap} places of tiles with {tile} a side: the overlap must"
-      " be at least 0 and less than a tile."
+      f"overlap={overlap} positions of tiles with {tile} per side: the overlap"
+      " must be at least 0 and less than a tile."
     )
   height, width = latents.shape[1:3]
-  decode = lambda z: model.apply(variables, z, method="decode")
+  decode = lambda z: jnp.asarray(model.apply(variables, z, method="decode"))
   if height <= tile and width <= tile:
     return decode(latents)
   stride = tile - overlap
@@ -319,39 +334,39 @@ def decode_tiled(
 
 
 def _decode_tiles(decode, tiles):
-  """Decodes a dict of tiles: those of one shape by one program, in turn."""
+  """Decodes tiles by (row, column): those of one shape by one program."""
   by_shape = {}
-  for place, z in tiles.items():
-    by_shape.setdefault(z.shape, []).append(place)
+  for index, z in tiles.items():
+    by_shape.setdefault(z.shape, []).append(index)
   decoded = {}
-  for places in by_shape.values():
-    stacked = jnp.stack([tiles[place] for place in places])
+  for indices in by_shape.values():
+    stacked = jnp.stack([tiles[index] for index in indices])
     images = jax.lax.map(decode, stacked)
-    decoded |= {place: images[n] for n, place in enumerate(places)}
+    decoded |= {index: images[n] for n, index in enumerate(indices)}
   return decoded
 
 
 def _join(tiles, overlap, stride):
-  """One image of a dict of decoded tiles by (row, column)."""
+  """Joins decoded tiles by (row, column) to one image."""
   rows = {}
   for (i, j), tile in sorted(tiles.items()):
     if i > 0:
       tile = _fade(tiles[i - 1, j], tile, overlap, axis=1)
     if j > 0:
       tile = _fade(tiles[i, j - 1], tile, overlap, axis=2)
-    tiles[i, j] = tile  # what its neighbours to come fade from
+    tiles[i, j] = tile  # later neighbours fade from it
     rows.setdefault(i, []).append(tile[:, :stride, :stride])
   rows = [jnp.concatenate(row, axis=2) for row in rows.values()]
   return jnp.concatenate(rows, axis=1)
 
 
-def _fade(before, tile, overlap, axis):
-  """The tile, its first pixels on an axis faded in from the one before."""
-  overlap = min(overlap, before.shape[axis], tile.shape[axis])
+def _fade(previous, tile, overlap, axis):
+  """Fades the first pixels of a tile in from the previous one on an axis."""
+  overlap = min(overlap, previous.shape[axis], tile.shape[axis])
   if not overlap:
     return tile
-  ends = before.shape[axis] - overlap, before.shape[axis]
-  old = jax.lax.slice_in_dim(before, *ends, axis=axis)
+  ends = previous.shape[axis] - overlap, previous.shape[axis]
+  old = jax.lax.slice_in_dim(previous, *ends, axis=axis)
   new, rest = jnp.split(tile, [overlap], axis=axis)
   weight = jnp.arange(overlap) / overlap
   weight = weight.reshape([-1 if a == axis else 1 for a in range(tile.ndim)])

@@ -1,14 +1,15 @@
-"""The semantic decoder: code vectors back to all N features of the encoder.
+"""The semantic decoder: maps code vectors to all N features of the encoder.
 
-LaVIT, arXiv 2309.04669, section 3.1. N learned queries read the codes, whose
-positions count in kept order (0, 1, 2 ...), never by raster place. The
-official release has a whole decoder for each of its two U-Nets, with the
-heads below.
+LaVIT, arXiv 2309.04669, section 3.1. N learned queries attend to the codes.
+Codes have positions in kept order (0, 1, 2 ...), not in the raster. The
+official release has a decoder of its own for each of its two U-Nets:
+`LowresDecoder` and `HighresDecoder`.
 """
 
 import dataclasses
 import functools
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,16 @@ class DecoderConfig:
   """Sizes of the decoder.
 
   Attributes:
+    width: D, of the blocks.
+    depth: number of blocks.
+    num_heads: H, of both attentions.
+    mlp_dim: hidden width of the MLPs.
     num_patches: N, learned queries, and positions for as many codes.
+    code_dim: width of a code.
     out_dim: width of the reconstructed features, the encoder's.
     dtype: of the computation; parameters and norms are float32.
     remat: name of a policy in `layers.REMAT`.
-    unroll: layers a scan step; more is faster to run, slower to compile.
+    unroll: blocks per scan step; more run faster and compile slower.
   """
 
   width: int
@@ -72,8 +78,8 @@ TINY = DecoderConfig(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Codes:
-  """The codes as keys, and which of them count."""
+class _CodeContext:
+  """Codes that all blocks attend to: a pytree, broadcast over the scan."""
 
   keys: jax.Array  # float[B, K, D]
   mask: jax.Array | None  # bool[B, 1, 1, K]
@@ -81,7 +87,7 @@ class _Codes:
 
 
 jax.tree_util.register_dataclass(
-  _Codes, data_fields=["keys", "mask", "policy"], meta_fields=[]
+  _CodeContext, data_fields=["keys", "mask", "policy"], meta_fields=[]
 )
 
 
@@ -91,14 +97,20 @@ class Block(nn.Module):
   config: DecoderConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, codes: _Codes):
-    """float[B, N, D] -> (float[B, N, D], None)."""
+  def __call__(
+    self, x: jax.Array, codes: _CodeContext
+  ) -> tuple[jax.Array, None]:
+    """Maps float[B, N, D] to (float[B, N, D], None)."""
     c = self.config
     norm = functools.partial(layers.LayerNorm, 1e-5, c.dtype)
-    own = blocks.SelfAttention(c.num_heads, dtype=c.dtype, name="self_attn")
-    cross = blocks.CrossAttention(c.num_heads, dtype=c.dtype, name="cross_attn")
-    x = x + own(norm(name="norm0")(x))
-    x = x + cross(
+    self_attention = blocks.SelfAttention(
+      c.num_heads, dtype=c.dtype, name="self_attn"
+    )
+    cross_attention = blocks.CrossAttention(
+      c.num_heads, dtype=c.dtype, name="cross_attn"
+    )
+    x = x + self_attention(norm(name="norm0")(x))
+    x = x + cross_attention(
       norm(name="norm1")(x), codes.keys, mask=codes.mask, policy=codes.policy
     )
     x = x + layers.Mlp(c.mlp_dim, c.dtype, name="mlp")(norm(name="norm2")(x))
@@ -107,15 +119,15 @@ class Block(nn.Module):
 
 
 class SemanticDecoder(nn.Module):
-  """Codes to reconstructed features; two forms with the same parameters."""
+  """Maps codes to reconstructed features; `soft` has the same parameters."""
 
   config: DecoderConfig
 
-  def setup(self):
+  def setup(self) -> None:
     c = self.config
-    # Unit scale: with the usual 0.02 all queries and all keys look alike to
-    # the first attentions, and it takes long until a patch finds its code.
-    boxed, unit = nn.with_logical_partitioning, nn.initializers.normal(1.0)
+    # Unit scale: with the usual 0.02 the first attentions cannot tell queries,
+    # or keys, apart, and training takes long to match patches and codes.
+    boxed, unit = layers.partitioned, nn.initializers.normal(1.0)
     axes, shape = (None, "position", "embed"), (1, c.num_patches, c.width)
     self.in_proj = layers.dense(
       c.width, ("code_dim", "embed"), dtype=c.dtype, kernel_init=unit
@@ -129,14 +141,17 @@ class SemanticDecoder(nn.Module):
     self.fc2 = layers.dense(c.out_dim, ("mlp", "embed"), dtype=c.dtype)
 
   def __call__(self, vectors: jax.Array, valid: jax.Array) -> jax.Array:
-    """Features from the codes of kept patches, gathered in raster order.
+    """Reconstructs features from the codes of kept patches.
 
     Args:
-      vectors: float[B, K, code_dim], K at most num_patches.
+      vectors: float[B, K, code_dim] in raster order, K at most num_patches.
       valid: bool[B, K], False for padding, which comes last.
 
     Returns:
       float[B, N, out_dim].
+
+    Raises:
+      ValueError: more codes than positions.
     """
     c = self.config
     if vectors.shape[1] > c.num_patches:
@@ -147,17 +162,17 @@ class SemanticDecoder(nn.Module):
     valid = valid.astype(bool)
     keys = jnp.where(valid[..., None], self.in_proj(vectors), 0.0)
     keys = keys + self.pos_embed[:, : vectors.shape[1]].astype(keys.dtype)
-    # Padding is additive -10000 officially, so that with no code at all every
-    # padding row is seen alike.
+    # The official mask adds -10000 to the logits of padding: without any valid
+    # code, attention is to all padding alike.
     mask = valid | ~valid.any(1, keepdims=True)
-    return self._read(_Codes(keys, mask[:, None, None, :]))
+    return self._decode(_CodeContext(keys, mask[:, None, None, :]))
 
   def soft(self, vectors: jax.Array, mask: jax.Array) -> jax.Array:
-    """The same from all positions; differentiable in the mask.
+    """Reconstructs features from all positions; differentiable in the mask.
 
     Args:
-      vectors: float[B, N, code_dim], those of dropped patches too.
-      mask: float[B, N], 1 for a kept patch.
+      vectors: float[B, N, code_dim], of kept and dropped patches.
+      mask: float[B, N], 1 for kept patches, 0 for dropped ones.
 
     Returns:
       float[B, N, out_dim].
@@ -165,11 +180,11 @@ class SemanticDecoder(nn.Module):
     kept = jax.lax.stop_gradient(mask) > 0.5
     order = jnp.maximum(jnp.cumsum(kept, axis=1) - 1, 0)  # int[B, N]
     keys = self.in_proj(vectors)
-    places = jnp.take(self.pos_embed[0].astype(keys.dtype), order, axis=0)
+    positions = jnp.take(self.pos_embed[0].astype(keys.dtype), order, axis=0)
     policy = mask.astype(jnp.float32)[:, None, None, :]
-    return self._read(_Codes(keys + places, None, policy))
+    return self._decode(_CodeContext(keys + positions, None, policy))
 
-  def _read(self, codes):
+  def _decode(self, codes):
     query = self.query_embed.astype(codes.keys.dtype)
     query = jnp.broadcast_to(query, (codes.keys.shape[0], *query.shape[1:]))
     x, _ = self.blocks(query, codes)
@@ -182,14 +197,14 @@ class LowresDecoder(nn.Module):
   config: DecoderConfig
   condition_dim: int = 768
 
-  def setup(self):
+  def setup(self) -> None:
     self.decoder = SemanticDecoder(self.config)
     self.unet_proj = layers.dense(
       self.condition_dim, ("embed", None), dtype=self.config.dtype
     )
 
   def __call__(self, vectors: jax.Array, valid: jax.Array) -> jax.Array:
-    """float[B, K, code_dim], bool[B, K] -> float[B, N, condition_dim]."""
+    """Maps [B, K, code_dim], valid bool[B, K] to [B, N, condition_dim]."""
     return self.unet_proj(self.decoder(vectors, valid))
 
 
@@ -200,7 +215,7 @@ class HighresDecoder(nn.Module):
   condition_dims: tuple[int, int] = (768, 1280)
   pooled_dim: int = 1280
 
-  def setup(self):
+  def setup(self) -> None:
     c = self.config
     self.decoder = SemanticDecoder(c)
     first, second = self.condition_dims
@@ -209,19 +224,23 @@ class HighresDecoder(nn.Module):
     self.unet_proj_2 = layers.dense(second, axes, dtype=c.dtype)
     self.unet_attnpool = AttentionPool(c.num_heads, self.pooled_dim, c.dtype)
 
-  def __call__(self, vectors: jax.Array, valid: jax.Array):
-    """float[B, K, code_dim], bool[B, K] -> condition and pooled.
+  def __call__(
+    self, vectors: jax.Array, valid: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Maps float[B, K, code_dim] and bool[B, K] to a condition.
 
     Returns:
-      (float[B, N, sum(condition_dims)], float[B, pooled_dim]).
+      Tokens float[B, N, sum(condition_dims)], pooled float[B, pooled_dim].
     """
     x = self.decoder(vectors, valid)
-    both = jnp.concatenate([self.unet_proj_1(x), self.unet_proj_2(x)], axis=-1)
-    return both, self.unet_attnpool(x)
+    tokens = jnp.concatenate(
+      [self.unet_proj_1(x), self.unet_proj_2(x)], axis=-1
+    )
+    return tokens, self.unet_attnpool(x)
 
 
 class AttentionPool(nn.Module):
-  """CLIP's attention pooling: the mean asks, mean and features answer."""
+  """CLIP's attention pooling: the mean attends to itself and the features."""
 
   num_heads: int
   out_dim: int
@@ -231,20 +250,22 @@ class AttentionPool(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps float[B, N, D] to float[B, out_dim]."""
     batch, num, width = x.shape
-    init = nn.with_logical_partitioning(
+    init = layers.partitioned(
       nn.initializers.normal(width**-0.5), ("position", "embed")
     )
-    places = self.param("positional_embedding", init, (num + 1, width))
+    positions = self.param("positional_embedding", init, (num + 1, width))
     x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
-    x = x + places.astype(x.dtype)
+    x = x + positions.astype(x.dtype)
     dense = functools.partial(
       layers.dense, width, ("embed", "heads"), dtype=self.dtype
     )
-    shape = (batch, -1, self.num_heads, width // self.num_heads)
-    query = dense(name="q_proj")(x[:, :1]).reshape(shape)
-    key, value = (dense(name=f"{n}_proj")(x).reshape(shape) for n in "kv")
-    out = layers.attention(query, key, value).reshape(batch, width)
-    axes = ("heads", None)
-    return layers.dense(self.out_dim, axes, dtype=self.dtype, name="c_proj")(
-      out
+    split = functools.partial(
+      einops.rearrange, pattern="b l (h d) -> b l h d", h=self.num_heads
     )
+    query = split(dense(name="q_proj")(x[:, :1]))
+    key, value = (split(dense(name=f"{n}_proj")(x)) for n in "kv")
+    out = layers.attention(query, key, value).reshape(batch, width)
+    project = layers.dense(
+      self.out_dim, ("heads", None), dtype=self.dtype, name="c_proj"
+    )
+    return project(out)

@@ -1,8 +1,8 @@
-"""The token selector: which patches of an image become words.
+"""The token selector: which patches of an image become visual tokens.
 
-LaVIT, arXiv 2309.04669, section 3.1: a small network gives pi in R^{N x 2}
-(index 0: keep), Gumbel-Softmax makes a mask of it that gradient passes
-through. The other ways to a mask below need no training.
+LaVIT, arXiv 2309.04669, section 3.1: a small network predicts pi in R^{N x 2}
+(index 0: keep), and Gumbel-Softmax turns it into a differentiable mask. The
+other masks below are not differentiable.
 """
 
 import dataclasses
@@ -20,7 +20,12 @@ KEEP = 0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectorConfig:
-  """Width D of the features, a multiple of 4, and the compute dtype."""
+  """Sizes of the selector.
+
+  Attributes:
+    width: D, of the features; a multiple of 4.
+    dtype: of the computation; parameters and norms are float32.
+  """
 
   width: int
   dtype: str = "float32"
@@ -28,40 +33,26 @@ class SelectorConfig:
   def __post_init__(self):
     if self.width % 4:
       raise errors.ConfigError(
-        f"selector.width={self.width} is not a multiple of 4: its layers are"
-        " D, D/2 and D/4 wide. Change the encoder's width."
+        f"selector.width={self.width} is not a multiple of 4: the selector's"
+        " layers are D, D/2 and D/4 wide. Change the encoder's width."
       )
 
 
 class TokenSelector(nn.Module):
-  """Local and global features of each patch to log p(keep), log p(drop)."""
+  """Predicts log p(keep), log p(drop) from local and global features."""
 
   config: SelectorConfig
 
   @nn.compact
-  def __call__(self, features: jax.Array, policy: jax.Array | None = None):
-    """Log probabilities of each patch.
-
-    Args:
-      features: float[B, N, D].
-      policy: float[B, N], weights of the patches in the global average; all
-        ones by default.
-
-    Returns:
-      float32[B, N, 2], log-softmax, index 0 is keep.
-    """
+  def __call__(self, features: jax.Array) -> jax.Array:
+    """Maps float[B, N, D] to log probabilities float32[B, N, 2]: keep, drop."""
     c = self.config
     linear = functools.partial(layers.dense, dtype=c.dtype)
     x = layers.LayerNorm(1e-5, c.dtype, name="norm")(features)
     x = activations.gelu(linear(c.width, ("embed", "mlp"), name="in_proj")(x))
-    local, globe = jnp.split(x, 2, axis=-1)  # [B, N, D/2] each
-    if policy is None:
-      globe = globe.mean(1, keepdims=True)
-    else:
-      weights = policy[..., None].astype(x.dtype)
-      globe = (globe * weights).sum(1, keepdims=True)
-      globe = globe / jnp.maximum(weights.sum(1, keepdims=True), 1e-6)
-    x = jnp.concatenate([local, jnp.broadcast_to(globe, local.shape)], -1)
+    local, pooled = jnp.split(x, 2, axis=-1)  # [B, N, D/2] each
+    pooled = pooled.mean(1, keepdims=True)
+    x = jnp.concatenate([local, jnp.broadcast_to(pooled, local.shape)], -1)
     x = activations.gelu(linear(c.width // 2, ("embed", "mlp"), name="fc1")(x))
     x = activations.gelu(linear(c.width // 4, ("mlp", None), name="fc2")(x))
     logits = linear(2, (None, "classes"), name="fc3")(x)
@@ -69,18 +60,18 @@ class TokenSelector(nn.Module):
 
 
 def gumbel(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Noise float32[B, N, 2] of `mask_from_noise`, for a shape (B, N)."""
+  """Draws the noise float32[B, N, 2] of `mask_from_noise`; shape is (B, N)."""
   return jax.random.gumbel(rng, (*shape, 2))
 
 
 def mask_from_noise(
   log_probs: jax.Array, gumbel: jax.Array, temperature: float = 1.0
 ) -> jax.Array:
-  """The mask that given noise makes (hard Gumbel-Softmax, straight-through).
+  """Samples a mask by Gumbel-Softmax, hard with straight-through gradients.
 
   Args:
     log_probs: float[B, N, 2].
-    gumbel: float[B, N, 2], -log(Exp(1)) noise.
+    gumbel: float[B, N, 2], Gumbel noise, -log of Exp(1).
     temperature: of the softmax whose gradient is used.
 
   Returns:
@@ -95,23 +86,30 @@ def mask_from_noise(
 
 
 def expected_count(log_probs: jax.Array) -> jax.Array:
-  """int32[B]: clip(round(sum p(keep)), 1, N), the tokens an image is worth."""
+  """Returns int32[B], the expected number of kept patches.
+
+  It is clip(round(sum p(keep)), 1, N) for log probabilities [B, N, 2].
+  """
   total = jnp.exp(log_probs[..., KEEP]).sum(-1)
   count = jnp.round(total).astype(jnp.int32)
   return jnp.clip(count, 1, log_probs.shape[1])
 
 
 def expected_count_mask(log_probs: jax.Array) -> jax.Array:
-  """bool[B, N]: the `expected_count` patches of highest p(keep)."""
+  """Returns bool[B, N], the `expected_count` patches of highest p(keep)."""
   return budget_mask(log_probs, expected_count(log_probs))
 
 
 def budget_mask(log_probs: jax.Array, k: jax.Array | int) -> jax.Array:
-  """bool[B, N]: the k patches of highest p(keep), k int[B] or one int.
+  """Returns bool[B, N], the k patches of highest p(keep).
 
   Of equal patches the earlier in raster order is kept.
+
+  Args:
+    log_probs: float[B, N, 2].
+    k: int[B] or one int.
   """
-  # Logits, not probabilities: these tie where p rounds to 1.
+  # Logits, not probabilities, which are equal where p rounds to 1.
   score = log_probs[..., KEEP] - log_probs[..., 1 - KEEP]
   return _highest(score, k)
 
@@ -119,7 +117,7 @@ def budget_mask(log_probs: jax.Array, k: jax.Array | int) -> jax.Array:
 def random_mask(
   rng: jax.Array, shape: tuple[int, int], keep_share: jax.Array | float
 ) -> jax.Array:
-  """bool[B, N]: round(keep_share * N) random patches of each, at least one.
+  """Returns bool[B, N]: round(keep_share * N) random patches, at least one.
 
   Args:
     rng: a key.
@@ -132,7 +130,7 @@ def random_mask(
 
 
 def _highest(score, k):
-  """bool[B, N]: the k[B] highest of each row; stable in raster order."""
+  """Returns bool[B, N], the k[B] highest per row; stable in raster order."""
   order = jnp.argsort(-score, axis=-1, stable=True)
-  rank = jnp.argsort(order, axis=-1)  # the place of each patch in the order
+  rank = jnp.argsort(order, axis=-1)
   return rank < jnp.broadcast_to(jnp.asarray(k), score.shape[:1])[:, None]

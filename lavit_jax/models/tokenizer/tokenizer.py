@@ -1,8 +1,9 @@
 """The dynamic visual tokenizer: selector, merger, quantizer and decoder.
 
-The encoder is apart, as it is frozen (`encode_images`). Parameters lie under
-`selector`, `merger`, `quantizer`, `decoder` (and `llm_proj`); the codebook is
-no parameter but the variable `codes` of the collection "codebook":
+LaVIT, arXiv 2309.04669, section 3.1. The encoder is frozen and separate
+(`encode_images`). Parameters are under `selector`, `merger`, `quantizer`,
+`decoder` (and `llm_proj`). The codebook is not a parameter but the variable
+`codes` of the collection "codebook":
 
   variables = {"params": params, "codebook": {"codes": codes}}
   model.apply(variables, features, keep, capacity, method="encode")
@@ -10,6 +11,7 @@ no parameter but the variable `codes` of the collection "codebook":
 
 import dataclasses
 import difflib
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -30,10 +32,15 @@ MERGER_FORMS = ("compact", "reference")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-  """The encoder and the four parts.
+  """Sizes of the encoder and of the tokenizer's four parts.
 
   Attributes:
-    merger_form: which form makes tokens outside training: "compact" for
+    vit: the encoder.
+    selector: see `selector`.
+    merger: see `merger`.
+    quantizer: see `quantizer`.
+    decoder: see `decoder`.
+    merger_form: how kept tokens are merged, except in training: "compact" for
       models trained here, "reference" for official weights.
     llm_width: width of the language model that reads merged tokens through
       `llm_proj`; 0: the tokenizer has no such projection.
@@ -48,7 +55,7 @@ class TokenizerConfig:
   llm_width: int = 0
 
   def __post_init__(self):
-    wanted = {
+    sizes = {
       "selector.width": (self.selector.width, self.vit.width),
       "merger.width": (self.merger.width, self.vit.width),
       "quantizer.width": (self.quantizer.width, self.vit.width),
@@ -56,11 +63,11 @@ class TokenizerConfig:
       "decoder.num_patches": (self.decoder.num_patches, self.num_patches),
       "decoder.code_dim": (self.decoder.code_dim, self.quantizer.code_dim),
     }
-    for name, (given, expected) in wanted.items():
-      if given != expected:
+    for name, (size, expected) in sizes.items():
+      if size != expected:
         raise errors.ConfigError(
-          f"tokenizer.{name}={given}, but the parts it joins need {expected}."
-          f" Set tokenizer.{name}={expected}."
+          f"tokenizer.{name}={size}, but the tokenizer's other parts need"
+          f" {expected}. Set tokenizer.{name}={expected}."
         )
     if self.merger_form not in MERGER_FORMS:
       raise errors.ConfigError(
@@ -70,12 +77,12 @@ class TokenizerConfig:
 
   @property
   def num_patches(self) -> int:
-    """N, patches of an image."""
+    """Returns N, the number of patches of an image."""
     return self.vit.num_patches
 
   @property
   def width(self) -> int:
-    """D, the width of the encoder's features."""
+    """Returns D, the width of the encoder's features."""
     return self.vit.width
 
 
@@ -106,10 +113,14 @@ TINY = TokenizerConfig(
 
 
 def config_from_dict(fields: dict) -> TokenizerConfig:
-  """The inverse of `dataclasses.asdict`; its parts may be dicts or configs.
+  """Builds a config; reverses `dataclasses.asdict`.
+
+  Args:
+    fields: of `TokenizerConfig`; those of its parts are dicts or configs.
 
   Raises:
-    errors.ConfigError: an unknown or a missing field, with the nearest name.
+    errors.ConfigError: an unknown field (the message names the nearest one),
+      or a missing one.
   """
   fields = dict(fields)
   for name, part in _PARTS.items():
@@ -119,7 +130,7 @@ def config_from_dict(fields: dict) -> TokenizerConfig:
 
 
 def with_dtype(config: TokenizerConfig, dtype: str) -> TokenizerConfig:
-  """The same network computing in another dtype, in all its parts."""
+  """Returns the config with another dtype of computation in all its parts."""
   parts = {
     name: dataclasses.replace(getattr(config, name), dtype=dtype)
     for name in _PARTS
@@ -128,21 +139,21 @@ def with_dtype(config: TokenizerConfig, dtype: str) -> TokenizerConfig:
   return dataclasses.replace(config, **parts)
 
 
-def _build(cls, fields, where):
+def _build(cls, fields, name):
   known = {field.name: field for field in dataclasses.fields(cls)}
-  for name in sorted(set(fields) - set(known)):
-    near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+  for unknown in sorted(set(fields) - set(known)):
+    nearest = difflib.get_close_matches(unknown, known, 1, 0.0)[0]
     raise errors.ConfigError(
-      f"{where} has no field {name!r}; did you mean {near!r}? It has"
+      f"{name} has no field {unknown!r}; did you mean {nearest!r}? It has"
       f" {sorted(known)}."
     )
   missing = [
-    name
-    for name, field in known.items()
-    if field.default is dataclasses.MISSING and name not in fields
+    key
+    for key, field in known.items()
+    if field.default is dataclasses.MISSING and key not in fields
   ]
   if missing:
-    raise errors.ConfigError(f"{where} lacks {missing}: give a value for each.")
+    raise errors.ConfigError(f"{name} lacks {missing}: give a value for each.")
   return cls(**fields)
 
 
@@ -150,50 +161,65 @@ def _random_codes(rng, num_codes, code_dim):
   return quantizer.init_stats(rng, num_codes, code_dim)["codes"]
 
 
-def encode_images(config: TokenizerConfig, params, pixels: jax.Array):
-  """Features float[B, N, D] of pixels float[B, H, W, 3] by the encoder."""
-  return vision.EvaVit(config.vit).apply({"params": params}, pixels)
+def encode_images(
+  config: TokenizerConfig, params: Any, pixels: jax.Array
+) -> jax.Array:
+  """Computes the encoder's features.
+
+  Args:
+    config: of the tokenizer.
+    params: of the encoder, unboxed.
+    pixels: float[B, H, W, 3], CLIP-normalised.
+
+  Returns:
+    float[B, N, D].
+  """
+  features = vision.EvaVit(config.vit).apply({"params": params}, pixels)
+  return jnp.asarray(features)
 
 
 # Fields of an encoder that its features do not depend on.
 _NOT_OF_FEATURES = ("head_dim_out", "mask_token", "position_std")
 
 
-def check_encoder(config: TokenizerConfig, vit: dict, where="") -> None:
-  """Whether an encoder is the one that a tokenizer was trained on.
+def check_encoder(
+  config: TokenizerConfig, vit: dict, directory: str = ""
+) -> None:
+  """Checks that an encoder is the one that a tokenizer was trained with.
 
   Args:
-    config: of the tokenizer, with the encoder it knows.
-    vit: fields of the encoder that is there, as its part.json has them.
-    where: the model directory, for the message.
+    config: of the tokenizer, with its encoder.
+    vit: fields of the stored encoder, from its part.json.
+    directory: the model directory, for the message.
 
   Raises:
     errors.CheckpointError: a field that features depend on differs.
   """
-  theirs = vision.ViTConfig(**vit)
-  differ = agreement.fields(theirs, config.vit, "vit.", _NOT_OF_FEATURES)
-  if differ:
+  stored = vision.ViTConfig(**vit)
+  differences = agreement.fields(stored, config.vit, "vit.", _NOT_OF_FEATURES)
+  if differences:
+    listed = "; ".join(map(str, differences))
     raise errors.CheckpointError(
-      f"The encoder of {where or 'this model'} is another than its tokenizer"
-      f" was trained on: {'; '.join(map(str, differ))}, by the tokenizer."
-      " Their weights do not go together: put the encoder back, or train the"
+      f"The encoder of {directory or 'this model'} is not the one that its"
+      f" tokenizer was trained with: {listed} (here: by the tokenizer). Their"
+      " weights do not fit together: restore the encoder, or train the"
       " tokenizer again."
     )
 
 
 class DynamicVisualTokenizer(nn.Module):
-  """Features of the encoder to tokens and ids, and ids back to features."""
+  """Maps the encoder's features to tokens and ids, and ids to features."""
 
   config: TokenizerConfig
 
-  def setup(self):
+  def setup(self) -> None:
     c = self.config
     self.selector = selector.TokenSelector(c.selector)
     self.merger = merger.TokenMerger(c.merger)
     self.quantizer = quantizer.VectorQuantizer(c.quantizer)
     self.decoder = decoder.SemanticDecoder(c.decoder)
     if self.is_initializing() or self.has_variable("codebook", "codes"):
-      init = nn.with_logical_partitioning(_random_codes, ("code", "code_dim"))
+      init = layers.partitioned(_random_codes, ("code", "code_dim"))
       shape = (c.quantizer.num_codes, c.quantizer.code_dim)
       self.codebook = self.variable(
         "codebook", "codes", lambda: init(self.make_rng("params"), *shape)
@@ -202,12 +228,14 @@ class DynamicVisualTokenizer(nn.Module):
       axes, dtype = (None, "embed"), c.merger.dtype
       self.llm_proj = layers.dense(c.llm_width, axes, dtype=dtype)
 
-  def __call__(self, features: jax.Array, mask: jax.Array):
-    """Selection and reconstruction without codes, all positions.
+  def __call__(
+    self, features: jax.Array, mask: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Selects patches, and reconstructs features without quantization.
 
     Args:
       features: float[B, N, D].
-      mask: float[B, N].
+      mask: float[B, N], 1 for kept patches.
 
     Returns:
       (log_probs float32[B, N, 2], x_rec float[B, N, D]).
@@ -222,46 +250,54 @@ class DynamicVisualTokenizer(nn.Module):
   def _codes(self):
     if not self.has_variable("codebook", "codes"):
       raise ValueError(
-        "This needs the codebook: apply the tokenizer to variables"
+        "This method needs the codebook: apply the tokenizer to variables"
         ' {"params": ..., "codebook": {"codes": float[num_codes, code_dim]}}.'
       )
     return self.codebook.value
 
   def select(self, features: jax.Array) -> jax.Array:
-    """Log p(keep), log p(drop) of each patch: float32[B, N, 2]."""
+    """Returns log p(keep), log p(drop) of each patch, float32[B, N, 2]."""
     return self.selector(features)
 
-  def merge(self, features, mask, *, form: str = "soft") -> jax.Array:
-    """All positions float[B, N, D], differentiable in the mask float[B, N]."""
+  def merge(
+    self, features: jax.Array, mask: jax.Array, *, form: str = "soft"
+  ) -> jax.Array:
+    """Merges at all positions; see `merger.TokenMerger.__call__`."""
     return self.merger(features, mask, form=form)
 
-  def merge_compact(self, features, keep, capacity: int):
-    """Kept tokens by the config's merger form, for a mask that is given.
+  def merge_compact(
+    self, features: jax.Array, keep: jax.Array, capacity: int
+  ) -> merger.Gathered:
+    """Merges kept patches by the config's `merger_form`.
 
     Args:
       features: float[B, N, D].
-      keep: bool[B, N].
-      capacity: K, tokens an image.
+      keep: bool[B, N], True for kept patches.
+      capacity: K, tokens per image.
 
     Returns:
       (tokens float[B, K, D], valid bool[B, K], index int32[B, K]).
     """
-    if self.config.merger_form == "compact":
-      return self.merger.compact(features, keep, capacity)
-    mask = keep.astype(jnp.float32)
-    merged = self.merger(features, mask, form="reference")
-    return merger.gather_kept(merged, keep.astype(bool), capacity)
+    form = self.config.merger_form
+    return self.merger.merge_kept(features, keep, capacity, form=form)
 
   def project(self, tokens: jax.Array) -> jax.Array:
-    """Unit vectors float32[..., code_dim] of merged tokens float[..., D]."""
+    """Maps merged tokens float[..., D] to unit vectors [..., code_dim]."""
     return layers.l2_normalize(self.quantizer(tokens))
 
   def tokens_for_llm(self, tokens: jax.Array) -> jax.Array:
-    """Merged tokens float[..., D] as the language model reads them."""
+    """Projects merged tokens float[..., D] to the language model's width."""
     return self.llm_proj(tokens)
 
-  def encode(self, features: jax.Array, keep: jax.Array, capacity: int):
-    """Merged tokens and their codes.
+  def encode(
+    self, features: jax.Array, keep: jax.Array, capacity: int
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Merges kept patches and finds their codes.
+
+    Args:
+      features: float[B, N, D].
+      keep: bool[B, N], True for kept patches.
+      capacity: K, tokens per image.
 
     Returns:
       (tokens float[B, K, D], ids int32[B, K], valid bool[B, K]); ids are 0
@@ -272,13 +308,13 @@ class DynamicVisualTokenizer(nn.Module):
     return tokens, jnp.where(valid, ids, 0), valid
 
   def decode(self, vectors: jax.Array, valid: jax.Array) -> jax.Array:
-    """x_rec float[B, N, D] of code vectors float[B, K, code_dim]."""
+    """Maps code vectors [B, K, code_dim] to x_rec float[B, N, D]."""
     return self.decoder(vectors, valid)
 
   def decode_soft(self, vectors: jax.Array, mask: jax.Array) -> jax.Array:
-    """x_rec float[B, N, D] of float[B, N, code_dim] and mask float[B, N]."""
+    """Maps [B, N, code_dim] and a mask float[B, N] to x_rec [B, N, D]."""
     return self.decoder.soft(vectors, mask)
 
   def decode_codes(self, ids: jax.Array, valid: jax.Array) -> jax.Array:
-    """x_rec float[B, N, D] of ids int[B, K]."""
+    """Maps ids int[B, K], valid bool[B, K] to x_rec float[B, N, D]."""
     return self.decoder(jnp.take(self._codes(), ids, axis=0), valid)

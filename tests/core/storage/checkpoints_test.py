@@ -1,4 +1,4 @@
-"""Checkpoints on a disk that fills up: named, and nothing complete is lost."""
+"""Writes that fail or are killed lose no complete checkpoint."""
 
 import contextlib
 import itertools
@@ -30,7 +30,7 @@ _STATE = {
 
 @contextlib.contextmanager
 def _full_disk(limit=1 << 18):
-  """Writes past `limit` bytes of a file fail, as on a full disk."""
+  """Makes writes past `limit` bytes of a file fail, as on a full disk."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
   try:
@@ -39,7 +39,7 @@ def _full_disk(limit=1 << 18):
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path):
+def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path):
   run = run_checkpoints.RunCheckpoints(tmp_path)
   run.save(1, _STATE, {"data": 1})
   run.wait()
@@ -52,13 +52,14 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path):
   again = run_checkpoints.RunCheckpoints(tmp_path)
   assert again.latest_step() == 1
   assert again.meta(1) == {"data": 1}
-  np.testing.assert_array_equal(again.restore(1, _STATE)["w"], _STATE["w"])
+  restored = again.restore_newest(lambda _: _STATE)
+  np.testing.assert_array_equal(restored.state["w"], _STATE["w"])
   again.save(2, _STATE, {"data": 2})
   again.close()
   assert again.latest_step() == 2
 
 
-def test_a_full_disk_leaves_the_part_that_was_there(tmp_path):
+def test_a_full_disk_leaves_the_old_part(tmp_path):
   checkpoints.save_part(tmp_path, "llm", _STATE, {"step": 1})
   changed = {"w": _STATE["w"] + 1}
   named = pytest.raises(errors.CheckpointError, match="could not be written")
@@ -137,7 +138,7 @@ def test_a_kill_at_any_moment_leaves_the_old_part_or_the_new_one(
   assert len(left) == 2, left  # part.json and its weights, no remains
 
 
-def test_which_weights_belong_to_a_part_is_no_path_of_the_file(tmp_path):
+def test_part_json_cannot_name_weights_outside_of_the_part(tmp_path):
   checkpoints.save_part(tmp_path, "llm", {"w": np.zeros(3)}, {})
   path = tmp_path / "llm" / "part.json"
   path.write_text(json.dumps({"format": 1, "weights": "../../elsewhere"}))
@@ -161,7 +162,7 @@ def _read_some(folder):
   ],
   ids=["whole", "one by one", "some"],
 )
-def test_arrays_that_are_cut_or_gone_are_named(tmp_path, damage, read):
+def test_truncated_and_missing_arrays_are_reported(tmp_path, damage, read):
   rng = np.random.default_rng(0)
   w = rng.standard_normal((300, 300)).astype(np.float32)
   checkpoints.save_part(tmp_path, "llm", {"w": w}, {})
@@ -203,7 +204,7 @@ def test_a_damaged_part_is_written_over(tmp_path, damage, saves):
 
 
 @pytest.mark.parametrize("kind", [errors.CheckpointError, errors.UsageError])
-def test_an_error_that_says_what_to_do_is_not_called_a_full_disk(kind):
+def test_an_error_with_its_own_advice_is_not_called_a_full_disk(kind):
   with pytest.raises(kind) as caught, checkpoints.writing("there"):
     raise kind("Make the part again.")
   assert str(caught.value) == "Make the part again."
@@ -214,9 +215,7 @@ _LOSING = "*?[\\"
 
 @pytest.mark.parametrize("name", ["out[1]", "[0:3]", *_LOSING])
 @pytest.mark.parametrize("above", [False, True])
-def test_names_under_which_arrays_would_be_lost_are_refused(
-  tmp_path, name, above
-):
+def test_folder_names_that_would_lose_arrays_are_refused(tmp_path, name, above):
   folder = tmp_path / name / "below" if above else tmp_path / name
   refused = pytest.raises(errors.CheckpointError, match="in its name")
   with refused:
@@ -226,7 +225,7 @@ def test_names_under_which_arrays_would_be_lost_are_refused(
   assert not list(tmp_path.iterdir())
 
 
-def test_all_other_names_keep_their_arrays(tmp_path):
+def test_all_other_folder_names_keep_their_arrays(tmp_path):
   """Every other sign of a keyboard; a folder of any name that is complete."""
   name = "".join(c for c in string.printable if c not in _LOSING + "/\r\n")
   folder = tmp_path / f"é 画{name}"

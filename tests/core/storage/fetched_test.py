@@ -1,4 +1,4 @@
-"""What a user gives may lie in an object store: all that is read is read."""
+"""Every input of a user may be in an object store."""
 
 import collections
 import importlib.resources
@@ -98,17 +98,15 @@ def test_a_code_cache_is_copied_once_and_read(codes, monkeypatch, in_memory):
 
   monkeypatch.setattr(fetched, "_copy", counted)
   for _ in range(2):
-    made = codes_lib.CodeCache.load(codes, source="data", tokenizer="weights")
+    made = codes_lib.CodeCache.load(codes)
     for i, keep, ids in _codes(0):
       np.testing.assert_array_equal(made.keep(i), keep)
       np.testing.assert_array_equal(made.codes(i), ids)
   assert len(copied) == 4
   assert set(copied.values()) == {1}
-  with pytest.raises(errors.DataError, match=r"gs://bucket/codes.*another so"):
-    codes_lib.CodeCache.load(codes, source="others")
 
 
-def test_a_cache_that_was_written_anew_is_copied_anew(codes, store, tmp_path):
+def test_a_cache_that_was_written_again_is_copied_again(codes, store, tmp_path):
   codes_lib.CodeCache.load(codes)
   other = lambda start: ((i, k, c + 1) for i, k, c in _codes(start))
   codes_lib.write(tmp_path / "other", other, _META)
@@ -125,7 +123,7 @@ def _written_anew(store, tmp_path, codes, add):
 
 
 def _ended():
-  """What the end of a process does: its locks are let go."""
+  """Releases the locks of this process, as its end does."""
   for lock in fetched._locks.values():
     lock.close()
   fetched._locks.clear()
@@ -140,7 +138,7 @@ def _copies(tmp_path):
   return found
 
 
-def test_one_copy_of_a_place_is_kept(codes, store, tmp_path):
+def test_one_copy_of_a_source_is_kept(codes, store, tmp_path):
   codes_lib.CodeCache.load(codes)
   fake_gcs.upload(store, tmp_path / "codes", "gs://bucket/another")
   codes_lib.CodeCache.load("gs://bucket/another")
@@ -153,7 +151,7 @@ def test_one_copy_of_a_place_is_kept(codes, store, tmp_path):
     assert len(_copies(tmp_path)) == 2  # that of another place stays
 
 
-def test_a_copy_that_is_read_is_not_removed(codes, store, tmp_path):
+def test_a_copy_in_use_is_not_removed(codes, store, tmp_path):
   """Nor one of this process."""
   old = codes_lib.CodeCache.load(codes)
   _written_anew(store, tmp_path, codes, 1)
@@ -184,7 +182,7 @@ def test_a_copy_that_is_read_is_not_removed(codes, store, tmp_path):
   assert len(_copies(tmp_path)) == 1
 
 
-def test_what_a_killed_copy_left_is_removed(codes, tmp_path):
+def test_partial_files_of_a_killed_copy_are_removed(codes, tmp_path):
   codes_lib.CodeCache.load(codes)
   (folder,) = _copies(tmp_path)
   victim = next(folder.glob("*.array_record"))
@@ -201,14 +199,14 @@ def test_what_a_killed_copy_left_is_removed(codes, tmp_path):
   assert fresh.exists()
 
 
-def test_copies_that_were_cut_are_made_again(codes, tmp_path):
+def test_truncated_copies_are_made_again(codes, tmp_path):
   codes_lib.CodeCache.load(codes)
   for path in (tmp_path / "fetched").rglob("*.array_record"):
     path.write_bytes(path.read_bytes()[:-5])
   assert len(codes_lib.CodeCache.load(codes).codes(9)) == 1
 
 
-def test_what_does_not_fit_the_disk_is_refused_and_not_begun(
+def test_files_that_do_not_fit_the_disk_are_refused_before_any_copy(
   codes, monkeypatch, tmp_path
 ):
   usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -222,11 +220,11 @@ def test_a_cache_with_a_shard_missing_is_damaged(codes, store):
   store.rm_file(f"{codes}/codes-00001.array_record")
   with pytest.raises(errors.DataError, match="gs://bucket/codes is damaged"):
     codes_lib.CodeCache.load(codes)
-  with pytest.raises(errors.DataError, match="code cache there is none"):
+  with pytest.raises(errors.DataError, match="holds no code cache"):
     codes_lib.CodeCache.load("gs://bucket/nothing")
 
 
-def test_latents_are_read_where_they_lie(store, tmp_path):
+def test_latents_are_read_without_a_copy(store, tmp_path):
   assigned = np.array([0, 1, 0, 1], np.int8)
   meta = latents.Meta("data", "vae", 4, ((8, 8), (8, 4)), 4, 3)
   rng = np.random.default_rng(0)
@@ -274,7 +272,7 @@ def test_a_text_tokenizer_is_written_and_read(store):
   assert found.encode("red") == made.encode("red")
 
 
-def test_one_directory_is_known_by_two_names():
+def test_two_names_of_one_directory_are_the_same():
   same = files.same
   assert same("gs://bucket/a", "gs://bucket/a/")
   assert not same("gs://bucket/a", "gs://bucket/b")
@@ -294,7 +292,7 @@ def test_one_directory_is_known_by_two_names():
     "generate red --out gs://bucket/x.png",
   ],
 )
-def test_what_needs_a_disk_says_so_and_leaves_nothing(
+def test_commands_that_need_a_disk_say_so_and_write_nothing(
   store, tmp_path, monkeypatch, capsys, line
 ):
   monkeypatch.chdir(tmp_path)
@@ -305,6 +303,6 @@ def test_what_needs_a_disk_says_so_and_leaves_nothing(
 
 def test_a_change_while_it_is_copied_is_noticed(store, tmp_path):
   store.pipe_file("gs://bucket/a", b"12345")
-  with pytest.raises(errors.DataError, match="had 9 bytes and now has 5"):
+  with pytest.raises(errors.DataError, match="had 9 bytes, but 5 were copied"):
     fetched._copy(epath.Path("gs://bucket/a"), tmp_path / "a", 9)
   assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ _FOLDER = "gs://bucket/run"
 
 @pytest.fixture
 def store(monkeypatch):
-  """fsspec's view of the store; `store.puts`: (name, size) of each upload."""
+  """Returns fsspec's store; `store.puts` has (name, size) of each upload."""
   with fake_gcs.serving(monkeypatch) as fs:
     fs.puts = []
     kind = type(epath.Path(_FOLDER))
@@ -26,7 +26,7 @@ def store(monkeypatch):
       return put(self, data)
 
     monkeypatch.setattr(kind, "write_bytes", counted)
-    monkeypatch.setattr(log_files, "_LEAST", 0.0)
+    monkeypatch.setattr(log_files, "_MIN_SECONDS", 0.0)
     yield fs
 
 
@@ -45,7 +45,7 @@ def _steps(path):
   return [row["step"] for row in writers.read_json_lines(path)]
 
 
-def test_a_segment_that_is_full_is_never_stored_again(store, monkeypatch):
+def test_a_full_segment_is_never_uploaded_again(store, monkeypatch):
   monkeypatch.setattr(log_files, "SEGMENT", 400)
   path = epath.Path(f"{_FOLDER}/metrics.jsonl")
   _write(path, range(60))
@@ -71,7 +71,7 @@ def test_a_resumed_run_drops_the_later_steps_of_all_segments(
     assert all(store.cat(name) == data for name, data in before.items())
 
 
-def test_a_log_that_earlier_versions_kept_whole_is_read_and_trimmed(store):
+def test_an_unsplit_log_of_earlier_versions_is_read_and_trimmed(store):
   path = epath.Path(f"{_FOLDER}/batches.jsonl")
   lines = [json.dumps({"step": step}) + "\n" for step in range(5)]
   path.write_bytes("".join(lines).encode() + b'{"step": 5, "cut')
@@ -84,7 +84,7 @@ def test_a_log_that_earlier_versions_kept_whole_is_read_and_trimmed(store):
   ]
 
 
-def test_segments_that_were_copied_to_a_disk_go_on_there(
+def test_segments_that_were_copied_to_a_disk_are_continued_there(
   store, monkeypatch, tmp_path
 ):
   monkeypatch.setattr(log_files, "SEGMENT", 400)
@@ -96,7 +96,7 @@ def test_segments_that_were_copied_to_a_disk_go_on_there(
   assert _steps(path) == list(range(25))
 
 
-def test_hyperparameters_stand_at_the_head_of_the_first_segment_alone(store):
+def test_hyperparameters_are_at_the_head_of_the_first_segment_only(store):
   path = epath.Path(f"{_FOLDER}/metrics.jsonl")
   for start in (0, 5):
     writer = writers.JsonLinesWriter(path, resume_step=start or None)
@@ -107,7 +107,7 @@ def test_hyperparameters_stand_at_the_head_of_the_first_segment_alone(store):
   assert ["hparams" in row for row in rows] == [True, False, False]
 
 
-def test_training_waits_for_no_store_and_sleeps_never(store, monkeypatch):
+def test_training_neither_waits_for_uploads_nor_sleeps(store, monkeypatch):
   """While the store hangs, lines are taken; then all of them are there."""
   release, sleepers = threading.Event(), set()
   kind = type(epath.Path(_FOLDER))
@@ -123,7 +123,7 @@ def test_training_waits_for_no_store_and_sleeps_never(store, monkeypatch):
 
   monkeypatch.setattr(kind, "write_bytes", hanging)
   monkeypatch.setattr(log_files.time, "sleep", sleep)
-  monkeypatch.setattr(log_files, "_LEAST", 0.2)
+  monkeypatch.setattr(log_files, "_MIN_SECONDS", 0.2)
   monkeypatch.setattr(log_files, "SEGMENT", 400)
   monkeypatch.setattr(event_files, "_SEGMENT", 400)
   writer = writers.create(_FOLDER)
@@ -137,9 +137,7 @@ def test_training_waits_for_no_store_and_sleeps_never(store, monkeypatch):
   assert threading.main_thread() not in sleepers
 
 
-def test_a_line_that_cannot_be_stored_is_an_error_and_not_lost_in_silence(
-  store, monkeypatch
-):
+def test_a_line_that_cannot_be_uploaded_is_an_error(store, monkeypatch):
   def refused(self, data):
     raise OSError("403")
 
@@ -179,7 +177,7 @@ def _failed(log):
   assert log._object._upload.exception(20)
 
 
-def test_what_one_upload_lost_is_stored_by_the_next(failing_once, caplog):
+def test_lines_of_a_failed_upload_are_in_the_next_one(failing_once, caplog):
   path = epath.Path(f"{_FOLDER}/a.jsonl")
   log = log_files.open_log(path)
   _failed(log)
@@ -190,7 +188,7 @@ def test_what_one_upload_lost_is_stored_by_the_next(failing_once, caplog):
   assert "503" in caplog.text  # noted, though nothing was lost
 
 
-def test_a_call_that_met_an_error_may_be_made_again(failing_once):
+def test_a_call_that_failed_may_be_repeated(failing_once):
   path = epath.Path(f"{_FOLDER}/a.jsonl")
   log = log_files.open_log(path)
   _failed(log)
@@ -203,7 +201,7 @@ def test_a_call_that_met_an_error_may_be_made_again(failing_once):
   log.close()
 
 
-def test_a_full_segment_is_stored_whole_after_an_error(
+def test_a_full_segment_is_uploaded_completely_after_an_error(
   failing_once, monkeypatch
 ):
   monkeypatch.setattr(log_files, "SEGMENT", 8)
@@ -219,7 +217,9 @@ def test_a_full_segment_is_stored_whole_after_an_error(
   assert piece.read_bytes() == b"first\n"
 
 
-def test_an_error_of_the_newest_segment_hides_none_before(store, monkeypatch):
+def test_an_error_of_the_newest_segment_hides_no_earlier_one(
+  store, monkeypatch
+):
   met = []
 
   def refused(self, data):

@@ -21,7 +21,7 @@ def arrays(tmp_path):
 
 
 def test_no_more_than_a_chunk_is_encoded_at_once(arrays, tmp_path, monkeypatch):
-  """What Orbax is given, and has not yet said to be written."""
+  """Records arrays that Orbax has got and not yet reported as written."""
   monkeypatch.setattr(mapped_arrays, "CHUNK_BYTES", 16384)
   serialize, in_work, most = ocp.type_handlers.NumpyHandler.serialize, [0], [0]
   lock, copied = threading.Lock(), []
@@ -46,7 +46,7 @@ def test_no_more_than_a_chunk_is_encoded_at_once(arrays, tmp_path, monkeypatch):
   assert not any(copied)
 
 
-def test_what_was_mapped_is_read_back_in_chunks(arrays, tmp_path, monkeypatch):
+def test_mapped_arrays_are_read_back_in_chunks(arrays, tmp_path, monkeypatch):
   monkeypatch.setattr(mapped_arrays, "CHUNK_BYTES", 16384)
   checkpoints.save_part(tmp_path / "model", "llm", arrays, {})
   stored = checkpoints.StoredPart(tmp_path / "model", "llm")

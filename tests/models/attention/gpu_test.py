@@ -60,7 +60,7 @@ def _with_gradients(form):
     ("odd", 4, {"context": 2}),
   ],
 )
-def test_what_the_library_is_asked_is_what_the_einsums_give(
+def test_the_cudnn_call_computes_what_the_einsums_compute(
   kind, groups, sizes, asked
 ):
   length = {"keys": 130, "odd": 129}.get(kind, 256)
@@ -95,7 +95,7 @@ def test_what_the_library_is_asked_is_what_the_einsums_give(
   assert {call["mask"] is None for call in asked} == {whole}
 
 
-def test_layers_choose_it_on_a_gpu(asked):
+def test_attention_uses_cudnn_on_a_gpu(asked):
   (query, key, value), _ = _arrays(4, 88, 257, 257, jnp.bfloat16)
   device = jax.sharding.AbstractDevice("gpu", None, "gpu")
   mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)

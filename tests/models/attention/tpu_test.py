@@ -90,7 +90,7 @@ def test_both_backward_kernels_give_the_gradients(monkeypatch):
   """The fused one is for rows of few blocks, the two others for long ones."""
   arrays = _arrays(256, 2)
   assert tpu.block_sizes(256, 256).use_fused_bwd_kernel
-  monkeypatch.setattr(tpu, "_MOST_FUSED", 0)
+  monkeypatch.setattr(tpu, "_MAX_FUSED_BLOCKS", 0)
   assert not tpu.block_sizes(256, 256).use_fused_bwd_kernel
   want = _einsums(arrays, causal=True)
   _assert_close(_kernel(arrays, {"context": 2}), want)
@@ -104,7 +104,7 @@ def test_both_backward_kernels_give_the_gradients(monkeypatch):
     (257, 257, 64, False, {"context": 2, "tensor": 2}),
   ],
 )
-def test_rows_that_see_later_keys_equal_the_einsums(
+def test_rows_without_a_causal_mask_equal_the_einsums(
   length, keys, dim, masked, sizes
 ):
   """Padding is not seen, nor masked keys; a row without any gives zeros."""
@@ -133,7 +133,7 @@ def test_half_precision_stays_half():
 def test_parts_of_the_sequence_get_equal_work():
   """Pairs that a causal mask leaves to each part, before and after trading."""
   length, parts = 1024, 4
-  places = tpu._traded(length, parts)
+  places = tpu._zigzag_positions(length, parts)
   assert sorted(places) == list(range(length))
   pairs = (places + 1).reshape(parts, -1).sum(1)
   assert pairs.max() == pairs.min()
@@ -287,14 +287,14 @@ def test_wide_float32_heads_leave_vector_memory_to_the_config():
 
 
 @pytest.mark.libtpu
-def test_making_parameters_warns_of_no_missing_kernel(caplog):
+def test_initializing_parameters_warns_of_no_missing_kernel(caplog):
   """Networks are looked at with one row, which no mesh divides."""
   pytest.importorskip("libtpu")
-  layers._say_no_kernel.cache_clear()
+  layers._warn_of_einsums.cache_clear()
   mesh = sharding.make_mesh({"fsdp": 4}, topology.devices("v5e:2x2"))
   rows = lambda count: jax.ShapeDtypeStruct((count, 256, 2, 64), jnp.bfloat16)
   with sharding.use(mesh):
     jax.eval_shape(layers.attention, *[rows(1)] * 3)
     assert not caplog.records
     jax.eval_shape(layers.attention, *[rows(6)] * 3)  # not by 4
-  assert "takes no kernel on this tpu" in caplog.text
+  assert "uses no kernel on this tpu" in caplog.text

@@ -118,7 +118,7 @@ def test_patches_are_in_raster_order():
   )
 
 
-def test_a_head_that_is_not_there_is_asked_for_in_vain():
+def test_the_head_of_an_encoder_without_one_is_refused():
   model, pixels = vision.EvaVit(CONFIG), jnp.zeros((1, 8, 8, 3))
   init = lambda key: model.init(key, pixels, use_head=True)
   with pytest.raises(ValueError, match=r"use_head=True.*head_dim_out=0"):

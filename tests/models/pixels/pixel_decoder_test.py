@@ -49,14 +49,6 @@ def model():
   return decoder, jax.jit(decoder.apply, compiler_options=_QUICK), variables
 
 
-def test_space_to_depth_keeps_a_patch_in_one_place():
-  x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
-  folded = pixel_decoder.space_to_depth(x, 2)
-  assert folded.shape == (2, 2, 3, 12)
-  np.testing.assert_array_equal(folded[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
-  np.testing.assert_array_equal(pixel_decoder.depth_to_space(folded, 2), x)
-
-
 def test_features_change_the_image_where_not_dropped(model):
   _, apply, variables = model
   drop = jnp.array([False, True, False])
@@ -69,7 +61,7 @@ def test_features_change_the_image_where_not_dropped(model):
   assert change[2] > 1e-3
 
 
-def test_masked_features_are_not_seen(model):
+def test_masked_features_change_nothing(model):
   _, apply, variables = model
   mask = jnp.array([[True, True, False, True]] * 3)
   keep = jnp.zeros(3, bool)
@@ -107,7 +99,7 @@ def test_the_grid_lays_features_out_in_raster_order(model):
   np.testing.assert_array_equal(np.asarray(change) > 0, reached)
 
 
-def test_a_drawing_depends_on_its_seed_not_on_its_batch(model):
+def test_a_sampled_image_depends_on_its_seed_not_on_its_batch(model):
   decoder, _, variables = model
   draw = lambda features, seeds: sampling.draw(
     decoder, schedules.PIXELS, variables, features, seeds, steps=3
@@ -120,7 +112,7 @@ def test_a_drawing_depends_on_its_seed_not_on_its_batch(model):
   assert together.max() <= 1
 
 
-def test_a_guided_drawing_of_factor_one_is_the_plain_one(model):
+def test_guidance_of_factor_one_equals_no_guidance(model):
   decoder, _, variables = model
   seeds = jnp.array([7, 8, 7])
 

@@ -62,7 +62,7 @@ def theirs():
 def params(theirs):
   """Theirs by the table."""
   found = {k: v.detach().numpy() for k, v in theirs.named_parameters()}
-  return names.to_ours(
+  return names.to_flax(
     safety_names.table(safety_names.generation(found)), found
   )
 
@@ -80,7 +80,7 @@ def test_the_same_images_are_withheld_as_by_diffusers(theirs, params):
   np.testing.assert_array_equal(ours, flags)
 
 
-def test_every_parameter_has_a_place(params):
+def test_every_parameter_has_an_entry_in_the_table(params):
   net = safety.SafetyChecker(_CONFIG)
   abstract = jax.eval_shape(
     net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))

@@ -59,7 +59,7 @@ def _recorded(kind, folder):
   config = config_lib.unet_config(fields)
   found = tensors.open_file(place / "diffusion_pytorch_model.bin")
   found = {name: tensor.read() for name, tensor in found.items()}
-  return arrays, config, names.to_ours(pixel_names.unet(config), found)
+  return arrays, config, names.to_flax(pixel_names.unet(config), found)
 
 
 def _errors(arrays, out, seen):
@@ -226,7 +226,7 @@ def test_a_unet_of_diffusers_is_reproduced(case):
   given = _inputs(fields, sides, masked, np.random.default_rng(seed))
   state, theirs = _diffusers(fields, given, seed)
   config = config_lib.unet_config(fields)
-  params = names.to_ours(pixel_names.unet(config), state)
+  params = names.to_flax(pixel_names.unet(config), state)
   out, _ = _jitted(config)(
     params,
     _nhwc(given["x"]),

@@ -42,7 +42,7 @@ def variables():
   return nn.meta.unbox(init(jax.random.key(0), _X))
 
 
-def test_latents_have_a_place_for_every_square_of_pixels(variables):
+def test_latents_have_one_position_per_square_of_pixels(variables):
   mean, logvar = _jit("encode")(variables, _X)
   assert mean.shape == logvar.shape == (2, 4, 6, 4)
   image = _jit("decode")(variables, mean)
@@ -60,7 +60,7 @@ def test_variances_are_kept_within_bounds(variables):
   np.testing.assert_array_equal(logvar, wanted)
 
 
-def test_noise_draws_latents_and_none_gives_their_means():
+def test_latents_are_sampled_with_noise_and_are_means_without():
   mean = jnp.full((1, 100, 100, 1), 3.0)
   logvar = jnp.full_like(mean, 2 * np.log(0.5))
   np.testing.assert_array_equal(vae.sample(mean, logvar), mean)
@@ -70,7 +70,7 @@ def test_noise_draws_latents_and_none_gives_their_means():
   assert abs(float(drawn.std()) - 0.5) < 0.02
 
 
-def test_upcast_models_compute_in_float32_whatever_is_asked():
+def test_upcast_models_compute_in_float32_with_every_dtype():
   asked = dataclasses.replace(_CONFIG, dtype="bfloat16")
   assert asked.compute_dtype == "float32"
   free = dataclasses.replace(asked, force_upcast=False)
@@ -193,7 +193,7 @@ def test_recorded_images_and_latents_are_reproduced(kind, folder):
   )
   found = {name: tensor.read() for name, tensor in found.items()}
   table = pixel_names.vae(config, pixel_names.vae_generation(found))
-  variables = {"params": names.to_ours(table, found)}
+  variables = {"params": names.to_flax(table, found)}
   with np.load(root / "vae.npz") as file:
     arrays = dict(file)
   model = vae.AutoencoderKL(config)
@@ -244,7 +244,7 @@ def test_an_autoencoder_of_diffusers_is_reproduced(case):
     tiled = theirs.decode(z).sample
   config = config_lib.vae_config(fields)
   state = {name: value.numpy() for name, value in theirs.state_dict().items()}
-  params = {"params": names.to_ours(pixel_names.vae(config), state)}
+  params = {"params": names.to_flax(pixel_names.vae(config), state)}
   model = vae.AutoencoderKL(config)
   mean, logvar = _jit("encode", model)(params, _nhwc(x))
   assert _error(mean, wanted.mean.numpy()) < 1e-5

@@ -105,7 +105,7 @@ def test_gradient_reaches_the_mask_of_dropped_patches():
   assert (np.abs(gradient[0]) > 1e-7).all()
 
 
-def test_a_image_without_codes_has_finite_gradients():
+def test_an_image_without_codes_has_finite_gradients():
   apply, variables, vectors = build()
   valid = jnp.zeros((2, 6), bool)
 

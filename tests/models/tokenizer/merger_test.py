@@ -92,7 +92,7 @@ def test_padding_of_the_capacity_changes_no_token():
 
 
 @pytest.mark.parametrize("form", ["soft", "compact"])
-def test_a_token_sees_earlier_kept_and_all_dropped_patches(form):
+def test_a_token_attends_to_earlier_kept_and_all_dropped_patches(form):
   apply, variables, features = build()
   keep = jnp.array([[1, 0, 1, 0, 1, 1]] * 2, bool)
 

@@ -269,7 +269,9 @@ def test_kmeans_on_eight_devices_is_that_on_one(monkeypatch):
   )
 
 
-def test_a_device_holds_its_own_vectors_and_a_block_of_distances(monkeypatch):
+def test_a_device_holds_its_shard_of_vectors_and_a_block_of_distances(
+  monkeypatch,
+):
   """Of XLA's program for eight devices, not of what was asked for."""
   run, spread, _, mesh = _kmeans_on_eight(monkeypatch)
   with sharding.use(mesh):
@@ -281,7 +283,7 @@ def test_a_device_holds_its_own_vectors_and_a_block_of_distances(monkeypatch):
   assert largest == 65 * 5, "all codes; no distances to all, not all vectors"
 
 
-def test_vectors_for_dead_codes_are_sent_by_who_has_them():
+def test_candidates_do_not_copy_the_batch_to_every_device():
   """A step's candidates: no device gets all vectors of the batch."""
   mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
   rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
@@ -330,7 +332,7 @@ def test_no_array_of_a_steps_sums_is_vectors_by_codes():
   assert largest == vectors * quantizer._BLOCK
 
 
-def test_dead_codes_are_revived_from_the_batch_and_live_on():
+def test_dead_codes_are_replaced_by_vectors_of_the_batch():
   z, _ = clusters()
   stats = quantizer.init_stats(jax.random.key(0), 8, 6)
   stats["counts"] = jnp.array([0.01, 5, 5, 5, 5, 5, 5, 0.02])

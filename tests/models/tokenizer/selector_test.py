@@ -1,4 +1,3 @@
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,20 +24,6 @@ def test_selector_matches_the_official_one():
   np.testing.assert_array_equal(mask, golden["out_keep"])
 
 
-def test_policy_weighs_the_global_average():
-  config = selector.SelectorConfig(width=8)
-  model = selector.TokenSelector(config)
-  features = jax.random.normal(jax.random.key(0), (2, 5, 8))
-  variables = nn.meta.unbox(model.init(jax.random.key(1), features))
-  policy = jnp.array([[1.0, 1, 0, 0, 1]] * 2)
-  changed = features.at[:, 2].add(3.0)  # a patch without weight
-  first = model.apply(variables, features, policy)
-  second = model.apply(variables, changed, policy)
-  others = np.array([0, 1, 3, 4])
-  np.testing.assert_array_equal(first[:, others], second[:, others])
-  assert float(jnp.abs(first - model.apply(variables, features)).max()) > 1e-5
-
-
 def test_mask_is_exactly_zero_or_one_and_passes_gradient():
   scores = jax.nn.log_softmax(
     jax.random.normal(jax.random.key(0), (64, 36, 2)) * 5
@@ -58,7 +43,7 @@ def test_mask_is_exactly_zero_or_one_and_passes_gradient():
   assert bool((gradient[mask == 0] != 0.0).mean() > 0.99)  # dropped ones too
 
 
-def test_samples_keep_with_the_probability_given():
+def test_sampled_masks_keep_patches_with_their_probability():
   keep = jnp.broadcast_to(jnp.array([0.1, 0.5, 0.8]), (4000, 3))
   noise = selector.gumbel(jax.random.key(0), keep.shape)
   mask = selector.mask_from_noise(log_probs(keep), noise)
@@ -88,7 +73,7 @@ def test_budget_breaks_ties_in_raster_order():
   np.testing.assert_array_equal(mask[0], [True, True, False])
 
 
-def test_random_masks_keep_the_share_asked_for():
+def test_random_masks_keep_the_requested_share():
   share = jnp.array([0.0, 0.25, 0.5, 1.0])
   mask = selector.random_mask(jax.random.key(0), (4, 36), share)
   np.testing.assert_array_equal(mask.sum(1), [1, 9, 18, 36])

@@ -85,7 +85,7 @@ def test_soft_training_form_equals_the_use_of_the_codes():
   np.testing.assert_allclose(soft, hard, atol=2e-6)
 
 
-def test_codes_are_asked_for_by_name():
+def test_encoding_without_a_codebook_is_refused():
   config = tokenizer.config_from_dict(small())
   model = tokenizer.DynamicVisualTokenizer(config)
   features = jnp.ones((1, 4, 8))
