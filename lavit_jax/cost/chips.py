@@ -1,33 +1,35 @@
-"""What accelerators can do at most, by the makers' own tables.
+"""Peak rates of accelerators, from their makers' tables.
 
-All figures are of one JAX device: the whole chip, but for TPU7x, whose chips
-are two devices each (two dies, no "megacore").
+All figures are for one JAX device. That is a whole chip, except for TPU7x,
+whose chips are two devices each (two dies, no "megacore").
 
-TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, as of 2026. Peak
+TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, as of 2026: peak
 bf16, int8 and fp8 FLOP/s, HBM and its bandwidth, "bidirectional ICI bandwidth
 per chip", "DCN bandwidth per chip" (v5p 50 Gbit/s, v6e and TPU7x 100; v5e has
-two cards of 100 Gbit/s for 8 chips). Held against these pages: v5e, v5p, v6e,
-TPU7x, and of v4 the FLOP/s and HBM (the page has 1200 GB/s, JAX's own table
-1230). int8 of v5p and v6e, which the pages leave out, is that of JAX
-(jax.experimental.pallas.tpu.get_tpu_info) and of "How to Scale Your Model",
-jax-ml.github.io/scaling-book/tpus. For TPU7x neither has a figure of int8: it
-counts as bf16. The page gives v5p and v6e in fp8 what they have in bf16.
+two cards of 100 Gbit/s for 8 chips). Compared with these pages: all of v5e,
+v5p, v6e and TPU7x; of v4 the FLOP/s and HBM (the page has 1200 GB/s, JAX's own
+table 1230). The pages leave out int8 of v5p and v6e: it is taken from JAX
+(jax.experimental.pallas.tpu.get_tpu_info) and "How to Scale Your Model",
+jax-ml.github.io/scaling-book/tpus. Neither has int8 of TPU7x, which counts as
+bf16. The page gives v5p and v6e the same rate in fp8 as in bf16.
 
-An ICI port carries the half of the bandwidth of a chip over the number of its
-ports, each way: v4 and v5e 50 GB/s, the others 100 nominal, of which the book
-finds 45 and 90 in use for v4, v5e and v5p (a newer edition has 45 for v4 alone,
-and the nominal ones); 90 % stands here for all.
+An ICI port carries half of the bandwidth of a chip over the number of its
+ports, each way: nominally 50 GB/s on v4 and v5e and 100 on the others. The
+book measures 45 and 90 in use for v4, v5e and v5p (a newer edition has 45 for
+v4 alone, and the nominal figures). 90 % is assumed here for all.
 
 GPUs: NVIDIA's data sheets "A100 Tensor Core GPU" (SXM, 80 and 40 GB), "H100
-Tensor Core GPU" and "H200 Tensor Core GPU" (SXM), dense. NVLink is a switched
-network: one axis, of which each way has half of the "NVLink bandwidth" (600 and
-900 GB/s). DCN is a DGX's: 8 cards of 200 or 400 Gbit/s for 8 devices.
+Tensor Core GPU" and "H200 Tensor Core GPU" (SXM), without sparsity. NVLink is a
+switched network: one axis, of which each way has half of the "NVLink bandwidth"
+(600 and 900 GB/s). DCN is a DGX's: 8 cards of 200 or 400 Gbit/s for 8 devices.
 
-Not held against their sources again: what ICI gives in use, ICI and DCN of v4,
+Not compared with a source again: ICI bandwidth in use, ICI and DCN of v4,
 `die_links` of TPU7x (six times a link, from memory), and the GPUs.
 """
 
 import dataclasses
+
+import jax
 
 _GB = 1e9
 _GIB = float(1 << 30)
@@ -35,21 +37,21 @@ _GIB = float(1 << 30)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-  """One device of an accelerator.
+  """Peak rates of one device of an accelerator.
 
   Attributes:
-    name: of the chip, as in topology names, "v5e".
-    kinds: JAX's `device.device_kind`.
-    flops: peak of bf16 products, FLOP/s.
-    int8: how many products in int8 take the time of one in bf16.
-    fp8: likewise in fp8.
-    hbm_bytes: memory.
+    name: of the chip, as in topology names: "v5e".
+    kinds: values of JAX's `device.device_kind`.
+    flops: peak rate of bf16 products, FLOP/s.
+    hbm_bytes: size of its memory.
     hbm_bandwidth: bytes/s.
     link_bandwidth: bytes/s of one link between chips, one way.
     torus_axes: axes of the torus; a chip has two links on each. 1: a switch.
     dcn_bandwidth: bytes/s of its share of a host's network, one way.
+    int8: int8 products in the time of one in bf16.
+    fp8: fp8 products in the time of one in bf16.
     devices_per_chip: devices that share the links of a chip.
-    die_links: links that would carry what devices of one chip send each other.
+    die_links: links equal in bandwidth to what joins the devices of one chip.
   """
 
   name: str
@@ -172,9 +174,9 @@ CHIPS = {
 _BY_KIND = {kind: chip for chip in CHIPS.values() for kind in chip.kinds}
 
 
-def of_device(device) -> Chip | None:
-  """The chip of a `jax.Device`, also of one of a topology; None if unknown.
+def of_device(device: jax.Device) -> Chip | None:
+  """Returns the chip of a device, real or of a topology; None if unknown.
 
-  CPUs are unknown: what they can do at most depends on too much.
+  CPUs are unknown: their peak depends on too much.
   """
   return _BY_KIND.get(device.device_kind)

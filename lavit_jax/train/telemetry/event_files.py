@@ -1,85 +1,93 @@
-"""TensorBoard event files without TensorFlow.
+"""TensorBoard event files, on a disk or in an object store.
 
-The format: tensorboard/compat/proto/{event,summary,tensor}.proto, framed as
-TFRecord (length, crc of it, bytes, crc of them; crc32c, masked). Only the few
-messages that training writes are encoded, by hand.
+Messages and records are TensorBoard's own, whose package needs no TensorFlow.
+Its `EventFileWriter` is not used: it reopens a remote file to append every
+record, and objects cannot be appended to. `log_files` stores segments instead.
 """
 
 import io
 import itertools
 import os
 import socket
-import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from concurrent import futures
 from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.plugins.hparams import summary_v2 as hparams_summary
+from tensorboard.plugins.image import metadata as image_metadata
+from tensorboard.summary.writer import record_writer
+from tensorboard.util import tensor_util
 
 from lavit_jax.core import closing
 from lavit_jax.core.storage import files, log_files
-from lavit_jax.train.telemetry import crc32c
 
+_PREFIX = "events.out.tfevents."
 _SERIAL = itertools.count()  # two writers in one second get two names
 _SEGMENT = 4 << 20  # bytes of a file in an object store
 
 
 class TensorBoardWriter:
-  """One event file in `directory`, readable by TensorBoard as it grows.
+  """Writes one event file, which TensorBoard can read as it grows.
 
-  In an object store a new one is begun every few MB: see `log_files`.
-  With `resume_step`, the file begins with a marker on which TensorBoard drops
-  what earlier files hold of later steps.
+  In an object store another one is begun every few MB: see `log_files`.
   """
 
   def __init__(
-    self, directory: str | os.PathLike, *, resume_step: int | None = None
+    self, directory: str | os.PathLike[str], *, resume_step: int | None = None
   ):
-    directory = epath.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    mark = "events.out.tfevents."
-    first = not any(p.name.startswith(mark) for p in files.listing(directory))
-    self._directory = directory
-    self._before = []  # what is still being stored of earlier files
-    self._begin()
-    if first or resume_step is not None:
-      start = _int(1, 1)  # SessionLog.status = START; the second one purges
-      self._event(0 if first else resume_step + 1, _bytes(7, start))
+    """Begins a file.
 
-  def _begin(self) -> None:
-    """Another file, which TensorBoard reads after those before it."""
+    Args:
+      directory: of the event files, made if it is missing.
+      resume_step: step from which an earlier run is resumed. The file begins
+        with a marker on which TensorBoard drops the later steps of earlier
+        files. None: nothing is dropped.
+    """
+    self._directory = epath.Path(directory)
+    self._directory.mkdir(parents=True, exist_ok=True)
+    is_first = not any(
+      path.name.startswith(_PREFIX) for path in files.listing(self._directory)
+    )
+    # Earlier files that are still being stored.
+    self._unfinished: list[futures.Future] = []
+    self._begin_file()
+    if is_first:
+      self._write(_session_start(step=0))
+    elif resume_step is not None:
+      self._write(_session_start(resume_step + 1))  # not the first one: purges
+
+  def _begin_file(self) -> None:
+    """Begins another file, which TensorBoard reads after those before it."""
     stamp = f"{int(time.time()):010d}.{socket.gethostname()}"
     # TensorBoard reads files in the order of their names: numbers are padded.
-    name = f"events.out.tfevents.{stamp}.{os.getpid()}.{next(_SERIAL):06d}"
-    self._file = log_files.open_object(self._directory / name)
-    self._event(0, _bytes(3, b"brain.Event:2"))
+    name = f"{_PREFIX}{stamp}.{os.getpid()}.{next(_SERIAL):06d}"
+    self._file: Any = log_files.open_object(self._directory / name)
+    self._records = record_writer.RecordWriter(self._file)
+    self._write(event_pb2.Event(file_version="brain.Event:2"))
 
-  def _event(self, step: int, payload: bytes) -> None:
+  def _write(self, event: event_pb2.Event) -> None:
     if files.is_remote(self._directory) and self._file.size > _SEGMENT:
-      self._before.append(self._file.finish())
-      self._begin()
-    head = _double(1, time.time()) + _int(2, int(step))
-    self._file.write(frame(head + payload))
-
-  def _summary(self, step: int, values: Sequence[bytes]) -> None:
-    summary = b"".join(_bytes(1, value) for value in values)
-    self._event(step, _bytes(5, summary))
+      self._unfinished.append(self._file.finish())
+      self._begin_file()
+    event.wall_time = time.time()
+    self._records.write(event.SerializeToString())
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     """See `writers.MetricWriter`."""
-    self._summary(
-      step,
-      [
-        _bytes(1, name.encode()) + _float(2, float(value))
-        for name, value in scalars.items()
-      ],
-    )
+    summary = summary_pb2.Summary()
+    for name, value in scalars.items():
+      summary.value.add(tag=name, simple_value=float(value))
+    self._write(event_pb2.Event(step=int(step), summary=summary))
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """See `writers.MetricWriter`; ValueError for another dtype or shape."""
-    values = []
+    summary = summary_pb2.Summary()
+    metadata = image_metadata.create_summary_metadata(None, None)
     for name, batch in images.items():
       batch = np.asarray(batch)
       if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
@@ -89,33 +97,32 @@ class TensorBoardWriter:
         )
       height, width = batch.shape[1:3]
       parts = [b"%d" % width, b"%d" % height, *map(_png, batch)]
-      values.append(_tensor_value(name, "images", parts))
-    self._summary(step, values)
-
-  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    """See `writers.MetricWriter`."""
-    values = [_tensor_value(k, "text", [t.encode()]) for k, t in texts.items()]
-    self._summary(step, values)
+      tensor = tensor_util.make_tensor_proto(parts, dtype=np.object_)
+      summary.value.add(tag=name, metadata=metadata, tensor=tensor)
+    self._write(event_pb2.Event(step=int(step), summary=summary))
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
     """See `writers.MetricWriter`; shown on TensorBoard's HPARAMS page."""
-    session = b"".join(
-      _bytes(1, _bytes(1, name.encode()) + _bytes(2, _plain_value(value)))
-      for name, value in hparams.items()
-    ) + _double(5, time.time())
-    content = _bytes(3, session)  # HParamsPluginData.session_start_info
-    tag = _bytes(1, b"_hparams_/session_start_info")
-    self._summary(0, [tag + _bytes(9, _metadata("hparams", content))])
+    plain = {name: _plain(value) for name, value in hparams.items()}
+    summary = hparams_summary.hparams_pb(plain)
+    self._write(event_pb2.Event(summary=summary))
 
   def flush(self) -> None:
     """See `writers.MetricWriter`."""
-    self._file.flush()
-    while self._before and self._before[0].done():
-      self._before.pop(0).result()  # raises what storing it met
+    self._records.flush()
+    while self._unfinished and self._unfinished[0].done():
+      self._unfinished.pop(0).result()  # raises the error of its upload
 
   def close(self) -> None:
     """See `writers.MetricWriter`; a second call closes nothing."""
-    closing.each([self._file.close, *(one.result for one in self._before)])
+    pending = [upload.result for upload in self._unfinished]
+    closing.each([self._records.close, *pending])
+
+
+def _session_start(step: int) -> event_pb2.Event:
+  """Returns the marker of a start; every one but the first purges."""
+  start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+  return event_pb2.Event(step=step, session_log=start)
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -124,67 +131,8 @@ def _png(image: np.ndarray) -> bytes:
   return buffer.getvalue()
 
 
-# Protocol buffers, the few wire types that events need. A field is its number
-# and wire type in one varint, then the value.
-
-
-def _varint(value: int) -> bytes:
-  value &= (1 << 64) - 1  # negative numbers are 64-bit two's complement
-  out = bytearray()
-  while value > 0x7F:
-    out.append(value & 0x7F | 0x80)
-    value >>= 7
-  return bytes(out) + bytes([value])
-
-
-def _int(field: int, value: int) -> bytes:
-  return _varint(field << 3) + _varint(value)
-
-
-def _double(field: int, value: float) -> bytes:
-  return _varint(field << 3 | 1) + struct.pack("<d", value)
-
-
-def _bytes(field: int, value: bytes) -> bytes:
-  return _varint(field << 3 | 2) + _varint(len(value)) + value
-
-
-def _float(field: int, value: float) -> bytes:
-  with np.errstate(over="ignore"):  # past float32: infinite, as TensorBoard has
-    return _varint(field << 3 | 5) + np.float32(value).tobytes()
-
-
-def _metadata(plugin: str, content: bytes = b"") -> bytes:
-  """SummaryMetadata of a plugin; data_class 2 is TENSOR."""
-  data = _bytes(1, plugin.encode()) + _bytes(2, content)
-  return _bytes(1, data) + (b"" if content else _int(4, 2))
-
-
-def _tensor_value(name: str, plugin: str, parts: Sequence[bytes]) -> bytes:
-  """Summary.Value with a tensor of strings [len(parts)]."""
-  shape = _bytes(2, _bytes(2, _int(1, len(parts))))
-  strings = b"".join(_bytes(8, part) for part in parts)
-  tensor = _int(1, 7) + shape + strings  # dtype 7 is DT_STRING
-  metadata = _bytes(9, _metadata(plugin))
-  return _bytes(1, name.encode()) + metadata + _bytes(8, tensor)
-
-
-def _plain_value(value: Any) -> bytes:
-  """google.protobuf.Value of a bool, a number, or anything's text."""
-  if isinstance(value, (bool, np.bool_)):
-    return _int(4, int(value))
-  if isinstance(value, (int, float, np.number)):
-    return _double(2, float(value))
-  return _bytes(3, str(value).encode())
-
-
-def frame(data: bytes) -> bytes:
-  """One TFRecord: length, masked crc of it, data, masked crc of it."""
-  length = struct.pack("<Q", len(data))
-  return length + _masked_crc(length) + data + _masked_crc(data)
-
-
-def _masked_crc(data: bytes) -> bytes:
-  crc = crc32c.crc32c(data)
-  rotated = (crc >> 15 | crc << 17) & 0xFFFFFFFF
-  return struct.pack("<I", (rotated + 0xA282EAD8) & 0xFFFFFFFF)
+def _plain(value: Any) -> bool | float | str:
+  """Returns a value as HPARAMS shows it: a bool, a number or text."""
+  if isinstance(value, np.generic):
+    value = value.item()
+  return value if isinstance(value, (bool, int, float)) else str(value)

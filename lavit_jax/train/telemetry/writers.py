@@ -1,7 +1,7 @@
-"""Metric writers: TensorBoard event files (no TensorFlow) and JSON lines.
+"""Metric writers: TensorBoard event files and JSON lines, without TensorFlow.
 
-The methods are those of clu's `MetricWriter`, whose own implementation imports
-TensorFlow. Only one process of a run may write; the caller sees to that.
+The methods are some of clu's `MetricWriter`, whose own implementation imports
+TensorFlow. Only one process of a run may write: the caller ensures it.
 """
 
 import errno
@@ -23,48 +23,48 @@ GOODPUT = "goodput.jsonl"  # beside metrics.jsonl; see `meter`
 
 
 class MetricWriter(Protocol):
-  """What every writer here can do; scalars are anything `float` takes."""
+  """The interface of every writer here."""
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Writes one number a name."""
+    """Writes {name: number}, of any type that `float` takes."""
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-    """Writes uint8[B, height, width, 3] a name."""
-
-  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    """Writes one text a name (TensorBoard shows it as Markdown)."""
+    """Writes {name: uint8[B, height, width, 3]}."""
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    """Writes what identifies the run, once: flat names and plain values."""
+    """Writes the settings of a run, once: flat names and JSON values."""
 
   def flush(self) -> None:
     """Puts everything written so far on disk."""
 
   def close(self) -> None:
-    """Flushes, and writes no more."""
+    """Flushes and closes; nothing may be written any more."""
 
 
 def create(
-  workdir: str | os.PathLike, *, resume_step: int | None = None
+  workdir: str | os.PathLike[str], *, resume_step: int | None = None
 ) -> "MultiWriter":
-  """Event files and `metrics.jsonl` in `workdir`, made if it is missing.
+  """Returns a writer of event files and `metrics.jsonl`.
 
-  `resume_step` is the step of the checkpoint that training goes on from: what
-  an earlier, killed run wrote after it is dropped. None keeps everything.
+  Args:
+    workdir: where they are written, made if it is missing.
+    resume_step: step of the checkpoint from which training is resumed. Rows of
+      later steps, written by a killed run, are dropped. None keeps all.
   """
-  workdir = epath.Path(workdir)
+  folder = epath.Path(workdir)
   return MultiWriter(
     [
-      event_files.TensorBoardWriter(workdir, resume_step=resume_step),
-      JsonLinesWriter(workdir / "metrics.jsonl", resume_step=resume_step),
+      event_files.TensorBoardWriter(folder, resume_step=resume_step),
+      JsonLinesWriter(folder / "metrics.jsonl", resume_step=resume_step),
     ]
   )
 
 
 class MultiWriter:
-  """Hands every call on to each of its writers."""
+  """Passes every call on to each of its writers."""
 
   def __init__(self, writers: Sequence[MetricWriter]):
+    """Takes the writers; without any, nothing is written."""
     self._writers = tuple(writers)
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -76,11 +76,6 @@ class MultiWriter:
     """See `MetricWriter`."""
     for writer in self._writers:
       writer.write_images(step, images)
-
-  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    """See `MetricWriter`."""
-    for writer in self._writers:
-      writer.write_texts(step, texts)
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
     """See `MetricWriter`."""
@@ -98,35 +93,43 @@ class MultiWriter:
 
 
 class JsonLinesWriter:
-  """One JSON object a line: `{"step": 3, "time": 17…, "loss": 0.5}`.
+  """Writes one JSON object a line: `{"step": 3, "time": 17…, "loss": 0.5}`.
 
   A number that is not finite is written as null (JSON has no NaN). Images
-  are left to the event files. A line that a kill cut short is dropped when the
-  file is opened again, and so are, with `resume_step`, later steps than it.
+  are left to the event files.
   """
 
   def __init__(
-    self, path: str | os.PathLike, *, resume_step: int | None = None
+    self, path: str | os.PathLike[str], *, resume_step: int | None = None
   ):
+    """Opens a file to append to; a line that a kill cut short is dropped.
+
+    Args:
+      path: of the file, made if it is missing.
+      resume_step: last step to keep; None keeps all.
+    """
     self._path = epath.Path(path)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     self._drop_after(math.inf if resume_step is None else resume_step)
     self._file = log_files.open_log(self._path)
 
   def _drop_after(self, step: float) -> None:
-    """Steps only grow: nothing is to be dropped before a piece that is kept."""
+    """Drops torn lines, and those of later steps.
+
+    Steps only grow: pieces before one that is kept whole are kept whole, too.
+    """
     for piece in reversed(log_files.pieces(self._path)):
       data = piece.read_bytes()
-      kept = [
+      kept = b"".join(
         line
         for line in data.splitlines(keepends=True)
         if (row := _parse_line(line)) is not None
         and ("step" not in row or row["step"] <= step)
-      ]
-      if len(whole := b"".join(kept)) == len(data) > 0:
+      )
+      if len(kept) == len(data) > 0:
         return
       if kept:
-        files.write_whole(piece, whole)
+        files.write_whole(piece, kept)
       else:
         piece.unlink()
 
@@ -138,28 +141,22 @@ class JsonLinesWriter:
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     """See `MetricWriter`."""
-    row = {"step": int(step), "time": round(time.time(), 3)}
+    row: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
     for name, value in scalars.items():
-      value = float(value)
-      row[name] = value if math.isfinite(value) else None
+      row[name] = _finite(float(value))
     self._write(row)
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """Writes nothing: images are in the event files."""
 
-  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    """See `MetricWriter`."""
-    row = {"step": int(step), "time": round(time.time(), 3)}
-    self._write(row | {"texts": dict(texts)})
-
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    """See `MetricWriter`; at the head of a new file only."""
+    """See `MetricWriter`; only the first line of a new file."""
     if self._file.empty:
       plain = json.loads(json.dumps(dict(hparams), default=str))
       self._write({"hparams": _finite(plain)})
 
   def flush(self) -> None:
-    """Hands the file to the disk, past the system's own buffer."""
+    """Writes the file through to the disk, past the system's own buffer."""
     self._file.sync()
 
   def close(self) -> None:
@@ -168,17 +165,17 @@ class JsonLinesWriter:
 
 
 def _finite(value: Any) -> Any:
-  """The same JSON value with null for every number that is not finite."""
+  """Returns a JSON value with null for every number that is not finite."""
   if isinstance(value, dict):
     return {key: _finite(item) for key, item in value.items()}
   if isinstance(value, list):
     return [_finite(item) for item in value]
-  broken = isinstance(value, float) and not math.isfinite(value)
-  return None if broken else value
+  is_number = isinstance(value, float)
+  return None if is_number and not math.isfinite(value) else value
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:
-  """The row of one whole line; None for a torn or foreign one."""
+  """Returns the row of one line; None for a torn or foreign one."""
   if not line.endswith(b"\n"):
     return None
   try:
@@ -188,8 +185,8 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
   return row if isinstance(row, dict) else None
 
 
-def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The whole rows of a metrics file or its segments, torn lines left out.
+def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """Reads the rows of a metrics file or its segments, without torn lines.
 
   Raises:
     FileNotFoundError: `path` does not exist.
@@ -201,12 +198,14 @@ def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
   return [row for row in map(_parse_line, lines) if row is not None]
 
 
-def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple]]:
-  """Rows to `{metric: [(step, value), …]}`, finite numbers only."""
-  found: dict[str, list[tuple]] = {}
+def curves(
+  rows: Sequence[Mapping[str, Any]],
+) -> dict[str, list[tuple[int, float]]]:
+  """Maps rows to `{metric: [(step, value), …]}`, finite numbers only."""
+  points: dict[str, list[tuple[int, float]]] = {}
   for row in rows:
     for name, value in row.items():
       number = isinstance(value, (int, float)) and not isinstance(value, bool)
       if number and name not in ("step", "time") and "step" in row:
-        found.setdefault(name, []).append((row["step"], float(value)))
-  return found
+        points.setdefault(name, []).append((row["step"], float(value)))
+  return points

@@ -1,4 +1,4 @@
-"""Where time goes, what is useful of it, and traces of chosen steps."""
+"""The time of a run by activity, useful FLOPs, and traces of chosen steps."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from tests.train import processes
 
 
 class _Clock:
-  """Seconds that pass only when told."""
+  """A clock that the test sets forward."""
 
   def __init__(self, now=1000.0):
     self.now = now
@@ -117,7 +117,7 @@ def test_padding_is_not_useful(micro_runs):
   objective = objectives.build(micro.config("pretrain", micro_runs))
   phase, batch = objective.last_phase, next(objective.batches(0))
   count = meter.useful_flops(objective, phase)
-  there = batch["segments"] > 0
+  used = batch["segments"] > 0
   lengths = [
     (row == segment).sum()
     for row in batch["segments"]
@@ -125,7 +125,7 @@ def test_padding_is_not_useful(micro_runs):
   ]
   segment = sum(n * n for n in lengths) / sum(lengths)  # mean over tokens
   parts = flops.of_step(objective, phase, segment=segment)
-  tokens, images = there.mean(), batch["keep"].any(-1).mean()
+  tokens, images = used.mean(), batch["keep"].any(-1).mean()
   assert 0.3 < tokens < 1
   assert 0 < images < 1
   by_hand = sum(
@@ -141,7 +141,7 @@ def test_padding_is_not_useful(micro_runs):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_run_says_where_its_time_went(micro_runs, tmp_path, monkeypatch):
+def test_a_run_writes_its_rates_and_goodput(micro_runs, tmp_path, monkeypatch):
   (root,) = micro.branch(micro_runs, tmp_path, 1)
   chip = dataclasses.replace(chips.CHIPS["v5e"], flops=1e12)
   monkeypatch.setattr(chips, "of_device", lambda _: chip)
@@ -178,7 +178,7 @@ def test_chosen_steps_are_traced(micro_runs, tmp_path):
   assert any(path.name.endswith(".xplane.pb") for path in traces)
 
 
-def test_a_trace_is_asked_for_by_two_steps_in_order(tmp_path):
+def test_a_trace_needs_two_steps_in_order(tmp_path):
   cfg = micro.config("encoder", tmp_path)
   cfg.log.profile = (5, 3)
   with pytest.raises(errors.ConfigError, match=r"log\.profile=\(5, 3\)"):
