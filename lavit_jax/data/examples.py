@@ -1,28 +1,35 @@
-"""What a dataset is: images by index, and examples that point at them.
+"""Datasets as images by index and examples that refer to them.
 
-A source knows images and words, never a tokenizer or a sequence. An example
-is a list of parts in reading order; `sequences.build` turns it into tokens.
+A source holds images and texts; it knows neither tokenizer nor sequences. An
+example is a list of parts in reading order; `sequences.build` turns it into
+tokens.
 """
 
 import dataclasses
 import hashlib
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 TASKS = ("image_text", "text_image", "edit", "vqa", "document", "text")
-QUESTION = "Question: {} Answer:"  # the prompt of LaVIT's own evaluation
-# Loss weight of an answer's tokens: it is one or two of them, where a caption
-# or an image is fifteen.
+QUESTION = "Question: {} Answer:"  # prompt of LaVIT's own evaluation
+# Loss weight of an answer's tokens: an answer has one or two of them, a
+# caption or an image about fifteen.
 ANSWER_WEIGHT = 4.0
 
 
+# `contents.of` hashes the repr of examples, so that a run notices changed
+# data: names of these classes, names and order of their fields stay.
 @dataclasses.dataclass(frozen=True)
 class TextPart:
-  """A run of text; `weight` is the loss weight of each of its tokens.
+  """A piece of text.
 
-  end: its last token learns </s> as what follows it, though another part
-  does: the end of an answer within a dialogue.
+  Attributes:
+    text: the text.
+    weight: loss weight of each of its tokens.
+    end: whether </s> is the target of its last token even if another part
+      follows, as at the end of an answer within a dialogue.
   """
 
   text: str
@@ -32,11 +39,13 @@ class TextPart:
 
 @dataclasses.dataclass(frozen=True)
 class ImagePart:
-  """An image: index `image` of the source.
+  """An image.
 
-  write=False: a condition, read as continuous tokens; write=True: a target,
-  written as code ids. `weight` is the loss weight of its code targets and of
-  the two image tokens round it.
+  Attributes:
+    image: index of the image in its source.
+    write: False for a condition, read as continuous tokens; True for a target,
+      written as code ids.
+    weight: loss weight of its code targets and of [IMG] and [/IMG].
   """
 
   image: int
@@ -44,79 +53,138 @@ class ImagePart:
   weight: float = 1.0
 
 
+Part = TextPart | ImagePart
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One document: `key` names it in logs, `task` is one of TASKS."""
+  """One document.
+
+  Attributes:
+    key: its name in logs.
+    task: one of TASKS.
+    parts: in reading order.
+  """
 
   key: str
   task: str
-  parts: tuple
+  parts: tuple[Part, ...]
 
 
 @runtime_checkable
 class Source(Protocol):
-  """A random-access dataset of images and of examples by task.
+  """A random-access dataset of images, and of examples of each task.
 
-  Every method is a pure function of its arguments, so that a row of training
-  data depends on nothing but its number.
+  Every method is a pure function of its arguments and may be called from any
+  thread, so that a row of training data depends only on its number.
+
+  A source may also be a `HasEncodedImages`, `HasStorage` or `HasContents`; one
+  that is read from a file has its location as `path`.
   """
 
-  name: str
-  image_size: int
-  num_images: int
+  @property
+  def name(self) -> str:
+    """Name of the dataset, for messages and fingerprints."""
+
+  @property
+  def image_size(self) -> int:
+    """Height and width of all images, in pixels."""
+
+  @property
+  def num_images(self) -> int:
+    """Number of images."""
 
   def image(self, i: int) -> np.ndarray:
-    """Image i as uint8[size, size, 3]; images.ImageError for a bad one."""
+    """Returns image i, uint8[image_size, image_size, 3].
+
+    Raises:
+      image_io.ImageError: the image is missing or cannot be decoded.
+    """
 
   def image_key(self, i: int) -> str:
-    """Name of image i for logs and fingerprints."""
+    """Returns the name of image i, for logs and fingerprints."""
 
-  def captions(self, i: int) -> list:
-    """The captions of image i, list[str], possibly empty."""
+  def captions(self, i: int) -> list[str]:
+    """Returns the captions of image i, possibly none."""
 
-  def tasks(self) -> tuple:
-    """The tasks this source has examples of, in a fixed order."""
+  def tasks(self) -> tuple[str, ...]:
+    """Returns the tasks that this source has examples of, in a fixed order."""
 
   def num_examples(self, task: str) -> int:
-    """Number of examples of a task."""
+    """Returns the number of examples of a task."""
 
   def example(self, task: str, i: int) -> Example:
-    """Example i of a task, without decoding an image."""
+    """Returns example i of a task; decodes no image."""
 
 
-def image_text(key, image, caption):
-  """An image is read, its caption is written."""
+@runtime_checkable
+class HasEncodedImages(Protocol):
+  """A source whose images exist at their own size, not only as squares."""
+
+  def encoded(self, i: int) -> Any:
+    """Returns image i as `image_io.load` takes it: a path, or bytes."""
+
+
+@runtime_checkable
+class HasStorage(Protocol):
+  """A source that knows where its images are stored."""
+
+  def stored(self) -> str:
+    """Returns a digest of the files and fields that hold the images."""
+
+
+@runtime_checkable
+class HasContents(Protocol):
+  """A source that computes the digest of its contents itself."""
+
+  def contents(self) -> str:
+    """Returns a digest of the images' names, the texts and their order."""
+
+
+def image_text(key: str, image: int, caption: str) -> Example:
+  """Returns an example that reads an image and writes its caption."""
   parts = (ImagePart(image, write=False), TextPart(caption))
   return Example(key, "image_text", parts)
 
 
-def text_image(key, image, caption):
-  """A caption is read, its image is written."""
+def text_image(key: str, image: int, caption: str) -> Example:
+  """Returns an example that reads a caption and writes its image."""
   parts = (TextPart(caption), ImagePart(image, write=True))
   return Example(key, "text_image", parts)
 
 
-def vqa(key, image, question, answer):
-  """An image and a question are read, the answer alone is learnt."""
+def vqa(key: str, image: int, question: str, answer: str) -> Example:
+  """Returns an example that reads an image and a question.
+
+  Only the answer is learnt.
+  """
   return dialogue(key, image, [(question, answer)])
 
 
-def dialogue(key, image, turns):
-  """An image and questions on it, a vqa example; the answers are learnt.
+def dialogue(key: str, image: int, turns: Iterable[tuple[str, str]]) -> Example:
+  """Returns a vqa example of one image and several questions about it.
 
-  `turns` are (question, answer) pairs. Questions have no weight, so the one
-  thing learnt to follow an answer is the end: a question alone is answered as
-  the first of several is.
+  Only answers are learnt. Questions have no weight, so the only thing that is
+  learnt to follow an answer is the end: a single question is answered like the
+  first of several.
+
+  Args:
+    key: name of the example in logs.
+    image: index of the image.
+    turns: (question, answer) pairs.
   """
-  parts = [ImagePart(image, write=False, weight=0.0)]
+  parts: list[Part] = [ImagePart(image, write=False, weight=0.0)]
   for question, answer in turns:
     parts.append(TextPart(QUESTION.format(question), weight=0.0))
     parts.append(TextPart(" " + answer, weight=ANSWER_WEIGHT))
   return Example(key, "vqa", tuple(parts))
 
 
-def edit(key, image, instruction, result):
-  """An image and an instruction are read, the changed image is written."""
+def edit(key: str, image: int, instruction: str, result: int) -> Example:
+  """Returns an example that reads an image and an instruction.
+
+  The changed image, number `result`, is written.
+  """
   parts = (
     ImagePart(image, write=False, weight=0.0),
     TextPart(instruction, weight=0.0),
@@ -125,16 +193,16 @@ def edit(key, image, instruction, result):
   return Example(key, "edit", parts)
 
 
-def text(key, words):
-  """Plain text."""
-  return Example(key, "text", (TextPart(words),))
+def text(key: str, content: str) -> Example:
+  """Returns an example of plain text."""
+  return Example(key, "text", (TextPart(content),))
 
 
-def fingerprint(source) -> str:
-  """Hex digest of which images a source holds, at which size.
+def fingerprint(source: Source) -> str:
+  """Returns a hex digest of which images a source has, at which size.
 
-  A code cache records it, so that codes of one dataset are never taken for
-  those of another. Covers names and order, not pixels: `image_bytes.py`.
+  A code cache stores it, so that codes of one dataset are never taken for
+  those of another. Covers names and order; of the pixels see `image_bytes.py`.
   """
   digest = hashlib.sha256()
   head = (source.name, source.image_size, source.num_images)

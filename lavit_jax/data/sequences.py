@@ -1,4 +1,4 @@
-"""Examples to token sequences: LaVIT's unified form (paper, section 3.2).
+"""Turns examples into token sequences, LaVIT's unified form (section 3.2).
 
   image read:     [IMG] continuous tokens [/IMG]   (targets are its codes)
   image written:  [IMG] code ids [/IMG]
@@ -7,14 +7,16 @@
 There is no <s>. An image that ends a document is ended by [/IMG] alone.
 
 Within a dialogue </s> is the target at the last token of each answer
-(`examples.TextPart.end`), but never a token that is read: what stands before
-a later question is what a prompt of the same texts gives (`infer/prompts`,
-where a text cannot hold </s>), and the question itself is not learnt. Both
-make a text's ids by `text_ids`, which knows nothing of who speaks, nor of what
-follows: where a prompt ends, what is generated begins as it does in training.
+(`examples.TextPart.end`), but never an input: the tokens before a later
+question are those of a prompt with the same texts (`infer/prompts`, where a
+text cannot hold </s>), and the question itself is not learnt. Training and
+prompts both take a text's ids from `text_ids`, which knows neither the speaker
+nor what follows: where a prompt ends, generation starts as in training.
 """
 
 import dataclasses
+from collections.abc import Sequence as SequenceOf
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,46 +25,75 @@ from lavit_jax.core import vocabulary as vocabulary_lib
 from lavit_jax.data import examples
 
 
+class Codes(Protocol):
+  """Code ids and keep masks of a source's images: what a CodeCache reads."""
+
+  directory: Any
+  meta: Any  # a caches.codes.Meta
+  counts: np.ndarray  # int32[num_images], codes of each image; -1: bad image
+
+  def __len__(self) -> int: ...
+
+  @property
+  def num_patches(self) -> int:
+    """N, patches of an image."""
+
+  def keep(self, i: int) -> np.ndarray:
+    """Returns which patches of image i are kept, bool[N]."""
+
+  def codes(self, i: int) -> np.ndarray:
+    """Returns the code ids of image i, int32[k]."""
+
+
 class Unusable(Exception):
-  """An example that cannot become a sequence; says why, is skipped."""
+  """An example that cannot become a sequence, and is skipped; says why."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sequence:
   """One document of n positions; position j predicts token j + 1.
 
-  Where an answer within a dialogue ends, </s> is predicted in its place.
+  Where an answer within a dialogue ends, </s> is predicted instead.
 
-  tokens, targets: int32[n]; weights: float32[n], the loss weight of targets;
-  slot: int32[n], which of `images` a position reads, -1 for none;
-  order: int32[n], which of its merged tokens (0, 1, …; 0 elsewhere);
-  images: the image indices that are read, in reading order, each once.
+  Attributes:
+    tokens: int32[n], inputs.
+    targets: int32[n].
+    weights: float32[n], loss weight of each target.
+    image_index: int32[n], index into `images` of the image whose continuous
+      token is the input at this position; -1 for none.
+    token_index: int32[n], which merged token of that image it is; 0 elsewhere.
+    images: indices of the images that are read, in reading order, each once.
   """
 
   tokens: np.ndarray
   targets: np.ndarray
   weights: np.ndarray
-  slot: np.ndarray
-  order: np.ndarray
-  images: tuple
+  image_index: np.ndarray
+  token_index: np.ndarray
+  images: tuple[int, ...]
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.tokens)
 
 
-def text_ids(tokenizer, text, before=""):
-  """Ids of one text part: " red" gives what "red" gives.
+def text_ids(
+  tokenizer: vocabulary_lib.TextTokenizer, text: str, before: str = ""
+) -> list[int]:
+  r"""Returns the ids of one text part: " red" has those of "red".
 
-  SentencePiece puts a space before a text by itself, so the one that joins
-  a part to its predecessor is dropped. Where other white space stands between
-  them none is put: "- one" behind "List:\\n" has the ids that it has in
-  "List:\\n- one", unless a piece there lies across the boundary. So whatever
-  is learnt of them, the ids of the first texts never depend on those behind.
+  SentencePiece puts a space before each text, so a space that joins a part to
+  the one before it is dropped. Where other white space separates them, none is
+  added: "- one" after "List:\n" has the ids that it has in "List:\n- one",
+  unless a piece of that text spans the boundary. So the ids of the first texts
+  never depend on those that follow, however texts are weighted.
 
   Args:
     tokenizer: a vocabulary.TextTokenizer.
     text: of the part.
-    before: the text right before it, "" if none or an image stands there.
+    before: the text right before it; "" after an image and at the start.
+
+  Raises:
+    vocabulary.BadText: the text cannot be encoded.
   """
   alone = tokenizer.encode(text.removeprefix(" "))
   spaced = text[:1] == " " and not text[1:2].isspace()
@@ -76,116 +107,154 @@ def text_ids(tokenizer, text, before=""):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Span:
-  """A part with its number of ids; `ids` int32[count], None for an image."""
+  """A part with its ids.
 
-  part: examples.TextPart | examples.ImagePart
+  Attributes:
+    part: the part.
+    ids: int32[count]; None for an image, whose codes `assemble` reads.
+    count: number of ids, of [IMG] and [/IMG] too.
+  """
+
+  part: examples.Part
   ids: np.ndarray | None
   count: int
 
   @classmethod
-  def of(cls, part, ids):
-    """The span of a text part with these ids."""
+  def of(cls, part: examples.Part, ids: SequenceOf[int] | np.ndarray) -> "Span":
+    """Returns the span of a text part with these ids."""
     return cls(part, np.asarray(ids, np.int32), len(ids))
 
-  def ended(self):
-    """The same with </s> behind it."""
+  def ended(self) -> "Span":
+    """Returns the span of the same text with </s> after it."""
+    assert self.ids is not None
     return Span.of(self.part, np.append(self.ids, vocabulary_lib.EOS_ID))
 
 
-def spans(example, cache, tokenizer):
-  """The parts of an example with their lengths, </s> included.
+def spans(
+  example: examples.Example,
+  cache: Codes | None,
+  tokenizer: vocabulary_lib.TextTokenizer,
+) -> tuple[Span, ...]:
+  """Returns the parts of an example with their lengths, </s> included.
 
-  Needs the counts of the cache only: neither an image nor its codes.
+  Reads only the counts of the cache, neither images nor codes.
 
   Args:
-    example: an examples.Example.
+    example: the example.
     cache: the source's CodeCache; None if the example has no image.
     tokenizer: a vocabulary.TextTokenizer.
 
-  Returns:
-    tuple of Span.
-
   Raises:
-    Unusable: an image could not be tokenised, a text cannot be or is empty
-      (a document's empty texts are passed over), or nothing is to be learnt.
+    Unusable: an image could not be tokenised, a text is empty (a document's
+      empty texts are left out) or cannot be encoded, or nothing has a weight.
+    errors.DataError: the example has an image, but there is no cache.
   """
-  out, before = [], ""
+  out: list[Span] = []
+  before = ""
   for part in example.parts:
-    if isinstance(part, examples.TextPart):
-      try:
-        ids = text_ids(tokenizer, part.text, before)
-      except vocabulary_lib.BadText as error:
-        raise Unusable(str(error)) from error
-      before = part.text or before
-      if ids:
-        out.append(Span.of(part, ids))
-      elif example.task != "document":
-        raise Unusable("has an empty text")
-    else:
+    if isinstance(part, examples.ImagePart):
       out.append(Span(part, None, _count(example, part, cache) + 2))
       before = ""
-  if out and out[-1].ids is not None:
-    out[-1] = out[-1].ended()
+      continue
+    try:
+      ids = text_ids(tokenizer, part.text, before)
+    except vocabulary_lib.BadText as error:
+      raise Unusable(str(error)) from error
+    before = part.text or before
+    if ids:
+      out.append(Span.of(part, ids))
+    elif example.task != "document":
+      raise Unusable("has an empty text")
   if not out:
     raise Unusable("is empty")
-  if not any([s.part.weight for s in out for _ in range(s.count)][1:]):
-    raise Unusable("holds nothing to learn: no part has a weight")
+  if out[-1].ids is not None:
+    out[-1] = out[-1].ended()
+  _check_learnt(out)
   return tuple(out)
 
 
-def size(parts):
-  """(positions, images read) of the Sequence that `assemble` will make."""
-  read = {s.part.image for s in parts if s.ids is None and not s.part.write}
+def _check_learnt(parts):
+  """Raises Unusable unless a target has a weight; the first id is no target."""
+  if not any([s.part.weight for s in parts for _ in range(s.count)][1:]):
+    raise Unusable("holds nothing to learn: no part has a weight")
+
+
+def size(parts: SequenceOf[Span]) -> tuple[int, int]:
+  """Returns (positions, images read) of the Sequence `assemble` will make."""
+  read = {
+    s.part.image
+    for s in parts
+    if isinstance(s.part, examples.ImagePart) and not s.part.write
+  }
   return sum(s.count for s in parts) - 1, len(read)
 
 
-def assemble(parts, cache, vocabulary):
-  """Makes the Sequence of `spans`; reads the codes, not the images."""
-  ids, weights, slot, order, images, ends = [], [], [], [], [], []
+def assemble(
+  parts: SequenceOf[Span],
+  cache: Codes | None,
+  vocabulary: vocabulary_lib.Vocabulary,
+) -> Sequence:
+  """Returns the Sequence of `spans`; reads codes, but no image."""
+  images: list[int] = []
+  rows = [_expand(span, cache, vocabulary, images) for span in parts]
+  ids, image_index, token_index = (
+    np.concatenate(column).astype(np.int32)
+    for column in zip(*rows, strict=True)
+  )
+  weights = np.array([span.part.weight for span in parts], np.float32)
+  weights = np.repeat(weights, [span.count for span in parts])[1:]
+  targets, last = ids[1:].copy(), -1
   for span in parts:
-    slots, orders = [-1] * span.count, [0] * span.count
-    if span.ids is not None:
-      new = span.ids.tolist()
-      if span.part.end:
-        ends.append((len(ids) + span.count - 1, span.part.weight))
-    else:
-      codes = vocabulary.to_ids(cache.codes(span.part.image)).tolist()
-      new = [vocabulary.image_begin, *codes, vocabulary.image_end]
-      if not span.part.write:
-        if span.part.image not in images:
-          images.append(span.part.image)
-        slots[1:-1] = [images.index(span.part.image)] * len(codes)
-        orders[1:-1] = range(len(codes))
-    ids += new
-    slot += slots
-    order += orders
-    weights += [span.part.weight] * span.count
-  targets, weights = ids[1:], weights[1:]
-  for place, weight in ends:
-    if place < len(targets):  # the very last id is </s> already
-      targets[place], weights[place] = vocabulary_lib.EOS_ID, weight
+    last += span.count  # index of its last id; the very last id is </s> already
+    ends = isinstance(span.part, examples.TextPart) and span.part.end
+    if ends and last < len(targets):
+      targets[last], weights[last] = vocabulary_lib.EOS_ID, span.part.weight
   return Sequence(
-    tokens=np.array(ids[:-1], np.int32),
-    targets=np.array(targets, np.int32),
-    weights=np.array(weights, np.float32),
-    slot=np.array(slot[:-1], np.int32),
-    order=np.array(order[:-1], np.int32),
+    tokens=ids[:-1],
+    targets=targets,
+    weights=weights,
+    image_index=image_index[:-1],
+    token_index=token_index[:-1],
     images=tuple(images),
   )
 
 
-def build(example, cache, tokenizer, vocabulary):
-  """Makes the Sequence of one example: `assemble` of its `spans`.
+def _expand(span, cache, vocabulary, images):
+  """Returns (ids, image_index, token_index) of a span.
+
+  An image that is read is added to `images`.
+  """
+  image_index, token_index = np.full(span.count, -1), np.zeros(span.count, int)
+  if span.ids is not None:
+    return span.ids, image_index, token_index
+  image = span.part.image
+  codes = vocabulary.to_ids(cache.codes(image)).tolist()
+  ids = [vocabulary.image_begin, *codes, vocabulary.image_end]
+  if not span.part.write:
+    if image not in images:
+      images.append(image)
+    image_index[1:-1] = images.index(image)
+    token_index[1:-1] = np.arange(len(codes))
+  return ids, image_index, token_index
+
+
+def build(
+  example: examples.Example,
+  cache: Codes | None,
+  tokenizer: vocabulary_lib.TextTokenizer,
+  vocabulary: vocabulary_lib.Vocabulary,
+) -> Sequence:
+  """Returns the Sequence of one example: `assemble` of its `spans`.
 
   An image followed by "red": [IMG] c0 c1 [/IMG] ▁red </s> becomes the five
   tokens [IMG] c0 c1 [/IMG] ▁red with the targets c0 c1 [/IMG] ▁red </s>,
-  slot -1 0 0 -1 -1 and order 0 0 1 0 0.
+  image_index -1 0 0 -1 -1 and token_index 0 0 1 0 0.
   """
   return assemble(spans(example, cache, tokenizer), cache, vocabulary)
 
 
 def _count(example, part, cache):
-  """Number of codes of an image; errors.DataError without a cache."""
+  """Returns the number of codes of an image; DataError without a cache."""
   if cache is None:
     raise errors.DataError(
       f"Example {example.key} has an image, but its source has no code cache."

@@ -1,11 +1,9 @@
-"""`lavit latents`: the latents of a whole dataset, on disk.
-
-What `lavit tokenize` is for words.
-"""
+"""Writes an autoencoder's latents of a dataset to disk (`lavit latents`)."""
 
 import io
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,55 +16,47 @@ from lavit_jax.data.batching import bucket_rows
 from lavit_jax.data.batching import buckets as buckets_lib
 from lavit_jax.data.caches import latents
 from lavit_jax.data.sources import kinds
-from lavit_jax.train.objectives import conditioning
-from lavit_jax.train.objectives.frozen import latent_parts
+from lavit_jax.train.objectives.frozen import conditioning, latent_parts
 
 
 def write_cache(
-  model,
+  model: str | os.PathLike[str],
   kind: str,
   data: Mapping[str, Any],
-  out,
+  out: str | os.PathLike[str],
   *,
   split: str = "train",
   batch: int = 8,
   quiet: bool = False,
 ) -> dict[str, Any]:
-  """Writes the latents of every image, each cut to its bucket.
+  """Writes the latents of all images, each cropped to its bucket.
 
-  Interrupt it anywhere and call it again: it goes on. Images that cannot be
-  read are marked, counted and named in the log.
+  If it is interrupted, the next call resumes. Images that cannot be read are
+  marked in the cache, counted and logged.
 
   Args:
     model: a model directory whose part `kind`_pixels has an autoencoder.
     kind: "lowres" or "highres".
-    data: config.data of the training to come, its `buckets` included.
+    data: config.data of the training that will use the cache, with `buckets`.
     out: the cache's directory; it appears when it is complete.
     split: "train" or "held_out".
     batch: images encoded at once.
     quiet: no progress bar.
 
   Returns:
-    `images`, `bad`, `bytes`, `out`.
+    `images`, the number of images; `bad`, that of unreadable ones; `bytes`, the
+    size of the cache; `out`, the directory.
 
   Raises:
-    errors.LavitError: as of the data, the model and `caches.latents.write`.
+    errors.LavitError: the model has no autoencoder, the data cannot be read,
+      or the directory holds another cache.
   """
   files.require_local(out, "a latent cache")
   source = kinds.build(data, split)
-  net, params = latent_parts.load_vae(model, kind)
+  net, params = latent_parts.load_vae(os.fspath(model), kind)
   latent_parts.check_buckets(data["buckets"], net.config)
-  meta = latents.Meta(
-    source=examples.fingerprint(source),
-    vae=latent_parts.fingerprint(params, net.config),
-    num_images=source.num_images,
-    buckets=data["buckets"],
-    scale=net.config.scale,
-    channels=net.config.latent_channels,
-    data=kinds.describe(data, split, source),
-    model=str(model),
-    pictures=image_bytes.of(source),
-  )
+  description = kinds.describe(data, split, source)
+  meta = _meta(source, data["buckets"], net, params, description, model)
   assigned = buckets_lib.assign(buckets_lib.sizes_of(source), meta.buckets)
   log = faults.FaultLog("images", faults.share_of(data))
   encode = _encoder(net, params)
@@ -76,14 +66,10 @@ def write_cache(
     label=f"latents {split}",
     stream=io.StringIO() if quiet else None,
   ) as bar:
-    written = latents.write(
-      out,
-      lambda numbers: _records(
-        source, meta, assigned, numbers, (encode, batch), log, bar
-      ),
-      meta,
-      assigned,
+    records = lambda numbers: _records(
+      source, meta, assigned, numbers, (encode, batch), log, bar
     )
+    written = latents.write(out, records, meta, assigned)
   good = sum(written.good(i) for i in range(len(written)))
   return {
     "images": len(written),
@@ -93,8 +79,23 @@ def write_cache(
   }
 
 
+def _meta(source, buckets, net, params, description, model):
+  """Returns what the cache is made from."""
+  return latents.Meta(
+    source=examples.fingerprint(source),
+    vae=latent_parts.fingerprint(params, net.config),
+    num_images=source.num_images,
+    buckets=buckets,
+    scale=net.config.scale,
+    channels=net.config.latent_channels,
+    data=description,
+    model=str(model),
+    pictures=image_bytes.of(source),
+  )
+
+
 def _encoder(net, params):
-  """uint8[B, H, W, 3] to mean latents float16[B, h, w, C], compiled."""
+  """Returns a function from uint8[B, H, W, 3] to means float16[B, h, w, C]."""
 
   @jax.jit
   def encode(params, images):
@@ -106,8 +107,10 @@ def _encoder(net, params):
   return lambda images: np.asarray(encode(params, images))
 
 
-def _records(source, meta, assigned, numbers, encoder, log, bar):
-  """Latents of images; None for a bad one."""
+def _records(
+  source, meta, assigned, numbers, encoder, log, bar
+) -> Iterator[latents.Record]:
+  """Yields latents of the images `numbers`; None for a bad one."""
   encode, size = encoder
   done = before = int((assigned != buckets_lib.NONE).sum()) - len(numbers)
   for chunk in _chunks(numbers, assigned, size):
@@ -124,15 +127,15 @@ def _records(source, meta, assigned, numbers, encoder, log, bar):
       except image_io.ImageError as error:
         log.fault(source.image_key(int(i)), error)
     if not before and done + len(chunk) == len(numbers):
-      log.check()  # fewer than a share is judged by: all of them, then
-    made = encode(pixels)
-    yield from (made[row] if fine else None for row, fine in enumerate(good))
+      log.check()  # there may be too few images for `log.fault` to check
+    encoded = encode(pixels)
+    yield from (encoded[row] if ok else None for row, ok in enumerate(good))
     done += len(chunk)
     bar.update(done, examples=len(chunk))
 
 
 def _chunks(numbers, assigned, size):
-  """Images in order, at most `size` at once and all of one bucket."""
+  """Yields chunks of at most `size` images, in order, each of one bucket."""
   start = 0
   for end in range(1, len(numbers) + 1):
     full = end - start == size or end == len(numbers)

@@ -1,18 +1,22 @@
-"""Every stage in a row on the embedded default, or on the user's own jsonl.
+"""Trains every stage in order, on the embedded shapes or a user's jsonl file.
 
 encoder -> tokenizer -> code cache -> pixels -> pretrain -> evaluation ->
-report. Interrupt it anywhere and run it again: finished stages are skipped,
-and the one that was running resumes from its checkpoint.
+report. If it is interrupted, the next call skips finished stages and resumes
+the unfinished one from its checkpoint.
 """
 
 import importlib
 import json
 import math
+import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_collections
+
+from lavit_jax.configs.tiny import common
 from lavit_jax.core import agreement, errors
 from lavit_jax.core.storage import checkpoints, files
 from lavit_jax.data import contents
@@ -26,7 +30,7 @@ from lavit_jax.train import phases as phases_lib
 from lavit_jax.train.resilience import workdir as workdir_lib
 
 STAGES = ("encoder", "tokenizer", "codes", "pixels", "pretrain")
-# Minutes of the committed steps on two idle cores; --minutes scales the steps.
+# Minutes for the committed steps on two idle cores; --minutes scales steps.
 MINUTES = {
   "encoder": 4.7,
   "tokenizer": 5.0,
@@ -35,33 +39,35 @@ MINUTES = {
   "pretrain": 4.3,
   "evaluation": 2.5,
 }
+Path = str | os.PathLike[str]
+MakeConfig = Callable[[str], ml_collections.ConfigDict]  # of a stage's name
 
 
 def run(
-  workdir,
+  workdir: Path,
   *,
   minutes: float | None = None,
   data: str | None = None,
   fields: Mapping[str, Any] | None = None,
   evaluate_only: bool = False,
   model: str | None = None,
-  configs=None,
+  configs: MakeConfig | None = None,
   scenes: int = 500,
   quiet: bool = False,
-) -> dict:
+) -> dict[str, Any]:
   """Trains everything, evaluates it, writes the report.
 
   Args:
-    workdir: everything goes here; DIR/model is the model.
+    workdir: everything is written here; DIR/model is the model.
     minutes: rough budget of the stages; scales every phase's steps by
       minutes / sum(MINUTES). None keeps the committed steps.
-    data: a jsonl file of the user's own images instead of the shapes, or of
-      what DIR/model was trained on.
-    fields: of config.data, in place of the committed ones.
+    data: a jsonl file of the user's own images; by default the data that
+      DIR/model was trained on, else the shapes.
+    fields: override those of config.data.
     evaluate_only: no training; evaluate `model` (default DIR/model).
     model: a model directory or "tiny"; only with evaluate_only.
-    configs: function of a stage's name that gives its config; by default
-      the committed ones in configs/tiny.
+    configs: returns the config of a stage, given its name; by default the
+      committed ones in configs/tiny.
     scenes: held-out scenes to evaluate on.
     quiet: no progress bars.
 
@@ -69,7 +75,8 @@ def run(
     The metrics, as in DIR/report/metrics.json.
 
   Raises:
-    errors.UsageError: arguments that contradict each other.
+    errors.UsageError: arguments contradict each other.
+    errors.LavitError: see `train`.
   """
   if model is not None and not evaluate_only:
     raise errors.UsageError(
@@ -87,6 +94,11 @@ def run(
       configs=configs,
       quiet=quiet,
     )
+  return _evaluate(workdir, model, data, fields, scenes, quiet)
+
+
+def _evaluate(workdir, model, data, fields, scenes, quiet):
+  """Evaluates a model and writes the report; returns the metrics."""
   lavit = pipeline.LaVIT.load(model or workdir / "model")
   began = time.monotonic()
   metrics, exhibits = suite.evaluate(
@@ -104,15 +116,23 @@ def run(
 
 
 def train(
-  workdir,
+  workdir: Path,
   *,
   minutes: float | None = None,
   data: str | None = None,
   fields: Mapping[str, Any] | None = None,
-  configs=None,
+  configs: MakeConfig | None = None,
   quiet: bool = False,
 ) -> None:
-  """The stages of `run` without evaluation and report; same arguments."""
+  """Trains the stages of `run`, without evaluation and report.
+
+  For the arguments see `run`.
+
+  Raises:
+    errors.ConfigError: a finished stage was trained with another config.
+    errors.DataError: a finished stage was trained on other data.
+    errors.LavitError: see `loop.train` and `tokenize.write_caches`.
+  """
   workdir = pathlib.Path(workdir)
   files.check_arrays_folder(workdir, write=True)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -126,12 +146,11 @@ def train(
 
 
 def _data_of(workdir, data, fields):
-  """config.data of what is evaluated.
+  """Returns config.data of the data to evaluate on.
 
-  What is given, else what the model of `workdir` was trained on, else the
-  shapes; None for a model of elsewhere.
+  These are `data` and `fields`, else the data that the model of `workdir` was
+  trained on, else the shapes; workdir is None for a model from elsewhere.
   """
-  common = importlib.import_module("lavit_jax.configs.tiny.common")
   chosen = common.get_config("pretrain").data.to_dict()
   stored = workdir and workdir / "pretrain" / "config.json"
   if stored and stored.exists():
@@ -143,18 +162,19 @@ def _data_of(workdir, data, fields):
 
 
 def _committed(stage):
+  """Returns the config of a stage in configs/tiny."""
   module = importlib.import_module(f"lavit_jax.configs.tiny.{stage}")
   return module.get_config()
 
 
 def common_batch() -> int:
-  """What divides the batch of every stage."""
+  """Returns the greatest common divisor of all stages' batch sizes."""
   sizes = [_committed(stage).batch_size for stage in STAGES if stage != "codes"]
   return math.gcd(*sizes)
 
 
 def _configs(workdir, make, minutes, data, fields=None):
-  """The stage configs, pointed at workdir and scaled to the budget."""
+  """Returns the stages' configs, for this workdir and scaled to the budget."""
   configs = {}
   for stage in STAGES:
     if stage == "codes":
@@ -177,41 +197,42 @@ def _configs(workdir, make, minutes, data, fields=None):
 
 
 def _check_unchanged(folder, config):
-  """Refuses to take a stage for done that was trained otherwise.
+  """Checks that a stage that was trained before was trained alike.
 
   Raises:
-    errors.LavitError: its config, or the data under it, have changed.
+    errors.ConfigError: its config has changed.
+    errors.DataError: its data have changed.
   """
   if not (folder / "config.json").exists():
     return
-  theirs = json.loads((folder / "config.json").read_text())
-  ours = json.loads(config.to_json_best_effort())
-  for told in (theirs, ours):  # a workdir may be moved as a whole
-    told.pop("model_dir")
+  stored = json.loads((folder / "config.json").read_text())
+  current = json.loads(config.to_json_best_effort())
+  for fields in (stored, current):  # a workdir may be moved as a whole
+    fields.pop("model_dir")
     for name in ("cache_dir", "held_out_cache_dir"):
-      told["data"].pop(name, None)
-  if changed := workdir_lib.differences(theirs, ours):
+      fields["data"].pop(name, None)
+  if changed := workdir_lib.differences(stored, current):
     raise errors.ConfigError(
-      f"{folder} was trained otherwise: {', '.join(changed[:6])}. Give another"
-      " --workdir, or the options it was trained with."
+      f"{folder} was trained with another config: {', '.join(changed[:6])}."
+      " Give another --workdir, or the options it was trained with."
     )
   part = {"pretrain": "llm"}.get(config.stage, config.stage)
   if part not in checkpoints.parts_in(config.model_dir):
     return
-  told = checkpoints.read_meta(config.model_dir, part).get("made_of", {})
+  trained_on = checkpoints.read_meta(config.model_dir, part).get("made_of", {})
   pair = kinds.pair(config.data.to_dict())
   names = ("train_data", "held_out_data")
-  found = {n: contents.of(s) for n, s in zip(names, pair, strict=True)}
-  if differ := agreement.prints(told, found, ""):
+  digests = {n: contents.of(s) for n, s in zip(names, pair, strict=True)}
+  if differences := agreement.fingerprints(trained_on, digests, ""):
     raise errors.DataError(
       f"{folder} was trained on other data than these:"
-      f" {'; '.join(map(str, differ))}. Give another --workdir, or the data"
-      " that it was trained on."
+      f" {'; '.join(map(str, differences))}. Give another --workdir, or the"
+      " data that it was trained on."
     )
 
 
 def _print_budget(configs, share):
-  """Steps and minutes a stage; `share` of the committed steps is run."""
+  """Prints steps and minutes of each stage, `share` of the committed ones."""
   total = share * sum(MINUTES.values())
   print(f"Stages, about {total:.0f} minutes on two idle CPU cores:")
   for stage, minutes in MINUTES.items():
@@ -224,6 +245,7 @@ def _print_budget(configs, share):
 
 
 def _run_stage(stage, configs, quiet):
+  """Trains a stage, or writes the code caches."""
   if stage == "codes":
     config = configs["pretrain"]
     out = pathlib.Path(config.data.cache_dir).parent
@@ -237,7 +259,7 @@ def _run_stage(stage, configs, quiet):
 
 
 def _once(workdir, stage, action):
-  """Runs a stage unless it is done, and adds up the seconds it took."""
+  """Runs a stage unless it is finished, and adds up its seconds."""
   path = workdir / "stages.json"
   done = json.loads(path.read_text()) if path.exists() else {}
   entry = done.get(stage, {"seconds": 0.0, "finished": False})
@@ -258,6 +280,7 @@ def _once(workdir, stage, action):
 
 
 def _seconds(workdir) -> dict[str, float]:
+  """Returns the seconds that each stage took, over all calls."""
   path = workdir / "stages.json"
   done = json.loads(path.read_text()) if path.exists() else {}
   return {stage: round(done[stage]["seconds"], 1) for stage in done}

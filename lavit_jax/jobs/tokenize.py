@@ -1,12 +1,14 @@
-"""`lavit tokenize --data`: the visual words of a whole dataset, on disk."""
+"""Writes the visual tokens of a dataset to disk (`lavit tokenize --data`)."""
 
 import io
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from lavit_jax.configs.tiny import common
 from lavit_jax.core import image_io, progress
 from lavit_jax.core.storage import files, fingerprints
 from lavit_jax.data import examples, faults, image_bytes
@@ -14,35 +16,35 @@ from lavit_jax.data.caches import codes
 from lavit_jax.data.sources import kinds
 from lavit_jax.infer.loading import parts
 
-_BATCH = 64
+_BATCH = 64  # images
 _SPLITS = ("train", "held_out")
 
 
 def write_caches(
-  model,
+  model: str | os.PathLike[str],
   data: Mapping[str, Any] | str,
-  out,
+  out: str | os.PathLike[str],
   *,
   held_out: str = "",
   fields: Mapping[str, Any] | None = None,
   quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
-  """Writes what a run of stage pretrain needs: out/train and out/held_out.
+  """Writes the caches that stage pretrain needs: out/train and out/held_out.
 
   Args:
     model: a model directory with encoder and tokenizer.
     data: config.data, or the path of a jsonl file, or "shapes".
     out: the folder of both caches.
-    held_out: with the path of a jsonl file: that of the held-out images; ""
-      holds out a tenth of the former, by hash.
-    fields: of config.data, in place of those of `data`.
+    held_out: path of the jsonl file of the held-out images, if `data` is one;
+      "" holds out a tenth of it, by hash.
+    fields: override those of config.data.
     quiet: no progress bar.
 
   Returns:
-    {"train": what `write_cache` gives, "held_out": likewise}.
+    {"train": as returned by `write_cache`, "held_out": likewise}.
 
   Raises:
-    errors.LavitError: as of `write_cache`.
+    errors.LavitError: see `write_cache`.
   """
   files.require_local(out, "a code cache")
   tokenizer = parts.visual_tokenizer(model)
@@ -55,7 +57,7 @@ def write_caches(
       source,
       pathlib.Path(out) / split,
       split=split,
-      told=kinds.describe(config, split, source),
+      description=kinds.describe(config, split, source),
       limit_share=faults.share_of(config),
       quiet=quiet,
     )
@@ -64,19 +66,19 @@ def write_caches(
 
 
 def write_cache(
-  model,
+  model: str | os.PathLike[str],
   data: Mapping[str, Any] | str,
-  out,
+  out: str | os.PathLike[str],
   *,
   split: str = "train",
   held_out: str = "",
   fields: Mapping[str, Any] | None = None,
   quiet: bool = False,
 ) -> dict[str, Any]:
-  """Writes keep masks and codes of every image of one part of a dataset.
+  """Writes keep masks and codes of all images of one split of a dataset.
 
-  Interrupt it anywhere and call it again: it goes on. Images that cannot be
-  read are marked, counted and named in the log.
+  If it is interrupted, the next call resumes. Images that cannot be read are
+  marked in the cache, counted and logged.
 
   Args:
     model: a model directory with encoder and tokenizer.
@@ -84,38 +86,44 @@ def write_cache(
     out: the cache's directory; it appears when it is complete.
     split: "train" or "held_out".
     held_out: see `write_caches`.
-    fields: of config.data, in place of those of `data`.
+    fields: override those of config.data.
     quiet: no progress bar.
 
   Returns:
-    `images`, `bad`, `mean_tokens`, `out`.
+    `images`, the number of images; `bad`, that of unreadable ones;
+    `mean_tokens`, codes an image; `out`, the directory.
+
+  Raises:
+    errors.LavitError: the model has no tokenizer, the data cannot be read, or
+      the directory holds another cache.
   """
   files.require_local(out, "a code cache")
   tokenizer = parts.visual_tokenizer(model)
   config = _data_config(data, tokenizer.image_size, held_out, fields)
   source = kinds.build(config, split)
-  told = kinds.describe(config, split, source)
   return _write(
     model,
     tokenizer,
     source,
     out,
     split=split,
-    told=told,
+    description=kinds.describe(config, split, source),
     limit_share=faults.share_of(config),
     quiet=quiet,
   )
 
 
-def _write(model, tokenizer, source, out, *, split, told, limit_share, quiet):
-  """The cache of one source; its summary."""
+def _write(
+  model, tokenizer, source, out, *, split, description, limit_share, quiet
+):
+  """Writes the cache of one source; returns its summary."""
   meta = codes.Meta(
     source=examples.fingerprint(source),
-    tokenizer=fingerprints.of_words(model),
+    tokenizer=fingerprints.of_tokenizer(model),
     num_images=source.num_images,
     num_patches=tokenizer.num_patches,
     num_codes=tokenizer.num_codes,
-    data=told,
+    data=description,
     model=str(model),
     pictures=image_bytes.of(source),
   )
@@ -141,11 +149,9 @@ def _write(model, tokenizer, source, out, *, split, told, limit_share, quiet):
 
 
 def _data_config(data, image_size, held_out, fields) -> dict[str, Any]:
-  """config.data of what the command names."""
+  """Returns config.data of the dataset that the command names."""
   if isinstance(data, Mapping):
     return {**data, **(fields or {})}
-  from lavit_jax.configs.tiny import common
-
   config = common.get_config("pretrain").data.to_dict()
   config["image_size"] = image_size
   if str(data) != "shapes":
@@ -153,8 +159,8 @@ def _data_config(data, image_size, held_out, fields) -> dict[str, Any]:
   return config | dict(fields or {})
 
 
-def _records(source, tokenizer, start, log, bar):
-  """(index, keep, codes) from image `start` on; (index, None, None): bad."""
+def _records(source, tokenizer, start, log, bar) -> Iterator[codes.Record]:
+  """Yields (index, keep, codes) from image `start` on; None for a bad one."""
   for first in range(start, source.num_images, _BATCH):
     indices = range(first, min(first + _BATCH, source.num_images))
     size = (source.image_size, source.image_size, 3)
@@ -168,7 +174,7 @@ def _records(source, tokenizer, start, log, bar):
       except image_io.ImageError as error:
         log.fault(source.image_key(index), error)
     if not start and indices[-1] + 1 == source.num_images:
-      log.check()  # fewer than a share is judged by: all of them, then
+      log.check()  # there may be too few images for `log.fault` to check
     tokens = tokenizer.tokenize(batch, count=len(indices))
     for row, index in enumerate(indices):
       if good[row]:

@@ -1,4 +1,4 @@
-"""Fingerprints of what sources hold."""
+"""Fingerprints of the contents of sources."""
 
 import gzip
 import hashlib
@@ -42,14 +42,14 @@ _CHANGES = {
 
 
 @pytest.mark.parametrize("change", _CHANGES)
-def test_any_change_of_a_file_is_another_digest(tmp_path, change):
+def test_any_change_of_a_file_changes_the_digest(tmp_path, change):
   rows = _lines(tmp_path)
   before = _digest(tmp_path, rows)
   assert _digest(tmp_path, rows) == before
   assert _digest(tmp_path, _CHANGES[change](rows)) != before
 
 
-def test_line_ends_and_blank_lines_are_no_change(tmp_path):
+def test_line_ends_and_blank_lines_do_not_change_the_digest(tmp_path):
   rows = _lines(tmp_path)
   before = _digest(tmp_path, rows)
   path = tmp_path / "my.jsonl"
@@ -65,7 +65,7 @@ _FORMS = {
 
 
 @pytest.mark.parametrize("form", _FORMS)
-def test_a_file_packed_again_is_no_change(tmp_path, form):
+def test_compressing_a_file_does_not_change_its_digest(tmp_path, form):
   data = _FORMS[form](_lines(tmp_path)).encode()
   digests = set()
   for packed in (
@@ -86,13 +86,13 @@ def test_a_file_packed_again_is_no_change(tmp_path, form):
 def test_a_line_is_hashed_the_same_wherever_it_is_cut(texts, chunk):
   """Digests of old runs stay: of each line, stripped, and a line end."""
   file = io.BytesIO("\n".join(texts).encode())
-  cut = contents._digest_of(file, hashlib.sha256(), chunk)
+  cut = contents._hash_lines(file, hashlib.sha256(), chunk)
   stripped = [t.strip() for t in texts if t.strip()]
   whole = "".join(f"{t}\n" for t in stripped)
   assert cut.hexdigest() == hashlib.sha256(whole.encode()).hexdigest()
 
 
-def test_a_file_of_one_line_is_never_held_whole(tmp_path):
+def test_a_file_of_one_line_is_hashed_in_chunks(tmp_path):
   rows = [{"text": f"number {i} " + "x" * 3000} for i in range(3000)]
   path = tmp_path / "my.json"
   path.write_text(json.dumps(rows))
@@ -105,7 +105,7 @@ def test_a_file_of_one_line_is_never_held_whole(tmp_path):
     tracemalloc.stop()
 
 
-def test_parts_and_sizes_are_told_apart(tmp_path):
+def test_splits_have_different_digests(tmp_path):
   rows = _lines(tmp_path)
   parts = [_digest(tmp_path, rows, split=s) for s in ("train", "held_out")]
   assert len({_digest(tmp_path, rows), *parts}) == 3
@@ -114,7 +114,7 @@ def test_parts_and_sizes_are_told_apart(tmp_path):
 @pytest.mark.parametrize(
   "change", [{"seed": 1}, {"size": 11}, {"image_size": 32}, {"split": "train"}]
 )
-def test_scenes_are_told_by_what_they_are_drawn_from(change):
+def test_the_digest_of_scenes_depends_on_every_setting(change):
   settings = dict(split="held_out", size=10, image_size=48, seed=0)
   source = shapes.ShapesSource(**settings)
   assert contents.of(shapes.ShapesSource(**settings)) == contents.of(source)
@@ -122,7 +122,7 @@ def test_scenes_are_told_by_what_they_are_drawn_from(change):
   assert contents.of(other) != contents.of(source)
 
 
-def test_other_words_of_the_same_scenes_are_another_digest(monkeypatch):
+def test_other_texts_of_the_same_scenes_have_another_digest(monkeypatch):
   source = shapes.ShapesSource(size=10)
   before = contents.of(source)
   plain = shapes.ShapesSource.example

@@ -1,10 +1,11 @@
 import numpy as np
+import pytest
 
 from lavit_jax.data import examples
 from tests.data import fakes
 
 
-def test_vqa_learns_the_answer_alone():
+def test_vqa_learns_only_the_answer():
   example = examples.vqa("k", 3, "What color?", "red")
   assert [p.weight for p in example.parts] == [0.0, 0.0, 4.0]
   assert example.parts[1].text == "Question: What color? Answer:"
@@ -30,11 +31,50 @@ def test_edit_reads_the_first_image_and_writes_the_second():
   )
 
 
+_PROTOCOLS = """
+from lavit_jax.data import examples, sequences
+from lavit_jax.data.caches import codes
+from lavit_jax.data.sources import jsonl, shapes, tfds
+from tests.data import fakes
+
+def check(
+  shapes_source: shapes.ShapesSource,
+  jsonl_source: jsonl.JsonlSource,
+  tfds_source: tfds.TfdsSource,
+  fake_source: fakes.Source,
+  cache: codes.CodeCache,
+  fake_cache: fakes.Cache,
+) -> None:
+  sources: list[examples.Source]
+  sources = [shapes_source, jsonl_source, tfds_source, fake_source]
+  encoded: list[examples.HasEncodedImages] = [jsonl_source, tfds_source]
+  stored: examples.HasStorage = tfds_source
+  contents: examples.HasContents = tfds_source
+  caches: list[sequences.Codes] = [cache, fake_cache]
+"""
+
+
+_WRONG = "wrong: examples.Source = codes.Meta('', '', 1, 1, 1)"
+
+
+def test_all_sources_and_caches_have_the_signatures_of_their_protocols(
+  tmp_path,
+):
+  """Mypy finds nothing but one error that is put there."""
+  api = pytest.importorskip("mypy.api")
+  (tmp_path / "check.py").write_text(_PROTOCOLS + _WRONG)
+  options = ["--ignore-missing-imports", "--follow-imports=silent"]
+  options += ["--cache-dir", str(tmp_path / "cache")]
+  out, _, _ = api.run([*options, str(tmp_path / "check.py")])
+  assert 'variable has type "Source"' in out
+  assert "Found 1 error" in out, out
+
+
 def test_the_fake_source_is_a_source():
   assert isinstance(fakes.Source({}), examples.Source)
 
 
-def test_fingerprint_tells_images_size_and_order_apart():
+def test_the_fingerprint_depends_on_number_size_and_order_of_images():
   source = fakes.Source({})
   same, fewer, larger = fakes.Source({}), fakes.Source({}, 19), fakes.Source({})
   larger.image_size = 8

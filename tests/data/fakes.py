@@ -1,11 +1,12 @@
-"""Small stand-ins: a source, a tokenizer and a cache made of plain numbers."""
+"""Small stand-ins: a tokenizer, a source and a cache made of plain numbers."""
 
 import pathlib
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from lavit_jax.core import image_io
-from lavit_jax.data import examples
+from lavit_jax.data import examples, sequences
 from lavit_jax.data.caches import codes as codes_lib
 
 SIZE = 4  # pixels a side
@@ -18,7 +19,7 @@ class Words:
 
   size = 200
 
-  def encode(self, text):
+  def encode(self, text: str) -> list[int]:
     return [3 + sum(word.encode()) % 190 for word in text.split()]
 
 
@@ -28,27 +29,32 @@ class Source:
   name = "fake"
   image_size = SIZE
 
-  def __init__(self, documents, num_images=20, bad=()):
+  def __init__(
+    self,
+    documents: Mapping[str, Sequence[tuple[examples.Part, ...]]],
+    num_images: int = 20,
+    bad: Collection[int] = (),
+  ):
     self.documents, self.num_images, self.bad = documents, num_images, bad
 
-  def image(self, i):
+  def image(self, i: int) -> np.ndarray:
     if i in self.bad:
       raise image_io.ImageError(f"image {i} is bad")
     return np.full((SIZE, SIZE, 3), i, np.uint8)
 
-  def image_key(self, i):
+  def image_key(self, i: int) -> str:
     return f"image{i}"
 
-  def captions(self, i):
+  def captions(self, i: int) -> list[str]:
     return [f"caption {i}", f"another {i}"]
 
-  def tasks(self):
+  def tasks(self) -> tuple[str, ...]:
     return tuple(self.documents)
 
-  def num_examples(self, task):
+  def num_examples(self, task: str) -> int:
     return len(self.documents.get(task, ()))
 
-  def example(self, task, i):
+  def example(self, task: str, i: int) -> examples.Example:
     return examples.Example(f"{task}/{i}", task, self.documents[task][i])
 
 
@@ -57,7 +63,7 @@ class Cache:
 
   directory = pathlib.Path("fake")
 
-  def __init__(self, counts):
+  def __init__(self, counts: Sequence[int] | np.ndarray):
     self.counts = np.array(counts, np.int32)
     self.num_patches = PATCHES
     self.meta = codes_lib.Meta(
@@ -68,11 +74,16 @@ class Cache:
       num_codes=CODES,
     )
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.counts)
 
-  def keep(self, i):
+  def keep(self, i: int) -> np.ndarray:
     return np.arange(PATCHES) < self.counts[i]
 
-  def codes(self, i):
+  def codes(self, i: int) -> np.ndarray:
     return (i + np.arange(max(self.counts[i], 0))) % CODES
+
+
+# For mypy: `examples_test.py` has it check that the fakes fit the protocols.
+_SOURCE: examples.Source = Source({})
+_CACHE: sequences.Codes = Cache([])

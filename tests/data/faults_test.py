@@ -6,7 +6,7 @@ from lavit_jax.core import errors
 from lavit_jax.data import faults
 
 
-def test_each_bad_sample_is_named_once_and_counted_every_time(caplog):
+def test_each_bad_sample_is_logged_once_and_counted_every_time(caplog):
   log = faults.FaultLog("images", 1.0)
   with caplog.at_level(logging.WARNING):
     for _ in range(3):
@@ -17,7 +17,7 @@ def test_each_bad_sample_is_named_once_and_counted_every_time(caplog):
   assert "a.jpg" in log.summary()
 
 
-def test_a_run_stops_past_the_share_and_not_before():
+def test_a_run_stops_above_the_share_and_not_before():
   log = faults.FaultLog("images", 0.1)
   log.good(270)
   for i in range(30):
@@ -26,7 +26,7 @@ def test_a_run_stops_past_the_share_and_not_before():
     log.fault("30.jpg", "bad")
 
 
-def test_a_few_bad_samples_at_the_start_stop_nothing():
+def test_a_few_bad_samples_at_the_start_do_not_stop_the_run():
   log = faults.FaultLog("images", 0.1)
   for i in range(50):
     log.fault(f"{i}.jpg", "bad")
@@ -34,7 +34,7 @@ def test_a_few_bad_samples_at_the_start_stop_nothing():
     log.check()
 
 
-def test_a_tally_stops_nothing_and_says_how_many(caplog):
+def test_a_tally_only_logs_the_count(caplog):
   log = faults.Tally("long ones")
   with caplog.at_level(logging.INFO):
     for i in range(300):
@@ -46,6 +46,6 @@ def test_a_tally_stops_nothing_and_says_how_many(caplog):
   assert len(caplog.records) < 60
 
 
-def test_share_must_be_a_share():
+def test_a_share_must_be_between_0_and_1():
   with pytest.raises(errors.ConfigError, match=r"limit_share=1\.5"):
     faults.FaultLog("images", 1.5)

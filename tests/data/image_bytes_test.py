@@ -1,4 +1,4 @@
-"""Images that have the names of others, told by some of their bytes."""
+"""Fingerprints of images by some of their bytes."""
 
 import json
 
@@ -13,17 +13,17 @@ from tests.data import fakes
 from tests.train import fake_gcs
 
 
-def _folder(place, colour=0, count=30):
+def _folder(path, colour=0, count=30):
   """my.jsonl of images of one size in bytes, whatever their colour."""
-  place.mkdir()
+  path.mkdir()
   for i in range(count):
-    Image.new("RGB", (4, 4), (colour, i, 0)).save(place / f"{i}.bmp")
+    Image.new("RGB", (4, 4), (colour, i, 0)).save(path / f"{i}.bmp")
   rows = [{"image": f"{i}.bmp", "caption": "a"} for i in range(count)]
-  (place / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
-  return jsonl.JsonlSource(place / "my.jsonl", 8)
+  (path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  return jsonl.JsonlSource(path / "my.jsonl", 8)
 
 
-def test_files_of_one_name_are_told_apart_by_their_images(tmp_path):
+def test_fingerprints_of_files_with_one_name_differ_by_their_images(tmp_path):
   a, b = _folder(tmp_path / "a"), _folder(tmp_path / "b", 9)
   copied = _folder(tmp_path / "copy")
   assert examples.fingerprint(a) == examples.fingerprint(b)
@@ -34,13 +34,13 @@ def test_files_of_one_name_are_told_apart_by_their_images(tmp_path):
   assert image_bytes.of(a) != image_bytes.of(copied)
 
 
-def test_a_image_that_is_not_there_is_told(tmp_path):
+def test_a_missing_image_changes_the_fingerprint(tmp_path):
   a, b = _folder(tmp_path / "a"), _folder(tmp_path / "b")
   (tmp_path / "b" / "0.bmp").unlink()
   assert image_bytes.of(a) != image_bytes.of(b)
 
 
-def test_of_few_images_all_are_looked_at(tmp_path):
+def test_all_of_a_few_images_are_hashed(tmp_path):
   for count in (1, 3, 16):
     source = _folder(tmp_path / str(count), count=count)
     before = image_bytes.of(source)
@@ -52,12 +52,12 @@ def test_of_few_images_all_are_looked_at(tmp_path):
       path.write_bytes(kept)
 
 
-def test_a_source_without_bytes_tells_nothing():
+def test_a_source_without_bytes_has_no_fingerprint():
   assert image_bytes.of(shapes.ShapesSource(size=4)) == ""
   assert image_bytes.of(fakes.Source({})) == ""
 
 
-def test_a_store_is_asked_for_few_bytes(tmp_path, monkeypatch):
+def test_few_bytes_are_read_from_a_store(tmp_path, monkeypatch):
   here = _folder(tmp_path / "a")
   asked, read = [], fetched.read_range
 

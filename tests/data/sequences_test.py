@@ -23,12 +23,12 @@ def _whole(sequence):
   return [int(sequence.tokens[0]), *sequence.targets.tolist()]
 
 
-def test_a_image_that_is_read_points_at_its_continuous_tokens():
+def test_an_image_that_is_read_points_at_its_continuous_tokens():
   made = _build(examples.image_text("k", 1, "red cat"))
   red, cat = _WORDS.encode("red cat")
   assert _whole(made) == [_BEGIN, *_ids(1), _END, red, cat, _EOS]
-  assert made.slot.tolist() == [-1, 0, 0, 0, -1, -1, -1]
-  assert made.order.tolist() == [0, 0, 1, 2, 0, 0, 0]
+  assert made.image_index.tolist() == [-1, 0, 0, 0, -1, -1, -1]
+  assert made.token_index.tolist() == [0, 0, 1, 2, 0, 0, 0]
   assert made.images == (1,)
 
 
@@ -37,21 +37,21 @@ def test_image_text_learns_text_and_codes():
   assert made.weights.tolist() == [1.0] * 7
 
 
-def test_a_image_that_is_written_is_ids_and_ends_without_eos():
+def test_an_image_that_is_written_is_ids_and_ends_without_eos():
   made = _build(examples.text_image("k", 0, "red cat"))
   assert _whole(made) == [*_WORDS.encode("red cat"), _BEGIN, *_ids(0), _END]
-  assert (made.slot == -1).all()
+  assert (made.image_index == -1).all()
   assert made.images == ()
   assert made.weights.tolist() == [1.0] * 5
 
 
-def test_vqa_weighs_the_answer_and_its_end_alone():
+def test_vqa_weighs_only_the_answer_and_its_end():
   made = _build(examples.vqa("k", 2, "what color", "red"))
   learnt = made.targets[made.weights > 0].tolist()
   assert learnt == [*_WORDS.encode("red"), _EOS]
 
 
-def test_of_a_dialogue_answers_are_learnt_and_the_end_but_no_question():
+def test_in_a_dialogue_answers_and_the_end_are_learnt_but_no_question():
   made = _build(examples.dialogue("k", 2, [("a", "red cat"), ("b", "cat")]))
   learnt = made.targets[made.weights > 0].tolist()
   words = [*_WORDS.encode("red cat"), *_WORDS.encode("cat")]
@@ -66,14 +66,14 @@ def _talk(*ends):
   return examples.Example("k", "document", tuple(parts))
 
 
-def test_after_every_answer_of_a_dialogue_its_end_is_learnt():
+def test_the_end_of_every_answer_of_a_dialogue_is_learnt():
   made = _build(_talk(True, True, True))
   learnt = made.targets[made.weights > 0].tolist()
   answers = [_WORDS.encode(f"answer {k}") for k in range(3)]
   assert learnt == [i for a in answers for i in (*a, _EOS)]
 
 
-def test_what_stands_before_a_later_question_is_what_a_prompt_gives():
+def test_tokens_before_a_later_question_are_those_of_a_prompt():
   """Prompts are texts and images; none can hold </s>."""
   made, plain = _build(_talk(True, True, True)), _build(_talk(*[False] * 3))
   np.testing.assert_array_equal(made.tokens, plain.tokens)
@@ -84,7 +84,7 @@ def test_what_stands_before_a_later_question_is_what_a_prompt_gives():
 def test_edit_reads_one_image_and_learns_the_other():
   made = _build(examples.edit("k", 0, "make it red", 1))
   assert made.images == (0,)
-  assert made.tokens[made.slot == 0].tolist() == _ids(0)
+  assert made.tokens[made.image_index == 0].tolist() == _ids(0)
   learnt = made.targets[made.weights > 0].tolist()
   assert learnt == [_BEGIN, *_ids(1), _END]
 
@@ -100,8 +100,8 @@ def test_a_document_numbers_its_images_in_reading_order():
   )
   made = _build(examples.Example("k", "document", parts))
   assert made.images == (2, 0)
-  assert made.slot[made.slot >= 0].tolist() == [0, 1, 1, 0]
-  assert made.order[made.slot >= 0].tolist() == [0, 0, 1, 0]
+  assert made.image_index[made.image_index >= 0].tolist() == [0, 1, 1, 0]
+  assert made.token_index[made.image_index >= 0].tolist() == [0, 0, 1, 0]
 
 
 def test_text_ends_with_eos():
@@ -114,7 +114,7 @@ def test_target_is_the_next_token_everywhere():
   np.testing.assert_array_equal(made.targets[:-1], made.tokens[1:])
 
 
-def test_size_is_the_size_of_what_is_built():
+def test_size_is_the_size_of_the_built_sequence():
   for example in (
     examples.image_text("k", 1, "red cat"),
     examples.edit("k", 0, "make it red", 1),
@@ -139,12 +139,12 @@ def test_size_is_the_size_of_what_is_built():
     ),
   ],
 )
-def test_what_cannot_be_learnt_says_why(example, said):
+def test_unusable_examples_say_why(example, said):
   with pytest.raises(sequences.Unusable, match=said):
     _build(example)
 
 
-def test_empty_texts_of_a_document_are_passed_over():
+def test_empty_texts_of_a_document_are_skipped():
   parts = [examples.TextPart(t) for t in ("red", " ", "cat", "")]
   made = _build(examples.Example("k", "document", tuple(parts)))
   assert _whole(made) == [*_WORDS.encode("red cat"), _EOS]
@@ -152,7 +152,7 @@ def test_empty_texts_of_a_document_are_passed_over():
     _build(examples.Example("k", "document", tuple(parts[1::2])))
 
 
-def test_texts_with_white_space_between_them_are_read_as_one(tmp_path):
+def test_texts_separated_by_white_space_have_the_ids_of_one_text(tmp_path):
   lines = ["List:", "- one", "Boil it.", "Stir."] * 9
   text = vocabulary.TextTokenizer.train(lines, tmp_path / "t", 275)
   spans = lambda *parts: sequences.spans(
@@ -169,7 +169,7 @@ def test_texts_with_white_space_between_them_are_read_as_one(tmp_path):
   assert ids(part("List:\n", end=True), part("- one\n\nStir.")) == whole
 
 
-def test_half_a_character_makes_a_document_unusable_and_stops_nothing(
+def test_half_a_character_makes_a_document_unusable(
   tmp_path,
 ):
   text = vocabulary.TextTokenizer.train(["a cat"] * 9, tmp_path / "t", 263)

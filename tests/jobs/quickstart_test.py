@@ -86,7 +86,7 @@ _OTHERWISE = {
 
 
 @pytest.mark.parametrize("name", _OTHERWISE)
-def test_a_stage_that_was_trained_otherwise_is_not_taken_for_done(
+def test_a_stage_trained_with_another_config_is_not_skipped(
   name, micro_runs, tmp_path
 ):
   updates, error, said = _OTHERWISE[name]
@@ -104,7 +104,7 @@ def test_a_stage_that_was_trained_otherwise_is_not_taken_for_done(
     )
 
 
-def test_data_that_changed_under_a_finished_stage_are_named(
+def test_changed_data_of_a_finished_stage_are_refused(
   micro_runs, monkeypatch, capsys
 ):
   make = lambda stage: micro.config(stage, micro_runs)
@@ -176,7 +176,9 @@ def evaluated(monkeypatch):
 
 
 @pytest.mark.parametrize("trained_on", [None, "shapes", "jsonl"])
-def test_what_is_given_is_what_is_evaluated(evaluated, tmp_path, trained_on):
+def test_evaluation_uses_the_data_of_its_arguments(
+  evaluated, tmp_path, trained_on
+):
   """Over what the workdir's run was trained on, if there was one."""
   if trained_on:
     cfg = micro.config("pretrain", tmp_path)

@@ -1,14 +1,16 @@
-"""Sources to batches, with Grain: random access, one integer of state.
+"""Makes batches of sources, with Grain: random access, one integer of state.
 
   packed = packed_rows(source, cache, tokenizer, vocabulary, mixture=…, …)
   for batch in iterate(packed, start_batch=step): …
 
 Batch k is a pure function of the arguments and k: a run that is resumed, or
-split over other processes, sees the same rows.
+divided among other processes, sees the same rows.
 """
 
 import dataclasses
 import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grain.python as grain
 import numpy as np
@@ -27,50 +29,61 @@ _AHEAD = 4  # batches decoded ahead of the one in use
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-  """Rows by number (a grain.MapDataset of dicts) and the global batch size.
+  """Rows by number, and the global batch size.
 
-  `faults` holds the FaultLogs of what was skipped so far.
+  Attributes:
+    rows: a grain.MapDataset of dicts of arrays.
+    batch_size: B, global number of rows.
+    faults: FaultLogs and Tallies of the rows made so far.
   """
 
   rows: grain.MapDataset
   batch_size: int
-  faults: tuple = ()
+  faults: tuple[Any, ...] = ()
 
-  def __len__(self):
-    """Number of batches; the last may be padded. Endless ones are 2**48."""
+  def __len__(self) -> int:
+    """Returns the number of batches; the last one may be padded."""
     return -(-len(self.rows) // self.batch_size)
 
-  def __getitem__(self, k):
-    """Global batch k."""
+  def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+    """Returns global batch k."""
     return next(iterate(self, start_batch=k, num_threads=0))
 
 
 class Iterator:
   """Iterates over batches; `next_batch` is its whole state."""
 
-  def __init__(self, dataset, start):
+  def __init__(self, dataset: Any, start: int) -> None:
+    """Begins with batch `start`, the first of the dataset."""
     self._iterator, self.next_batch = iter(dataset), start
 
-  def __iter__(self):
+  def __iter__(self) -> "Iterator":
     return self
 
-  def __next__(self):
+  def __next__(self) -> dict[str, np.ndarray]:
     batch = next(self._iterator)
     self.next_batch += 1
     return batch
 
 
-def iterate(batches, *, start_batch=0, num_threads=2, rows=None, skip=0):
-  """Iterates over some rows, this process's share, of every batch.
+def iterate(
+  batches: Batches,
+  *,
+  start_batch: int = 0,
+  num_threads: int = 2,
+  rows: Sequence[int] | np.ndarray | None = None,
+  skip: int = 0,
+) -> Iterator:
+  """Iterates over some rows of every batch, a process's share.
 
   Args:
     batches: a Batches.
     start_batch: the batch to begin with, `next_batch` of an earlier iterator.
     num_threads: threads that decode ahead; 0 decodes when asked.
     rows: numbers, 0 ... B - 1, of the rows wanted of each batch of B; all by
-      default. `sharding.rows_of_process` tells those of a process.
-    skip: row of the first batch's first row, of endless rows only: where a run
-      left out some, or had batches of another size before.
+      default. `sharding.rows_of_process` gives those of a process.
+    skip: number of the first row of batch 0; only of endless rows. Not 0 if
+      the run left out rows, or had another batch size before.
 
   Returns:
     Iterator of dicts of arrays [len(rows), ...]. A finite dataset ends; its
@@ -102,32 +115,36 @@ def iterate(batches, *, start_batch=0, num_threads=2, rows=None, skip=0):
 
 
 def image_batches(
-  source,
-  batch_size,
+  source: examples.Source,
+  batch_size: int,
   *,
-  seed=None,
-  tokenizer=None,
-  text_length=None,
-  limit_share=0.05,
-):
-  """Batches of single images, with a caption each if a tokenizer is given.
+  seed: int | None = None,
+  tokenizer: vocabulary_lib.TextTokenizer | None = None,
+  text_length: int | None = None,
+  limit_share: float = faults_lib.LIMIT_SHARE,
+) -> Batches:
+  """Returns batches of single images, with a caption each given a tokenizer.
 
   Args:
     source: an examples.Source.
-    batch_size: global number of images.
+    batch_size: B, global number of images.
     seed: of the endless shuffled order; None: each image once, in order.
     tokenizer: a vocabulary.TextTokenizer, or None for images alone.
-    text_length: T, ids of a caption; longer ones are cut.
+    text_length: T, ids of a caption; longer ones are truncated.
     limit_share: share of bad images that stops the run.
 
   Returns:
     Batches of image uint8[B, H, W, 3], valid float32[B], index int64[B], and
     text int32[B, T], text_mask bool[B, T] (ids, then </s>, then padding).
+
+  Raises:
+    errors.DataError: the source holds no images.
   """
   log = faults_lib.FaultLog(f"images of {source.name}", limit_share)
   if not source.num_images:
     raise errors.DataError(f"{source.name} holds no images.")
-  order, length = range(source.num_images), source.num_images
+  order: Sequence[int] | packing.Permutation = range(source.num_images)
+  length = source.num_images
   if seed is not None:
     order = packing.Permutation(length, packing.make_seed(seed))
     length = _ENDLESS
@@ -153,7 +170,7 @@ def image_batches(
 
 
 def _text(ids, length):
-  """Ids of a caption, cut to length and ended by </s>, and their mask.
+  """Returns ids of a caption, truncated and ended by </s>, and their mask.
 
   Without a caption the mask is False everywhere.
   """
@@ -163,25 +180,37 @@ def _text(ids, length):
   return out, mask & bool(ids)
 
 
-def packed_rows(source, cache, tokenizer, vocabulary, *, mixture, **kwargs):
-  """Packed rows of one source: `packed_mixture` of its tasks.
+def packed_rows(
+  source: examples.Source,
+  cache: sequences.Codes | None,
+  tokenizer: vocabulary_lib.TextTokenizer,
+  vocabulary: vocabulary_lib.Vocabulary,
+  *,
+  mixture: Mapping[str, float],
+  **kwargs: Any,
+) -> Batches:
+  """Returns packed rows of one source: `packed_mixture` of its tasks.
 
   Args:
     source: an examples.Source.
     cache: its CodeCache.
     tokenizer: a vocabulary.TextTokenizer.
     vocabulary: a vocabulary.Vocabulary.
-    mixture: weight of each task, counted in documents, of which one that is
-      longer than a row is one, whatever its rows; 0 leaves a task out, and so
-      does a source without examples of it.
+    mixture: weight of each task, counted in documents; one that is longer than
+      a row counts once. 0 leaves a task out, and so does a source without
+      examples of it.
     **kwargs: as of `packed_mixture`.
+
+  Raises:
+    errors.ConfigError: an unknown task, or no task that the source has; and
+      the errors of `packed_mixture`.
   """
   if unknown := sorted(set(mixture) - set(examples.TASKS)):
     raise errors.ConfigError(
-      f"mixture names {unknown}, which are no tasks. Expected some of"
+      f"mixture names {unknown}, which are not tasks. Expected some of"
       f" {sorted(examples.TASKS)}. Change config.data.mixture."
     )
-  _say_unused(source, mixture)
+  _warn_of_unused(source, mixture)
   if unknown := sorted(set(mixture) - set(source.tasks())):
     usable = sorted(set(source.tasks()) & set(mixture))
     if not any(mixture[t] for t in usable):
@@ -197,8 +226,8 @@ def packed_rows(source, cache, tokenizer, vocabulary, *, mixture, **kwargs):
   return packed_mixture(components, tokenizer, vocabulary, **kwargs)
 
 
-def _say_unused(source, mixture):
-  """Logs the examples that no weight lets in."""
+def _warn_of_unused(source, mixture):
+  """Warns of examples whose task has no weight."""
   unused = {
     task: source.num_examples(task)
     for task in source.tasks()
@@ -215,35 +244,35 @@ def _say_unused(source, mixture):
 
 
 def packed_mixture(
-  components,
-  tokenizer,
-  vocabulary,
+  components: Sequence[packing.Component],
+  tokenizer: vocabulary_lib.TextTokenizer,
+  vocabulary: vocabulary_lib.Vocabulary,
   *,
-  length,
-  slots,
-  batch_size,
-  seed=0,
-  window=1024,
-  limit_share=0.05,
-):
-  """Packed rows of several sources and tasks in exact proportions.
+  length: int,
+  slots: int,
+  batch_size: int,
+  seed: int = 0,
+  window: int = 1024,
+  limit_share: float = faults_lib.LIMIT_SHARE,
+) -> Batches:
+  """Returns packed rows of several sources and tasks in exact proportions.
 
   Args:
-    components: list of packing.Component.
+    components: sources with task and weight.
     tokenizer: a vocabulary.TextTokenizer.
     vocabulary: a vocabulary.Vocabulary.
-    length: L, positions a row; of longer documents see `pieces`.
+    length: L, positions a row; `pieces` divides longer documents.
     slots: S, images read a row; likewise.
-    batch_size: rows a global batch.
+    batch_size: B, rows of a global batch.
     seed: of mixture, order and packing.
     window: documents packed together.
-    limit_share: share of bad documents, or images, that stops the run; those
-      longer than a row are not bad, and counted apart.
+    limit_share: share of bad documents, or of bad images, that stops the run;
+      documents longer than a row are not bad, and are counted separately.
 
   Returns:
-    Batches of tokens, targets, segments, positions, slot, order int32[B, L];
-    weights float32[B, L]; pixels uint8[B, S, H, W, 3]; keep bool[B, S, N];
-    row, doc_hash int64[B]. Segments count from 1; 0 is padding.
+    Batches of tokens, targets, segments, positions, image_index, token_index
+    int32[B, L]; weights float32[B, L]; pixels uint8[B, S, H, W, 3]; keep
+    bool[B, S, N]; row, doc_hash int64[B]. Segments count from 1; 0 is padding.
 
   Raises:
     errors.ConfigError, errors.DataError: nothing to pack, sizes that differ
@@ -260,7 +289,7 @@ def packed_mixture(
     limit_share=limit_share,
     window=window,
   )
-  settings = dict(limits=limits, seed=seed, window=window)
+  settings: dict[str, Any] = dict(limits=limits, seed=seed, window=window)
   memo = rows_lib.memo_path(components, tokenizer, **settings)
   plan = packing.PackingPlan(documents.sizes, memo=memo, **settings)
   rows = grain.MapDataset.range(_ENDLESS).map(rows_lib.Rows(plan, documents))
@@ -268,7 +297,7 @@ def packed_mixture(
 
 
 def _check_components(components, vocabulary):
-  """Everything that can be known to be wrong before a batch is made."""
+  """Raises every error that can be found before a batch is made."""
   if not components:
     raise errors.ConfigError(
       "The mixture has no component with a weight and with examples."
@@ -289,11 +318,11 @@ def _check_components(components, vocabulary):
         f" {cache.meta.num_codes}, the vocabulary one of"
         f" {vocabulary.num_codes}. Run `lavit tokenize` with this tokenizer."
       )
-  for what, values in (
+  for name, values in (
     ("image_size", {c.source.image_size for c in components}),
     ("num_patches", {c.cache.num_patches for c in components if c.cache}),
   ):
     if len(values) > 1:
       raise errors.ConfigError(
-        f"The sources of a mixture must agree on {what}, got {sorted(values)}."
+        f"The sources of a mixture must agree on {name}, got {sorted(values)}."
       )

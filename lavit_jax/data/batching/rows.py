@@ -1,15 +1,19 @@
-"""Rows of packed documents: what a plan's row number becomes as arrays."""
+"""Turns the row numbers of a packing plan into arrays of packed documents."""
 
 import dataclasses
 import functools
 import hashlib
+import pathlib
 import pickle
 import zlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from lavit_jax.core import image_io
-from lavit_jax.data import faults, sequences
+from lavit_jax.core import vocabulary as vocabulary_lib
+from lavit_jax.data import examples, faults, sequences
 from lavit_jax.data.batching import packing, pieces
 
 _RULES = b"long documents are divided"  # of plans, for their memos
@@ -17,14 +21,16 @@ _WINDOWS_KEPT = 4  # windows whose tokenised texts stay in memory
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
-  """What an example has become.
+class _Document:
+  """An example as it is used.
 
-  pieces: tuple of what `sequences.assemble` takes; none if it is left out.
-  fault: why it cannot be used; long: what its length has led to; "" for none.
+  Attributes:
+    divided: its pieces, arguments of `sequences.assemble`; none if left out.
+    fault: why it cannot be used, "" if it can.
+    long: how its length was handled, "" if it fits a row.
   """
 
-  pieces: tuple = ()
+  divided: tuple[pieces.Spans, ...] = ()
   fault: str = ""
   long: str = ""
 
@@ -32,30 +38,34 @@ class _Found:
 class Documents:
   """Documents of the stream g: their sizes and their sequences.
 
-  `limits` are (positions, images) a row; a document beyond them is divided
-  (`pieces.divide`). One that cannot be, one that is bad, or that holds nothing
-  to learn, gets size -1. `logs` name and count: bad documents, bad images,
-  and, apart from these, documents longer than a row.
+  A document beyond the limits of a row is divided (`pieces.divide`). One that
+  cannot be divided, is bad, or holds nothing to learn, has size -1.
+
+  Attributes:
+    image_size: height and width of images, in pixels.
+    num_patches: N, patches of an image; 1 without a cache.
+    logs: counters of (bad documents, bad images, documents longer than a row).
   """
 
   def __init__(
     self,
-    components,
-    tokenizer,
-    vocabulary,
+    components: Sequence[packing.Component],
+    tokenizer: vocabulary_lib.TextTokenizer,
+    vocabulary: vocabulary_lib.Vocabulary,
     *,
-    limits,
-    seed,
-    limit_share,
-    window,
-  ):
-    self._parts, self._tokenizer = components, tokenizer
+    limits: pieces.Limits,
+    seed: int,
+    limit_share: float,
+    window: int,
+  ) -> None:
+    """Reads nothing yet; for the arguments see `pipeline.packed_mixture`."""
+    self._components, self._tokenizer = components, tokenizer
     self._vocabulary, self._limits = vocabulary, limits
     counts = [c.source.num_examples(c.task) for c in components]
     weights = [c.weight for c in components]
     self._stream = packing.Mixture(counts, weights, seed)
     keep = functools.lru_cache(maxsize=_WINDOWS_KEPT * window)
-    self._found = keep(self._find)
+    self._document = keep(self._tokenize)
     self.image_size = components[0].source.image_size
     patches = [c.cache.num_patches for c in components if c.cache]
     self.num_patches = patches[0] if patches else 1
@@ -65,56 +75,66 @@ class Documents:
       faults.Tally("documents longer than a row"),
     )
 
-  def sizes(self, start, stop):
-    """A list of int[k, 2], positions and images of each of k pieces.
+  def sizes(self, start: int, stop: int) -> list[np.ndarray]:
+    """Returns sizes of documents start … stop - 1, and logs bad ones.
 
-    Those of a document that is left out are -1.
+    Returns:
+      For each document int32[k, 2], positions and images of each of its k
+      pieces; [[-1, -1]] for one that is left out.
     """
     out, left_out = [], np.full((1, 2), -1, np.int32)
     bad, _, long = self.logs
     for g in range(start, stop):
       c, i = self._stream.document(g)
-      found = self._found(c, i)
-      if found.fault:
-        bad.fault(self._key(c, i), found.fault)
+      document = self._document(c, i)
+      if document.fault:
+        bad.fault(self._key(c, i), document.fault)
       else:
         bad.good()
-      if found.long:
-        long.count(self._key(c, i), found.long)
-      sizes = [sequences.size(spans) for spans in found.pieces]
+      if document.long:
+        long.count(self._key(c, i), document.long)
+      sizes = [sequences.size(spans) for spans in document.divided]
       out.append(np.array(sizes, np.int32) if sizes else left_out)
     return out
 
-  def build(self, member):
-    """(component, Sequence) of a member of a row: g, or (g, piece)."""
+  def build(
+    self, member: packing.Member
+  ) -> tuple[packing.Component, sequences.Sequence]:
+    """Returns component and sequence of a member of a row: g, or (g, piece)."""
     g, piece = member if isinstance(member, tuple) else (member, 0)
     c, i = self._stream.document(g)
-    part, spans = self._parts[c], self._found(c, i).pieces[piece]
-    return part, sequences.assemble(spans, part.cache, self._vocabulary)
+    component, spans = self._components[c], self._document(c, i).divided[piece]
+    cache = component.cache
+    return component, sequences.assemble(spans, cache, self._vocabulary)
 
   def _key(self, c, i):
-    return self._parts[c].source.example(self._parts[c].task, i).key
+    component = self._components[c]
+    return component.source.example(component.task, i).key
 
-  def image(self, component, i):
-    """(uint8[H, W, 3], valid) of an image that is read."""
+  def image(
+    self, component: packing.Component, i: int
+  ) -> tuple[np.ndarray, bool]:
+    """Returns (uint8[H, W, 3], valid) of an image that is read."""
     return image(component.source, i, self.logs[1])
 
-  def _find(self, c, i):
-    """The `_Found` of an example."""
-    part = self._parts[c]
-    example = part.source.example(part.task, i)
+  def _tokenize(self, c, i):
+    """Returns the _Document of example i of component c."""
+    component = self._components[c]
+    example = component.source.example(component.task, i)
     try:
-      spans = sequences.spans(example, part.cache, self._tokenizer)
-      made, done = pieces.divide(spans, part.task, self._limits)
+      spans = sequences.spans(example, component.cache, self._tokenizer)
+      divided, note = pieces.divide(spans, component.task, self._limits)
     except pieces.TooLong as error:
-      return _Found(long=f"{error}: left out")
+      return _Document(long=f"{error}: left out")
     except sequences.Unusable as error:
-      return _Found(fault=str(error))
-    return _Found(tuple(made), long=done or "")
+      return _Document(fault=str(error))
+    return _Document(tuple(divided), long=note or "")
 
 
-def image(source, i, log):
-  """(uint8[H, W, 3], valid) of an image; a bad one is black and logged."""
+def image(
+  source: examples.Source, i: int, log: faults.FaultLog
+) -> tuple[np.ndarray, bool]:
+  """Returns (uint8[H, W, 3], valid) of image i; logs a bad one, black here."""
   try:
     pixels = source.image(i)
   except image_io.ImageError as error:
@@ -124,11 +144,23 @@ def image(source, i, log):
   return pixels, True
 
 
-def memo_path(components, tokenizer, **settings):
-  """Where the plan of a mixture is remembered: beside its first code cache.
+def memo_path(
+  components: Sequence[packing.Component],
+  tokenizer: vocabulary_lib.TextTokenizer,
+  **settings: Any,
+) -> pathlib.Path | None:
+  """Returns where the plan of a mixture is kept: beside its first code cache.
 
-  The name is a digest of everything that the plan depends on, but for the
-  texts themselves; the plan checks what it reads there. None without a cache.
+  The name is a digest of everything that the plan depends on, except for the
+  texts; the plan checks what it reads there.
+
+  Args:
+    components: of the mixture.
+    tokenizer: of the texts.
+    **settings: other arguments of the plan.
+
+  Returns:
+    The path of the file; None without a cache.
   """
   caches = [c.cache for c in components if c.cache is not None]
   if not caches:
@@ -145,32 +177,37 @@ def memo_path(components, tokenizer, **settings):
 
 
 class Rows:
-  """Row number to the arrays of a packed row."""
+  """Maps a row number to the arrays of a packed row."""
 
-  def __init__(self, plan, documents):
+  def __init__(self, plan: packing.PackingPlan, documents: Documents) -> None:
+    """Reads nothing yet."""
     self._plan, self._documents = plan, documents
     self._length, self._slots = plan.limits
 
-  def __call__(self, number):
+  def __call__(self, number: int) -> dict[str, Any]:
+    """Returns the arrays of a row, see `pipeline.packed_mixture`."""
     row = self._blank(number)
-    start = slot = 0
+    start = images = 0
     members = self._plan.row(int(number))
     for segment, member in enumerate(members, start=1):
       component, doc = self._documents.build(member)
       span = slice(start, start + len(doc))
       row["tokens"][span], row["targets"][span] = doc.tokens, doc.targets
       row["weights"][span] = doc.weights
-      row["slot"][span] = np.where(doc.slot < 0, -1, doc.slot + slot)
-      row["order"][span] = doc.order
+      row["image_index"][span] = np.where(
+        doc.image_index < 0, -1, doc.image_index + images
+      )
+      row["token_index"][span] = doc.token_index
       row["segments"][span] = segment
       row["positions"][span] = np.arange(len(doc))
       for i in doc.images:
+        assert component.cache is not None
         pixels, valid = self._documents.image(component, i)
-        row["pixels"][slot] = pixels
-        row["keep"][slot] = component.cache.keep(i)
+        row["pixels"][images] = pixels
+        row["keep"][images] = component.cache.keep(i)
         if not valid:
           row["weights"][span] = 0
-        slot += 1
+        images += 1
       start = span.stop
     row["doc_hash"] = np.int64(
       zlib.crc32(row["tokens"].tobytes(), zlib.crc32(repr(members).encode()))
@@ -179,10 +216,10 @@ class Rows:
 
   def _blank(self, number):
     size, docs = self._documents.image_size, self._documents
-    names = ("tokens", "targets", "segments", "positions", "order")
+    names = ("tokens", "targets", "segments", "positions", "token_index")
     row = {name: np.zeros(self._length, np.int32) for name in names}
     return row | {
-      "slot": np.full(self._length, -1, np.int32),
+      "image_index": np.full(self._length, -1, np.int32),
       "weights": np.zeros(self._length, np.float32),
       "pixels": np.zeros((self._slots, size, size, 3), np.uint8),
       "keep": np.zeros((self._slots, docs.num_patches), bool),

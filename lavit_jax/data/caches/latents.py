@@ -1,42 +1,51 @@
-"""The latent cache: what an autoencoder makes of every image, on disk.
+"""The latent cache: an autoencoder's latents of every image of a dataset.
 
-DIR/meta.json     what it was made from and with; written last
+DIR/meta.json     what it was made from; see `shards.py`
 DIR/assigned.npy  int8[num_images], the bucket of each image, -1: unreadable
-DIR/good.u1       uint8[n], 1 for an image that could be read
+DIR/good.u1       uint8[n], 1 for an image that could be decoded
 DIR/latents-0.f16 ...  float16[n_b, h, w, C], one file a bucket
-DIR.partial       the same while it is being written; goes on from there
+DIR.partial/done.json  the meta and the number of sealed images, while the
+                       cache is being written
 
 Images lie in the order of their buckets, those of one bucket by number, so
-that every file only grows. Latents are means, not yet scaled; images are cut
-from the centre.
+that every file only grows. Latents are means, not yet scaled; images are
+cropped at the centre.
 """
 
 import dataclasses
-import hashlib
+import functools
 import io
-import itertools
 import json
 import os
-import pathlib
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from lavit_jax.core import errors
 from lavit_jax.core.storage import fetched, files
 from lavit_jax.data.batching import buckets as buckets_lib
+from lavit_jax.data.caches import shards
 
-_FORMAT = 1
-_SEALED = 256  # images between two moments from which writing can go on
-_NOT_COMPARED = ("data", "model")
+_SHARD_SIZE = 256  # images between two seals
 _TYPE = np.dtype("<f2")
+Record = np.ndarray | None  # float[h, w, C]; None for a bad image
 
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-  """What a cache belongs to.
+  """Identifies the data and the autoencoder of a latent cache.
 
-  `source`, `vae` and `pictures` (see `image_bytes.py`) are fingerprints; a
-  bucket of height h has latents of h / scale places.
+  Attributes:
+    source: fingerprint of the dataset, `examples.fingerprint`.
+    vae: fingerprint of the autoencoder.
+    num_images: images of the dataset.
+    buckets: (height, width) of each bucket, in pixels.
+    scale: pixels a latent, along each side.
+    channels: C, channels of the latents.
+    format: version of the files.
+    data: describes the dataset; "" in caches of earlier versions.
+    model: describes the autoencoder; likewise.
+    pictures: fingerprint of images' bytes, see `image_bytes.py`; likewise.
   """
 
   source: str
@@ -45,24 +54,45 @@ class Meta:
   buckets: tuple[tuple[int, int], ...]
   scale: int
   channels: int
-  format: int = _FORMAT
-  data: str = ""  # in words; "" in caches of earlier versions
+  format: int = 1
+  data: str = ""
   model: str = ""
-  pictures: str = ""  # likewise
+  pictures: str = ""
 
-  def __post_init__(self):
-    pairs = tuple((int(h), int(w)) for h, w in self.buckets)
-    object.__setattr__(self, "buckets", pairs)
+  def __post_init__(self) -> None:
+    object.__setattr__(self, "buckets", _pairs(self.buckets))
 
-  def shape(self, size) -> tuple[int, int, int]:
-    """Height, width and channels of the latents of a bucket."""
+  def shape(self, size: Sequence[int]) -> tuple[int, int, int]:
+    """Returns (h, w, C), the shape of the latents of a bucket.
+
+    Args:
+      size: (height, width) of the bucket, in pixels.
+    """
     return size[0] // self.scale, size[1] // self.scale, self.channels
 
 
-class LatentCache:
-  """Read access: latents(i), good(i), assigned, meta."""
+_FORMAT = shards.Format(
+  name="latent cache",
+  command="lavit latents",
+  meta=Meta,
+  descriptions={"source": "data", "vae": "model"},
+  not_compared=("data", "model"),
+)
 
-  def __init__(self, directory, meta):
+
+class LatentCache:
+  """Reads a cache: latents(i), good(i), assigned, meta."""
+
+  def __init__(self, directory: shards.Folder, meta: Meta) -> None:
+    """Opens the files.
+
+    Args:
+      directory: of a complete cache, on a disk or on gs://.
+      meta: of the cache.
+
+    Raises:
+      errors.DataError: a file is missing, or has another size than expected.
+    """
     self.directory, self.meta = directory, meta
     try:
       data = (directory / "assigned.npy").read_bytes()
@@ -71,236 +101,212 @@ class LatentCache:
       good = np.frombuffer((directory / "good.u1").read_bytes(), np.uint8)
       self._files = _open_files(directory, self.assigned, meta)
     except (OSError, ValueError, EOFError) as error:
-      raise _damaged(directory, error) from error
+      raise _FORMAT.damaged(directory, error) from error
     if len(self.assigned) != meta.num_images or len(good) != len(order):
-      raise _damaged(directory, f"{len(good)} images")
+      raise _FORMAT.damaged(directory, f"{len(good)} images")
     self._good = np.zeros(meta.num_images, bool)
     self._good[order] = good > 0
-    self._place = np.zeros(meta.num_images, np.int64)
+    self._row = np.zeros(meta.num_images, np.int64)  # in its bucket's file
     for chosen in buckets_lib.members(self.assigned, len(meta.buckets)):
-      self._place[chosen] = np.arange(len(chosen))
+      self._row[chosen] = np.arange(len(chosen))
 
   @classmethod
-  def load(cls, directory, *, source=None, vae=None, buckets=None, images=None):
-    """Opens a finished cache.
+  def load(
+    cls,
+    directory: str | os.PathLike[str],
+    *,
+    source: str | None = None,
+    vae: str | None = None,
+    buckets: Iterable[Sequence[int]] | None = None,
+    images: str | None = None,
+  ) -> "LatentCache":
+    """Opens a complete cache.
 
     Args:
-      directory: what `write` was given, or where that was copied on gs://:
-        latents are then read from there, one by one.
-      source: expected fingerprint of the data, None for any.
+      directory: as given to `write`, or a copy of it on gs://, from where
+        latents are then read one by one.
+      source: expected fingerprint of the dataset, None for any.
       vae: expected fingerprint of the autoencoder, None for any.
-      buckets: expected heights and widths, None for any.
-      images: expected fingerprint of their bytes; None or "" for any. A
-        cache that does not tell passes.
+      buckets: expected (height, width) of each bucket, None for any.
+      images: expected fingerprint of the images' bytes; None or "" for any.
+        A cache without this fingerprint passes.
 
     Raises:
       errors.DataError: missing, unfinished, damaged, or of other data, another
         autoencoder or other buckets.
     """
-    directory = files.place(directory)
-    meta = _read_meta(directory)
-    if meta is None:
-      state = "is not finished" if _partial(directory).exists() else "is none"
-      inside = [p.parent.name for p in sorted(directory.glob("*/meta.json"))]
-      raise errors.DataError(
-        f"{directory}: the latent cache there {state}; run `lavit latents`,"
-        " the same command goes on where it stopped."
-        + (f" There are caches in it: {', '.join(inside)}." if inside else "")
-      )
-    wanted = {"source": source, "vae": vae, "buckets": buckets}
-    if buckets is not None:
-      wanted["buckets"] = tuple((int(h), int(w)) for h, w in buckets)
-    for kind, ours in wanted.items():
-      if ours is not None and ours != getattr(meta, kind):
-        raise _foreign(directory, kind, _known(meta, kind), ours)
-    if images and meta.pictures not in ("", images):
-      raise _foreign(directory, "set of images", meta.pictures, images)
-    return cls(directory, meta)
+    folder = files.input_path(directory)
+    meta = _FORMAT.load_meta(folder)
+    expected = {
+      "source": source,
+      "vae": vae,
+      "buckets": None if buckets is None else _pairs(buckets),
+      "pictures": images,
+    }
+    _FORMAT.check(folder, meta, expected)
+    return cls(folder, meta)
 
-  def __len__(self):
+  def __len__(self) -> int:
     return self.meta.num_images
 
   def fingerprint(self) -> str:
-    """Hex digest of what it was made of, and of which bucket has what."""
-    told = dataclasses.asdict(self.meta)
-    made = {k: v for k, v in told.items() if k not in _NOT_COMPARED}
-    if not made["pictures"]:  # caches of earlier versions stay what they are
-      del made["pictures"]
-    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
-    digest.update(np.ascontiguousarray(self.assigned))
-    return digest.hexdigest()[:32]
+    """Returns a hex digest of what the cache was made from and its buckets."""
+    return _FORMAT.fingerprint(self.meta, self.assigned)
 
-  def good(self, i) -> bool:
-    """Whether image i could be read."""
+  def good(self, i: int) -> bool:
+    """Returns whether image i could be decoded."""
     return bool(self._good[i])
 
-  def latents(self, i) -> np.ndarray:
-    """Those of image i, float16[h, w, C]; zeros for a bad one."""
-    return np.array(self._files[self.assigned[i]][self._place[i]])
+  def latents(self, i: int) -> np.ndarray:
+    """Returns the latents of image i, float16[h, w, C]; zeros for a bad one."""
+    return np.array(self._files[self.assigned[i]][self._row[i]])
 
-  def shape_of(self, size) -> tuple[int, int, int]:
-    """Height, width and channels of the latents of a bucket."""
+  def shape_of(self, size: Sequence[int]) -> tuple[int, int, int]:
+    """Returns (h, w, C), the shape of the latents of a bucket."""
     return self.meta.shape(size)
 
 
-def write(directory, records, meta, assigned) -> LatentCache:
-  """Writes a cache, or goes on with one that was interrupted.
+def write(
+  directory: str | os.PathLike[str],
+  records: Callable[[np.ndarray], Iterable[Record]],
+  meta: Meta,
+  assigned: np.ndarray,
+) -> LatentCache:
+  """Writes a cache, or resumes one that was interrupted.
 
   Args:
-    directory: the finished cache appears here, whole or not at all.
-    records: function of the image numbers still to come, giving an iterable
-      of latents float[h, w, C], or None for a bad image, for each of them,
-      in order.
-    meta: a Meta.
+    directory: the complete cache will be here, all of it or nothing.
+    records: function of the image numbers int64[n] that are missing; gives the
+      latents float[h, w, C] of each of them, in order, None for a bad image.
+    meta: what the cache is made from.
     assigned: int8[num_images], see `buckets.assign`.
 
   Returns:
-    The finished LatentCache (the one there, if it is already finished).
+    The cache; the existing one if it is complete.
 
   Raises:
     errors.DataError: the directory holds another cache, latents of a wrong
-      shape, too few of them, or the disk is full; what is written stays and is
+      shape, too few of them, or the disk is full; sealed images stay and are
       used by the next call.
   """
-  files.require_local(directory, "a latent cache")
-  directory = pathlib.Path(directory)
-  if (there := _read_meta(directory)) is not None:
-    _check_same(directory, there, meta)
-    return LatentCache(directory, there)
-  if directory.exists():
-    raise errors.DataError(
-      f"{directory} exists and is no latent cache; give another place."
-    )
-  partial = _partial(directory)
-  try:
-    if (whole := _read_meta(partial)) is not None:  # all but its name is done
-      _check_same(partial, whole, meta)
-    else:
-      done = _begin(partial, meta, assigned)
-      assigned = np.load(partial / "assigned.npy")
-      order = _order(assigned, meta)
-      _append(partial, order, done, records, meta, assigned)
-      _replace(partial / "meta.json", json.dumps(dataclasses.asdict(meta)))
-    (partial / "done.json").unlink(missing_ok=True)
-    os.replace(partial, directory)
-  except OSError as error:
-    raise errors.DataError(
-      f"The latent cache could not be written ({error}). What is finished is"
-      f" kept in {partial}; make room and give the same command again, it goes"
-      " on there."
-    ) from error
-  return LatentCache(directory, meta)
+  writer = _Writer(_FORMAT, directory, meta, assigned)
+  writer.write(lambda start: records(writer.order[start:]))
+  return LatentCache.load(writer.directory)
 
 
-def resume_point(directory, meta) -> int:
-  """How many images are finished.
+def resume_point(directory: str | os.PathLike[str], meta: Meta) -> int:
+  """Returns how many images are finished.
 
   Raises:
     errors.DataError: the directory holds another cache.
   """
-  files.require_local(directory, "a latent cache")
-  directory = pathlib.Path(directory)
-  if (there := _read_meta(directory)) is not None:
-    _check_same(directory, there, meta)
-    return int((np.load(directory / "assigned.npy") != buckets_lib.NONE).sum())
-  partial = _partial(directory)
-  if (whole := _read_meta(partial)) is not None:
-    _check_same(partial, whole, meta)
-    return int((np.load(partial / "assigned.npy") != buckets_lib.NONE).sum())
-  begun = partial / "done.json"
-  if not begun.exists():
-    return 0
-  fields = json.loads(begun.read_text())
-  _check_same(_partial(directory), Meta(**fields["meta"]), meta)
-  return fields["done"]
+  return _Writer(_FORMAT, directory, meta).resume_point()
 
 
-def _begin(partial, meta, assigned):
-  """Opens the unfinished folder; how many images are in it."""
-  partial.mkdir(parents=True, exist_ok=True)
-  if not (partial / "done.json").exists():
-    with (partial / "assigned.npy").open("wb") as file:
-      np.save(file, np.asarray(assigned, np.int8))
-    _seal(partial, meta, 0)
-    return 0
-  fields = json.loads((partial / "done.json").read_text())
-  _check_same(partial, Meta(**fields["meta"]), meta)
-  return fields["done"]
+class _Writer(shards.Writer[Meta, Record]):
+  """Appends each shard to the files of its buckets; done.json seals it."""
 
+  def __init__(self, kind, directory, meta, assigned=None):
+    super().__init__(kind, directory, meta)
+    self.shard_size = _SHARD_SIZE
+    self._to_assign = assigned  # of a cache that is not begun yet
 
-def _append(partial, order, done, records, meta, assigned):
-  """Appends what is still to come, sealed every few images."""
-  stream = iter(records(order[done:]))
-  counts = np.bincount(assigned[order], minlength=len(meta.buckets))
-  ends = np.cumsum(counts)
-  for first in range(done, len(order), _SEALED):
-    chunk = order[first : first + _SEALED]
-    last = first + len(chunk)
-    values = list(itertools.islice(stream, len(chunk)))
-    if len(values) < len(chunk):
-      raise errors.DataError(
-        f"Only {first + len(values)} of {len(order)} images came for {partial}."
-      )
+  @functools.cached_property
+  def _members(self):
+    """The images of each bucket, by the buckets that `begin` stored."""
+    assigned = np.load(self.partial / "assigned.npy")
+    return buckets_lib.members(assigned, len(self.meta.buckets))
+
+  @functools.cached_property
+  def order(self):
+    """int64[n]: images in the order in which they lie in the files."""
+    return np.concatenate(self._members)
+
+  def begin(self):
+    with (self.partial / "assigned.npy").open("wb") as file:
+      np.save(file, np.asarray(self._to_assign, np.int8))
+    self._seal(0)
+
+  def begun_meta(self):
+    fields = self._read_seal()
+    return Meta(**fields["meta"]) if fields else None
+
+  def count_sealed(self):
+    return self._read_seal().get("done", 0)
+
+  def count_all(self, folder):
+    assigned = np.load(folder / "assigned.npy")
+    return int((assigned != buckets_lib.NONE).sum())
+
+  def write_shard(self, first, records):
+    last = first + len(records)
+    ends = np.cumsum([len(chosen) for chosen in self._members])
+    buckets = np.searchsorted(ends, np.arange(first, last), side="right")
     latents = [
-      _checked(value, meta.shape(meta.buckets[assigned[i]]), i)
-      for i, value in zip(chunk, values, strict=True)
+      _checked(value, self.meta.shape(self.meta.buckets[b]), i)
+      for value, b, i in zip(
+        records, buckets, self.order[first:last], strict=True
+      )
     ]
-    good = bytes(value is not None for value in values)
-    _write_at(partial / "good.u1", first, good)
-    for b, end in enumerate(ends):
-      begin = end - counts[b]
-      mine = latents[max(begin, first) - first : max(min(end, last) - first, 0)]
-      if mine:
-        place = (max(begin, first) - begin) * mine[0].nbytes
-        data = b"".join(x.tobytes() for x in mine)
-        _write_at(partial / _file(b), int(place), data)
-    _seal(partial, meta, last)
+    good = bytes(value is not None for value in records)
+    _write_at(self.partial / "good.u1", first, good)
+    for b in np.unique(buckets):
+      part = [
+        x for x, bucket in zip(latents, buckets, strict=True) if bucket == b
+      ]
+      begin = int(ends[b]) - len(self._members[b])
+      offset = max(first - begin, 0) * part[0].nbytes
+      data = b"".join(x.tobytes() for x in part)
+      _write_at(self.partial / _file(b), offset, data)
+    self._seal(last)
+
+  def journal(self):
+    return [self.partial / "done.json"]
+
+  def _seal(self, done):
+    fields = {"meta": dataclasses.asdict(self.meta), "done": done}
+    shards.replace_text(self.partial / "done.json", json.dumps(fields))
+
+  def _read_seal(self):
+    path = self.partial / "done.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _pairs(buckets):
+  """Returns (height, width) of each bucket as tuples of int."""
+  return tuple((int(h), int(w)) for h, w in buckets)
 
 
 def _checked(value, shape, i):
-  """Latents as they are stored; a bad image's are zeros."""
+  """Returns latents as they are stored; those of a bad image are zeros."""
   if value is None:
     return np.zeros(shape, _TYPE)
   value = np.asarray(value)
   if value.shape != shape:
     raise errors.DataError(
-      f"Image {i} has latents of shape {value.shape}, its bucket {shape}."
+      f"Image {i} has latents of shape {value.shape}; its bucket expects"
+      f" {shape}."
     )
   return value.astype(_TYPE)
 
 
-def _write_at(path, start, data):
-  """Writes bytes at a place; what lay behind it, unsealed, is cut off."""
+def _write_at(path, offset, data):
+  """Writes bytes at an offset; unsealed bytes after it are cut off."""
   with path.open("r+b" if path.exists() else "w+b") as file:
-    file.truncate(start)
-    file.seek(start)
+    file.truncate(offset)
+    file.seek(offset)
     file.write(data)
     file.flush()
     os.fsync(file.fileno())
 
 
-def _seal(partial, meta, done):
-  fields = {"meta": dataclasses.asdict(meta), "done": done}
-  _replace(partial / "done.json", json.dumps(fields))
-
-
-def _replace(path, text):
-  """Writes a small file, whole or not at all."""
-  temporary = path.with_suffix(".tmp")
-  with temporary.open("w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
-
-
 def _order(assigned, meta):
-  """int64[n]: images in the order in which they lie in the files."""
+  """Returns images in the order in which they lie in the files, int64[n]."""
   return np.concatenate(buckets_lib.members(assigned, len(meta.buckets)))
 
 
 def _open_files(directory, assigned, meta):
-  """The mapped latents of each bucket; ValueError if one is too short."""
+  """Returns the mapped latents of each bucket; ValueError if one is short."""
   opened = {}
   for b, chosen in enumerate(buckets_lib.members(assigned, len(meta.buckets))):
     if len(chosen):
@@ -310,14 +316,14 @@ def _open_files(directory, assigned, meta):
 
 
 def _open(path, shape):
-  """An array in a file, by rows; ValueError if the file is too short."""
+  """Opens an array by rows; ValueError if the file is too short."""
   if not files.is_remote(path):
     return np.memmap(path, _TYPE, "r", shape=shape)
-  return _Rows(path, shape)
+  return _RemoteRows(path, shape)
 
 
-class _Rows:
-  """As `_open` gives it, of an object: each row is asked for by itself."""
+class _RemoteRows:
+  """The rows of an array in an object store, each read when asked for."""
 
   def __init__(self, path, shape):
     self._path, self._shape = path, shape[1:]
@@ -333,54 +339,3 @@ class _Rows:
 
 def _file(bucket):
   return f"latents-{bucket}.f16"
-
-
-def _partial(directory):
-  return directory.with_name(directory.name + ".partial")
-
-
-def _read_meta(directory):
-  """The Meta of a finished cache, None if there is none."""
-  path = directory / "meta.json"
-  if not path.exists():
-    return None
-  try:
-    fields = json.loads(path.read_text())
-    if fields.get("format") != _FORMAT:
-      raise ValueError(f"format {fields.get('format')}, known is {_FORMAT}")
-    return Meta(**fields)
-  except (OSError, ValueError, TypeError, AttributeError) as error:
-    raise _damaged(directory, error) from error
-
-
-def _check_same(directory, there, meta):
-  """Refuses to mix the latents of two datasets, autoencoders or buckets."""
-  for field in dataclasses.fields(meta):
-    old, new = getattr(there, field.name), getattr(meta, field.name)
-    if field.name == "pictures" and not (old and new):
-      continue
-    if old != new and field.name not in _NOT_COMPARED:
-      theirs, ours = _known(there, field.name), _known(meta, field.name)
-      kind = "set of images" if field.name == "pictures" else field.name
-      raise _foreign(directory, kind, theirs, ours)
-
-
-def _known(meta, kind):
-  """A field as a message has it: of a fingerprint, what it is of as well."""
-  value = getattr(meta, kind)
-  words = {"source": meta.data, "vae": meta.model}.get(kind, "")
-  return f"{words} ({value[:12]})" if words else value
-
-
-def _foreign(directory, kind, theirs, ours):
-  return errors.DataError(
-    f"The latent cache {directory} was made with another {kind} ({theirs}, here"
-    f" {ours}). Write one at another place, or delete it first."
-  )
-
-
-def _damaged(directory, reason):
-  return errors.DataError(
-    f"The latent cache {directory} is damaged ({reason}); delete it and write"
-    " it again."
-  )

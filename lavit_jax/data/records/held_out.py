@@ -1,24 +1,27 @@
-"""Which lines of a file are held out: by a hash, no image in both halves."""
+"""Chooses which lines of a file are held out: by a hash, sharing no image."""
 
 import collections
 import hashlib
 import logging
+from collections.abc import Sequence
+
+from lavit_jax.data.records import forms
 
 _LOG = logging.getLogger(__name__)
-_CROWD = 2  # times its share: a larger group is not held out
+_MAX_GROUP = 2  # times the held-out share: a larger group is not held out
 
 
-def choose(entries, share):
-  """Whether each line is held out, list[bool].
+def choose(entries: Sequence[forms.Entry], share: float) -> list[bool]:
+  """Returns whether each line is held out.
 
-  A line goes by a hash of its first image, or of its text. Lines that share
-  an image with a line of several form a group, which goes whole by the hash
-  of the first image that stands in it; but a group of more than twice
-  `share` of all lines is trained on. So lines that are added move no other
-  one, unless they join groups or a group passes that size.
+  A line is chosen by a hash of its first image, or of its text. Lines that are
+  joined by shared images form a group, chosen as a whole by the hash of the
+  first image in it; but a group of more than twice `share` of all lines is
+  trained on. So added lines move no other line, unless they join groups or a
+  group exceeds that size.
 
   Args:
-    entries: list of forms.Entry.
+    entries: of all lines.
     share: of the lines that is to be held out.
   """
   groups = _Groups(entries)
@@ -29,29 +32,29 @@ def choose(entries, share):
     else:
       keys.append(entry.text or "\n".join(p.text for p in entry.parts))
   sizes = collections.Counter(k for k in keys if k in groups)
-  room = max(1, _CROWD * share * len(entries))
-  crowds = {k for k, n in sizes.items() if n > room}
-  if crowds:
+  limit = max(1, _MAX_GROUP * share * len(entries))
+  large = {k for k, n in sizes.items() if n > limit}
+  if large:
     _LOG.warning(
       "%d of %d lines are joined by images they share, and too many to be"
-      " held out (groups of this kind: %d): all are trained on. Choose what is"
-      " held out by hand with config.data.held_out_path.",
-      sum(sizes[k] for k in crowds),
+      " held out (number of such groups: %d): all are trained on. To choose the"
+      " held-out lines yourself, set config.data.held_out_path.",
+      sum(sizes[k] for k in large),
       len(entries),
-      len(crowds),
+      len(large),
     )
-  return [k not in crowds and _hash(k) < share * 2**32 for k in keys]
+  return [k not in large and _hash(k) < share * 2**32 for k in keys]
 
 
 def _hash(key):
-  """A number below 2**32 of a path or text."""
+  """Returns a number below 2**32 for a path or text."""
   return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
 
 
 class _Groups:
-  """Images that lines of several join; the first in the file leads.
+  """Images joined by lines of several; the first in the file leads a group.
 
-  Holds nothing of images that stand alone.
+  A union-find; holds nothing of images that stand alone.
   """
 
   def __init__(self, entries):
@@ -62,18 +65,18 @@ class _Groups:
         continue
       for image in images:
         self._order.setdefault(image, len(self._order))
-      tops = {self.first(image) for image in images}
-      top = min(tops, key=self._order.get)
-      self._leader.update(dict.fromkeys([*tops, *images], top))
+      leaders = {self.first(image) for image in images}
+      leader = min(leaders, key=self._order.get)
+      self._leader.update(dict.fromkeys([*leaders, *images], leader))
 
   def __contains__(self, key):
     return key in self._leader
 
   def first(self, image):
-    """The leader of an image's group; itself where it stands alone."""
-    top = image
-    while (above := self._leader.get(top, top)) != top:
-      top = above
-    while image != top and image in self._leader:  # shortens the way
-      self._leader[image], image = top, self._leader[image]
-    return top
+    """Returns the leader of an image's group; itself if it stands alone."""
+    leader = image
+    while (above := self._leader.get(leader, leader)) != leader:
+      leader = above
+    while image != leader and image in self._leader:  # shortens the path
+      self._leader[image], image = leader, self._leader[image]
+    return leader

@@ -1,24 +1,28 @@
-"""A user's file of JSON lines, as rows; what it is instead is named.
+"""Reads a user's file of JSON lines as rows, or says what the file is instead.
 
-Read: one JSON object a line, or one JSON array of objects; either gzipped.
+The file holds one JSON object a line, or one JSON array of objects, and may be
+gzipped.
 """
 
 import codecs
 import contextlib
 import gzip
+import io
 import json
 import math
 import re
 import zlib
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 
-_LONGEST = 64 << 20  # bytes of a line, characters of an array's item
-_DEEPEST = 64  # objects and lists in one another in a line
+_MAX_LENGTH = 64 << 20  # bytes of a line, characters of an array's item
+_MAX_DEPTH = 64  # nested objects and lists of a line
 _CHUNK = 1 << 20  # bytes read at once of an array
 _EXPECTED = "expected a file with one JSON object a line"
-_SIGNS = (  # how other files begin, what they are, what to do
+_SIGNATURES = (  # first bytes of other files, what they are, what to do
   (
     b"PAR1",
     "a Parquet file",
@@ -31,23 +35,25 @@ _SIGNS = (  # how other files begin, what they are, what to do
 )
 _SPACE = re.compile(r"[ \t\r\n]*")
 
-
-_TWICE = object()  # the key of a field's name that an object has twice
+_TWICE = object()  # key under which a repeated field's name is stored
 
 
 class BadLine(ValueError):
-  """A line that cannot be used; says why."""
+  """A line that cannot be used; the message says why."""
 
 
-def rows(path):
+def rows(path: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
   """Yields (number, row) of each line that is not blank; numbers from 1.
 
   A row is a dict without the fields that are null or NaN, or the BadLine that
-  says why it is none. The items of an array are numbered in place of lines.
+  says why there is none. Of an array the items are numbered, not the lines.
+
+  Args:
+    path: of the file, here or on gs://.
 
   Raises:
-    errors.DataError: no file to read, or of another kind; an array that is
-      cut off or broken, as nothing behind the fault can be found.
+    errors.DataError: the file cannot be read, or is of another kind; or its
+      array is cut off or broken, so that nothing after the fault can be read.
   """
   try:
     with unpacked(path) as file:
@@ -66,18 +72,18 @@ def rows(path):
 
 
 @contextlib.contextmanager
-def unpacked(path):
-  """Opens a file to read its bytes; those of a gzip file as they were."""
+def unpacked(path: Any) -> Iterator[io.BufferedReader | gzip.GzipFile]:
+  """Opens a file to read its bytes; a gzip file is decompressed."""
   with files.open_bytes(path) as plain:
     packed = plain.peek(2)[:2] == b"\x1f\x8b"
     yield gzip.GzipFile(fileobj=plain) if packed else plain
 
 
 def _check(path, start):
-  """Raises DataError where the first bytes are of another kind of file."""
-  for sign, what, way in _SIGNS:
-    if start.startswith(sign):
-      raise errors.DataError(f"{path} is {what}; {_EXPECTED}: {way} first.")
+  """Raises DataError if the first bytes are those of another kind of file."""
+  for signature, kind, advice in _SIGNATURES:
+    if start.startswith(signature):
+      raise errors.DataError(f"{path} is {kind}; {_EXPECTED}: {advice} first.")
   if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or (
     b"\0" in start[:4]
   ):
@@ -89,24 +95,24 @@ def _check(path, start):
   if first.strip() == b"{":
     raise errors.DataError(
       f"{path} has JSON objects over several lines; {_EXPECTED}:"
-      " jq -c . OLD > NEW writes them so. (Of one object that holds lists, as"
-      " COCO's annotations are, make a line an image.)"
+      " jq -c . OLD > NEW writes it so. (From one object that holds lists,"
+      " such as COCO's annotations, write a line for each image.)"
     )
 
 
 def _lines(path, file):
-  """(number, row) of JSON lines."""
+  """Yields (number, row) of JSON lines."""
   del path
   number = 0
-  while line := file.readline(_LONGEST + 1):
+  while line := file.readline(_MAX_LENGTH + 1):
     number += 1
-    if len(line) > _LONGEST:
+    if len(line) > _MAX_LENGTH:
       while line and not line.endswith(b"\n"):
-        line = file.readline(_LONGEST)
+        line = file.readline(_MAX_LENGTH)
       yield (
         number,
         BadLine(
-          f"is longer than {_LONGEST >> 20} MiB; expected one image or"
+          f"is longer than {_MAX_LENGTH >> 20} MiB; expected one image or"
           " document a line"
         ),
       )
@@ -118,25 +124,25 @@ def _lines(path, file):
 
 
 def _parse(line):
-  """One line as a dict, or a BadLine."""
+  """Returns one line as a dict, or a BadLine."""
   try:
     return _row(json.loads(line, object_pairs_hook=_object))
   except (ValueError, RecursionError) as error:
     start = line[:40].decode(errors="replace")
-    return BadLine(f"is no JSON ({error}); begins with {start!r}")
+    return BadLine(f"is not JSON ({error}); begins with {start!r}")
 
 
 def _object(pairs):
-  """A JSON object; `_present` refuses one that says a field twice."""
-  made = dict(pairs)
-  if len(made) < len(pairs):
+  """Returns a JSON object; marks one with a repeated field for `_present`."""
+  value = dict(pairs)
+  if len(value) < len(pairs):
     names = [name for name, _ in pairs]
-    made[_TWICE] = next(name for name in names if names.count(name) > 1)
-  return made
+    value[_TWICE] = next(name for name in names if names.count(name) > 1)
+  return value
 
 
 def _row(value):
-  """A JSON value as a dict without nulls, or a BadLine."""
+  """Returns a JSON value as a dict without nulls, or a BadLine."""
   if not isinstance(value, dict):
     return BadLine(f"is a JSON {type(value).__name__}, expected an object")
   try:
@@ -146,93 +152,96 @@ def _row(value):
 
 
 def _present(value, depth=1):
-  """The value without fields that are null: so tables write what is not there.
+  """Returns the value without null fields, by which tables mean absent ones.
 
   {"text": null, "answers": [{"answer": "red", "by": NaN}]} becomes
-  {"answers": [{"answer": "red"}]}. Raises BadLine where lists and objects are
-  nested too deeply, so that whoever walks through a row need not count.
+  {"answers": [{"answer": "red"}]}. Raises BadLine if lists and objects are
+  nested too deeply, so that functions that walk through a row need not count.
   """
-  if isinstance(value, dict | list) and depth > _DEEPEST:
-    raise BadLine(f"is nested more than {_DEEPEST} deep")
+  if isinstance(value, dict | list) and depth > _MAX_DEPTH:
+    raise BadLine(f"is nested more than {_MAX_DEPTH} deep")
   if isinstance(value, dict):
     if _TWICE in value:
       raise BadLine(f"has the field {value[_TWICE]!r:.40} twice; keep one")
-    found = {k: v for k, v in value.items() if not _missing(v)}
-    return {k: _present(v, depth + 1) for k, v in found.items()}
+    kept = {k: v for k, v in value.items() if not _missing(v)}
+    return {k: _present(v, depth + 1) for k, v in kept.items()}
   if isinstance(value, list):
     return [_present(v, depth + 1) for v in value if not _missing(v)]
   return value
 
 
 def _missing(value):
-  """Whether a value is null, or NaN as pandas has it."""
+  """Whether a value is null, or NaN, as pandas writes it."""
   return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _items(path, file):
-  """(number, row) of the objects of one JSON array, a part at a time."""
-  array, number, sign = _Array(path, file), 0, "["
+  """Yields (number, row) of the objects of one JSON array, read in parts."""
+  array, number, expected = _Array(path, file), 0, "["
   while True:
-    found = array.character()
-    if found == "]" and number:
+    character = array.character()
+    if character == "]" and number:
       break
-    if found != sign:
-      array.fail(number, f"is followed by {found!r}, expected a comma")
-    array.place += 1
+    if character != expected:
+      array.fail(number, f"is followed by {character!r}, expected a comma")
+    array.position += 1
     if not number and array.character() == "]":
       break
-    number, sign = number + 1, ","
+    number, expected = number + 1, ","
     yield number, _row(array.item(number))
-  array.place += 1
+  array.position += 1
   if rest := array.character():
     array.fail(number, f"is the last, but {rest!r} follows the array's end")
 
 
 class _Array:
-  """The text of a JSON array, read as it is needed."""
+  """The text of a JSON array, read from the file as needed."""
 
   def __init__(self, path, file):
-    self.place = 0
+    self.position = 0
     self._path, self._file, self._text = path, file, ""
     self._decoder = json.JSONDecoder(object_pairs_hook=_object)
-    # What is no UTF-8 becomes lone surrogates, which an item is refused for.
+    # Bytes that are not UTF-8 become lone surrogates; such items are refused.
     utf8 = codecs.getincrementaldecoder("utf-8-sig")
     self._decode = utf8("surrogateescape").decode
 
   def character(self):
-    """The next character that is no white space, "" at the end."""
+    """Returns the next character that is not white space, "" at the end."""
     while True:
-      self.place = _SPACE.match(self._text, self.place).end()
-      if self.place < len(self._text) or not self._read(_CHUNK):
-        return self._text[self.place : self.place + 1]
+      self.position = _SPACE.match(self._text, self.position).end()
+      if self.position < len(self._text) or not self._read(_CHUNK):
+        return self._text[self.position : self.position + 1]
 
   def item(self, number):
-    """The JSON value that comes next."""
+    """Returns the next JSON value."""
     size = _CHUNK
     while True:
       try:
         self.character()
-        value, self.place = self._decoder.raw_decode(self._text, self.place)
+        value, self.position = self._decoder.raw_decode(
+          self._text, self.position
+        )
         return value
       except RecursionError:
         self.fail(number, "is nested too deeply")
       except ValueError as error:
         # Each read is twice as long: a long item is not parsed many times.
-        long = len(self._text) - self.place > _LONGEST
+        long = len(self._text) - self.position > _MAX_LENGTH
         if long or not self._read(size):
-          self.fail(number, f"is no JSON, or is cut off ({error})")
+          self.fail(number, f"is not JSON, or is cut off ({error})")
         size *= 2
 
   def _read(self, size):
-    """Takes more of the file in; False at its end."""
+    """Reads more of the file; False at its end."""
     data = self._file.read(size)
     more = self._decode(data, not data)
-    self._text, self.place = self._text[self.place :] + more, 0
+    self._text, self.position = self._text[self.position :] + more, 0
     return bool(data)
 
-  def fail(self, number, why):
-    """Raises DataError for an item, from which on nothing can be read."""
+  def fail(self, number: int, reason: str) -> NoReturn:
+    """Raises DataError for an item after which nothing can be read."""
     raise errors.DataError(
-      f"{self._path}: item {number} of its JSON array {why}. Mend the file, or"
-      " write one JSON object a line, of which a broken one is left out."
+      f"{self._path}: item {number} of its JSON array {reason}. Correct the"
+      " file, or write one JSON object a line: then only a broken line is"
+      " skipped."
     )

@@ -1,16 +1,18 @@
-"""Questions about scenes of the shapes world.
+"""Asks questions about scenes of the shapes world.
 
-Each has one right short answer that a look at the scene gives and a guess does
-not: yes and no are equally frequent, counts are levelled as far as scenes
-allow, the other answers are as uniform as the attributes of the objects.
+Each has one right short answer, which depends on the scene and cannot be
+guessed: yes and no are equally frequent, counts are balanced as far as scenes
+allow, other answers are as uniform as the attributes of the objects.
 """
+
+import numpy as np
 
 from lavit_jax.data.shapes import scene as scene_lib
 from lavit_jax.data.shapes import text
 
 TYPES = ("color", "shape", "size", "place", "count", "yes/no")
-# Chances of the counts 0 to 3 where a scene has a question for each; they
-# make up for small counts being possible in more scenes.
+# Weights of the counts 0 to 3 in a scene with a question for each of them;
+# they compensate for small counts being possible in more scenes.
 _COUNT_WEIGHTS = (0.5, 1.0, 2.0, 4.0)
 _WORDINGS = {
   "color": ("what color is {}?", "which color does {} have?"),
@@ -30,15 +32,27 @@ _POLAR_FORMS = (
 )
 
 
-def questions(scene, rng):
-  """One question of every type: list of (type, question, answer)."""
+def questions(
+  scene: scene_lib.Scene, rng: np.random.Generator
+) -> list[tuple[str, str, str]]:
+  """Returns one question of every type: (type, question, answer)."""
   return [(kind, *question(scene, kind, rng)) for kind in TYPES]
 
 
-def question(scene, kind, rng):
-  """A question of one type about a Scene, and its answer: (str, str).
+def question(
+  scene: scene_lib.Scene, kind: str, rng: np.random.Generator
+) -> tuple[str, str]:
+  """Returns a question of one type about a Scene, and its answer.
 
-  Colour-shape pairs of NEVER_SEEN_PAIRS are named for never_seen scenes only.
+  Colour-shape pairs of NEVER_SEEN_PAIRS are named only for never_seen scenes.
+
+  Args:
+    scene: to ask about.
+    kind: one of TYPES.
+    rng: chooses question and wording.
+
+  Raises:
+    ValueError: there is no such type.
   """
   if kind in _WORDINGS:
     return _attribute_question(scene, kind, rng)
@@ -47,7 +61,7 @@ def question(scene, kind, rng):
   if kind == "yes/no":
     return _polar_question(scene, rng)
   raise ValueError(
-    f"kind={kind!r} is not a type of question: it must be one of"
+    f"kind={kind!r} is not a type of question; expected one of"
     f" {', '.join(TYPES)}."
   )
 
@@ -57,32 +71,34 @@ def _pick(rng, values):
 
 
 def _attribute_question(scene, kind, rng):
-  """Asks for one attribute of an object that other attributes single out."""
+  """Asks for one attribute of an object that other attributes identify."""
   obj = _pick(rng, scene.objects)
-  told = _pick(rng, text.names(scene, obj, hidden=(kind,)))
-  words = _pick(rng, _WORDINGS[kind])
-  subject = text.definite(obj, told, rng)
-  return words.format(subject), getattr(obj, kind)
+  attributes = _pick(rng, text.names(scene, obj, hidden=(kind,)))
+  wording = _pick(rng, _WORDINGS[kind])
+  subject = text.definite(obj, attributes, rng)
+  return wording.format(subject), getattr(obj, kind)
 
 
 def _count_question(scene, rng):
   """Draws an answer first, then a question that has it."""
-  found = {n: {} for n in range(4)}  # answer -> group of questions -> words
-  for group, words, counted in _COUNTED:
+  wordings = {n: {} for n in range(4)}  # answer -> group -> wordings
+  for group, wording, counted in _COUNTED:
     count = sum(counted(obj) for obj in scene.objects)
-    found[count].setdefault(group, []).append(words)
-  possible = [(n, _COUNT_WEIGHTS[n]) for n, groups in found.items() if groups]
+    wordings[count].setdefault(group, []).append(wording)
+  possible = [
+    (n, _COUNT_WEIGHTS[n]) for n, groups in wordings.items() if groups
+  ]
   answer = text.choose(rng, possible)
-  words = _pick(rng, _pick(rng, list(found[answer].values())))
-  return f"how many {words}?", str(answer)
+  wording = _pick(rng, _pick(rng, list(wordings[answer].values())))
+  return f"how many {wording}?", str(answer)
 
 
 def _counted_things():
-  """All (group, words after "how many", test of an Object)."""
+  """Returns all (group, wording after "how many", predicate of an Object)."""
   things = [("all", "shapes are there", lambda o: True)]
   for shape in scene_lib.SHAPES:
-    words = f"{text.plural(shape)} are there"
-    things.append(("shape", words, lambda o, v=shape: o.shape == v))
+    wording = f"{text.plural(shape)} are there"
+    things.append(("shape", wording, lambda o, v=shape: o.shape == v))
   for kind in ("color", "size"):
     for value in _VALUES[kind]:
       test = lambda o, k=kind, v=value: getattr(o, k) == v
@@ -121,7 +137,7 @@ def _ask_existence(scene, kind, right, rng):
 
 
 def _pick_pair(scene, right, rng):
-  """A (colour, shape) of the scene, or a near miss: one of the two is there."""
+  """Returns a (colour, shape) of the scene, or one that is half wrong."""
   present = {(o.color, o.shape) for o in scene.objects}
   if right:
     return _pick(rng, sorted(present))
@@ -141,8 +157,8 @@ def _pick_pair(scene, right, rng):
 def _ask_attribute(scene, kind, right, rng):
   """Is the circle red? Is the red shape a circle? Is it at the top left?"""
   obj = _pick(rng, scene.objects)
-  told = _pick(rng, text.names(scene, obj, hidden=(kind,)))
-  subject = text.definite(obj, told, rng)
+  attributes = _pick(rng, text.names(scene, obj, hidden=(kind,)))
+  subject = text.definite(obj, attributes, rng)
   value = getattr(obj, kind)
   if not right:
     value = _pick(rng, _wrong_values(scene, obj, kind))
@@ -156,7 +172,7 @@ def _ask_attribute(scene, kind, right, rng):
 
 
 def _wrong_values(scene, obj, kind):
-  """Other values of an attribute that make no pair the split must not name."""
+  """Returns other values of an attribute, without pairs the split excludes."""
   values = [v for v in _VALUES[kind] if v != getattr(obj, kind)]
   if scene_lib.split_of(scene.objects) == "never_seen":
     return values

@@ -1,7 +1,7 @@
 """Draws scenes of the shapes world: numpy only, about 0.1 ms an image.
 
 Objects are pasted from small antialiased sprites (8 x 8 samples a pixel, at a
-quarter-pixel position) that are made once a process and then kept.
+quarter-pixel position) that each process draws once and keeps.
 """
 
 import functools
@@ -21,18 +21,18 @@ _STEPS = 4  # sprite positions a pixel side
 _SCALES = {"square": 0.9, "diamond": 1.08}
 
 
-def check_image_size(image_size):
+def check_image_size(image_size: int) -> None:
   """Raises ValueError unless `image_size` is even and in 32..64."""
   if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE or image_size % 2:
     raise ValueError(
-      f"image_size={image_size} does not suit the shapes world: it must be an"
+      f"image_size={image_size} does not suit the shapes world; expected an"
       f" even number from {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE}."
       " Change data.image_size."
     )
 
 
-def render(scene, image_size=48):
-  """Draws a Scene as uint8[image_size, image_size, 3]."""
+def render(scene: scene_lib.Scene, image_size: int = 48) -> np.ndarray:
+  """Draws a Scene, uint8[image_size, image_size, 3]."""
   check_image_size(image_size)
   image = _ground(scene.background, image_size)
   for obj in scene.objects:
@@ -43,8 +43,8 @@ def render(scene, image_size=48):
   return np.rint(image).astype(np.uint8)
 
 
-def coverage(scene, image_size=48):
-  """Share of each pixel that objects cover, float32[H, W] in [0, 1]."""
+def coverage(scene: scene_lib.Scene, image_size: int = 48) -> np.ndarray:
+  """Returns the share of each pixel that objects cover, float32[H, W]."""
   check_image_size(image_size)
   covered = np.zeros((image_size, image_size), np.float32)
   for obj in scene.objects:
@@ -53,13 +53,21 @@ def coverage(scene, image_size=48):
   return covered
 
 
-def object_mask(scene, image_size=48):
-  """Pixels that an object covers by half or more, bool[H, W]."""
+def object_mask(scene: scene_lib.Scene, image_size: int = 48) -> np.ndarray:
+  """Returns which pixels objects cover by half or more, bool[H, W]."""
   return coverage(scene, image_size) >= 0.5
 
 
-def object_shares(scene, image_size=48, patch_size=8):
-  """Share of object pixels in each patch, float32[N] in raster order."""
+def object_shares(
+  scene: scene_lib.Scene, image_size: int = 48, patch_size: int = 8
+) -> np.ndarray:
+  """Returns the share of object pixels in each patch, float32[N].
+
+  Patches are in raster order.
+
+  Raises:
+    ValueError: patches of this size do not tile the image.
+  """
   if patch_size <= 0 or image_size % patch_size:
     raise ValueError(
       f"patch_size={patch_size} does not divide image_size={image_size}:"
@@ -72,7 +80,7 @@ def object_shares(scene, image_size=48, patch_size=8):
 
 
 def _place(obj, jitter, image_size):
-  """Where an object is pasted: (slices of the image, float32 alpha)."""
+  """Returns (slices of the image, float32 alpha) to paste an object."""
   index = scene_lib.PLACES.index(obj.place)
   dx, dy = jitter[index]
   half = image_size / 2
@@ -91,11 +99,15 @@ def _place(obj, jitter, image_size):
 
 
 @functools.lru_cache(maxsize=4096)
-def sprite(shape, extent, step_x, step_y):
-  """Alpha of a shape `extent` pixels wide, float32[P, P], read-only.
+def sprite(shape: str, extent: float, step_x: int, step_y: int) -> np.ndarray:
+  """Returns the alpha of a shape, float32[P, P], read-only; P is even.
 
-  Its centre lies (step_x, step_y) quarter pixels right of and below the corner
-  of pixel [P // 2, P // 2]; P is even.
+  Args:
+    shape: one of scene.SHAPES.
+    extent: width of the shape in pixels.
+    step_x: quarter pixels from the left corner of pixel [P // 2, P // 2] to
+      the centre of the shape.
+    step_y: quarter pixels from its upper corner.
   """
   reach = math.ceil(extent * max(_SCALES.values()) / 2) + 1
   side = 2 * reach
@@ -110,7 +122,7 @@ def sprite(shape, extent, step_x, step_y):
 
 
 def _inside(shape, x, y):
-  """Tests points of the square [-1, 1]^2 (y down) against a shape."""
+  """Whether points of the square [-1, 1]^2, y down, are inside a shape."""
   ax, ay = np.abs(x), np.abs(y)
   if shape == "circle":
     return x * x + y * y <= 1
@@ -126,20 +138,20 @@ def _inside(shape, x, y):
     radius = x * x + y * y
     return (radius <= 1) & (radius >= 0.54**2)
   raise ValueError(
-    f"shape={shape!r} is not drawn here: it must be one of"
+    f"shape={shape!r} cannot be drawn; expected one of"
     f" {', '.join(scene_lib.SHAPES)}."
   )
 
 
 @functools.lru_cache(maxsize=16)
 def _grid(image_size):
-  """Pixel centres in pixels of a 48 px image: float32[1, W], [H, 1]."""
+  """Returns pixel centres in pixels of a 48 px image, float32[1, W], [H, 1]."""
   ticks = (np.arange(image_size, dtype=np.float32) + 0.5) * (48 / image_size)
   return ticks[None, :] - 24, ticks[:, None] - 24
 
 
 def _ground(background, image_size):
-  """The background alone, float32[H, W, 3]."""
+  """Draws the background, float32[H, W, 3]."""
   image = np.empty((image_size, image_size, 3), np.float32)
   image[:] = background.base
   if background.kind == "plain":
@@ -157,7 +169,7 @@ def _ground(background, image_size):
     field = 1 - 2 * np.abs(columns - rows)
   else:
     raise ValueError(
-      f"background kind={background.kind!r} is not drawn here: it must be one"
+      f"background kind={background.kind!r} cannot be drawn; expected one"
       f" of {', '.join(scene_lib.BACKGROUNDS)}."
     )
   image += background.amplitude * field[..., None]

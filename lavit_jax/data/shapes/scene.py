@@ -1,15 +1,17 @@
-"""The shapes world: scenes, the rule that splits them, edits, sampling.
+"""Samples scenes of the shapes world and their edits, and splits them.
 
-A scene has one to three objects, at most one in each quadrant ("place"). Which
-split a scene belongs to is a pure function of its objects, never of a seed:
-scenes with a colour-shape pair of NEVER_SEEN_PAIRS are "never_seen", of the
-others a hash sends HELD_OUT_SHARE to "held_out" and the rest to "train". An
-edit stays in the split of its scene, so no split ever shows another's scenes.
+A scene has one to three objects, at most one in each quadrant ("place"). The
+split of a scene is a pure function of its objects, not of a seed: scenes with a
+colour-shape pair of NEVER_SEEN_PAIRS are "never_seen"; of the others a hash
+assigns HELD_OUT_SHARE to "held_out" and the rest to "train". An edit stays in
+the split of its scene, so no split shows scenes of another.
 """
 
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +32,7 @@ ATTRIBUTES = ("size", "color", "shape", "place")
 
 SPLITS = ("train", "held_out", "never_seen")
 HELD_OUT_SHARE = 0.2
-# One colour is missing from each shape; every colour is seen with >= 5 shapes.
+# Training lacks one colour of each shape; each colour has >= 5 shapes there.
 NEVER_SEEN_PAIRS = frozenset(
   {
     ("red", "triangle"),
@@ -49,22 +51,30 @@ _COUNT_SHARES = (0.3, 0.65)  # cumulative: one object, two objects, three
 _COLOR_NAMES = tuple(COLORS)
 
 
+Attribute = Any  # str; None in an object of a text that does not state it
+
+
 @dataclasses.dataclass(frozen=True, order=True)
 class Object:
-  """One object; a parsed caption leaves what it does not state None."""
+  """One object; attributes that a parsed caption does not state are None."""
 
-  shape: str | None = None
-  color: str | None = None
-  size: str | None = None
-  place: str | None = None
+  shape: Attribute = None
+  color: Attribute = None
+  size: Attribute = None
+  place: Attribute = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Background:
-  """A greyish ground: base colour plus a low-contrast field.
+  """A greyish background: base colour plus a low-contrast pattern.
 
-  `amplitude` is in grey levels, `angle` in radians, `period` in pixels of a
-  48-pixel image, `phase` in periods.
+  Attributes:
+    kind: one of BACKGROUNDS.
+    base: colour, red, green and blue from 0 to 255.
+    amplitude: of the pattern, in grey levels.
+    angle: of the pattern, in radians.
+    period: of the pattern, in pixels of a 48-pixel image.
+    phase: of the pattern, in periods.
   """
 
   kind: str
@@ -77,7 +87,13 @@ class Background:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """Objects in raster order of place, ground, and one (dx, dy) a place."""
+  """One scene.
+
+  Attributes:
+    objects: in raster order of their places.
+    background: behind them.
+    jitter: (dx, dy) of the object at each place, in quarter pixels at 48 px.
+  """
 
   objects: tuple[Object, ...]
   background: Background
@@ -86,33 +102,37 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-  """`scene` is what results when `subject` gets `value` for `kind`.
+  """One edit of a scene.
 
-  kind is one of EDITS; value is the new attribute, None for "remove".
+  Attributes:
+    kind: one of EDITS.
+    subject: the object that is edited.
+    value: its new attribute; None for "remove".
+    scene: the resulting scene.
   """
 
   kind: str
   subject: Object
-  value: str | None
+  value: Attribute
   scene: Scene
 
 
-def check_split(split):
+def check_split(split: str) -> None:
   """Raises ValueError when `split` is not one of SPLITS."""
   if split not in SPLITS:
     raise ValueError(
-      f"split={split!r} is not a split of the shapes world: it must be one of"
+      f"split={split!r} is not a split of the shapes world; expected one of"
       f" {', '.join(SPLITS)}. Change data.split."
     )
 
 
-def is_never_seen(color, shape):
-  """True for a colour-shape pair that only the split never_seen shows."""
+def is_never_seen(color: str | None, shape: str | None) -> bool:
+  """Returns whether only the split never_seen has a colour-shape pair."""
   return (color, shape) in NEVER_SEEN_PAIRS
 
 
-def allowed_pairs(split):
-  """All (colour, shape) pairs that images and texts of `split` may name."""
+def allowed_pairs(split: str) -> list[tuple[str, str]]:
+  """Returns (colour, shape) pairs that images and texts of a split may have."""
   return [
     (color, shape)
     for color in COLORS
@@ -121,8 +141,8 @@ def allowed_pairs(split):
   ]
 
 
-def split_of(objects):
-  """The split that a tuple of objects belongs to, whatever the seed."""
+def split_of(objects: Iterable[Object]) -> str:
+  """Returns the split that objects belong to, whatever the seed."""
   if any(is_never_seen(o.color, o.shape) for o in objects):
     return "never_seen"
   key = ";".join(
@@ -133,23 +153,25 @@ def split_of(objects):
 
 @functools.lru_cache(maxsize=65536)
 def _bucket(key):
-  """A stable number in [0, 1) for a string."""
+  """Returns a stable number in [0, 1) for a string."""
   digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
   return int.from_bytes(digest, "little") / 2**32
 
 
-def generator(seed, split, index, purpose=0):
-  """The numpy generator of one item; `purpose` separates its uses."""
+def generator(
+  seed: int, split: str, index: int, purpose: int = 0
+) -> np.random.Generator:
+  """Returns the random generator of one item, for one of its purposes."""
   key = [seed, SPLITS.index(split), index, purpose]
   return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
 @functools.lru_cache(maxsize=4096)
-def sample(split, seed, index):
-  """Scene number `index` of a split and one edit of it: (Scene, Edit).
+def sample(split: str, seed: int, index: int) -> tuple[Scene, Edit]:
+  """Returns scene number `index` of a split, and one edit of it.
 
-  A pure function of its arguments. Both scenes belong to `split`; the kinds
-  of edit are equally frequent except that a lone object is never removed.
+  A pure function of its arguments. Both scenes belong to the split; kinds of
+  edit are equally frequent, except that a single object is never removed.
   """
   check_split(split)
   rng = generator(seed, split, index)
@@ -166,7 +188,7 @@ def sample(split, seed, index):
 
 
 def _sample_objects(rng, split):
-  """Draws objects; for never_seen the first has one of its pairs."""
+  """Samples objects; for never_seen the first has one of its pairs."""
   u = rng.random(13)
   count = 1 + sum(u[0] >= share for share in _COUNT_SHARES)
   places = np.argsort(u[1:5])[:count]
@@ -187,7 +209,7 @@ def _in_order(objects):
 
 
 def _is_valid(objects):
-  """Some object, one a place, no twins: each can be named without its place."""
+  """Whether there are objects, one a place, distinct without their places."""
   places = {o.place for o in objects}
   kinds = {(o.shape, o.color, o.size) for o in objects}
   return 0 < len(objects) == len(places) == len(kinds)
@@ -199,7 +221,7 @@ def _sample_kind(rng, objects):
 
 
 def _edits_of_kind(objects, kind):
-  """Valid (kind, subject, value, resulting objects) of one kind."""
+  """Returns valid (kind, subject, value, resulting objects) of one kind."""
   values = {
     "color": _COLOR_NAMES,
     "shape": SHAPES,
@@ -228,8 +250,8 @@ def _to_edit(scene, result):
   return Edit(kind, subject, value, dataclasses.replace(scene, objects=objects))
 
 
-# Upper edges of the kinds' shares: textures are the rarer grounds.
-_GROUND_EDGES = (
+# Cumulative shares of the kinds of background; textures are rarer.
+_BACKGROUND_SHARES = (
   ("plain", 0.4),
   ("gradient", 0.8),
   ("waves", 0.9),
@@ -238,11 +260,11 @@ _GROUND_EDGES = (
 
 
 def _sample_background(rng):
-  """Grey of any lightness from 45 to 210, slightly tinted."""
+  """Samples a grey of lightness 45 to 210, slightly tinted."""
   u = rng.random(8)
   grey = 45 + 165 * u[0]
   base = tuple(int(grey + 16 * (x - 0.5)) for x in u[1:4])
-  kind = next(k for k, edge in _GROUND_EDGES if u[4] < edge)
+  kind = next(k for k, edge in _BACKGROUND_SHARES if u[4] < edge)
   reach = {"plain": 0, "gradient": 25, "waves": 6, "checks": 5}[kind]
   return Background(
     kind=kind,

@@ -1,9 +1,11 @@
-"""Plain text about the shapes world, true by construction.
+"""Writes plain text about the shapes world, true by construction.
 
-Half of it says what words mean, half tells scenes: text alone shows how
-questions, changes and descriptions hang together. A scene that is told stays
-in the split it comes from.
+Half of it says what words mean, half describes scenes, so that text alone shows
+how questions, changes and descriptions are related. The text on a scene belongs
+to the scene's split.
 """
+
+import numpy as np
 
 from lavit_jax.data.shapes import questions, text
 from lavit_jax.data.shapes import scene as scene_lib
@@ -12,19 +14,21 @@ _KINDS = ("color", "shape", "size")
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 
 
-def sentence(scene, edit, rng):
-  """Text of one to three sentences, each with a full stop.
+def sentence(
+  scene: scene_lib.Scene, edit: scene_lib.Edit, rng: np.random.Generator
+) -> str:
+  """Returns a text of one to three sentences, each with a full stop.
 
   Args:
-    scene: the Scene that may be told.
-    edit: an Edit of that scene, for texts that tell a change.
-    rng: numpy Generator that chooses form and words.
+    scene: the Scene that may be described.
+    edit: an Edit of that scene, for texts about a change.
+    rng: chooses form and words.
   """
   if rng.random() < 0.5:
-    form = _FACTS[rng.integers(len(_FACTS))]
-    return form(scene_lib.split_of(scene.objects), rng)
-  form = _TALES[rng.integers(len(_TALES))]
-  return form(scene, edit, rng)
+    state = _FACTS[rng.integers(len(_FACTS))]
+    return state(scene_lib.split_of(scene.objects), rng)
+  describe = _DESCRIPTIONS[rng.integers(len(_DESCRIPTIONS))]
+  return describe(scene, edit, rng)
 
 
 def _pick(rng, values):
@@ -47,17 +51,17 @@ def _kind_of_word(split, rng):
   return f"{_pick(rng, values)} is a {kind}."
 
 
-def _what_a_name_says(split, rng):
+def _attributes_of_name(split, rng):
   """Says "a small red circle is red. it is not large."."""
   color, shape = _pick(rng, scene_lib.allowed_pairs(split))
   size, other = _pick_two(rng, scene_lib.SIZES)
   size_word = text.size_word(size, rng)
   name = text.article(f"{size_word} {color} {shape}")
-  said = _pick(rng, (color, size, text.article(shape)))
+  affirmed = _pick(rng, (color, size, text.article(shape)))
   denied = _pick(rng, [c for c in scene_lib.COLORS if c != color])
   allowed = split == "never_seen" or not scene_lib.is_never_seen(denied, shape)
   denied = _pick(rng, (denied, other)) if allowed else other
-  return f"{name} is {said}. it is not {denied}."
+  return f"{name} is {affirmed}. it is not {denied}."
 
 
 def _compare(split, rng):
@@ -112,7 +116,7 @@ def _some(count, shape):
   return f"{_NUMBERS[count]} {words}"
 
 
-def _tell(scene, edit, rng):
+def _describe(scene, edit, rng):
   """Says how many objects there are, then which."""
   del edit
   count = len(scene.objects)
@@ -138,5 +142,5 @@ def _change(scene, edit, rng):
   return f"{before}. {words}. now {after}."
 
 
-_FACTS = (_kind_of_word, _what_a_name_says, _compare, _places, _add_up)
-_TALES = (_tell, _ask, _change)
+_FACTS = (_kind_of_word, _attributes_of_name, _compare, _places, _add_up)
+_DESCRIPTIONS = (_describe, _ask, _change)

@@ -1,7 +1,7 @@
-"""How many captions each record of a dataset has, counted once and kept.
+"""Counts the captions of each record of a dataset once, and keeps the counts.
 
-To know them every record has to be read: seconds for some ten thousands of
-them, minutes for millions. The counts are kept in the user's cache folder.
+Counting reads every record, which takes seconds for tens of thousands of them
+and minutes for millions. Counts are kept in the user's cache folder.
 """
 
 import concurrent.futures
@@ -11,64 +11,72 @@ import os
 import pathlib
 import secrets
 import time
+from collections.abc import Callable
 
 import numpy as np
 
 _LOG = logging.getLogger(__name__)
 _THREADS = 8  # that read records
-_CHUNK = 4096  # records a task of theirs
-_OFTEN = 30.0  # seconds between two lines of the log
+_CHUNK = 4096  # records a task of a thread
+_LOG_EVERY = 30.0  # seconds
 
 
-def of(count, captions_of, *, key, name) -> np.ndarray:
-  """int32[count], captions of each record.
+def of(
+  count: int,
+  captions_of: Callable[[int], int],
+  *,
+  key: object,
+  name: str,
+) -> np.ndarray:
+  """Returns the number of captions of each record, int32[count].
 
   Args:
     count: number of records.
-    captions_of: function of a record's number that counts its captions.
-    key: what the counts depend on; other keys are other counts.
+    captions_of: counts the captions of a record, given its number.
+    key: everything the counts depend on; its repr names their file.
     name: of the dataset, for the log.
   """
   digest = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
   path = folder() / f"{digest}.npy"
-  found = _read(path, count)
-  if found is not None:
-    return found
+  stored = _read(path, count)
+  if stored is not None:
+    return stored
   _LOG.info("counting the captions of %d records of %s", count, name)
-  counts, told = np.zeros(count, np.int32), time.monotonic()
+  counts, logged = np.zeros(count, np.int32), time.monotonic()
 
   def fill(start):
-    for i in range(start, min(start + _CHUNK, count)):
+    stop = min(start + _CHUNK, count)
+    for i in range(start, stop):
       counts[i] = captions_of(i)
-    return min(start + _CHUNK, count)
+    return stop
 
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     for done in pool.map(fill, range(0, count, _CHUNK)):
-      if time.monotonic() > told + _OFTEN:
-        told = time.monotonic()
-        _LOG.info("captions of %d of %d records are counted", done, count)
+      if time.monotonic() > logged + _LOG_EVERY:
+        logged = time.monotonic()
+        _LOG.info("counted the captions of %d of %d records", done, count)
   _write(path, counts)
   return counts
 
 
 def folder() -> pathlib.Path:
-  """Where the counts lie: XDG_CACHE_HOME or ~/.cache, lavit_jax/captions."""
+  """Returns where counts are kept, in XDG_CACHE_HOME or else ~/.cache."""
   caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   return pathlib.Path(caches) / "lavit_jax" / "captions"
 
 
 def _read(path, count):
-  """The counts in a file, None if it holds none that make sense."""
+  """Returns the counts in a file, None if it holds no valid ones."""
   try:
-    found = np.load(path)
+    counts = np.load(path)
   except (OSError, ValueError, EOFError):
     return None
-  good = found.shape == (count,) and found.dtype == np.int32
-  return found if good and (found >= 0).all() else None
+  good = counts.shape == (count,) and counts.dtype == np.int32
+  return counts if good and (counts >= 0).all() else None
 
 
 def _write(path, counts):
-  """Keeps the counts; a folder that cannot be written is no fault."""
+  """Keeps the counts if the folder can be written."""
   unfinished = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.tmp")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,4 +84,8 @@ def _write(path, counts):
       np.save(file, counts)
     os.replace(unfinished, path)
   except OSError as error:
-    _LOG.info("%s is not written (%s); they are counted again", path, error)
+    _LOG.info(
+      "%s could not be written (%s); captions will be counted again",
+      path,
+      error,
+    )

@@ -1,4 +1,4 @@
-"""The user's own data: one JSON object a line, read as a Source.
+"""Reads a user's own data, one JSON object a line, as a Source.
 
 A line may hold any of these; image paths are relative to the file:
 
@@ -15,30 +15,36 @@ A line may hold any of these; image paths are relative to the file:
 
 Other names: "file_name" (Hugging Face's imagefolder), "filename" below a
 "filepath" and "sentences" (Karpathy's splits) for image and captions; "txt"
-for text; "document" for messages. A field that is null or NaN is not there,
-nor is a text that is empty.
+for text; "document" for messages. A field that is null or NaN counts as
+absent, and so does an empty text.
 
-In messages an image is read, unless it comes last, says "write": true, or is
+In messages an image is read, unless it comes last, has "write": true, or is
 the assistant's. An <image> in their texts (or a part {"type": "image"} without
 a path) stands for the next of the line's "images", or for its "image"; there
-must be as many. Texts keep their white space, but round <image>; empty ones
-are passed over. What a user ("human") or the system says is read and not
-learnt; after each answer of the assistant ("gpt") its end is learnt.
+must be as many. Texts keep their white space, except around <image>; empty
+ones are skipped. The texts of the user ("human") and of the system are read
+and not learnt; after each answer of the assistant ("gpt") its end is learnt.
 
-Of several answers the most frequent is learnt; they may be VQA's, {"answer":
-"red"}; numbers are texts, true and false are yes and no.
+Of several answers the most frequent is learnt; they may have VQA's form,
+{"answer": "red"}; numbers become texts, true and false become yes and no.
 
-A line that is not understood is named with its place: as bad, where it would
-be taken for something else (half a character of an emoji in a text too; words
-beside what looks like an image under another name) or where a field above
-would be lost; or in one warning, where it is read but for another field with
-text. The file may be gzipped, and may be one JSON array of such objects.
+A line that cannot be read as meant is reported with its number. It counts as
+bad where it would be taken for something else (half a character of an emoji in
+a text; words beside an image under an unknown name) or where a field above
+would be lost. A line that can be read except for an unknown field with text is
+part of one warning. The file may be gzipped, and may be one JSON array of such
+objects.
 """
 
 import collections
 import dataclasses
 import functools
 import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from lavit_jax.core import errors, image_io
 from lavit_jax.core.storage import files
@@ -46,30 +52,38 @@ from lavit_jax.data import examples, faults
 from lavit_jax.data.records import forms, held_out, lines
 
 _LOG = logging.getLogger(__name__)
-_KEPT_BYTES = 256 << 20  # of decoded images; small sets are decoded once
-_PROBED = 20  # images looked for before a wrong folder is reported
+_MAX_DECODED = 256 << 20  # bytes of images kept; small sets are decoded once
+_NUM_PROBED = 20  # images looked for before a wrong folder is reported
 
 
 class JsonlSource:
   """A Source from a JSON-lines file; images are decoded when asked for.
 
-  Bad lines are skipped, counted and named in `faults`; the file is refused
-  when their share passes `limit_share`. `unread` tells of fields with text
-  that are not known: {field: [lines, number of the first, what it says]}.
+  Bad lines are skipped, counted and logged in `faults`; the file is refused
+  when their share exceeds `limit_share`.
+
+  Attributes:
+    path: of the file.
+    name: of the file, without its folder.
+    image_size: height and width of the images, in pixels.
+    num_images: number of images.
+    faults: the FaultLog of bad lines.
+    unread: unknown fields that hold text: name -> [number of lines, number of
+      the first one, its value].
   """
 
   def __init__(
     self,
-    path,
-    image_size,
+    path: str | os.PathLike[str],
+    image_size: int,
     *,
-    split="all",
-    held_out_share=0.1,
-    only=None,
-    limit=None,
-    allow_absolute=False,
-    limit_share=0.05,
-  ):
+    split: str = "all",
+    held_out_share: float = 0.1,
+    only: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    allow_absolute: bool = False,
+    limit_share: float = faults.LIMIT_SHARE,
+  ) -> None:
     """Reads the file, not the images.
 
     Args:
@@ -79,43 +93,47 @@ class JsonlSource:
         image (or text); lines that share images stay together, so that no
         image is in both: see `held_out.choose`.
       held_out_share: share of the lines that is held out.
-      only: dict of fields that a line must have with these values, such as
+      only: fields that a line must have with these values, such as
         {"split": "train"}.
-      limit: use the first so many lines that fit.
+      limit: use only the first `limit` lines of the split.
       allow_absolute: let images lie outside the file's folder.
-      limit_share: share of bad lines that is an error.
+      limit_share: share of bad lines above which the file is refused.
 
     Raises:
-      errors.DataError: no such file, or of another kind; nothing usable in it,
-        too many bad lines, or none of the images there.
-      errors.ConfigError: no such split.
+      errors.DataError: there is no such file, or it is of another kind; it has
+        no usable line or too many bad ones, or none of its images exists.
+      errors.ConfigError: there is no such split.
     """
-    self.path, self.image_size = files.place(path), int(image_size)
+    self.path, self.image_size = files.input_path(path), int(image_size)
     self.name = self.path.name
     self.faults = faults.FaultLog(f"lines of {self.name}", limit_share)
-    self._images, self._captions = {}, collections.defaultdict(list)
+    self._images: dict[str, int] = {}
+    self._captions: dict[int, list[str]] = collections.defaultdict(list)
+    self._questions: dict[int, list[forms.Question]]
     self._questions = collections.defaultdict(list)
-    self._examples = {task: [] for task in examples.TASKS}
+    self._examples: dict[str, list[examples.Example]] = {
+      task: [] for task in examples.TASKS
+    }
     reader = forms.Reader(self.name, allow_absolute, only or ())
     self._read(reader, split, held_out_share, only or {}, limit)
     self.faults.check()
     self.unread = reader.unread
-    if told := reader.report():
-      _LOG.warning("%s", told)
+    if report := reader.report():
+      _LOG.warning("%s", report)
     self._paths = list(self._images)
     self.num_images = len(self._paths)
-    self._check_found(split, only)
-    kept = max(1, _KEPT_BYTES // (3 * self.image_size**2))
+    self._check_usable(split, only)
+    kept = max(1, _MAX_DECODED // (3 * self.image_size**2))
     self._decoded = functools.lru_cache(maxsize=kept)(self._decode)
 
   def _read(self, reader, split, held_out_share, only, limit):
-    """Takes in the lines that are chosen; bad ones go to `faults`."""
+    """Adds the lines of the split; bad ones go to `faults`."""
     if split not in ("all", "train", "held_out"):
       raise errors.ConfigError(
         f"split={split!r}: a JSON-lines file has all, train and held_out; use"
-        " only={'split': …} to go by a field of the file."
+        " only={'split': …} to select lines by a field of the file."
       )
-    # Which half a line is in depends on the lines behind it too.
+    # Which split a line is in depends on the lines after it too.
     last = limit if split == "all" else None
     keys, entries = [], []
     for number, row in lines.rows(self.path):
@@ -138,50 +156,50 @@ class JsonlSource:
     for i in chosen[:limit]:
       self._add(entries[i], keys[i])
 
-  def image(self, i):
-    """Image i as uint8[size, size, 3]; images.ImageError for a bad one."""
+  def image(self, i: int) -> np.ndarray:
+    """Returns image i, uint8[size, size, 3]; ImageError for a bad one."""
     return self._decoded(i)
 
   def _decode(self, i):
     loaded = image_io.load(self.image_path(i))
     pixels = image_io.to_uint8(loaded, self.image_size)
-    pixels.flags.writeable = False  # it is handed out more than once
+    pixels.flags.writeable = False  # callers share it
     return pixels
 
-  def image_path(self, i):
-    """Where image i lies."""
+  def image_path(self, i: int) -> os.PathLike[str]:
+    """Returns the path of image i."""
     return self.path.parent / self._paths[i]
 
-  def encoded(self, i):
-    """Image i at its own size, as `images.load` takes it."""
+  def encoded(self, i: int) -> os.PathLike[str]:
+    """Returns the path of image i, for `image_io.load`."""
     return self.image_path(i)
 
-  def image_key(self, i):
-    """The path of image i as the file gives it."""
+  def image_key(self, i: int) -> str:
+    """Returns the path of image i as the file has it."""
     return self._paths[i]
 
-  def captions(self, i):
-    """The captions of image i, list[str]."""
+  def captions(self, i: int) -> list[str]:
+    """Returns the captions of image i."""
     return list(self._captions[i]) if i in self._captions else []
 
-  def questions(self, i):
-    """The questions about image i: list of (type, question, answer)."""
+  def questions(self, i: int) -> list[forms.Question]:
+    """Returns the questions about image i: (type, question, answer)."""
     return list(self._questions[i]) if i in self._questions else []
 
-  def tasks(self):
-    """The tasks this file has examples of."""
+  def tasks(self) -> tuple[str, ...]:
+    """Returns the tasks this file has examples of."""
     return tuple(t for t in examples.TASKS if self._examples[t])
 
-  def num_examples(self, task):
-    """Number of examples of a task; 0 for one the file has none of."""
+  def num_examples(self, task: str) -> int:
+    """Returns the number of examples of a task, 0 if there are none."""
     return len(self._examples.get(task, ()))
 
-  def example(self, task, i):
-    """Example i of a task."""
+  def example(self, task: str, i: int) -> examples.Example:
+    """Returns example i of a task."""
     return self._examples[task][i]
 
   def _add(self, entry, key):
-    """Takes a checked entry in: images by number, examples by task."""
+    """Adds a checked entry: images by number, examples by task."""
 
     def number(path):
       return self._images.setdefault(path, len(self._images))
@@ -198,8 +216,8 @@ class JsonlSource:
         put(examples.text_image(key, i, caption))
       for _, question, answer in entry.questions:
         put(examples.vqa(key, i, question, answer))
-      for words, result in entry.edits:
-        put(examples.edit(key, i, words, number(result)))
+      for instruction, result in entry.edits:
+        put(examples.edit(key, i, instruction, number(result)))
     if entry.parts:
       parts = [
         dataclasses.replace(p, image=number(p.image))
@@ -211,8 +229,8 @@ class JsonlSource:
     if entry.text:
       put(examples.text(key, entry.text))
 
-  def _check_found(self, split, only):
-    """Refuses a file without examples, or whose images lie elsewhere."""
+  def _check_usable(self, split, only):
+    """Refuses a file without examples, or whose images do not exist."""
     if not self.tasks() and not self.num_images:
       raise errors.DataError(
         f"{self.path}: no usable line for split={split!r}, only={only}; it"
@@ -220,9 +238,11 @@ class JsonlSource:
         " of its own as config.data.held_out_path), or add lines such as"
         ' {"image": "a.jpg", "caption": "a cat"}.'
       )
-    first = [self.image_path(i) for i in range(min(self.num_images, _PROBED))]
+    first = [
+      self.image_path(i) for i in range(min(self.num_images, _NUM_PROBED))
+    ]
     if first and not any(p.exists() for p in first):
       raise errors.DataError(
-        f"{self.path}: none of its first {len(first)} images is there, such"
+        f"{self.path}: none of its first {len(first)} images exists, such"
         f" as {first[0]}; paths are relative to the folder of the file."
       )

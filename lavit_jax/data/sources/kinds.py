@@ -1,4 +1,4 @@
-"""From config.data to a source; the one list of kinds of data."""
+"""Builds the source that config.data describes; the one list of data kinds."""
 
 import logging
 import os
@@ -8,12 +8,13 @@ from typing import Any
 from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 from lavit_jax.data import examples, faults
+from lavit_jax.data.sources import jsonl, shapes, tfds
 
 _LOG = logging.getLogger(__name__)
 
 
 def build(config: Mapping[str, Any], split: str) -> examples.Source:
-  """The source that config.data describes.
+  """Returns the source that config.data describes.
 
   Args:
     config: fields `kind` ("shapes", "jsonl" or "tfds"), `image_size`, `seed`
@@ -25,48 +26,27 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
     split: "train", "held_out" or (shapes only) "never_seen".
 
   Raises:
-    errors.ConfigError: an unknown kind, a split this kind lacks, or a
-      limit_share that is no share.
+    errors.ConfigError: an unknown kind, a split that this kind lacks, or a
+      limit_share that is not a share.
+    errors.DataError: the data cannot be read.
   """
   limit_share = faults.share_of(config)
   kind = config["kind"]
   if kind == "shapes":
-    from lavit_jax.data.sources import shapes
-
-    size = "train_size" if split == "train" else "held_out_size"
     return shapes.ShapesSource(
       split,
-      size=config[size],
+      size=config["train_size" if split == "train" else "held_out_size"],
       image_size=config["image_size"],
       seed=config["seed"],
     )
   if split not in ("train", "held_out"):
     raise errors.ConfigError(
       f"Data of kind {kind!r} has splits train and held_out, not {split!r};"
-      " only the embedded shapes know never_seen."
+      " only the embedded shapes have never_seen."
     )
   if kind == "jsonl":
-    from lavit_jax.data.sources import jsonl
-
-    path, part = config["path"], split
-    if config.get("held_out_path"):
-      path = config["held_out_path"] if split == "held_out" else path
-      part = "all"
-    if not path:
-      raise errors.ConfigError(
-        "config.data.kind='jsonl', but config.data.path is empty. Give a file"
-        " of JSON lines: --config.data.path=my.jsonl."
-      )
-    return jsonl.JsonlSource(
-      path,
-      config["image_size"],
-      split=part,
-      allow_absolute=config.get("allow_absolute", False),
-      limit_share=limit_share,
-    )
+    return _build_jsonl(config, split, limit_share)
   if kind == "tfds":
-    from lavit_jax.data.sources import tfds
-
     return tfds.TfdsSource(
       config["name"],
       split=config[f"{split}_split"],
@@ -81,10 +61,30 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
   )
 
 
+def _build_jsonl(config, split, limit_share):
+  """Returns a JSON-lines source: a file of its own, or a part of one."""
+  path, part = config["path"], split
+  if config.get("held_out_path"):
+    path = config["held_out_path"] if split == "held_out" else path
+    part = "all"
+  if not path:
+    raise errors.ConfigError(
+      "config.data.kind='jsonl', but config.data.path is empty. Give a file"
+      " of JSON lines: --config.data.path=my.jsonl."
+    )
+  return jsonl.JsonlSource(
+    path,
+    config["image_size"],
+    split=part,
+    allow_absolute=config.get("allow_absolute", False),
+    limit_share=limit_share,
+  )
+
+
 def describe(
   config: Mapping[str, Any], split: str, source: examples.Source
 ) -> str:
-  """What a source is, in words for messages; `build` made it."""
+  """Returns a description of a source that `build` returned, for messages."""
   name = source.name
   if config["kind"] == "jsonl":
     part = "a tenth" if split == "held_out" else "nine tenths"
@@ -93,28 +93,28 @@ def describe(
   return f"{name}: {source.num_images} images of {source.image_size} pixels"
 
 
-def pair(config: Mapping[str, Any]) -> tuple:
-  """The (train, held-out) sources; says so where they share images."""
+def pair(
+  config: Mapping[str, Any],
+) -> tuple[examples.Source, examples.Source]:
+  """Returns the (train, held-out) sources; warns if they share images."""
   train, held_out = build(config, "train"), build(config, "held_out")
-  shared, of, what = _shared(config, train, held_out)
+  shared, total, unit = _count_shared(config, train, held_out)
   if shared:
     _LOG.warning(
       "%d of %d held-out %s are in the training data too (%s, %s):"
-      " held-out numbers tell nothing of new images",
+      " held-out numbers say nothing about new images",
       shared,
-      of,
-      what,
+      total,
+      unit,
       train.name,
       held_out.name,
     )
   return train, held_out
 
 
-def _shared(config, train, held_out) -> tuple[int, int, str]:
-  """(how many are in both, of how many held out, what they are)."""
+def _count_shared(config, train, held_out) -> tuple[int, int, str]:
+  """Returns (number in both, number held out, name of these)."""
   if config["kind"] == "tfds":
-    from lavit_jax.data.sources import tfds
-
     return tfds.overlap(train, held_out), held_out.num_images, "records"
   if config["kind"] != "jsonl":
     return 0, held_out.num_images, "images"
@@ -127,11 +127,11 @@ def _shared(config, train, held_out) -> tuple[int, int, str]:
   return len(both), len(held), "images"
 
 
-def _image_files(source) -> Iterator[str]:
-  """The file of each image of a jsonl source, links followed.
+def _image_files(source: jsonl.JsonlSource) -> Iterator[str]:
+  """Yields the file of each image, with links followed.
 
-  A folder is listed once, in place of asking for every image whether it is
-  a link: that takes minutes on a network's disk.
+  Lists each folder once, instead of asking for every image whether it is a
+  link, which takes minutes on a network disk.
   """
   folders: dict[str, tuple[str, set[str]]] = {}
   for i in range(source.num_images):
@@ -142,14 +142,17 @@ def _image_files(source) -> Iterator[str]:
     folder, name = os.path.split(path)
     if folder not in folders:
       real = os.path.realpath(folder)
-      there = os.scandir(real) if os.path.isdir(real) else ()
-      folders[folder] = real, {e.name for e in there if e.is_symlink()}
+      entries = os.scandir(real) if os.path.isdir(real) else ()
+      folders[folder] = real, {e.name for e in entries if e.is_symlink()}
     real, links = folders[folder]
     yield os.path.realpath(path) if name in links else os.path.join(real, name)
 
 
 def sentences(source: examples.Source, limit: int) -> list[str]:
-  """Up to `limit` texts of a source, every task in turn, for SentencePiece."""
+  """Returns up to `limit` texts of a source, for SentencePiece.
+
+  Takes one example of every task in turn.
+  """
   texts: list[str] = []
   tasks = [t for t in source.tasks() if source.num_examples(t)]
   index = 0

@@ -1,7 +1,7 @@
-"""The embedded dataset: drawn scenes with words, unlimited, no download.
+"""The embedded dataset: drawn scenes and texts about them, without download.
 
-Scenes, splits, drawing and sentences are in data/shapes/. This file puts them
-behind the Source protocol of examples.py.
+Scenes, splits, drawing and sentences are in data/shapes/; this module makes
+them a Source.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ render = render_lib.render
 object_mask = render_lib.object_mask
 object_shares = render_lib.object_shares
 
-# Examples of each task for one scene: different words, same images.
+# Examples of each task for one scene: different texts, same images.
 VARIATIONS = {
   "image_text": 4,
   "text_image": 4,
@@ -30,15 +30,15 @@ VARIATIONS = {
   "document": 4,
   "text": 4,
 }
-# Share of text_image examples with no text: the stream that guidance needs.
+# Share of text_image examples without text, for classifier-free guidance.
 UNPROMPTED_SHARE = 0.1
-# Questions on an image in one vqa example: an answer is two tokens, and the
+# Questions about the image in one vqa example: an answer has two tokens, the
 # image that it needs about fourteen.
 QUESTIONS_TOGETHER = 3
-# How often each type is among those after the first: what must find an object
-# by its looks, or compare, is learnt last.
-_MORE_OFTEN = {"place": 2.0, "count": 2.0, "yes/no": 3.0}
-# Purposes of random numbers, so that no two uses share a generator.
+# Relative frequency of each type among the questions after the first: types
+# that need to find an object by its looks, or to compare, are learnt last.
+_FREQUENCIES = {"place": 2.0, "count": 2.0, "yes/no": 3.0}
+# A number for each use of random numbers, so that none share a generator.
 _PURPOSES = {"scene": 0, "captions": 7, "questions": 8} | {
   task: n for n, task in enumerate(examples.TASKS, start=1)
 }
@@ -51,6 +51,12 @@ class ShapesSource:
   Image i < size is scene i; image size + i is the same scene edited.
   Everything is a pure function of (split, seed, index); a pickle is a few
   bytes, and methods may be called from any thread.
+
+  Attributes:
+    split: one of scene.SPLITS.
+    size: number of scenes.
+    image_size: height and width of the images, in pixels.
+    seed: of the scenes and texts.
   """
 
   split: str = "train"
@@ -58,7 +64,7 @@ class ShapesSource:
   image_size: int = 48
   seed: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     scene_lib.check_split(self.split)
     render_lib.check_image_size(self.image_size)
     if self.size < 1 or self.seed < 0:
@@ -68,38 +74,38 @@ class ShapesSource:
       )
 
   @property
-  def name(self):
-    """Names what the images are a function of, but their number."""
+  def name(self) -> str:
+    """Split and seed; with image_size, they determine the images."""
     return f"shapes/{self.split}/seed{self.seed}"
 
   @property
-  def num_images(self):
-    """Scenes and their edited versions."""
+  def num_images(self) -> int:
+    """Number of scenes and edited versions."""
     return 2 * self.size
 
-  def scene(self, i):
-    """The Scene of image i, 0 <= i < num_images."""
+  def scene(self, i: int) -> scene_lib.Scene:
+    """Returns the Scene of image i, 0 <= i < num_images."""
     self._check(i, self.num_images, "image")
     scene, edit = self._sample(i % self.size)
     return scene if i < self.size else edit.scene
 
-  def edit(self, i):
-    """The Edit that leads from image i to image size + i."""
+  def edit(self, i: int) -> scene_lib.Edit:
+    """Returns the Edit that leads from image i to image size + i."""
     self._check(i, self.size, "scene")
     return self._sample(i)[1]
 
-  def image(self, i):
-    """Image i as uint8[image_size, image_size, 3]."""
+  def image(self, i: int) -> np.ndarray:
+    """Returns image i, uint8[image_size, image_size, 3]."""
     return render(self.scene(i), self.image_size)
 
-  def image_key(self, i):
-    """Name of image i: "train/0/12" or "train/0/12/edited"."""
+  def image_key(self, i: int) -> str:
+    """Returns the name of image i: "train/0/12" or "train/0/12/edited"."""
     self._check(i, self.num_images, "image")
     edited = "/edited" if i >= self.size else ""
     return f"{self.split}/{self.seed}/{i % self.size}{edited}"
 
-  def captions(self, i):
-    """The plain full caption of image i, two more full ones, and any."""
+  def captions(self, i: int) -> list[str]:
+    """Returns the plain caption of image i, two other full ones, and any."""
     scene = self.scene(i)
     rng = self._rng("captions", i)
     return [
@@ -109,12 +115,12 @@ class ShapesSource:
       text.caption(scene, rng),
     ]
 
-  def tasks(self):
-    """All tasks of examples.TASKS."""
+  def tasks(self) -> tuple[str, ...]:
+    """Returns all tasks of examples.TASKS."""
     return examples.TASKS
 
-  def num_examples(self, task):
-    """Scenes times VARIATIONS of the task."""
+  def num_examples(self, task: str) -> int:
+    """Returns the number of scenes times VARIATIONS of the task."""
     if task not in self.tasks():
       raise ValueError(
         f"task={task!r} is unknown to the shapes source: it has"
@@ -122,8 +128,8 @@ class ShapesSource:
       )
     return self.size * VARIATIONS[task]
 
-  def example(self, task, i):
-    """Example i of a task; images are referred to, not drawn."""
+  def example(self, task: str, i: int) -> examples.Example:
+    """Returns example i of a task; draws no image."""
     self._check(i, self.num_examples(task), f"{task} example")
     build = getattr(self, f"_{task}")
     key = f"{self.name}/{task}/{i}"
@@ -133,33 +139,33 @@ class ShapesSource:
       return build(key, scene, rng, kinds[i // self.size % len(kinds)])
     return build(key, scene, rng)
 
-  def questions(self, i):
-    """One question of every type about image i: (type, question, answer)."""
+  def questions(self, i: int) -> list[tuple[str, str, str]]:
+    """Returns a question of each type on image i: (type, question, answer)."""
     rng = self._rng("questions", i)
     return questions_lib.questions(self.scene(i), rng)
 
-  def sentences(self, i):
-    """Text number i, about the world or a scene, without any image."""
-    return self.example("text", i).parts[0].text
+  def sentences(self, i: int) -> str:
+    """Returns the text of text example i, about words or about a scene."""
+    (part,) = self.example("text", i).parts
+    assert isinstance(part, examples.TextPart)
+    return part.text
 
   def _image_text(self, key, i, rng):
-    words = text.caption(self.scene(i), rng)
-    return examples.image_text(key, i, words)
+    return examples.image_text(key, i, text.caption(self.scene(i), rng))
 
   def _text_image(self, key, i, rng):
     if rng.random() < UNPROMPTED_SHARE:
       parts = (examples.ImagePart(i, write=True),)
       return examples.Example(key, "text_image", parts)
-    words = text.caption(self.scene(i), rng)
-    return examples.text_image(key, i, words)
+    return examples.text_image(key, i, text.caption(self.scene(i), rng))
 
   def _edit(self, key, i, rng):
-    words = text.instruction(self.scene(i), self.edit(i), rng)
-    return examples.edit(key, i, words, self.size + i)
+    instruction = text.instruction(self.scene(i), self.edit(i), rng)
+    return examples.edit(key, i, instruction, self.size + i)
 
   def _vqa(self, key, i, rng, kind):
     others = [k for k in questions_lib.TYPES if k != kind]
-    odds = np.array([_MORE_OFTEN.get(k, 1.0) for k in others])
+    odds = np.array([_FREQUENCIES.get(k, 1.0) for k in others])
     count = QUESTIONS_TOGETHER - 1
     more = rng.choice(others, count, replace=False, p=odds / odds.sum())
     scene = self.scene(i)
@@ -173,8 +179,8 @@ class ShapesSource:
     return examples.Example(key, "document", parts)
 
   def _text(self, key, i, rng):
-    words = sentences_lib.sentence(self.scene(i), self.edit(i), rng)
-    return examples.text(key, words)
+    sentence = sentences_lib.sentence(self.scene(i), self.edit(i), rng)
+    return examples.text(key, sentence)
 
   def _sample(self, i):
     return scene_lib.sample(self.split, self.seed, i)
@@ -183,16 +189,16 @@ class ShapesSource:
     number = _PURPOSES[purpose]
     return scene_lib.generator(self.seed, self.split, i, number)
 
-  def _check(self, i, count, what):
+  def _check(self, i, count, unit):
     if not 0 <= i < count:
       raise IndexError(
-        f"{what} {i} of {self.name} does not exist: there are {count},"
+        f"{unit} {i} of {self.name} does not exist: there are {count},"
         " numbered from 0. Raise data.size or ask for a smaller number."
       )
 
 
 def _draw_two(source, i, other, rng):
-  """Words and an image, twice."""
+  """A caption and its image, twice."""
   first = text.full_caption(source.scene(i), rng)
   second = text.full_caption(source.scene(other), rng)
   return (
@@ -204,7 +210,7 @@ def _draw_two(source, i, other, rng):
 
 
 def _read_two(source, i, other, rng):
-  """Two images, then the words of both in the same order."""
+  """Two images, then their captions in the same order."""
   first = text.full_caption(source.scene(i), rng)
   second = text.full_caption(source.scene(other), rng)
   return (
@@ -215,7 +221,7 @@ def _read_two(source, i, other, rng):
 
 
 def _draw_a_change(source, i, other, rng):
-  """Words, their image, an instruction, the changed image."""
+  """A caption, its image, an instruction, the changed image."""
   del other
   scene, edit = source.scene(i), source.edit(i)
   return (
@@ -229,9 +235,9 @@ def _draw_a_change(source, i, other, rng):
 def _read_a_change(source, i, other, rng):
   """Two images, then the instruction that leads from one to the other."""
   del other
-  words = text.instruction(source.scene(i), source.edit(i), rng)
+  instruction = text.instruction(source.scene(i), source.edit(i), rng)
   return (
     examples.ImagePart(i, write=False),
     examples.ImagePart(source.size + i, write=False),
-    examples.TextPart(f"what changed: {words}"),
+    examples.TextPart(f"what changed: {instruction}"),
   )

@@ -1,65 +1,76 @@
-"""Any TFDS dataset with an image and a text feature, as a Source.
+"""Reads any TFDS dataset with an image and a text feature, as a Source.
 
-Read through `tfds.data_source`: no TensorFlow at run time. The dataset must
-have been prepared with file_format="array_record" or "parquet"; of the latter
-TFDS itself reads whole files whatever the slice of a split, so that slices are
-cut here. Images are decoded by `core.images`, not by TFDS, so that they look
-the same as anywhere else.
+Reads through `tfds.data_source`, without TensorFlow. The dataset must have been
+prepared with file_format="array_record" or "parquet"; of the latter TFDS reads
+whole files whatever the slice of a split, so slices are cut here. Images are
+decoded by `core.image_io`, not by TFDS, so that they look the same as from
+other sources.
 """
 
 import functools
 import hashlib
 import pathlib
 import threading
+from collections.abc import Sequence
 
 import numpy as np
-import tensorflow_datasets
 from etils import epath
 
 from lavit_jax.core import errors, image_io
 from lavit_jax.data import examples, faults
 from lavit_jax.data.sources import caption_counts
 
-_TASKS = ("image_text", "text_image")
+_BUILDERS = {
+  "image_text": examples.image_text,
+  "text_image": examples.text_image,
+}
+_Bounds = tuple[int, int, int]  # first record, end, records of the file
 
 
 class TfdsSource:
-  """Records of one split; record i is image i.
+  """The records of one split; record i is image i.
 
-  Every caption is an example, those of a record one after the other; a record
-  may have none. Where the text feature is a sequence, all records are read
-  once to count them, and the counts kept (`caption_counts`).
+  Every caption is an example, those of one record one after the other; a
+  record may have none. Where the text feature is a sequence, all records are
+  read once to count their captions, and the counts kept (`caption_counts`).
+
+  Attributes:
+    name: of dataset and split.
+    image_size: height and width of the images, in pixels.
+    num_images: number of records.
+    files: (path, (first record, end, records of the file)) of each file.
+    faults: the FaultLog of texts that are not UTF-8.
   """
 
   def __init__(
     self,
-    name,
-    split,
+    name: str,
+    split: str,
     *,
-    image_size,
-    image_feature="image",
-    text_feature="caption",
-    data_dir=None,
-    limit_share=faults.LIMIT_SHARE,
-  ):
+    image_size: int,
+    image_feature: str = "image",
+    text_feature: str = "caption",
+    data_dir: str | None = None,
+    limit_share: float = faults.LIMIT_SHARE,
+  ) -> None:
     """Opens the split; decodes nothing but the texts of its first record.
 
     Args:
       name: name of the dataset ("coco_captions"), or the folder of a prepared
         one (".../coco_captions/2014/1.1.0").
-      split: split in TFDS's words, such as "train" or "train[:1000]".
+      split: split as TFDS writes it, such as "train" or "train[:1000]".
       image_size: images are resized to this square.
       image_feature: path of the image feature, such as "image".
       text_feature: path of the text feature, one text or a sequence of them,
         such as "captions/text".
       data_dir: where TFDS keeps its data; None for its default.
-      limit_share: share of records with a text that is no UTF-8 that is an
-        error; such a text is left out, and named in `faults`.
+      limit_share: share of texts that are not UTF-8 above which reading stops;
+        such a text is left out and logged in `faults`.
 
     Raises:
-      errors.DataError: the dataset, split or a feature is not there, a feature
-        is of another type, or the files are in a format that cannot be read by
-        record.
+      errors.DataError: the dataset, split or a feature does not exist, a
+        feature is of another type, or the files are in a format that TFDS
+        cannot read record by record.
     """
     self.image_size = int(image_size)
     self._image, self._text = image_feature, text_feature
@@ -81,116 +92,122 @@ class TfdsSource:
       )
     self.faults = faults.FaultLog(f"texts of {self.name}", limit_share)
     self._captions = functools.lru_cache(maxsize=4096)(self._read_captions)
-    self._lock, self._ends = threading.Lock(), None
+    self._lock = threading.Lock()
+    self._ends: np.ndarray | None = None
     self._several = self._has_several()
 
   def _has_several(self):
-    """Whether a record has a sequence of texts; DataError if it has none."""
+    """Whether a record has a sequence of texts; DataError if it has no text."""
     value = _reach(self._records[0], self._text)
     several = not isinstance(value, (bytes, str)) and hasattr(value, "__len__")
-    _texts(self.name, self._text, value if several else [value])
+    _decode_texts(self.name, self._text, value if several else [value])
     return several
 
-  def image(self, i):
-    """Image i as uint8[size, size, 3]; images.ImageError for a bad one."""
+  def image(self, i: int) -> np.ndarray:
+    """Returns image i, uint8[size, size, 3]; ImageError for a bad one."""
     loaded = image_io.load(self.encoded(i), name=self.image_key(i))
     return image_io.to_uint8(loaded, self.image_size)
 
-  def encoded(self, i):
-    """Image i at its own size, as `images.load` takes it."""
+  def encoded(self, i: int) -> bytes:
+    """Returns the encoded bytes of image i."""
     return _reach(self._records[i], self._image)
 
-  def image_key(self, i):
-    """Name of image i: its dataset, split and record."""
+  def image_key(self, i: int) -> str:
+    """Returns the name of image i: its dataset, split and record."""
     return f"{self.name}[{i}]"
 
   def _read_captions(self, i):
     value = _reach(self._records[i], self._text)
     values = [value] if isinstance(value, (bytes, str)) else list(value)
     texts = []
-    for text in _texts(self.name, self._text, values):
+    for text in _decode_texts(self.name, self._text, values):
       if isinstance(text, str):
         texts.append(text)
         self.faults.good()
       else:
-        self.faults.fault(self.image_key(i), f"a text is no UTF-8 ({text})")
+        self.faults.fault(self.image_key(i), f"a text is not UTF-8 ({text})")
     return tuple(t.strip() for t in texts if t.strip())
 
-  def captions(self, i):
-    """The captions of image i, list[str]."""
+  def captions(self, i: int) -> list[str]:
+    """Returns the captions of image i."""
     return list(self._captions(i))
 
-  def tasks(self):
-    """image_text and text_image."""
-    return _TASKS
+  def tasks(self) -> tuple[str, ...]:
+    """Returns image_text and text_image."""
+    return tuple(_BUILDERS)
 
-  def _last(self):
-    """int64[n]: captions of the records up to each, itself included."""
+  def _caption_ends(self):
+    """int64[n]: number of captions of records 0 … i, for each record i."""
     with self._lock:
       if self._ends is None:
         counts = caption_counts.of(
           self.num_images,
           lambda i: len(self._read_captions(i)),
-          key=[self.contents(), *(_changed(path) for path, _ in self.files)],
+          key=[self.contents(), *(_version_of(path) for path, _ in self.files)],
           name=self.name,
         )
         self._ends = np.cumsum(counts, dtype=np.int64)
       return self._ends
 
-  def num_examples(self, task):
-    """Number of captions, or of records where each has one text."""
-    if task not in _TASKS:
+  def num_examples(self, task: str) -> int:
+    """Returns the number of captions; of records where each has one text."""
+    if task not in _BUILDERS:
       return 0
-    return int(self._last()[-1]) if self._several else self.num_images
+    return int(self._caption_ends()[-1]) if self._several else self.num_images
 
-  def example(self, task, i):
-    """Example i of a task."""
-    turn = 0
+  def example(self, task: str, i: int) -> examples.Example:
+    """Returns example i of a task.
+
+    Raises:
+      errors.DataError: the record has fewer captions than were counted.
+    """
+    which = 0  # of the record's captions
     if self._several:
-      ends, number = self._last(), i
+      ends, number = self._caption_ends(), i
       i = int(np.searchsorted(ends, number, side="right"))
-      turn = number - (int(ends[i - 1]) if i else 0)
+      which = number - (int(ends[i - 1]) if i else 0)
     captions = self.captions(i) or [""]  # of a single, empty text
-    if turn >= len(captions):
+    if which >= len(captions):
       raise errors.DataError(
         f"{self.image_key(i)} has {len(captions)} captions, but had more when"
         f" they were counted. Delete {caption_counts.folder()}."
       )
-    caption = captions[turn]
-    build = getattr(examples, task)
-    return build(self.image_key(i), i, caption)
+    return _BUILDERS[task](self.image_key(i), i, captions[which])
 
   def contents(self) -> str:
-    """Digest of dataset, split, features and which records of which files."""
+    """Returns a digest of dataset, split, features, files and records."""
     return self._digest(self.name, self.image_size, self._image, self._text)
 
   def stored(self) -> str:
-    """Digest of which feature of which records of which files images are."""
+    """Returns a digest of the image feature, the files and the records."""
     return self._digest(self._image)
 
-  def _digest(self, *told):
+  def _digest(self, *values):
+    """Hashes values, then name, length and records of each file."""
     digest = hashlib.sha256()
-    for part in told:
-      digest.update(f"{part}\n".encode())
+    for value in values:
+      digest.update(f"{value}\n".encode())
     for path, (begin, end, size) in self.files:
       file = epath.Path(path)
-      told = file.name, file.stat().length, begin, end, size
-      digest.update(f"{told}\n".encode())
+      part = file.name, file.stat().length, begin, end, size
+      digest.update(f"{part}\n".encode())
     return digest.hexdigest()[:32]
 
 
 def overlap(one: TfdsSource, other: TfdsSource) -> int:
-  """Number of records that two splits share."""
+  """Returns the number of records that two splits share."""
   return sum(
-    max(0, min(end, last) - max(begin, first))
+    max(0, min(end, other_end) - max(begin, other_begin))
     for path, (begin, end, _) in one.files
-    for path_too, (first, last, _) in other.files
-    if path == path_too
+    for other_path, (other_begin, other_end, _) in other.files
+    if path == other_path
   )
 
 
 def _open(name, split, image_feature, data_dir):
-  """(data source with undecoded images, info) of a prepared dataset."""
+  """Returns (data source with encoded images, info) of a prepared dataset."""
+  import tensorflow_datasets  # optional extra: slow to import, for one kind
+
   decoder = tensorflow_datasets.decode.SkipDecoding()
   for part in reversed(image_feature.split("/")):
     decoder = {part: decoder}
@@ -214,8 +231,12 @@ def _open(name, split, image_feature, data_dir):
   return records, builder.info
 
 
-def _texts(name, path, values):
-  """Each text as a str, or as the UnicodeError of one that is none."""
+def _decode_texts(name, path, values):
+  """Returns each text as a str, or the UnicodeError of one that is not UTF-8.
+
+  Raises:
+    errors.DataError: a value is not a text.
+  """
   texts = []
   for value in values:
     if not isinstance(value, (bytes, str)):
@@ -232,7 +253,7 @@ def _texts(name, path, values):
 
 
 class _Slice:
-  """Some records of a data source, by their numbers there."""
+  """Some records of a data source, by their numbers in it."""
 
   def __init__(self, records, numbers):
     self._records, self._numbers = records, numbers
@@ -245,22 +266,22 @@ class _Slice:
 
 
 def _sliced(records, instructions):
-  """The records that a split names, of a source that may have more.
+  """Returns the records of a split, from a source that may have more.
 
   TFDS's source of parquet files has all records of each file, in the order of
   the instructions.
 
   Raises:
-    errors.DataError: it has neither these nor those.
+    errors.DataError: the source has neither the records of the split nor all.
   """
   bounds = [_bounds(part) for part in instructions]
   wanted = sum(end - begin for begin, end, _ in bounds)
   if len(records) == wanted:
     return records
-  whole = sum(size for _, _, size in bounds)
-  if len(records) != whole:
+  total = sum(size for _, _, size in bounds)
+  if len(records) != total:
     raise errors.DataError(
-      f"The split has {wanted} records of files with {whole}, but TFDS reads"
+      f"The split has {wanted} records of files with {total}, but TFDS reads"
       f" {len(records)}. Prepare the dataset again, with"
       ' file_format="array_record".'
     )
@@ -272,32 +293,32 @@ def _sliced(records, instructions):
   return _Slice(records, np.concatenate(numbers))
 
 
-def _bounds(part):
-  """(first, end, records of the file) of one of TFDS's file instructions."""
+def _bounds(part) -> _Bounds:
+  """Returns the records that one of TFDS's file instructions names."""
   size = part.examples_in_shard
   end = size if part.take < 0 else min(part.skip + part.take, size)
   return part.skip, end, size
 
 
-def _changed(path):
-  """When a file was changed, and how long it is."""
-  found = epath.Path(path).stat()
-  return str(path), found.mtime, found.length
+def _version_of(path):
+  """Returns a file's path, time of change and length."""
+  stat = epath.Path(path).stat()
+  return str(path), stat.mtime, stat.length
 
 
-def _files(info, split):
-  """[(path, (first record, end, records of the file))] of a split."""
+def _files(info, split) -> Sequence[tuple[str, _Bounds]]:
+  """Returns path and records of each file of a split."""
   parts = info.splits[split].file_instructions
   return [(str(part.filename), _bounds(part)) for part in parts]
 
 
 def _check_feature(name, features, path):
-  """Raises DataError naming the features there are."""
+  """Raises DataError, with the existing features, unless `path` is one."""
   for part in path.split("/"):
     known = list(features.keys()) if hasattr(features, "keys") else []
     if part not in known:
       raise errors.DataError(
-        f"{name} has no feature {path!r}: {part!r} is none of {known}. Set"
+        f"{name} has no feature {path!r}: {part!r} is not one of {known}. Set"
         " image_feature and text_feature (parts of a path joined by '/')."
       )
     features = features[part]
@@ -310,7 +331,7 @@ def _check_feature(name, features, path):
 
 
 def _reach(record, path):
-  """The value under a path "a/b" of a record."""
+  """Returns the value at a path "a/b" of a record."""
   for part in path.split("/"):
     record = record[part]
   return record.item() if isinstance(record, np.generic) else record

@@ -16,7 +16,7 @@ _SIZES = ((40, 40), (30, 40), (40, 30), (60, 80), (64, 64), (50, 40), (33, 44))
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-  """Images whose red and green say their column and row; one is broken."""
+  """Images whose red and green encode column and row; one is broken."""
   folder = tmp_path_factory.mktemp("pictures")
   rows = []
   for n, (height, width) in enumerate(_SIZES):
@@ -54,7 +54,7 @@ def test_a_batch_has_one_shape_and_all_images_its_ratio(source):
   assert seen == set(_BUCKETS)
 
 
-def test_a_bucket_with_fewer_images_than_a_batch_is_named(source, caplog):
+def test_a_bucket_with_fewer_images_than_a_batch_is_warned_of(source, caplog):
   assigned = buckets.assign(buckets.sizes_of(source), _BUCKETS)
   assert buckets.rare(assigned, 3, 4) == {0: 3, 1: 3, 2: 2}
   assert buckets.rare(assigned, 3, 3) == {2: 2}
@@ -70,18 +70,18 @@ def test_a_bucket_with_fewer_images_than_a_batch_is_named(source, caplog):
   assert "epochs" not in caplog.text
 
 
-def test_a_bucket_is_taken_away_only_where_another_is_left(source, caplog):
+def test_removing_a_bucket_is_advised_only_if_another_is_left(source, caplog):
   bucket_rows.batches(source, _BUCKETS, 3, seed=0)  # the last alone is rare
   (said,) = [r.getMessage() for r in caplog.records if "epochs" in r.msg]
-  assert "Take it from data.buckets" in said
+  assert "Remove it from data.buckets" in said
   caplog.clear()
   bucket_rows.batches(source, _BUCKETS[:1], 9, seed=0)
   (said,) = [r.getMessage() for r in caplog.records if "epochs" in r.msg]
-  assert "Take it from data.buckets" not in said
+  assert "Remove it from data.buckets" not in said
   assert "batch_size of at most 8" in said
 
 
-def test_hosts_together_see_what_one_host_sees(source):
+def test_hosts_together_see_the_rows_of_one_host(source):
   whole = _batches(source)
   for k in range(5):
     parts = [
@@ -93,7 +93,7 @@ def test_hosts_together_see_what_one_host_sees(source):
       np.testing.assert_array_equal(joined, value)
 
 
-def test_numbers_of_size_and_place_are_those_of_the_part_that_is_shown(source):
+def test_size_conditioning_describes_the_part_that_is_shown(source):
   batches = _batches(source, crop="random")
   for k in range(12):
     batch = batches[k]
@@ -122,7 +122,7 @@ def test_the_tokenizer_sees_the_same_part(source):
       np.testing.assert_allclose(*means, atol=3)
 
 
-def test_a_image_that_cannot_be_decoded_is_a_row_without_weight(source):
+def test_an_image_that_cannot_be_decoded_is_a_row_without_weight(source):
   batches = _batches(source, seed=None)
   rows = [batches[k] for k in range(len(batches))]
   index = np.concatenate([b["index"] for b in rows])
@@ -133,7 +133,7 @@ def test_a_image_that_cannot_be_decoded_is_a_row_without_weight(source):
   assert batches.faults[0].names["half.png"] == 1
 
 
-def test_crops_that_are_not_to_be_had_are_refused(source):
+def test_unavailable_crops_are_refused(source):
   with pytest.raises(errors.ConfigError, match="one of"):
     _batches(source, crop="left")
   with pytest.raises(errors.ConfigError, match="random"):

@@ -1,4 +1,4 @@
-"""Buckets: which image goes where, which part of it, and in which batch."""
+"""Buckets: bucket, crop and batch of each image."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from lavit_jax.diffusion import stable_diffusion
 _SDXL = tuple(stable_diffusion.RATIOS.values())
 
 
-def test_a_image_goes_to_the_nearest_ratio():
+def test_an_image_goes_to_the_nearest_ratio():
   sizes = [(30, 40), (0, 0), (100, 100), (400, 300), (90, 160), (1, 9)]
   found = buckets.assign(sizes, ((8, 8), (6, 8), (8, 6)))
   assert found.tolist() == [1, buckets.NONE, 0, 2, 1, 1]
@@ -28,10 +28,10 @@ def test_buckets_without_pixels_are_refused(wrong):
     buckets.assign([(1, 1)], wrong)
 
 
-@pytest.mark.parametrize("place", [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])
+@pytest.mark.parametrize("anchor", [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])
 @pytest.mark.parametrize("size", [(80, 200), (333, 100), (64, 64), (7, 9)])
-def test_a_view_has_the_ratio_lies_within_and_touches_two_sides(size, place):
-  view = buckets.view(size, (48, 32), place)
+def test_a_view_has_the_ratio_lies_within_and_touches_two_sides(size, anchor):
+  view = buckets.view(size, (48, 32), anchor)
   left, top, right, bottom = view.box
   width, height = right - left, bottom - top
   np.testing.assert_allclose(height / width, 48 / 32)
@@ -42,16 +42,16 @@ def test_a_view_has_the_ratio_lies_within_and_touches_two_sides(size, place):
   np.testing.assert_allclose(max(width / size[1], height / size[0]), 1.0)
   scale = 48 / height
   wanted = (*size, round(top * scale), round(left * scale), 48, 32)
-  assert view.numbers == wanted
+  assert view.sizes == wanted
 
 
-def test_the_numbers_of_a_view_worked_out_by_hand():
+def test_the_sizes_of_a_view_worked_out_by_hand():
   """80 x 200 scaled to 40 x 100: the middle 40 columns begin at 30."""
   view = buckets.view((80, 200), (40, 40))
   assert view.box == (60, 0, 140, 80)
-  assert view.numbers == (80, 200, 0, 30, 40, 40)
+  assert view.sizes == (80, 200, 0, 30, 40, 40)
   corner = buckets.view((80, 200), (40, 40), (1, 1))
-  assert corner.numbers == (80, 200, 0, 60, 40, 40)
+  assert corner.sizes == (80, 200, 0, 60, 40, 40)
 
 
 def _plan(seed=3, count=50):
@@ -59,7 +59,7 @@ def _plan(seed=3, count=50):
   return assigned, buckets.BucketPlan(assigned, 3, 4, seed)
 
 
-def test_a_batch_is_of_one_bucket_whatever_is_asked_first():
+def test_a_batch_is_of_one_bucket_in_any_order_of_access():
   assigned, plan = _plan()
   _, other = _plan()
   order = np.random.default_rng(0).permutation(60)
@@ -93,7 +93,7 @@ def test_each_image_comes_once_an_epoch_of_its_bucket():
 
 
 @pytest.mark.parametrize("sizes", [[2, 3, 1], [57, 1, 0, 300], [1, 1], [9]])
-def test_n_batches_have_as_many_of_a_bucket_as_it_has_images(sizes):
+def test_of_n_batches_a_bucket_has_as_many_as_images(sizes):
   assigned = np.repeat(np.arange(len(sizes)), sizes)
   plan = buckets.BucketPlan(assigned, len(sizes), 4, 0)
   total = len(assigned)
@@ -130,7 +130,7 @@ def test_one_odd_image_of_a_million_is_shown_as_often_as_the_others():
   assert buckets.rare(assigned, 2, batch) == {1: 1}
 
 
-def test_the_place_in_a_bucket_far_ahead_is_that_of_counting():
+def test_the_position_in_a_bucket_far_ahead_is_that_of_counting():
   _, plan = _plan()
   counts = [0, 0, 0]
   for k in range(700):
@@ -144,12 +144,12 @@ def test_a_bucket_without_images_gets_no_batch():
   assert {plan.bucket(k) for k in range(30)} == {0, 2}
 
 
-def test_once_shows_each_image_once_and_fills_up_with_gaps():
+def test_one_pass_shows_each_image_once_and_fills_up_with_gaps():
   assigned = np.array([0, 1, 0, 0, buckets.NONE, 1])
-  once = buckets.OnePass(assigned, 2, 2)
+  one_pass = buckets.OnePass(assigned, 2, 2)
   batches = [
-    (once.bucket(k), [once.image(k, j) for j in range(2)])
-    for k in range(len(once))
+    (one_pass.bucket(k), [one_pass.image(k, j) for j in range(2)])
+    for k in range(len(one_pass))
   ]
   assert batches == [(0, [0, 2]), (1, [1, 5]), (0, [3, buckets.NONE])]
 

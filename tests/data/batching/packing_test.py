@@ -19,7 +19,7 @@ _SIZES = st.lists(
 
 @_SETTINGS
 @hypothesis.given(_SIZES)
-def test_first_fit_loses_doubles_and_overfills_nothing(sizes):
+def test_first_fit_packs_each_document_once_within_the_limits(sizes):
   rows = packing.first_fit(sizes, 20, 3)
   placed = sorted(i for row in rows for i in row)
   assert placed == [i for i, size in enumerate(sizes) if size[0] >= 0]
@@ -74,7 +74,7 @@ def test_every_usable_document_of_a_window_is_in_exactly_one_row(seed, window):
   assert set(placed.values()) == {1}
 
 
-def test_a_row_is_the_same_whatever_was_asked_before():
+def test_a_row_does_not_depend_on_earlier_accesses():
   make = lambda: packing.PackingPlan(
     _sizes_of(3), limits=(16, 4), window=20, seed=1
   )
@@ -84,7 +84,7 @@ def test_a_row_is_the_same_whatever_was_asked_before():
   assert [backward.row(r) for r in reversed(range(60))] == rows[::-1]
 
 
-def test_rows_come_in_an_order_of_the_seed():
+def test_the_order_of_rows_depends_on_the_seed():
   order = [
     packing.PackingPlan(
       _sizes_of(3, bad=0), limits=(16, 9), window=50, seed=seed
@@ -97,7 +97,7 @@ def test_rows_come_in_an_order_of_the_seed():
   assert sorted(first) == sorted(second)
 
 
-def test_pieces_of_a_document_are_members_of_their_own():
+def test_pieces_of_a_document_are_packed_separately():
   """Document 1 has two pieces, which need not stand in one row."""
   sizes = lambda start, stop: [
     np.array([[16, 0], [6, 1]]) if g % 2 else [9, 0] for g in range(start, stop)
@@ -149,7 +149,7 @@ def _counted(seed):
   return sizes, asked
 
 
-def test_a_remembered_plan_packs_only_the_window_it_needs(tmp_path):
+def test_a_plan_with_a_memo_packs_only_the_window_it_needs(tmp_path):
   memo = tmp_path / "plans" / "a.npy"
   settings = dict(limits=(16, 4), window=16, memo=memo)
   expected = packing.PackingPlan(_sizes_of(5), **settings).row(150)
@@ -158,7 +158,7 @@ def test_a_remembered_plan_packs_only_the_window_it_needs(tmp_path):
   assert len(asked) <= 5  # of about 16 windows
 
 
-def test_a_memo_of_other_data_is_found_out_and_not_used(tmp_path):
+def test_a_memo_of_other_data_is_not_used(tmp_path):
   memo = tmp_path / "plans" / "a.npy"
   settings = dict(limits=(16, 4), window=16)
   packing.PackingPlan(_sizes_of(5), memo=memo, **settings).row(150)

@@ -67,7 +67,7 @@ def test_pieces_fit_and_joined_are_the_document(parts, slots):
 
 @_SETTINGS
 @hypothesis.given(st.integers(1, 200), st.integers(1, 40))
-def test_every_word_of_a_split_text_is_a_target_once(count, length):
+def test_every_token_of_a_split_text_is_a_target_once(count, length):
   made, _ = _divide([_text(count)], (length, 1), task="text")
   assert len(made) == -(-count // length)
   targets = []
@@ -94,14 +94,14 @@ def test_answers_that_are_split_learn_what_they_learn_whole(turns, length):
   assert learnt == _whole(parts)[1:]
 
 
-def test_what_fits_stays_as_it_is():
+def test_a_document_that_fits_is_not_divided():
   parts = [examples.ImagePart(0, write=False), _text(3)]
   made, done = _divide(parts, (12, 1))
   assert done is None
   assert [_ids(p) for p in made] == [_whole(parts)]
 
 
-def test_a_image_is_in_one_piece_and_its_words_before_it_lead_to_it():
+def test_an_image_is_in_one_piece_with_the_text_before_it():
   parts = [_text(9), examples.ImagePart(1, write=True), _text(4)]
   made, done = _divide(parts, (11, 1))
   assert [_ids(p).count(_VOCABULARY.image_begin) for p in made] == [0, 1]
@@ -127,12 +127,12 @@ def _turns(*answers):
   return parts
 
 
-def test_a_dialogue_is_cut_behind_the_last_answer_that_fits():
+def test_a_dialogue_is_cut_after_the_last_answer_that_fits():
   made, done = _divide(_turns(4, 4, 4), (20, 1))
   (piece,) = made
   whole, _ = _divide(_turns(4, 4), (20, 1))
   a, b = (sequences.assemble(p, _CACHE, _VOCABULARY) for p in (piece, *whole))
-  for name in ("tokens", "targets", "weights", "slot", "order"):
+  for name in ("tokens", "targets", "weights", "image_index", "token_index"):
     np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
   assert "cut to 18" in done
 
@@ -147,7 +147,7 @@ def test_a_dialogue_is_cut_behind_the_last_answer_that_fits():
     ("document", [_text(3), examples.ImagePart(5, write=False)], None),
   ],
 )
-def test_what_needs_all_that_stands_before_it_is_too_long(task, parts, said):
+def test_a_long_document_that_is_one_unit_is_too_long(task, parts, said):
   if said is None:  # an image longer than any row
     with pytest.raises(pieces.TooLong, match="more than length=8"):
       _divide(parts, (8, 1), task)

@@ -40,7 +40,7 @@ def test_a_bad_image_is_black_and_not_valid():
   assert batches.faults[0].names == {"image3": 1}
 
 
-def test_captions_are_cut_ended_and_masked():
+def test_captions_are_truncated_ended_and_masked():
   batch = _image_batches(fakes.Source({}), text_length=3)[0]
   for i, text, mask in zip(
     batch["index"], batch["text"], batch["text_mask"], strict=True
@@ -51,7 +51,7 @@ def test_captions_are_cut_ended_and_masked():
   assert (short["text"][:, 1] == 2).all()
 
 
-def test_a_caption_with_half_a_character_is_none_and_is_named(tmp_path):
+def test_a_caption_with_half_a_character_is_dropped_and_logged(tmp_path):
   text = vocabulary.TextTokenizer.train(["a cat"] * 9, tmp_path / "t", 263)
   source = fakes.Source({})
   source.captions = lambda i: ["cut \ud83d" if i == 3 else "a cat"]
@@ -62,7 +62,7 @@ def test_a_caption_with_half_a_character_is_none_and_is_named(tmp_path):
   assert list(batches.faults[0].names) == ["caption of image3"]
 
 
-def test_every_caption_of_a_image_is_shown_in_time():
+def test_every_caption_of_an_image_is_shown():
   batches = _image_batches(fakes.Source({}, 1), seed=0)
   firsts = {int(batches[k]["text"][j, 0]) for k in range(3) for j in range(8)}
   assert firsts == {_WORDS.encode(w)[0] for w in ("caption", "another")}

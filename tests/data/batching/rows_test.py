@@ -78,18 +78,18 @@ def _split(batch, row):
   out = []
   for segment in range(1, batch["segments"][row].max() + 1):
     at = batch["segments"][row] == segment
-    slot = batch["slot"][row][at]
+    slot = batch["image_index"][row][at]
     images = [tuple(batch["pixels"][row, s, 0, 0]) for s in slot if s >= 0]
     keeps = [batch["keep"][row, s].sum() for s in slot if s >= 0]
-    fields = ("tokens", "targets", "weights", "order", "positions")
+    fields = ("tokens", "targets", "weights", "token_index", "positions")
     values = tuple(tuple(batch[f][row][at].tolist()) for f in fields)
     out.append((*values, tuple(images), tuple(keeps)))
   return out
 
 
 def _expected(sequence, cache):
-  at = [sequence.images[s] for s in sequence.slot if s >= 0]
-  fields = ("tokens", "targets", "weights", "order")
+  at = [sequence.images[s] for s in sequence.image_index if s >= 0]
+  fields = ("tokens", "targets", "weights", "token_index")
   values = tuple(tuple(getattr(sequence, f).tolist()) for f in fields)
   positions = tuple(range(len(sequence)))
   images = tuple((i, i, i) for i in at)
@@ -121,8 +121,8 @@ def test_padding_has_no_segment_no_weight_and_no_image():
   padding = batch["segments"] == 0
   assert padding.any()
   assert not batch["weights"][padding].any()
-  assert (batch["slot"][padding] == -1).all()
-  unused = np.arange(2) > batch["slot"].max(axis=1, keepdims=True)
+  assert (batch["image_index"][padding] == -1).all()
+  unused = np.arange(2) > batch["image_index"].max(axis=1, keepdims=True)
   assert not batch["keep"][unused].any()
 
 
@@ -152,7 +152,7 @@ def _assert_same(a, b):
 
 
 @pytest.mark.parametrize("threads", [0, 3])
-def test_a_restart_from_batch_k_goes_on_with_the_same_batches(threads):
+def test_a_restart_from_batch_k_continues_with_the_same_batches(threads):
   through = pipeline.iterate(_mixed(), num_threads=threads)
   batches = [next(through) for _ in range(9)]
   assert through.next_batch == 9
@@ -177,20 +177,20 @@ def test_processes_share_the_same_global_rows(count):
     _assert_same(joined, whole[k])
 
 
-def test_rows_may_be_shared_and_lie_apart():
+def test_rows_of_a_process_need_not_be_adjacent():
   """Devices of a process need not hold neighbours."""
   part = pipeline.iterate(_mixed(), num_threads=0, rows=[0, 3])
   whole = _mixed()[0]
   _assert_same(next(part), {name: x[[0, 3]] for name, x in whole.items()})
 
 
-def test_batches_have_rows():
+def test_batches_without_rows_are_refused():
   batches = dataclasses.replace(_mixed(), batch_size=0)
   with pytest.raises(errors.ConfigError, match="batch_size=0"):
     pipeline.iterate(batches)
 
 
-def test_rows_count_up_and_their_hash_tells_them_apart():
+def test_rows_are_numbered_and_hashed():
   batches = _mixed()
   rows = np.concatenate([batches[k]["row"] for k in range(5)])
   np.testing.assert_array_equal(rows, np.arange(20))
@@ -221,7 +221,7 @@ def test_a_bad_image_takes_its_weights_and_shifts_nothing():
     batch = batches[k]
     bad = np.zeros_like(batch["weights"], bool)
     for row, slot in zip(*np.nonzero(hit), strict=True):
-      segment = batch["segments"][row][batch["slot"][row] == slot][0]
+      segment = batch["segments"][row][batch["image_index"][row] == slot][0]
       bad[row] |= batch["segments"][row] == segment
       assert not batch["pixels"][row, slot].any()
     np.testing.assert_array_equal(
@@ -232,7 +232,7 @@ def test_a_bad_image_takes_its_weights_and_shifts_nothing():
   assert list(batches.faults[1].names) == ["image4"]
 
 
-def test_documents_that_do_not_fit_are_named_and_are_not_bad():
+def test_documents_that_do_not_fit_are_logged_and_are_not_bad():
   long = (examples.TextPart(" ".join(["a"] * 40)),)
   many = (
     *(examples.ImagePart(i, write=False, weight=0.0) for i in range(3)),
@@ -253,7 +253,7 @@ def test_documents_that_do_not_fit_are_named_and_are_not_bad():
   assert "left out" in long.reasons["document/1"]
 
 
-def test_texts_longer_than_a_row_are_read_whole_and_stop_no_run():
+def test_all_of_a_long_text_is_learnt_and_none_is_bad():
   """Bad documents may be none at all, long ones are half of all."""
   texts = [_long(40 + i) if i % 2 else _long(5) for i in range(20)]
   source = fakes.Source({"text": texts})
@@ -267,8 +267,12 @@ def test_texts_longer_than_a_row_are_read_whole_and_stop_no_run():
   assert batches.faults[0].bad == 0
 
 
-def test_rows_of_documents_that_fit_are_those_they_always_were():
-  """A crc of every array, taken before documents were ever divided."""
+def test_rows_of_documents_that_fit_never_change():
+  """A crc of every array, taken before documents were ever divided.
+
+  Two arrays had other names then, by which the order of the crc goes.
+  """
+  former = {"image_index": "slot", "token_index": "order"}
   rng, documents = np.random.default_rng(3), []
   for _ in range(40):
     n, index = int(rng.integers(1, 20)), int(rng.integers(20))
@@ -278,7 +282,9 @@ def test_rows_of_documents_that_fit_are_those_they_always_were():
   source = fakes.Source({"document": documents})
   batches, check = _packed(source, _cache()), 0
   for k in range(6):
-    for _, array in sorted(batches[k].items()):
+    batch = batches[k]
+    for name in sorted(batch, key=lambda name: former.get(name, name)):
+      array = batch[name]
       check = zlib.crc32(np.ascontiguousarray(array).tobytes(), check)
   assert check == 1672582019
 
@@ -348,7 +354,7 @@ def test_text_needs_no_cache():
   assert _packed(source, None)[0]["weights"].sum() > 0
 
 
-def test_a_mixture_of_nothing_the_source_has_is_refused():
+def test_a_mixture_of_only_absent_tasks_is_refused():
   source = fakes.Source({"text": [(examples.TextPart("a b"),)]})
   with pytest.raises(errors.ConfigError, match=r"\['vqa'\].*\['text'\]"):
     _packed(source, None, mixture={"vqa": 1})
@@ -404,7 +410,7 @@ def test_fill_of_the_embedded_mixture_is_95_percent(tmp_path):
   assert fill >= 0.95
 
 
-def test_tasks_that_no_weight_lets_in_are_counted(caplog):
+def test_tasks_without_a_weight_are_warned_of(caplog):
   documents = _documents(0, 6)
   source = fakes.Source({"document": documents, "vqa": documents[:2]})
   _packed(source, _cache(0), mixture={"document": 1.0, "vqa": 0.0, "text": 1.0})
@@ -414,7 +420,7 @@ def test_tasks_that_no_weight_lets_in_are_counted(caplog):
   assert not caplog.text
 
 
-def test_a_task_that_there_is_not_is_refused():
+def test_an_unknown_task_in_the_mixture_is_refused():
   source = fakes.Source({"document": _documents(0, 6)})
   with pytest.raises(
     errors.ConfigError, match=r"\['documents'\], which are no"

@@ -1,6 +1,5 @@
 import dataclasses
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -38,34 +37,31 @@ def _records(start, stop=10):
   return (_record(i) for i in range(start, stop))
 
 
-def _check(made):
-  assert len(made) == 10
+def _check(cache):
+  assert len(cache) == 10
   for i in range(10):
     _, keep, codes = _record(i)
     if keep is None:
-      assert made.counts[i] == codes_lib.BAD
-      assert not made.keep(i).any()
-      assert not len(made.codes(i))
+      assert cache.counts[i] == codes_lib.BAD
+      assert not cache.keep(i).any()
+      assert not len(cache.codes(i))
       continue
-    assert made.counts[i] == len(codes)
-    np.testing.assert_array_equal(made.keep(i), keep)
-    np.testing.assert_array_equal(made.codes(i), codes)
+    assert cache.counts[i] == len(codes)
+    np.testing.assert_array_equal(cache.keep(i), keep)
+    np.testing.assert_array_equal(cache.codes(i), codes)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_what_was_written_is_read_back(tmp_path, monkeypatch, in_memory):
+def test_a_written_cache_reads_back(tmp_path, monkeypatch, in_memory):
   if not in_memory:
     monkeypatch.setattr(codes_lib, "_IN_MEMORY", 0)
   codes_lib.write(tmp_path / "codes", _records, _META)
-  made = codes_lib.CodeCache.load(
-    tmp_path / "codes", source="data", tokenizer="weights"
-  )
-  _check(made)
+  _check(codes_lib.CodeCache.load(tmp_path / "codes"))
   assert [p.name for p in tmp_path.iterdir()] == ["codes"]
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_no_sign_in_a_name_means_more_than_itself(
+def test_special_characters_in_a_path_are_taken_literally(
   tmp_path, monkeypatch, in_memory
 ):
   """ArrayRecord reads file[0:3] as a part of a file, file@3 as three."""
@@ -97,7 +93,7 @@ def test_a_record_keeps_any_mask_and_any_code(patches, codes, data):
   np.testing.assert_array_equal(found, ids)
 
 
-def test_an_interrupted_write_goes_on_where_it_stopped(tmp_path):
+def test_an_interrupted_write_resumes_where_it_stopped(tmp_path):
   def dies(start):
     yield from _records(start, 9)
     raise KeyboardInterrupt
@@ -105,7 +101,9 @@ def test_an_interrupted_write_goes_on_where_it_stopped(tmp_path):
   with pytest.raises(KeyboardInterrupt):
     codes_lib.write(tmp_path / "codes", dies, _META)
   assert not (tmp_path / "codes").exists()
-  with pytest.raises(errors.DataError, match=r"not finished.*lavit tokenize"):
+  with pytest.raises(
+    errors.DataError, match=r"unfinished code.*lavit tokenize"
+  ):
     codes_lib.CodeCache.load(tmp_path / "codes")
   assert codes_lib.resume_point(tmp_path / "codes", _META) == 8
   asked = []
@@ -129,7 +127,7 @@ def test_a_finished_cache_is_not_written_again(tmp_path):
 
 
 @pytest.mark.parametrize("shard", [0, 1, 2])
-def test_a_full_disk_leaves_nothing_that_loads_and_goes_on_later(
+def test_a_full_disk_leaves_no_cache_and_the_next_call_resumes(
   tmp_path, monkeypatch, shard
 ):
   fsync, calls = os.fsync, []
@@ -141,7 +139,7 @@ def test_a_full_disk_leaves_nothing_that_loads_and_goes_on_later(
     fsync(descriptor)
 
   monkeypatch.setattr(os, "fsync", full)
-  with pytest.raises(errors.DataError, match=r"No space left.*goes on there"):
+  with pytest.raises(errors.DataError, match=r"No space left.*resumes there"):
     codes_lib.write(tmp_path / "codes", _records, _META)
   monkeypatch.setattr(os, "fsync", fsync)
   assert not (tmp_path / "codes").exists()
@@ -150,7 +148,9 @@ def test_a_full_disk_leaves_nothing_that_loads_and_goes_on_later(
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_writer_that_finds_the_disk_full_says_so(tmp_path, monkeypatch):
+def test_a_full_disk_inside_the_record_writer_is_reported(
+  tmp_path, monkeypatch
+):
   class Full(codes_lib.array_record_module.ArrayRecordWriter):
     def __init__(self, _, options):
       super().__init__("/dev/full", options)
@@ -165,13 +165,11 @@ def test_a_writer_that_finds_the_disk_full_says_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("field", "value"), [("tokenizer", "others"), ("source", "others")]
 )
-def test_codes_of_another_tokenizer_or_data_are_refused(tmp_path, field, value):
+def test_another_tokenizer_or_other_data_are_refused(tmp_path, field, value):
   directory = tmp_path / "codes"
   codes_lib.write(directory, _records, _META)
   foreign = dataclasses.replace(_META, **{field: value})
   said = f"another {field}.*lavit tokenize"
-  with pytest.raises(errors.DataError, match=said):
-    codes_lib.CodeCache.load(directory, **{field: value})
   with pytest.raises(errors.DataError, match=said):
     codes_lib.write(directory, _records, foreign)
   with pytest.raises(errors.DataError, match=said):
@@ -180,7 +178,7 @@ def test_codes_of_another_tokenizer_or_data_are_refused(tmp_path, field, value):
 
 
 def test_an_unfinished_cache_of_another_tokenizer_is_refused(tmp_path):
-  with pytest.raises(errors.DataError, match="Only 2"):
+  with pytest.raises(errors.DataError, match="Only 6 of 10"):
     codes_lib.write(tmp_path / "codes", lambda s: _records(s, 6), _META)
   foreign = dataclasses.replace(_META, tokenizer="others")
   with pytest.raises(errors.DataError, match="another tokenizer"):
@@ -195,7 +193,9 @@ def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
 
 
 def test_a_missing_cache_points_at_lavit_tokenize(tmp_path):
-  with pytest.raises(errors.DataError, match=r"is none.*lavit tokenize"):
+  with pytest.raises(
+    errors.DataError, match=r"holds no code cache.*lavit tokenize"
+  ):
     codes_lib.CodeCache.load(tmp_path / "codes")
 
 
@@ -257,51 +257,50 @@ def _drop_shard(directory):
     _drop_shard,
   ],
 )
-def test_a_damaged_cache_is_named_and_refused(tmp_path, spoil):
+def test_a_damaged_cache_is_refused(tmp_path, spoil):
   codes_lib.write(tmp_path / "codes", _records, _META)
   spoil(tmp_path / "codes")
   with pytest.raises(errors.DataError, match=r"codes is damaged.*again"):
     codes_lib.CodeCache.load(tmp_path / "codes")
 
 
-def test_a_image_out_of_range_is_an_index_error(tmp_path):
+def test_an_index_out_of_range_is_an_index_error(tmp_path):
   made = codes_lib.write(tmp_path / "codes", _records, _META)
   for i in (-1, 10):
     with pytest.raises(IndexError, match=f"image {i} of 10"):
       made.codes(i)
 
 
-def test_images_are_compared_where_both_sides_tell(tmp_path):
-  place, told = tmp_path / "a", dataclasses.replace(_META, pictures="these")
+def test_image_fingerprints_are_compared_where_both_sides_have_one(tmp_path):
+  folder = tmp_path / "a"
+  known = dataclasses.replace(_META, pictures="these")
   other = dataclasses.replace(_META, pictures="others")
-  codes_lib.write(place, _records, told)
-  load = functools.partial(codes_lib.CodeCache.load, place)
-  assert load(images="these").fingerprint() == load().fingerprint()
-  with pytest.raises(errors.DataError, match=r"images \(these, here others"):
-    load(images="others")
+  codes_lib.write(folder, _records, known)
   for step in (
-    lambda: codes_lib.write(place, _records, other),
-    lambda: codes_lib.resume_point(place, other),
+    lambda: codes_lib.write(folder, _records, other),
+    lambda: codes_lib.resume_point(folder, other),
   ):
-    with pytest.raises(errors.DataError, match="another set of images"):
+    with pytest.raises(errors.DataError, match=r"images \(these, here others"):
       step()
-  codes_lib.write(place, _records, _META)  # of a source that tells nothing
-  # One of an earlier version: used, and known to a run by the same digest.
-  meta = json.loads((place / "meta.json").read_text())
+  codes_lib.write(folder, _records, _META)  # no fingerprint of images
+  # A cache of an earlier version loads and keeps its digest.
+  meta = json.loads((folder / "meta.json").read_text())
   del meta["pictures"]
-  (place / "meta.json").write_text(json.dumps(meta))
-  old = load(images="others")
-  free = ("data", "model", "shard_size")
-  made = {k: v for k, v in meta.items() if k not in free}
-  digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
+  (folder / "meta.json").write_text(json.dumps(meta))
+  old = codes_lib.CodeCache.load(folder)
+  not_compared = ("data", "model", "shard_size")
+  compared = {k: v for k, v in meta.items() if k not in not_compared}
+  digest = hashlib.sha256(json.dumps(compared, sort_keys=True).encode())
   digest.update(np.ascontiguousarray(old.counts))
   assert old.fingerprint() == digest.hexdigest()[:32]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 4])
-def test_a_kill_before_the_name_loses_nothing(tmp_path, monkeypatch, kept):
-  """Of the seals and begun.json some are gone already."""
-  unlink, left, place = pathlib.Path.unlink, [kept], tmp_path / "codes"
+def test_a_kill_before_the_last_rename_loses_nothing(
+  tmp_path, monkeypatch, kept
+):
+  """At that moment `kept` of the journal's files are deleted already."""
+  unlink, left, folder = pathlib.Path.unlink, [kept], tmp_path / "codes"
 
   def killed(path, missing_ok=False):
     if path.suffix in (".npy", ".json"):
@@ -316,22 +315,20 @@ def test_a_kill_before_the_name_loses_nothing(tmp_path, monkeypatch, kept):
   with monkeypatch.context() as patch:
     patch.setattr(pathlib.Path, "unlink", killed)
     if kept == 4:
-      patch.setattr(
-        codes_lib.os, "replace", _replacing(place, os.replace, dies)
-      )
+      patch.setattr(os, "replace", _replacing(folder, os.replace, dies))
     with pytest.raises(KeyboardInterrupt):
-      codes_lib.write(place, _records, _META)
-  assert not place.exists()
-  assert codes_lib.resume_point(place, _META) == 10
+      codes_lib.write(folder, _records, _META)
+  assert not folder.exists()
+  assert codes_lib.resume_point(folder, _META) == 10
   other = dataclasses.replace(_META, source="others")
   with pytest.raises(errors.DataError, match="another source"):
-    codes_lib.write(place, _records, other)
-  _check(codes_lib.write(place, dies, _META))
-  left = {p.suffix for p in place.iterdir() if p.name.startswith("codes-")}
+    codes_lib.write(folder, _records, other)
+  _check(codes_lib.write(folder, dies, _META))
+  left = {p.suffix for p in folder.iterdir() if p.name.startswith("codes-")}
   assert left == {".array_record"}
-  assert not (place / "begun.json").exists()
+  assert not (folder / "begun.json").exists()
 
 
-def _replacing(place, replace, otherwise):
-  """os.replace, but for the folder's own name."""
-  return lambda a, b: otherwise() if b == place else replace(a, b)
+def _replacing(folder, replace, otherwise):
+  """Returns os.replace, except for a rename to the folder itself."""
+  return lambda a, b: otherwise() if b == folder else replace(a, b)

@@ -1,4 +1,4 @@
-"""The latent cache: whole or not at all, and of its own data alone."""
+"""The latent cache: complete or absent, and used only with its own data."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ def _records(numbers, stop_at=None):
 
 
 def _write(directory, records=_records, meta=_META):
-  with mock.patch.object(latents, "_SEALED", 2):
+  with mock.patch.object(latents, "_SHARD_SIZE", 2):
     return latents.write(directory, records, meta, _ASSIGNED)
 
 
@@ -56,25 +56,25 @@ def _check(cache):
       np.testing.assert_array_equal(cache.latents(i), _latents(i))
 
 
-def test_what_is_written_is_read_back(tmp_path):
+def test_a_written_cache_reads_back(tmp_path):
   _check(_write(tmp_path / "a"))
   _check(latents.LatentCache.load(tmp_path / "a"))
   assert not (tmp_path / "a.partial").exists()
 
 
-def test_no_sign_in_a_name_means_more_than_itself(tmp_path):
+def test_special_characters_in_a_path_are_taken_literally(tmp_path):
   folder = tmp_path / "".join(c for c in string.punctuation if c != "/")
   _check(_write(folder))
   _check(latents.LatentCache.load(folder))
 
 
 @pytest.mark.parametrize("stop_at", [0, 2, 5, 1, 6])
-def test_an_interrupted_write_goes_on_to_the_same_files(tmp_path, stop_at):
+def test_an_interrupted_write_resumes_to_the_same_files(tmp_path, stop_at):
   _write(tmp_path / "straight")
   with pytest.raises(KeyboardInterrupt):
     _write(tmp_path / "a", lambda n: _records(n, stop_at))
   assert not (tmp_path / "a").exists()
-  with pytest.raises(errors.DataError, match="not finished"):
+  with pytest.raises(errors.DataError, match="unfinished latent"):
     latents.LatentCache.load(tmp_path / "a")
   done = latents.resume_point(tmp_path / "a", _META)
   asked = []
@@ -100,7 +100,7 @@ def test_bytes_written_after_the_last_seal_are_written_again(tmp_path):
   ("field", "value"),
   [("source", "x"), ("vae", "x"), ("buckets", ((8, 8), (4, 8)))],
 )
-def test_of_other_data_weights_or_buckets_is_refused(tmp_path, field, value):
+def test_other_data_weights_or_buckets_are_refused(tmp_path, field, value):
   _write(tmp_path / "a")
   with pytest.raises(errors.DataError, match=f"another {field}"):
     latents.LatentCache.load(tmp_path / "a", **{field: value})
@@ -113,7 +113,7 @@ def test_of_other_data_weights_or_buckets_is_refused(tmp_path, field, value):
     _write(tmp_path / "b", meta=other)
 
 
-def test_a_full_disk_keeps_what_is_done_and_says_so(tmp_path):
+def test_a_full_disk_keeps_finished_shards(tmp_path):
   real, calls = os.fsync, []
 
   def full(fd):
@@ -138,8 +138,8 @@ def test_latents_of_a_wrong_shape_or_too_few_are_refused(tmp_path):
     _write(tmp_path / "b", lambda n: _records(n[:2]))
 
 
-def test_damage_and_absence_are_named(tmp_path):
-  with pytest.raises(errors.DataError, match="is none"):
+def test_missing_and_damaged_caches_are_reported(tmp_path):
+  with pytest.raises(errors.DataError, match="holds no latent cache"):
     latents.LatentCache.load(tmp_path / "a")
   _write(tmp_path / "a")
   (tmp_path / "a" / "latents-1.f16").write_bytes(b"")
@@ -154,47 +154,48 @@ def test_damage_and_absence_are_named(tmp_path):
     _write(tmp_path / "c")
 
 
-def test_images_are_compared_where_both_sides_tell(tmp_path):
-  place, told = tmp_path / "a", dataclasses.replace(_META, pictures="these")
+def test_image_fingerprints_are_compared_where_both_sides_have_one(tmp_path):
+  folder = tmp_path / "a"
+  known = dataclasses.replace(_META, pictures="these")
   other = dataclasses.replace(_META, pictures="others")
-  _write(place, meta=told)
-  load = functools.partial(latents.LatentCache.load, place)
+  _write(folder, meta=known)
+  load = functools.partial(latents.LatentCache.load, folder)
   assert load(images="these").fingerprint() == load().fingerprint()
   with pytest.raises(errors.DataError, match=r"images \(these, here others"):
     load(images="others")
   for step in (
-    lambda: _write(place, meta=other),
-    lambda: latents.resume_point(place, other),
+    lambda: _write(folder, meta=other),
+    lambda: latents.resume_point(folder, other),
   ):
     with pytest.raises(errors.DataError, match="another set of images"):
       step()
-  _write(place, meta=_META)  # of a source that tells nothing
-  # One of an earlier version: used, and known to a run by the same digest.
-  meta = json.loads((place / "meta.json").read_text())
+  _write(folder, meta=_META)  # no fingerprint of images
+  # A cache of an earlier version loads and keeps its digest.
+  meta = json.loads((folder / "meta.json").read_text())
   del meta["pictures"]
-  (place / "meta.json").write_text(json.dumps(meta))
+  (folder / "meta.json").write_text(json.dumps(meta))
   old = load(images="others")
-  made = {k: v for k, v in meta.items() if k not in ("data", "model")}
-  digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
+  compared = {k: v for k, v in meta.items() if k not in ("data", "model")}
+  digest = hashlib.sha256(json.dumps(compared, sort_keys=True).encode())
   digest.update(np.ascontiguousarray(old.assigned))
   assert old.fingerprint() == digest.hexdigest()[:32]
 
 
-def test_a_kill_before_the_name_loses_nothing(tmp_path):
-  place, replace = tmp_path / "a", os.replace
+def test_a_kill_before_the_last_rename_loses_nothing(tmp_path):
+  folder, replace = tmp_path / "a", os.replace
 
   def killed(source, target):
-    if target == place:
+    if target == folder:
       raise KeyboardInterrupt
     replace(source, target)
 
   with (
-    mock.patch.object(latents.os, "replace", killed),
+    mock.patch.object(os, "replace", killed),
     pytest.raises(KeyboardInterrupt),
   ):
-    _write(place)
-  assert not place.exists()
-  assert latents.resume_point(place, _META) == 6
+    _write(folder)
+  assert not folder.exists()
+  assert latents.resume_point(folder, _META) == 6
   with pytest.raises(errors.DataError, match="another vae"):
-    _write(place, meta=dataclasses.replace(_META, vae="others"))
-  _check(_write(place, None))  # nothing is asked for again
+    _write(folder, meta=dataclasses.replace(_META, vae="others"))
+  _check(_write(folder, None))  # no record is asked for again

@@ -1,4 +1,4 @@
-"""Rows of a user's file: what a line gives is learnt, named or refused."""
+"""Each field of a user's row is learnt, warned of, or the row is refused."""
 
 import itertools
 import re
@@ -59,23 +59,23 @@ _VALUES = {
   "image": "a.jpg",
   "images": ["a.jpg", "b.jpg"],
   "file_name": "c.jpg",
-  "caption": "told in caption",
-  "captions": ["told in captions"],
-  "sentences": [{"raw": "told in sentences"}],
-  "text": "told in text",
-  "txt": "told in txt",
-  "question": "told in question",
-  "questions": [{"question": "told in questions", "answer": "yes"}],
-  "answer": "told in answer",
-  "edits": [{"instruction": "told in edits", "image": "d.jpg"}],
-  "messages": [_ASKED, {"role": "assistant", "content": "told in messages"}],
-  "document": ["<image>", "told in document"],
-  "conversations": [{"from": "gpt", "value": "<image>told in conversations"}],
+  "caption": "stated in caption",
+  "captions": ["stated in captions"],
+  "sentences": [{"raw": "stated in sentences"}],
+  "text": "stated in text",
+  "txt": "stated in txt",
+  "question": "stated in question",
+  "questions": [{"question": "stated in questions", "answer": "yes"}],
+  "answer": "stated in answer",
+  "edits": [{"instruction": "stated in edits", "image": "d.jpg"}],
+  "messages": [_ASKED, {"role": "assistant", "content": "stated in messages"}],
+  "document": ["<image>", "stated in document"],
+  "conversations": [{"from": "gpt", "value": "<image>stated in conversations"}],
 }
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_whatever_known_fields_stand_together_all_are_read_or_refused(count):
+def test_all_known_fields_of_a_row_are_read_or_it_is_refused(count):
   """Every text and image that a row gives is in its entry, if it has one."""
   read = 0
   for fields in itertools.combinations(_VALUES, count):
@@ -85,9 +85,9 @@ def test_whatever_known_fields_stand_together_all_are_read_or_refused(count):
     except lines.BadLine:
       continue
     read += 1
-    words = re.findall(r"told in \w+", repr(row))
+    words = re.findall(r"stated in \w+", repr(row))
     images = re.findall(r"\w\.jpg", repr(row))
-    assert set(words) == set(re.findall(r"told in \w+", repr(entry))), row
+    assert set(words) == set(re.findall(r"stated in \w+", repr(entry))), row
     assert set(images) == set(entry.images()), row
   assert read >= 2
 
@@ -118,7 +118,7 @@ def test_every_known_field_of_a_row_is_tried():
     ),
   ],
 )
-def test_words_whose_image_would_be_lost_are_refused(row, said):
+def test_texts_whose_image_would_be_lost_are_refused(row, said):
   assert re.search(said, _refused(row))
 
 
@@ -131,40 +131,40 @@ def test_words_whose_image_would_be_lost_are_refused(row, said):
     {"source": {"file": "crawl/0001.txt"}},
   ],
 )
-def test_fields_that_hold_no_image_leave_words_what_they_are(more):
+def test_fields_without_an_image_do_not_affect_a_text(more):
   entry, _ = _entry({"text": "hello"} | more)
   assert entry == forms.Entry(text="hello")
 
 
-def test_a_field_is_about_its_line_by_its_whole_name_or_its_last_part():
-  told = {
+def test_a_field_about_the_origin_is_known_by_its_name_or_its_last_part():
+  content = {
     "language_instruction": "pick it up",
     "source_caption": "a cat",
     "key_description": "a cat",
     "image_path": "b.jpg",
     "type": "photo",
   }
-  about = {
+  origin = {
     **{"id": "x", "image_id": "x1", "source": "web", "data_source": "web"},
     **{"licenses": ["cc"], "lang": "en", "sourceId": "web"},
   }
-  _, unread = _entry({"image": "a.jpg", "caption": "x"} | told | about)
-  assert {field: found[2] for field, found in unread.items()} == told
+  _, unread = _entry({"image": "a.jpg", "caption": "x"} | content | origin)
+  assert {field: found[2] for field, found in unread.items()} == content
 
 
 @pytest.mark.parametrize("field", known_fields.MESSAGES)
 @pytest.mark.parametrize("content", ["<image>\nWhat is it?", "What is it?"])
-def test_marks_and_images_of_messages_are_as_many(field, content):
+def test_messages_need_as_many_marks_as_images(field, content):
   said = [_ASKED | {"content": content}, _ANSWERED]
   mark = "<image>" in content
   row = {field: said} if mark else {field: said, "image": "a.jpg"}
   right = {field: said, "image": "a.jpg"} if mark else {field: said}
-  why = "more images than the 0" if mark else "stand nowhere in the messages"
+  why = "more images than the 0" if mark else "appear nowhere in the messages"
   assert why in _refused(row)
   assert _entry(right)[0].images() == (["a.jpg"] * 2 if mark else [])
 
 
-def test_a_image_that_messages_name_themselves_may_stand_beside_them():
+def test_an_image_may_be_both_in_the_messages_and_beside_them():
   entry, _ = _entry({"image": "a.jpg", "messages": [_SHOWN, "a card"]})
   assert entry.images() == ["a.jpg", "a.jpg"]
 
@@ -193,7 +193,7 @@ def test_marks_outside_of_messages_are_refused(row):
     (_SHOWN | {"write": 1}, "write is 1"),
   ],
 )
-def test_what_a_message_would_lose_is_refused(part, said):
+def test_fields_that_a_message_would_lose_are_refused(part, said):
   assert said in _refused({"messages": [part, _ANSWERED]})
 
 
@@ -210,7 +210,7 @@ def test_empty_texts_of_a_table_are_absent():
   assert "expected a path" in _refused({"image": "", "text": "x"})
 
 
-def test_a_image_without_words_is_not_called_none():
+def test_an_image_without_texts_is_reported_by_its_empty_field():
   said = _refused({"image": "a.jpg", "captions": []})
   assert "holds no text in captions, []" in said
   assert "picture" not in said

@@ -36,7 +36,7 @@ _SETTINGS = hypothesis.settings(
 
 @_SETTINGS
 @hypothesis.given(_LINES, st.sampled_from([0.1, 0.4]))
-def test_no_image_is_in_both_halves(lines, share):
+def test_no_image_is_in_both_splits(lines, share):
   held = held_out.choose(_entries(lines), share)
   halves = {True: set(), False: set()}
   for images, half in zip(lines, held, strict=True):
@@ -52,13 +52,13 @@ def test_lines_of_one_image_go_by_its_hash_alone(images):
   assert held == [_by_hash(f"{p}.jpg", 0.3) for p in images]
 
 
-def test_lines_of_several_images_of_their_own_go_by_the_first():
+def test_lines_of_several_unshared_images_go_by_the_first():
   lines = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(60)]
   held = held_out.choose(_entries(lines), 0.3)
   assert held == [_by_hash(f"{3 * i}.jpg", 0.3) for i in range(60)]
 
 
-def test_lines_that_are_added_move_no_other():
+def test_added_lines_move_no_other_line():
   rng = random.Random(0)
   lines = [[i, i + 1] for i in range(0, 200, 2)]
   before = held_out.choose(_entries(lines), 0.2)
@@ -69,7 +69,7 @@ def test_lines_that_are_added_move_no_other():
   assert any(before)
 
 
-def test_a_group_of_most_lines_is_trained_on_and_said(caplog):
+def test_a_group_of_most_lines_is_trained_on_with_a_warning(caplog):
   """Whatever its hash says: a file's first image must not decide it all."""
   for first in range(30):
     lines = [[first, 100 + i] for i in range(20)] + [[i] for i in range(40, 60)]
@@ -92,7 +92,7 @@ def _keys(source):
   return [source.image_key(i) for i in range(source.num_images)]
 
 
-def test_documents_and_edits_share_no_image_across_the_halves(tmp_path):
+def test_documents_and_edits_share_no_image_across_the_splits(tmp_path):
   rng = random.Random(0)
   rows = [{"image": f"{i}.png", "caption": f"{i}"} for i in range(100)]
   for i in range(0, 30, 3):
@@ -129,7 +129,7 @@ def test_a_file_that_cannot_be_split_says_so(tmp_path):
     jsonl.JsonlSource(path, 8, split="held_out")
 
 
-def test_a_limit_counts_lines_of_the_half(tmp_path):
+def test_a_limit_counts_lines_of_the_split(tmp_path):
   rows = [{"image": f"{i}.png", "caption": "x"} for i in range(50)]
   path = _write(tmp_path, rows, 50)
   whole = jsonl.JsonlSource(path, 8, split="train")

@@ -102,14 +102,12 @@ def test_an_array_is_read_the_same_wherever_it_is_cut(
     "array_too_deep",
   ],
 )
-def test_another_kind_of_file_is_named_with_a_way_out(tmp_path, data, said):
+def test_another_kind_of_file_is_refused_with_advice(tmp_path, data, said):
   with pytest.raises(errors.DataError, match=f"(?s)d.jsonl.*{said}"):
     _rows(tmp_path, data)
 
 
-def test_a_file_that_cannot_be_read_says_what_the_error_said(
-  tmp_path, monkeypatch
-):
+def test_an_unreadable_file_is_reported_with_the_cause(tmp_path, monkeypatch):
   def broken(path):
     raise OSError("the store does not answer")  # without a strerror
 
@@ -118,7 +116,7 @@ def test_a_file_that_cannot_be_read_says_what_the_error_said(
     _rows(tmp_path, b"")
 
 
-def test_items_of_an_array_that_are_no_objects_are_bad_lines(tmp_path):
+def test_items_of_an_array_that_are_not_objects_are_bad_lines(tmp_path):
   found = _rows(tmp_path, b'[{"a": 1}, 3, "x", {"b": 2}]')
   assert [n for n, _ in found] == [1, 2, 3, 4]
   assert [isinstance(r, lines.BadLine) for _, r in found] == [0, 1, 1, 0]
@@ -145,7 +143,7 @@ def test_a_line_that_is_nested_deeply_is_a_bad_one(
 
 
 @pytest.mark.parametrize("data", [b"[]", b" [ ]\n", b"", b"\n \n"])
-def test_a_file_of_nothing_has_no_rows(tmp_path, data):
+def test_an_empty_file_or_array_has_no_rows(tmp_path, data):
   assert _rows(tmp_path, data) == []
 
 
@@ -163,10 +161,10 @@ def test_null_and_nan_are_absent_at_every_depth(tmp_path):
   assert found == {"b": [{"d": 1}], "e": float("inf")}
 
 
-def test_a_line_without_an_end_is_bad_and_the_next_one_is_read(
+def test_a_line_that_is_too_long_is_bad_and_the_next_one_is_read(
   tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(lines, "_LONGEST", 100)
+  monkeypatch.setattr(lines, "_MAX_LENGTH", 100)
   data = b'{"text": "' + b"x" * 350 + b'"}\n' + _LINES
   (_, bad), *rest = _rows(tmp_path, data)
   assert "longer than" in str(bad)
@@ -174,7 +172,7 @@ def test_a_line_without_an_end_is_bad_and_the_next_one_is_read(
 
 
 def test_a_long_item_of_an_array_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(lines, "_LONGEST", 100)
+  monkeypatch.setattr(lines, "_MAX_LENGTH", 100)
   monkeypatch.setattr(lines, "_CHUNK", 16)
   with pytest.raises(errors.DataError, match="item 1 "):
     _rows(tmp_path, b'[{"text": "' + b"x" * 2000 + b'"}]')

@@ -1,4 +1,4 @@
-"""The wording of the shapes world: true, unambiguous, varied."""
+"""Texts of the shapes world are true, unambiguous and varied."""
 
 import collections
 import dataclasses
@@ -28,24 +28,26 @@ RED_CIRCLE = shapes.Object("circle", "red", "large", "top left")
 RED_RING = shapes.Object("ring", "red", "small", "top right")
 
 
-def test_the_plain_caption_of_a_scene_is_this():
+def test_the_plain_caption_of_a_scene():
   assert text_lib.full_caption(scene_of(RED_CIRCLE, RED_RING)) == (
     "a large red circle at the top left and a small red ring at the top right"
   )
 
 
-def test_most_training_captions_tell_everything_and_the_rest_leave_out():
-  told = collections.Counter()
+def test_most_training_captions_state_everything_and_the_rest_omit():
+  stated = collections.Counter()
   for i in range(1500):
     scene = SOURCE.scene(i % 600)
     objects = scores.parse_caption(text_lib.caption(scene, rng(i)))
     assert len(objects) == len(scene.objects)
-    told[tuple(a for a in scene_lib.ATTRIBUTES if getattr(objects[0], a))] += 1
-  assert told[scene_lib.ATTRIBUTES] / 1500 == pytest.approx(
+    stated[
+      tuple(a for a in scene_lib.ATTRIBUTES if getattr(objects[0], a))
+    ] += 1
+  assert stated[scene_lib.ATTRIBUTES] / 1500 == pytest.approx(
     text_lib.FULL_SHARE, abs=0.04
   )
   assert text_lib.FULL_SHARE >= 0.7
-  assert len(told) == len(text_lib.OMISSIONS)
+  assert len(stated) == len(text_lib.OMISSIONS)
 
 
 def test_one_scene_is_worded_in_many_ways():
@@ -54,7 +56,7 @@ def test_one_scene_is_worded_in_many_ways():
   assert len(worded) > 80
 
 
-def test_a_name_singles_its_object_out():
+def test_a_name_identifies_its_object():
   scene = scene_of(RED_CIRCLE, RED_RING)
   names = text_lib.names(scene, RED_CIRCLE)
   assert ("shape",) in names
@@ -72,16 +74,16 @@ def test_an_instruction_names_one_object_by_attributes():
       named = words.replace(f" to the {edit.value}", "").split(" to ")[0]
       named = re.split(r" with | into ", named)[0]
       said = scores.parse_caption(named)[0]
-      told = [a for a in scene_lib.ATTRIBUTES if getattr(said, a)]
-      if edit.kind in told and edit.kind != "shape":
+      stated = [a for a in scene_lib.ATTRIBUTES if getattr(said, a)]
+      if edit.kind in stated and edit.kind != "shape":
         # "make the red circle blue": the first value is the subject's.
         assert getattr(said, edit.kind) in (
           getattr(edit.subject, edit.kind),
           edit.value,
         )
-        told.remove(edit.kind)
-      assert "shape" in told
-      for attribute in told:
+        stated.remove(edit.kind)
+      assert "shape" in stated
+      for attribute in stated:
         assert getattr(said, attribute) == getattr(edit.subject, attribute)
 
 
@@ -96,14 +98,14 @@ def _edits(scene):
 
 def test_instructions_read_like_this():
   scene = scene_of(RED_CIRCLE, RED_RING)
-  told = {
+  instructions = {
     edit.kind: text_lib.instruction(scene, edit)
     for edit in _edits(scene)
     if edit.subject == RED_RING
   }
-  assert told["remove"] == "remove the small red ring"
-  assert told["size"] == "make the small red ring large"
-  assert told["place"].startswith("move the small red ring to the ")
+  assert instructions["remove"] == "remove the small red ring"
+  assert instructions["size"] == "make the small red ring large"
+  assert instructions["place"].startswith("move the small red ring to the ")
 
 
 def answer(scene, question):
@@ -160,7 +162,7 @@ ALL = [
 ]
 
 
-def test_every_answer_is_what_the_words_ask_for():
+def test_every_answer_is_right():
   for i in range(600):
     scene = SOURCE.scene(i)
     for kind, question, right in questions.questions(scene, rng(i)):
@@ -168,17 +170,17 @@ def test_every_answer_is_what_the_words_ask_for():
 
 
 def test_answers_cannot_be_guessed():
-  given = collections.defaultdict(collections.Counter)
+  counts = collections.defaultdict(collections.Counter)
   for i in range(600):
     for n in range(3):
       for kind, _, right in questions.questions(SOURCE.scene(i), rng((i, n))):
-        given[kind][right] += 1
+        counts[kind][right] += 1
   limits = {"color": 0.2, "shape": 0.25, "size": 0.55, "place": 0.32}
   limits |= {"count": 0.45, "yes/no": 0.54}
-  for kind, answers in given.items():
+  for kind, answers in counts.items():
     assert max(answers.values()) / answers.total() < limits[kind], kind
-  assert len(given["color"]) == 8
-  assert len(given["count"]) == 4
+  assert len(counts["color"]) == 8
+  assert len(counts["count"]) == 4
 
 
 def test_an_unknown_type_of_question_is_refused():
@@ -205,8 +207,8 @@ def test_sentences_add_up_and_compare_truly():
   assert min(sums, comparisons) > 100
 
 
-def test_sentences_that_tell_a_change_tell_its_result():
-  told = 0
+def test_sentences_about_a_change_state_its_result():
+  checked = 0
   for i in range(SOURCE.num_examples("text")):
     text = SOURCE.sentences(i)
     if ". now " not in text:
@@ -216,5 +218,5 @@ def test_sentences_that_tell_a_change_tell_its_result():
     assert set(scores.parse_caption(before)) == set(scene.objects)
     after = set(scores.parse_caption(after))
     assert after == set(SOURCE.edit(i % SOURCE.size).scene.objects)
-    told += 1
-  assert told > 100
+    checked += 1
+  assert checked > 100

@@ -29,7 +29,7 @@ def _parts(source, task, i=0):
   return source.example(task, i).parts
 
 
-def test_captions_give_reading_and_drawing_examples(tmp_path):
+def test_captions_give_image_text_and_text_image_examples(tmp_path):
   rows = [
     {"image": "a.png", "caption": " red "},
     {"image": "b.png", "captions": ["green", "", "grass"]},
@@ -104,13 +104,13 @@ def test_a_document_reads_its_images_and_writes_the_last(tmp_path, field):
   )
 
 
-def test_a_part_may_ask_to_be_written(tmp_path):
+def test_a_part_with_write_is_a_target(tmp_path):
   part = {"type": "image", "image": "a.png", "write": True}
   source = _source(tmp_path, [{"messages": [part, "a red card"]}])
   assert _parts(source, "document")[0] == examples.ImagePart(0, write=True)
 
 
-def test_in_a_dialogue_the_assistant_alone_is_learnt(tmp_path):
+def test_in_a_dialogue_only_the_assistant_is_learnt(tmp_path):
   messages = [
     {"role": "user", "content": [_SOUP[0], _SOUP[1]]},
     {"role": "assistant", "content": "Done."},
@@ -127,7 +127,7 @@ def test_in_a_dialogue_the_assistant_alone_is_learnt(tmp_path):
   )
 
 
-def test_plain_text_and_images_alone_are_kinds_of_their_own(tmp_path):
+def test_a_line_may_hold_only_a_text_or_only_an_image(tmp_path):
   source = _source(tmp_path, [{"text": "words"}, {"image": "a.png"}])
   assert source.tasks() == ("text",)
   assert source.example("text", 0) == examples.text("d.jsonl:1", "words")
@@ -141,10 +141,10 @@ _GOOD = {"image": "a.png", "caption": "red"}
 @pytest.mark.parametrize(
   ("line", "said"),
   [
-    ('{"image": "a.png", "cap', "no JSON"),
+    ('{"image": "a.png", "cap', "not JSON"),
     ("[1, 2]", "JSON list"),
-    ("[" * 100_000, "no JSON"),
-    (b'{"image": "\xff\xfe.png"}', "no JSON"),
+    ("[" * 100_000, "not JSON"),
+    (b'{"image": "\xff\xfe.png"}', "not JSON"),
     ({}, "holds no"),
     ({"caption": "red"}, "holds no"),
     ({"image": 3, "caption": "red"}, "expected a path"),
@@ -168,7 +168,7 @@ _GOOD = {"image": "a.png", "caption": "red"}
     ({"text": 3}, "text is 3"),
   ],
 )
-def test_a_bad_line_is_skipped_counted_and_named(tmp_path, line, said):
+def test_a_bad_line_is_skipped_counted_and_logged(tmp_path, line, said):
   source = _source(tmp_path, [_GOOD, line, _GOOD], limit_share=0.5)
   assert list(source.faults.reasons) == ["d.jsonl:2"]
   assert said in source.faults.reasons["d.jsonl:2"]
@@ -183,7 +183,7 @@ _USER = {"role": "user", "content": "hue?"}
 @pytest.mark.parametrize(
   ("line", "said"),
   [
-    ({"text": _HALF}, r"text holds half a character.*place 4"),
+    ({"text": _HALF}, r"text holds half a character.*position 4"),
     ({"image": "a.png", "caption": _HALF}, "caption holds half"),
     ({"image": "a.png", "captions": ["red", _HALF]}, "captions holds half"),
     ({"image": "a\udcff.png"}, "image holds half"),
@@ -194,7 +194,7 @@ _USER = {"role": "user", "content": "hue?"}
       "instruction holds half",
     ),
     ({"messages": [_HALF]}, "text holds half"),
-    ({"messages": [_USER, {"role": _HALF, "content": "x"}]}, "is none of"),
+    ({"messages": [_USER, {"role": _HALF, "content": "x"}]}, "is not one of"),
     ({"image": "a.png", "caption": "x", "text": "y"}, "caption and text"),
     ({"image": "a.png", "answer": "red"}, "answer without a question"),
     ({"image": "a.png", "Caption": "red"}, "write it 'caption'"),
@@ -204,10 +204,10 @@ _USER = {"role": "user", "content": "hue?"}
     ({"img": "a.png", "text": "red"}, "'img'.*call it image"),
     ({"img": "a.png", "messages": [_USER]}, "'img'.*call it image"),
     ({"url": "http://x/a.jpg", "caption": "red"}, "not from addresses"),
-    ({"image": "http://x/a.jpg", "caption": "red"}, "is an address"),
+    ({"image": "http://x/a.jpg", "caption": "red"}, "is a web address"),
     ({"image": "data:image/png;base64,AA"}, "or the image itself"),
     ({"image": {"bytes": "AA"}}, "expected a path"),
-    ({"images": ["a.png"], "caption": "red"}, "beside messages alone"),
+    ({"images": ["a.png"], "caption": "red"}, "only beside messages"),
     ({"images": [], "annotations": [{"caption": "x"}]}, "COCO's annotations"),
     ({"messages": [_USER], "document": ["a"]}, "messages and document"),
     ({"messages": [{"role": "user"}]}, "a role and no content"),
@@ -224,7 +224,7 @@ _USER = {"role": "user", "content": "hue?"}
     ({"image": "a.png", "question": "a?", "answers": [{"a": 1}]}, "holds None"),
     (
       {"image": "a.png", "question": "a?", "answers": ["b"], "answer": "c"},
-      "answer is 'c', which is none of answers",
+      "answer is 'c', which is not one of answers",
     ),
     ({"image": "a.png", "question": "a?", "answer": float("inf")}, "holds inf"),
   ],
@@ -240,7 +240,7 @@ _RED = ("image_text", (0, "red"))
 _DRAWN = ("text_image", (0, "red"))
 
 
-def _told(source):
+def _contents(source):
   """(task, what the parts hold) of all examples."""
   out = []
   for task in source.tasks():
@@ -271,15 +271,15 @@ def _told(source):
     {"image": "a.png", "file_name": "a.png", "text": "red"},
   ],
 )
-def test_common_forms_of_a_caption_are_one(tmp_path, line):
+def test_common_forms_of_a_caption_are_equivalent(tmp_path, line):
   source = _source(tmp_path, [line])
   assert source.faults.bad == 0
-  assert _told(source) == [_RED, _DRAWN]
+  assert _contents(source) == [_RED, _DRAWN]
   assert not source.unread
 
 
 @pytest.mark.parametrize(
-  ("given", "learnt"),
+  ("fields", "learnt"),
   [
     ({"answers": [{"answer": "red", "id": 1}] * 2 + ["pink"]}, "red"),
     ({"answer": 3}, "3"),
@@ -292,8 +292,10 @@ def test_common_forms_of_a_caption_are_one(tmp_path, line):
     ({"multiple_choice_answer": "red"}, "red"),
   ],
 )
-def test_answers_may_be_vqas_own_numbers_and_yes_or_no(tmp_path, given, learnt):
-  row = {"image": "a.png", "question": "hue?"} | given
+def test_answers_may_be_vqas_own_numbers_and_yes_or_no(
+  tmp_path, fields, learnt
+):
+  row = {"image": "a.png", "question": "hue?"} | fields
   source = _source(tmp_path, [row])
   assert source.questions(0) == [("any", "hue?", learnt)]
 
@@ -341,7 +343,7 @@ def _roles(content):
   ],
   ids=["llava", "marks", "image", "trl", "openai", "path"],
 )
-def test_common_forms_of_a_dialogue_are_one(tmp_path, line):
+def test_common_forms_of_a_dialogue_are_equivalent(tmp_path, line):
   source = _source(tmp_path, [line])
   assert source.faults.bad == 0
   assert _parts(source, "document") == _SAID
@@ -360,7 +362,7 @@ def test_an_answer_in_several_messages_ends_once(tmp_path):
   assert ends == dict(a=False, b=False, c=False, d=True, e=False)
 
 
-def test_white_space_of_a_document_is_kept_and_empty_texts_passed_over(
+def test_a_document_keeps_white_space_and_skips_empty_texts(
   tmp_path,
 ):
   texts = ["List:\n", "- one\n", "", "\n\n", " end "]
@@ -375,7 +377,7 @@ def test_white_space_of_a_document_is_kept_and_empty_texts_passed_over(
   assert source.captions(0) == ["red"]
 
 
-def test_fields_that_are_not_read_are_named_once_for_the_file(tmp_path, caplog):
+def test_unread_fields_are_warned_of_once_for_the_file(tmp_path, caplog):
   row = {"image": "a.png", "id": "x", "source": "web", "width": 3}
   rows = [row | {"title": f"a cat {i}"} for i in range(12)]
   rows += [
@@ -395,11 +397,13 @@ def test_fields_that_are_not_read_are_named_once_for_the_file(tmp_path, caplog):
   }
   (said,) = [r.getMessage() for r in caplog.records]
   assert "12 lines have a field 'title' (line 1: 'a cat 0')" in said
-  assert "Known are" in said
+  assert "Known fields are" in said
   assert "caption" in said
 
 
-def test_lines_of_a_split_that_is_not_for_training_are_told(tmp_path, caplog):
+def test_lines_of_a_split_that_is_not_for_training_are_warned_of(
+  tmp_path, caplog
+):
   rows = [_GOOD | {"split": split} for split in ("train", "restval", "test")]
   _source(tmp_path, rows)
   (said,) = [r.getMessage() for r in caplog.records]
@@ -410,7 +414,7 @@ def test_lines_of_a_split_that_is_not_for_training_are_told(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("kind", ["lines", "array"])
-def test_a_field_said_twice_is_a_bad_line(tmp_path, kind):
+def test_a_repeated_field_makes_a_line_bad(tmp_path, kind):
   (tmp_path / "a.png").write_bytes(b"x")
   good = json.dumps({"image": "a.png", "caption": "b"})
   bad = good[:-1] + ', "caption": "c"}'
@@ -430,7 +434,7 @@ def test_too_many_bad_lines_are_an_error(tmp_path):
     _source(tmp_path, [_GOOD, "{"])
 
 
-def test_blank_lines_windows_ends_and_a_byte_order_mark_are_fine(tmp_path):
+def test_blank_lines_crlf_and_a_byte_order_mark_are_accepted(tmp_path):
   first = b"\xef\xbb\xbf" + json.dumps(_GOOD).encode() + b"\r"
   source = _source(tmp_path, [first, "", "   ", _GOOD, ""])
   assert source.faults.bad == 0
@@ -445,7 +449,7 @@ def test_a_missing_image_is_an_image_error_with_its_path(tmp_path):
     source.image(1)
 
 
-def test_a_file_whose_images_lie_elsewhere_is_refused(tmp_path):
+def test_a_file_whose_images_do_not_exist_is_refused(tmp_path):
   rows = [{"image": f"{i}.jpg", "caption": "x"} for i in range(3)]
   with pytest.raises(errors.DataError, match=r"none of its first 3.*0\.jpg"):
     _source(tmp_path, rows)

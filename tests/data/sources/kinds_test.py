@@ -1,8 +1,10 @@
-"""config.data becomes a source with every field of it."""
+"""The fields of config.data reach the source."""
 
 import importlib
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -29,7 +31,7 @@ def _file(tmp_path, rows):
   return path
 
 
-def test_images_outside_the_folder_need_a_field_that_the_error_names(
+def test_images_outside_the_folder_need_a_field_that_the_error_mentions(
   tmp_path,
 ):
   row = {"image": str(tmp_path / "a.png"), "caption": "x"}
@@ -42,7 +44,7 @@ def test_images_outside_the_folder_need_a_field_that_the_error_names(
 
 
 def _pair(tmp_path, caplog, train, held_out, **more):
-  """What `kinds.pair` warns of, of two files of {folder/file: rows}."""
+  """Returns the warnings of `kinds.pair` for two files, (path, rows) each."""
   data = _FIELDS | more
   for field, (name, rows) in {
     "path": train,
@@ -63,7 +65,7 @@ def _images(folder, names):
     Image.new("RGB", (1, 1)).save(folder / name)
 
 
-def _told(names):
+def _rows(names):
   return [{"image": name, "caption": "x"} for name in names]
 
 
@@ -74,33 +76,33 @@ def test_images_that_two_files_share_are_counted(tmp_path, caplog):
   (tmp_path / "files").mkdir()
   for name in names[:3]:
     (tmp_path / "files" / f"of_{name}").symlink_to(f"../a/{name}")
-  train = ("a/train.jsonl", _told(names[2:]))
+  train = ("a/train.jsonl", _rows(names[2:]))
   up = {"allow_absolute": True}
   for held_out, shared in (
-    (("a/held.jsonl", _told(names[:5])), "3 of 5"),
-    (("linked/held.jsonl", _told(names[:4])), "2 of 4"),
-    (("b/held.jsonl", _told([f"../a/{n}" for n in names])), "10 of 12"),
-    (("files/held.jsonl", _told([f"of_{n}" for n in names[:3]])), "1 of 3"),
+    (("a/held.jsonl", _rows(names[:5])), "3 of 5"),
+    (("linked/held.jsonl", _rows(names[:4])), "2 of 4"),
+    (("b/held.jsonl", _rows([f"../a/{n}" for n in names])), "10 of 12"),
+    (("files/held.jsonl", _rows([f"of_{n}" for n in names[:3]])), "1 of 3"),
   ):
     (said,) = _pair(tmp_path, caplog, train, held_out, **up)
     assert f"{shared} held-out images are in the training data too" in said
-  assert not _pair(tmp_path, caplog, train, ("a/h.jsonl", _told(names[:2])))
+  assert not _pair(tmp_path, caplog, train, ("a/h.jsonl", _rows(names[:2])))
 
 
 def test_images_of_one_name_in_two_folders_are_not_shared(tmp_path, caplog):
-  rows = _told(["0.png"])
+  rows = _rows(["0.png"])
   for folder in "ab":
     _images(tmp_path / folder, ["0.png"])
   assert not _pair(tmp_path, caplog, ("a/d.jsonl", rows), ("b/d.jsonl", rows))
 
 
-def test_texts_that_are_held_out_of_their_own_file_are_told(tmp_path, caplog):
+def test_held_out_texts_of_the_training_file_are_warned_of(tmp_path, caplog):
   one = ("d.jsonl", [{"text": f"words {i}"} for i in range(4)])
   (said,) = _pair(tmp_path, caplog, one, one)
   assert "4 of 4 held-out examples" in said
 
 
-def test_how_many_lines_may_be_bad_is_a_field_that_the_error_names(tmp_path):
+def test_the_limit_of_bad_lines_is_a_field_that_the_error_mentions(tmp_path):
   rows = [{"image": "b.png", "caption": "x"}] * 3 + [{}]
   path = str(_file(tmp_path, rows))
   data = _FIELDS | {"path": path, "held_out_path": path}
@@ -113,7 +115,7 @@ def test_how_many_lines_may_be_bad_is_a_field_that_the_error_names(tmp_path):
 
 
 @pytest.mark.parametrize("name", _CONFIGS)
-def test_every_config_has_the_fields_that_errors_name(name):
+def test_every_config_has_the_fields_that_errors_mention(name):
   dotted = name.removesuffix(".py").replace("/", ".")
   data = (
     importlib.import_module(f"lavit_jax.configs.{dotted}").get_config().data
@@ -122,6 +124,14 @@ def test_every_config_has_the_fields_that_errors_name(name):
   assert data.allow_absolute is False
 
 
-def test_a_kind_of_file_without_a_file_is_told():
+def test_a_jsonl_source_without_a_path_is_refused():
   with pytest.raises(errors.ConfigError, match=r"--config\.data\.path="):
     kinds.build(_FIELDS | {"path": ""}, "train")
+
+
+def test_datasets_of_other_kinds_do_not_import_tfds():
+  code = (
+    "import sys; from lavit_jax.data.sources import kinds;"
+    "assert 'tensorflow_datasets' not in sys.modules"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import hashlib
 import pickle
 import re
 import time
@@ -50,6 +51,26 @@ def test_seed_and_split_change_the_scenes():
   scenes = [make().scene(i) for i in range(20)]
   assert scenes != [make(seed=1).scene(i) for i in range(20)]
   assert scenes != [make("held_out").scene(i) for i in range(20)]
+
+
+@pytest.mark.parametrize(
+  ("split", "digest"),
+  [
+    ("train", "2098dacfadc4cf9e"),
+    ("held_out", "70776ccc3e8476b9"),
+    ("never_seen", "90aa7866d9d5fd0d"),
+  ],
+)
+def test_texts_never_change(split, digest):
+  """Models on disk, the shipped one too, were trained on these texts."""
+  source, found = make(split, size=50), hashlib.sha256()
+  for task in source.tasks():
+    for i in range(source.num_examples(task)):
+      found.update(repr(source.example(task, i)).encode())
+  for i in range(source.num_images):
+    texts = source.captions(i), source.questions(i)
+    found.update(repr(texts).encode())
+  assert found.hexdigest()[:16] == digest
 
 
 def test_scenes_of_a_known_index_never_change():
@@ -268,7 +289,7 @@ def test_questions_come_in_their_format_and_all_types():
   assert example.parts[2].text in {f" {s}" for s in scene_lib.SHAPES}
 
 
-def test_several_questions_of_different_types_share_a_image():
+def test_several_questions_of_different_types_share_an_image():
   source = make(size=20)
   answers = {
     value: kind
@@ -279,11 +300,11 @@ def test_several_questions_of_different_types_share_a_image():
   answers |= dict.fromkeys(("yes", "no"), "yes/no")
   for i in range(source.num_examples("vqa")):
     parts = source.example("vqa", i).parts
-    given = [answers[part.text.strip()] for part in parts[2::2]]
-    assert len(given) == len(set(given)) == shapes.QUESTIONS_TOGETHER
+    types = [answers[part.text.strip()] for part in parts[2::2]]
+    assert len(types) == len(set(types)) == shapes.QUESTIONS_TOGETHER
 
 
-def test_some_images_are_drawn_without_words():
+def test_some_images_are_written_without_a_text():
   source = make(size=300)
   lengths = collections.Counter(
     len(source.example("text_image", i).parts)
@@ -303,7 +324,7 @@ def test_some_images_are_drawn_without_words():
     ({"seed": -1}, "0 or more"),
   ],
 )
-def test_wrong_settings_are_refused_with_the_way_out(kwargs, message):
+def test_wrong_settings_are_refused_with_advice(kwargs, message):
   with pytest.raises(ValueError, match=message):
     shapes.ShapesSource(**kwargs)
 

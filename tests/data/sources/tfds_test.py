@@ -110,7 +110,7 @@ def _source(data_dir, **kwargs):
   return tfds.TfdsSource(data_dir=data_dir, **(settings | kwargs))
 
 
-def test_images_and_texts_belong_together(data_dir):
+def test_images_and_texts_are_of_the_same_record(data_dir):
   source = _source(data_dir)
   assert isinstance(source, examples.Source)
   assert source.num_images == source.num_examples("image_text") == 6
@@ -155,7 +155,7 @@ def test_every_caption_is_one_example_however_many_a_record_has(ragged_dir):
   assert len(kinds.sentences(source, 1000)) == 2 * sum(_CAPTIONS)
 
 
-def test_records_without_captions_are_images_all_the_same(ragged_dir):
+def test_records_without_captions_still_count_as_images(ragged_dir):
   source = _ragged(ragged_dir)
   assert source.num_images == 6
   assert sorted(len(source.captions(i)) for i in range(6)) == sorted(_CAPTIONS)
@@ -163,13 +163,15 @@ def test_records_without_captions_are_images_all_the_same(ragged_dir):
 
 
 @pytest.mark.parametrize("first", range(6))
-def test_whatever_the_first_record_has_is_not_taken_for_all(ragged_dir, first):
+def test_the_first_record_does_not_decide_the_number_of_captions(
+  ragged_dir, first
+):
   source = _ragged(ragged_dir, split=f"train[{first}:]")
   counts = [len(source.captions(i)) for i in range(source.num_images)]
   assert source.num_examples("text_image") == sum(counts)
 
 
-def test_captions_are_counted_once_and_other_data_anew(ragged_dir, monkeypatch):
+def test_captions_are_counted_once_for_the_same_data(ragged_dir, monkeypatch):
   counted = []
   count = tfds.TfdsSource._read_captions
   spy = lambda self, i: counted.append(i) or count(self, i)
@@ -177,7 +179,7 @@ def test_captions_are_counted_once_and_other_data_anew(ragged_dir, monkeypatch):
   assert _ragged(ragged_dir).num_examples("image_text") == sum(_CAPTIONS)
   assert sorted(counted) == list(range(6))
   _ragged(ragged_dir).num_examples("image_text")
-  assert len(counted) == 6  # told by the file
+  assert len(counted) == 6  # read from the file of counts
   part = _ragged(ragged_dir, split="train[:3]")
   expected = sum(len(part.captions(i)) for i in range(3))
   assert part.num_examples("image_text") == expected
@@ -185,14 +187,14 @@ def test_captions_are_counted_once_and_other_data_anew(ragged_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("spoil", [b"", b"nonsense"])
-def test_a_damaged_count_is_made_again(ragged_dir, spoil):
+def test_a_damaged_file_of_counts_is_written_again(ragged_dir, spoil):
   _ragged(ragged_dir).num_examples("image_text")
   (path,) = caption_counts.folder().iterdir()
   path.write_bytes(spoil)
   assert _ragged(ragged_dir).num_examples("image_text") == sum(_CAPTIONS)
 
 
-def test_a_text_that_is_no_utf8_is_left_out_and_named(data_dir, monkeypatch):
+def test_a_text_that_is_not_utf8_is_dropped_and_logged(data_dir, monkeypatch):
   source = _source(data_dir, text_feature="captions/text")
   texts = {"text": [b"fine", b"b\xffd"]}
   record = source._records[2] | {"captions": texts}
@@ -213,7 +215,7 @@ def test_slices_of_parquet_are_those_of_array_record(
 
 
 @pytest.mark.parametrize("name", ["data_dir", "parquet_dir"])
-def test_a_slice_and_its_rest_share_nothing(name, request, caplog):
+def test_a_slice_and_the_remaining_records_share_nothing(name, request, caplog):
   folder = request.getfixturevalue(name)
   config = dict(kind="tfds", name="tiny_images", data_dir=str(folder))
   config |= dict(image_feature="image", text_feature="caption", image_size=8)
@@ -232,20 +234,20 @@ def test_a_slice_and_its_rest_share_nothing(name, request, caplog):
 
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "riegeli"])
-def test_a_format_that_needs_tensorflow_is_named(
+def test_a_format_that_needs_tensorflow_is_refused(
   data_dir, tmp_path, file_format
 ):
   folder = tmp_path / "tiny_images" / "1.0.0"
   shutil.copytree(data_dir / "tiny_images" / "1.0.0", folder)
-  told = json.loads((folder / "dataset_info.json").read_text())
-  told["fileFormat"] = file_format
-  (folder / "dataset_info.json").write_text(json.dumps(told))
+  fields = json.loads((folder / "dataset_info.json").read_text())
+  fields["fileFormat"] = file_format
+  (folder / "dataset_info.json").write_text(json.dumps(fields))
   said = rf"file format .*{file_format}.* not.*array_record and parquet"
   with pytest.raises(errors.DataError, match=f"(?i){said}"):
     tfds.TfdsSource(str(folder), "train", image_size=8)
 
 
-def test_what_other_data_are_have_another_digest(data_dir, ragged_dir):
+def test_other_data_have_another_digest(data_dir, ragged_dir):
   digests = [
     _source(data_dir).contents(),
     _source(data_dir, split="train[:2]").contents(),
@@ -257,7 +259,7 @@ def test_what_other_data_are_have_another_digest(data_dir, ragged_dir):
   assert _source(data_dir).contents() == digests[0]
 
 
-def test_caches_know_another_feature_and_another_preparation(
+def test_image_fingerprints_differ_by_feature_and_preparation(
   data_dir, parquet_dir
 ):
   """Though depth has the very bytes of image; texts are no matter."""
@@ -291,7 +293,7 @@ def test_a_broken_image_is_an_image_error_with_its_record(
     ({"name": "no_such_dataset_here"}, "cannot be opened"),
     ({"split": "test"}, "Unknown split 'test'"),
     ({"text_feature": "words"}, r"no feature 'words'.*caption"),
-    ({"text_feature": "captions/words"}, r"'words' is none of \['text'\]"),
+    ({"text_feature": "captions/words"}, r"'words' is not one of \['text'\]"),
     ({"image_feature": "photo"}, "no feature 'photo'"),
     ({"text_feature": "captions"}, r"group of \['text'\].*'captions/text'"),
     ({"text_feature": "label"}, "'label' holds .*, a int.*, expected a text"),
@@ -299,12 +301,16 @@ def test_a_broken_image_is_an_image_error_with_its_record(
     ({"image_feature": "id"}, "'id' holds a int.*, expected an encoded"),
   ],
 )
-def test_what_is_not_there_is_named(data_dir, changes, said):
+def test_missing_datasets_splits_and_features_are_reported(
+  data_dir, changes, said
+):
   with pytest.raises(errors.DataError, match=said):
     _source(data_dir, **changes)
 
 
-def test_a_record_of_a_text_that_is_no_utf8_has_none(data_dir, monkeypatch):
+def test_a_record_whose_only_text_is_not_utf8_has_no_captions(
+  data_dir, monkeypatch
+):
   source = _source(data_dir, limit_share=0.5)
   broken = source._records[2] | {"caption": b"caf\xe9"}
   records = [source._records[i] for i in range(6)]
@@ -313,7 +319,7 @@ def test_a_record_of_a_text_that_is_no_utf8_has_none(data_dir, monkeypatch):
   source._captions.cache_clear()
   assert [len(source.captions(i)) for i in range(6)] == [1, 1, 0, 1, 1, 1]
   assert list(source.faults.names) == [source.image_key(2)]
-  assert "no UTF-8" in source.faults.reasons[source.image_key(2)]
+  assert "not UTF-8" in source.faults.reasons[source.image_key(2)]
 
 
 def test_reading_needs_no_tensorflow(data_dir):
