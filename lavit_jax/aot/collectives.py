@@ -1,8 +1,9 @@
-"""What the chips of a compiled program send each other."""
+"""The collectives of a compiled program: what its chips send each other."""
 
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 
 from lavit_jax.aot import hlo
 
@@ -46,45 +47,58 @@ class Collective:
   times: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class _Found:
+  """A collective, its channel ("" for none), and the computation it is in."""
+
+  collective: Collective
+  channel: str
+  computation: str
+
+
 def of_program(program: hlo.Program) -> list[Collective]:
-  """The collectives of an optimized program, as one chip runs it.
+  """Returns the collectives of an optimized program, as one chip runs it.
 
-  Those in a loop count as often as it runs. What runs beside computation, in
-  a start and a done or in several fusions of one channel, counts once.
+  Those in a loop count as often as it runs. A collective that runs beside
+  computation, as a start and a done or as several fusions of one channel,
+  counts once.
   """
-  found: dict[str, list[tuple[Collective, str, str]]] = {}
+  known: dict[str, list[_Found]] = {}
 
-  def inside(name):
-    """(collective, its channel, computation that has it), nested ones too."""
-    if name not in found:
-      found[name] = []  # of a computation that is not there
-      made, channels = [], {}
+  def in_computation(name: str) -> list[_Found]:
+    """Finds those of a computation and of all that it calls."""
+    if name not in known:
+      known[name] = []  # stays so for a computation that is missing
+      found, channels = [], dict[str, str]()
       for line in program.computations.get(name, ()):
-        for one, channel, where in of_line(line, name):
-          if not channel or channels.setdefault(channel, where) == where:
-            made.append((one, channel, where))
-      found[name] = made
-    return found[name]
+        for one in in_line(line, name):
+          first = channels.setdefault(one.channel, one.computation)
+          if not one.channel or first == one.computation:
+            found.append(one)
+      known[name] = found
+    return known[name]
 
-  def of_line(line, where):
+  def in_line(line: hlo.Instruction, computation: str) -> Iterator[_Found]:
     if line.operation.removesuffix("-start") in KINDS:
-      channel = _CHANNEL.search(line.rest)
-      return [(_collective(line, where), channel[1] if channel else "", where)]
+      match = _CHANNEL.search(line.rest)
+      channel = match[1] if match else ""
+      yield _Found(_collective(line, computation), channel, computation)
+      return
     times = program.trips(line)
-    return [
-      (dataclasses.replace(one, times=one.times * times), channel, origin)
-      for name in line.called
-      for one, channel, origin in inside(name)
-    ]
+    for name in line.called:
+      for one in in_computation(name):
+        total = one.collective.times * times
+        repeated = dataclasses.replace(one.collective, times=total)
+        yield dataclasses.replace(one, collective=repeated)
 
-  return [one for one, _, _ in inside(program.entry)]
+  return [one.collective for one in in_computation(program.entry)]
 
 
-def _collective(line: hlo.Instruction, where: str) -> Collective:
-  """What one instruction sends, which stands in the computation `where`."""
+def _collective(line: hlo.Instruction, computation: str) -> Collective:
+  """Describes the collective of an instruction in a computation."""
   kind = line.operation.removesuffix("-start")
   is_start = line.operation != kind
-  if kind == "all-reduce" and where.startswith(_REDUCE_SCATTER):
+  if kind == "all-reduce" and computation.startswith(_REDUCE_SCATTER):
     kind = "reduce-scatter"
     is_start = False
   # Scalars of a start are its context.
@@ -99,7 +113,7 @@ def _collective(line: hlo.Instruction, where: str) -> Collective:
 
 
 def _group_size(rest: str) -> int:
-  """Chips of one group; of a permutation 2."""
+  """Returns the chips of one group; 2 for a permutation."""
   if match := _IOTA_GROUPS.search(rest):
     return int(match[2])
   if match := _GROUPS.search(rest):

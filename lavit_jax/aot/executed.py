@@ -1,4 +1,4 @@
-"""What one chip executes and moves in a run of a compiled program.
+"""FLOPs and bytes of one chip in one run of a compiled program.
 
 Products are counted in its optimized HLO, as often as they run. Pallas'
 attention kernels, which XLA cannot look into, count the blocks that their
@@ -7,6 +7,7 @@ causal mask leaves.
 
 import math
 import re
+from collections.abc import Mapping
 
 from lavit_jax.aot import hlo
 
@@ -40,102 +41,136 @@ _IN_PLACE = (
   "dynamic_update_slice",
   "dynamic_update_index",
 )
+_Computation = Mapping[str, hlo.Instruction]  # its instructions by name
 
 
 def flops(program: hlo.Program) -> float:
-  """FLOPs of the matrix products and convolutions that one chip executes."""
+  """Counts the FLOPs of the matrix products and convolutions of one chip."""
   return program.total(_products)
 
 
 def int8_flops(program: hlo.Program) -> float:
-  """Those of `flops` that are products of two int8 arrays."""
-  return program.total(lambda *line: _narrow_products(*line, "s8"))
+  """Counts those of `flops` that are products of two int8 arrays."""
+  return program.total(
+    lambda line, others: _low_precision_products(line, others, "s8")
+  )
 
 
 def fp8_flops(program: hlo.Program) -> float:
-  """Those of `flops` that are products of two fp8 arrays, of any kind."""
-  return program.total(lambda *line: _narrow_products(*line, "f8"))
+  """Counts those of `flops` that are products of two fp8 arrays of any kind."""
+  return program.total(
+    lambda line, others: _low_precision_products(line, others, "f8")
+  )
 
 
 def kernels(program: hlo.Program) -> list[str]:
-  """Names of the Pallas kernels of a program, each as often as it stands."""
+  """Returns the names of a program's Pallas kernels, one for each call."""
   return [
-    one.name
+    line.name
     for lines in program.computations.values()
-    for one in lines
-    if 'custom_call_target="tpu_custom_call"' in one.rest
+    for line in lines
+    if 'custom_call_target="tpu_custom_call"' in line.rest
   ]
 
 
 def arrays(program: hlo.Program) -> set[tuple[str, tuple[int, ...]]]:
-  """Every (dtype, shape) that some instruction of a program makes."""
+  """Returns every (dtype, shape) among the results of a program."""
   return {
     (array.dtype, array.shape)
     for lines in program.computations.values()
-    for one in lines
-    for array in one.arrays
+    for line in lines
+    for array in line.arrays
   }
 
 
 def hbm_bytes(program: hlo.Program) -> float:
-  """An estimate of what one chip moves between its HBM and its units, bytes.
+  """Estimates the bytes that one chip moves between HBM and its units.
 
-  Every array that is made in HBM is written once and read once. What stays in
-  the vector memory (XLA marks it S(1)) and what is written into a part of a
-  larger array in place does not count.
+  Every array whose buffer is in HBM is written once and read once. Arrays that
+  stay in the vector memory (XLA marks it S(1)) and those that are written into
+  a part of a larger array in place do not count.
   """
-  loops = ("while", "conditional", "call")  # what is fused stays inside
-  return 2.0 * program.total(_made, loops)
+  loops = ("while", "conditional", "call")  # results inside fusions stay there
+  return 2.0 * program.total(_result_bytes, loops)
 
 
-def _made(one: hlo.Instruction, _) -> float:
-  """Bytes in HBM of what one instruction makes."""
-  # What is copied ahead is counted where it was made.
-  if one.operation in _NOT_MOVED or one.operation.endswith(("-start", "-done")):
+def _result_bytes(line: hlo.Instruction, _) -> float:
+  """Returns the bytes in HBM of an instruction's result."""
+  # Copies ahead of time are counted where the array is computed.
+  is_copy = line.operation.endswith(("-start", "-done"))
+  if line.operation in _NOT_MOVED or is_copy:
     return 0.0
-  whole = f"{one.name} {one.rest}"
-  if "AllocateBuffer" in whole or any(name in whole for name in _IN_PLACE):
+  text = f"{line.name} {line.rest}"
+  if "AllocateBuffer" in text or any(name in text for name in _IN_PLACE):
     return 0.0
-  return sum(a.bytes for a in one.arrays if "S(" not in a.layout)
+  return sum(a.bytes for a in line.arrays if "S(" not in a.layout)
 
 
-def _products(one: hlo.Instruction, beside) -> float:
-  """FLOPs of one instruction itself, without what it calls."""
-  if one.operation == "custom-call":
-    return _kernel(one)
-  if one.operation not in ("convolution", "dot"):
+def _products(line: hlo.Instruction, others: _Computation) -> float:
+  """Counts the FLOPs of one instruction, without what it calls.
+
+  Args:
+    line: the instruction.
+    others: all of its computation.
+  """
+  if line.operation == "custom-call":
+    return _kernel(line)
+  if line.operation not in ("convolution", "dot"):
     return 0.0
-  left, right = (_shape(beside.get(name)) for name in one.operands[:2])
-  out = _shape(one)
-  if one.operation == "dot":
-    contracted = hlo.dims(_CONTRACT.search(one.rest)[1])
+  left, right = (_shape(others.get(name)) for name in line.operands[:2])
+  out = _shape(line)
+  if line.operation == "dot":
+    contracted = hlo.dims(_match(_CONTRACT, line.rest)[1])
     return 2.0 * math.prod(out) * math.prod(left[i] for i in contracted)
-  return _convolution(one.rest, left, right, out)
+  return _convolution(line.rest, left, right, out)
 
 
-def _narrow_products(one: hlo.Instruction, beside, dtype: str) -> float:
-  """`_products` of an instruction, if the dtypes of both operands begin so."""
-  if one.operation not in ("convolution", "dot"):
+def _low_precision_products(
+  line: hlo.Instruction, others: _Computation, dtype: str
+) -> float:
+  """Counts `_products` if the dtypes of both operands begin with `dtype`."""
+  if line.operation not in ("convolution", "dot"):
     return 0.0
-  operands = [beside.get(name) for name in one.operands[:2]]
-  is_so = lambda x: x and x.arrays and x.arrays[0].dtype.startswith(dtype)
-  return _products(one, beside) if all(map(is_so, operands)) else 0.0
+  for name in line.operands[:2]:
+    operand = others.get(name)
+    if operand is None or not operand.arrays:
+      return 0.0
+    if not operand.arrays[0].dtype.startswith(dtype):
+      return 0.0
+  return _products(line, others)
 
 
-def _shape(one: hlo.Instruction | None) -> tuple[int, ...]:
-  """Of what an instruction makes, the first of a tuple."""
-  return one.arrays[0].shape if one and one.arrays else ()
+def _match(pattern: re.Pattern[str], text: str) -> re.Match[str]:
+  """Searches for what optimized HLO always has.
 
-
-def _convolution(rest, left, right, out) -> float:
-  """2 x output batch x features in x features out x pairs of each axis.
-
-  TPUs write products of many matrices as convolutions whose windows fall
-  between the rows: only what meets an element counts.
+  Raises:
+    ValueError: it is missing.
   """
-  of_left, of_right, of_out = _LABELS.search(rest).groups()
-  found = _WINDOW.search(rest)
-  window = dict(x.split("=") for x in found[1].split()) if found else {}
+  match = pattern.search(text)
+  if match is None:
+    raise ValueError(f"HLO {text[:200]!r} has no {pattern.pattern!r}.")
+  return match
+
+
+def _shape(line: hlo.Instruction | None) -> tuple[int, ...]:
+  """Returns the shape of a result; of a tuple that of its first array."""
+  return line.arrays[0].shape if line and line.arrays else ()
+
+
+def _convolution(
+  rest: str,
+  left: tuple[int, ...],
+  right: tuple[int, ...],
+  out: tuple[int, ...],
+) -> float:
+  """Counts 2 x out batch x in features x out features x pairs of each axis.
+
+  TPUs compile products of many matrices to convolutions whose windows fall
+  between the rows: only window positions that meet an element count.
+  """
+  of_left, of_right, of_out = _match(_LABELS, rest).groups()
+  match = _WINDOW.search(rest)
+  window = dict(x.split("=") for x in match[1].split()) if match else {}
   total = 2.0 * out[of_out.index("b")] * out[of_out.index("f")]
   total *= right[of_right.index("i")]
   for axis in sorted(c for c in of_out if c.isdigit()):
@@ -149,8 +184,8 @@ def _convolution(rest, left, right, out) -> float:
   return total
 
 
-def _of_axis(window, axis) -> tuple[int, int, int, int]:
-  """(stride, padding before, left dilation, right dilation) of one axis."""
+def _of_axis(window: Mapping[str, str], axis: int) -> tuple[int, int, int, int]:
+  """Returns (stride, padding before, left dilation, right dilation)."""
 
   def field(name, default):
     values = window[name].split("x") if name in window else []
@@ -166,23 +201,23 @@ def _of_axis(window, axis) -> tuple[int, int, int, int]:
 
 
 def _pairs(inputs, outputs, size, stride, before, dilate, spread) -> int:
-  """How many (output, window element) pairs meet an input."""
+  """Counts the (output, window element) pairs that meet an input."""
   count, last = 0, (inputs - 1) * dilate
-  for place in range(outputs):
+  for i in range(outputs):
     for k in range(size):
-      t = place * stride + k * spread - before
+      t = i * stride + k * spread - before
       count += 0 <= t <= last and t % dilate == 0
   return count
 
 
-def _kernel(one: hlo.Instruction) -> float:
-  """FLOPs of an attention kernel of ours; 0 of any other call."""
-  found = next((k for k in _KERNELS if one.name.startswith(k)), None)
-  if found is None:
+def _kernel(line: hlo.Instruction) -> float:
+  """Counts the FLOPs of an attention kernel of `_KERNELS`; 0 of other calls."""
+  kind = next((k for k in _KERNELS if line.name.startswith(k)), None)
+  if kind is None:
     return 0.0
-  given = hlo.arrays_in(_OF_KERNEL.search(one.rest)[1])
-  query, key = [a.shape for a in given if "f" in a.dtype][:2]
-  blocks = next(a.shape for a in given if a.dtype == "s8")[-1]
-  # Below the diagonal, and the blocks that it cuts.
+  operands = hlo.arrays_in(_match(_OF_KERNEL, line.rest)[1])
+  query, key = [a.shape for a in operands if "f" in a.dtype][:2]
+  blocks = next(a.shape for a in operands if a.dtype == "s8")[-1]
+  # Blocks below the diagonal, and those that it cuts.
   share = (blocks + 1) / (2 * blocks)
-  return 2.0 * _KERNELS[found] * math.prod(query) * key[-2] * share
+  return 2.0 * _KERNELS[kind] * math.prod(query) * key[-2] * share

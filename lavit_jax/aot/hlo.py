@@ -1,7 +1,7 @@
-"""Optimized HLO, read back: what a compiled program says of itself.
+"""Parses the text of optimized HLO.
 
-XLA's own cost analysis counts the body of a loop once; `Program.runs` says how
-often each computation runs.
+XLA's own cost analysis counts the body of a loop once; `Program.runs` counts
+how often each computation runs.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPERATION = re.compile(r"(?:^|[\s)}\]])([a-z][a-z\-]*)\(")
 _OPERANDS = re.compile(r"\(([^()]*)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
-_ARRAY = re.compile(  # of fp8 the dtype goes on, f8e4m3fn
+_ARRAY = re.compile(  # fp8 dtypes have a longer name: f8e4m3fn
   r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z0-9]*)?)\[([0-9,]*)\](\{[^}]*\})?"
 )
 _CALLED = re.compile(
@@ -64,7 +64,7 @@ class Array:
 
   @property
   def bytes(self) -> float:
-    """Without padding."""
+    """Bytes without padding."""
     return math.prod(self.shape) * size_of(self.dtype)
 
 
@@ -86,12 +86,12 @@ class Instruction:
 
   @property
   def arrays(self) -> list[Array]:
-    """What it makes; several of a tuple."""
+    """The arrays of its result; several of a tuple."""
     return arrays_in(self.result)
 
   @property
   def operands(self) -> list[str]:
-    """Names of the values that it takes."""
+    """Names of its operands."""
     match = _OPERANDS.match(self.rest)
     return _NAME.findall(match[1]) if match else []
 
@@ -99,7 +99,7 @@ class Instruction:
   def called(self) -> list[str]:
     """Names of the computations that it calls."""
     if self.operation in ("async-update", "async-done"):
-      return []  # these name again what their start has
+      return []  # their start has named the same
     names = _CALLED.findall(self.rest)
     for branches in _BRANCHES.findall(self.rest):
       names += [name.strip(" %") for name in branches.split(",")]
@@ -108,113 +108,130 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """Computations by their names, and which of them is the entry."""
+  """A compiled program.
+
+  Attributes:
+    computations: by name, their instructions in order.
+    entry: name of the computation that the program runs.
+  """
 
   computations: dict[str, list[Instruction]]
   entry: str
 
   def runs(self, entered: Collection[str] | None = None) -> dict[str, int]:
-    """How often each computation runs in one run of the program.
+    """Counts how often each computation runs in one run of the program.
 
     All branches of a conditional count.
 
     Args:
-      entered: operations whose computations count; None: all.
+      entered: operations whose computations count; None for all.
+
+    Returns:
+      {computation: times}.
     """
     times = {self.entry: 1}
     for name in self._callers_first():
-      for one in self.computations[name]:
-        if entered is None or one.operation in entered:
-          for called in one.called:
-            inner = times.get(name, 0) * self.trips(one)
+      for line in self.computations[name]:
+        if entered is None or line.operation in entered:
+          for called in line.called:
+            inner = times.get(name, 0) * self.trips(line)
             times[called] = times.get(called, 0) + inner
     return times
 
   def total(
     self,
-    of: Callable[[Instruction, dict[str, Instruction]], float],
+    value: Callable[[Instruction, dict[str, Instruction]], float],
     entered: Collection[str] | None = None,
   ) -> float:
-    """Sum over all instructions, each as often as it runs.
+    """Sums a value over all instructions, each as often as it runs.
 
     Args:
-      of: (instruction, all of its computation by name) to a number.
+      value: maps (instruction, all of its computation by name) to a number.
       entered: see `runs`.
     """
     total = 0.0
     for name, times in self.runs(entered).items():
       lines = self.computations.get(name, [])
-      beside = {one.name: one for one in lines}
-      total += times * sum(of(one, beside) for one in lines)
+      by_name = {line.name: line for line in lines}
+      total += times * sum(value(line, by_name) for line in lines)
     return total
 
-  def trips(self, one: Instruction) -> int:
-    """How often an instruction runs what it calls: once, if it is no loop.
+  def trips(self, line: Instruction) -> int:
+    """Returns how often an instruction runs what it calls; 1 but for loops.
 
     A loop's count is XLA's `known_trip_count`, or the constant that its
     condition compares the counter with over the counter's step.
     """
-    if one.operation != "while":
+    if line.operation != "while":
       return 1
-    if match := _TRIPS.search(one.rest):
+    if match := _TRIPS.search(line.rest):
       return int(match[1])
-    condition = self.computations.get(_CONDITION.search(one.rest)[1], [])
-    bounds = [found for line in condition if (found := _constant(line))]
-    return math.ceil(max(bounds, default=1) / self._step(one, condition))
+    condition = self._called_as(_CONDITION, line)
+    bounds = [bound for one in condition if (bound := _constant(one))]
+    return math.ceil(max(bounds, default=1) / self._step(line, condition))
 
-  def _step(self, loop: Instruction, condition) -> int:
-    """What a loop adds to its counter each turn; 1 if it does not say."""
-    body = self.computations.get(_BODY.search(loop.rest)[1], [])
+  def _called_as(
+    self, role: re.Pattern[str], line: Instruction
+  ) -> list[Instruction]:
+    """Returns a computation that an instruction names in a role."""
+    match = role.search(line.rest)
+    return self.computations.get(match[1], []) if match else []
+
+  def _step(self, loop: Instruction, condition: list[Instruction]) -> int:
+    """Returns what a loop adds to its counter each time; 1 if unknown."""
+    body = self._called_as(_BODY, loop)
     compared = _INDEX.search(
       next((x.rest for x in condition if "get-tuple" in x.operation), "")
     )
-    made = {line.name: line for line in body}
+    by_name = {line.name: line for line in body}
     if not compared or not body or body[-1].operation != "tuple":
       return 1
-    added = made.get(body[-1].operands[int(compared[1])])
-    if added is None or added.operation != "add":
+    counter = by_name.get(body[-1].operands[int(compared[1])])
+    if counter is None or counter.operation != "add":
       return 1
-    steps = [_constant(made[x]) for x in added.operands if x in made]
+    steps = [_constant(by_name[x]) for x in counter.operands if x in by_name]
     return next((step for step in steps if step), 1)
 
   def _callers_first(self) -> list[str]:
-    """Computations that the entry reaches, each after all that call it."""
+    """Returns the computations in use, each after all that call it."""
     done: dict[str, None] = {}
-    waiting = [(self.entry, False)]
-    while waiting:
-      name, left = waiting.pop()
-      if left:
+    todo = [(self.entry, False)]  # (name, whether all it calls are done)
+    while todo:
+      name, is_last = todo.pop()
+      if is_last:
         done[name] = None
       elif name in self.computations and name not in done:
-        waiting.append((name, True))
-        waiting += [
+        todo.append((name, True))
+        todo += [
           (called, False)
-          for one in self.computations[name]
-          for called in one.called
+          for line in self.computations[name]
+          for called in line.called
         ]
     return list(reversed(done))
 
 
 def read(text: str) -> Program:
-  """Reads `compiled.as_text()`, or a program that XLA has dumped."""
-  made: dict[str, list[Instruction]] = {}
+  """Parses `compiled.as_text()`, or a program that XLA has dumped."""
+  computations: dict[str, list[Instruction]] = {}
   entry, lines = "", None
   for line in text.splitlines():
     if match := _COMPUTATION.match(line):
-      lines = made.setdefault(match[2], [])
+      lines = computations.setdefault(match[2], [])
       entry = match[2] if match[1] else entry
     elif line.rstrip() == "}":
       lines = None
-    elif lines is not None and (one := _instruction(line)):
-      lines.append(one)
-  return Program(made, entry)
+    elif lines is not None and (instruction := _instruction(line)):
+      lines.append(instruction)
+  return Program(computations, entry)
 
 
 def _instruction(line: str) -> Instruction | None:
-  """None of a line that is none."""
+  """Parses a line; None if it is no instruction."""
   match = _INSTRUCTION.match(line)
-  operation = _OPERATION.search(match[2]) if match else None
-  if not operation:
+  if match is None:
+    return None
+  operation = _OPERATION.search(match[2])
+  if operation is None:
     return None
   # A result of one array ends where the operation's name begins.
   result, rest = match[2][: operation.start(1)], match[2][operation.end(1) :]
@@ -222,7 +239,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def arrays_in(text: str) -> list[Array]:
-  """All arrays that a text names, "(f32[8,2]{1,0}, u32[])"."""
+  """Parses all arrays of a text such as "(f32[8,2]{1,0}, u32[])"."""
   return [
     Array(dtype, dims(shape), layout)
     for dtype, shape, layout in _ARRAY.findall(text)
@@ -230,16 +247,16 @@ def arrays_in(text: str) -> list[Array]:
 
 
 def dims(text: str) -> tuple[int, ...]:
-  """Sizes of "8,128"."""
+  """Parses sizes such as "8,128"."""
   return tuple(int(size) for size in text.split(",") if size)
 
 
 def size_of(dtype: str) -> float:
-  """Bytes of one element; 0 of a token."""
+  """Returns the bytes of one element; 0 for a token."""
   return 1 if dtype.startswith("f8") else _SIZES.get(dtype, 0)
 
 
-def _constant(one: Instruction) -> int:
-  """The value of a whole constant above 0; else 0."""
-  value = one.rest[1:].partition(")")[0]
-  return int(value) if one.operation == "constant" and value.isdigit() else 0
+def _constant(line: Instruction) -> int:
+  """Returns the value of a positive integer constant; else 0."""
+  value = line.rest[1:].partition(")")[0]
+  return int(value) if line.operation == "constant" and value.isdigit() else 0

@@ -1,9 +1,9 @@
 """The TPU compiler: which libtpu compiles, and which one a TPU machine has.
 
 `pip install 'jax[tpu]'` brings the libtpu that a version of JAX was released
-with; another one lays programs out otherwise, and the memory it tells is not
-that of a run. `TPU_LIBRARY_PATH`, which JAX and libtpu's own package obey,
-names another library than the installed one.
+with. Another version lays programs out differently, and the memory it reports
+is not that of a run. `TPU_LIBRARY_PATH`, which JAX and libtpu's own package
+obey, names another library than the installed one.
 """
 
 import fnmatch
@@ -24,30 +24,30 @@ def use(path: str | None) -> None:
   """Has JAX load another libtpu; to be called before it has loaded one.
 
   Args:
-    path: of libtpu.so, or of a folder that has it or `libtpu/libtpu.so`, as
-      `pip install --target` makes one; None: `TPU_LIBRARY_PATH` or the
-      installed one.
+    path: libtpu.so, or a folder with it or with `libtpu/libtpu.so`, as
+      `pip install --target` makes one; None for `TPU_LIBRARY_PATH` or the
+      installed libtpu.
 
   Raises:
-    errors.UsageError: there is none.
+    errors.UsageError: there is no libtpu.so.
   """
   if path is None:
     path = os.environ.get(VARIABLE) or None
   if path is None:
     return
   given = pathlib.Path(path)
-  places = (given, given / "libtpu.so", given / "libtpu" / "libtpu.so")
-  found = next((place for place in places if place.is_file()), None)
-  if found is None:
+  candidates = (given, given / "libtpu.so", given / "libtpu" / "libtpu.so")
+  file = next((one for one in candidates if one.is_file()), None)
+  if file is None:
     raise errors.UsageError(
       f"{path}: no libtpu.so is there. Give --libtpu (or {VARIABLE}) the file,"
       " or the folder of pip install --target FOLDER --no-deps libtpu==VERSION."
     )
-  os.environ[VARIABLE] = str(found.resolve())
+  os.environ[VARIABLE] = str(file.resolve())
 
 
 def library() -> pathlib.Path:
-  """The libtpu.so that JAX loads.
+  """Returns the libtpu.so that JAX loads.
 
   Raises:
     errors.UsageError: libtpu is not installed, and none is named.
@@ -56,7 +56,7 @@ def library() -> pathlib.Path:
   if named and pathlib.Path(named).is_file():
     return pathlib.Path(named)
   try:
-    import libtpu
+    import libtpu  # optional extra
   except ImportError as e:
     raise errors.UsageError(
       "Compiling for TPUs needs libtpu, on x86 Linux: pip install"
@@ -66,18 +66,21 @@ def library() -> pathlib.Path:
 
 
 def version() -> str:
-  """Of `library`, as its package's metadata beside it tell; "" without them."""
+  """Returns the version of `library`, from the package metadata beside it.
+
+  "" if there is none.
+  """
   folder = library().resolve().parents[1]
-  for found in importlib.metadata.distributions(path=[str(folder)]):
-    if found.metadata["Name"] == "libtpu":
-      return found.version
+  for package in importlib.metadata.distributions(path=[str(folder)]):
+    if package.metadata["Name"] == "libtpu":
+      return package.version
   return ""
 
 
 def pinned() -> str:
-  """What the installed JAX's extra "tpu" asks of libtpu: "==0.0.42.*".
+  """Returns what JAX's extra "tpu" requires of libtpu, such as "==0.0.42.*".
 
-  "" if it asks for nothing.
+  "" if it requires nothing.
   """
   for line in importlib.metadata.requires("jax") or ():
     if match := _REQUIRED.match(line):
@@ -86,7 +89,7 @@ def pinned() -> str:
 
 
 def versions() -> dict[str, str]:
-  """Of jax, jaxlib and the libtpu used, and the libtpu that jax asks for."""
+  """Returns versions of jax, jaxlib and libtpu, and the libtpu of jax."""
   return {
     "jax": importlib.metadata.version("jax"),
     "jaxlib": importlib.metadata.version("jaxlib"),
@@ -96,24 +99,21 @@ def versions() -> dict[str, str]:
 
 
 def warning() -> str:
-  """One line if the libtpu used is not the pinned one, else "".
-
-  Also if that cannot be told, by its version or by the pin.
-  """
-  used, wanted = version(), pinned()
-  if not wanted or _holds(used, wanted):
+  """Returns one line if libtpu is not known to be the pinned one, else ""."""
+  used, required = version(), pinned()
+  if not required or _holds(used, required):
     return ""
   jax = importlib.metadata.version("jax")
   return (
     f"libtpu {used or 'of unknown version'} compiles, but jax {jax} is released"
-    f" with libtpu{wanted}: memory and speed of a run may differ. pip install"
-    f" 'libtpu{wanted}', or give --libtpu one."
+    f" with libtpu{required}: memory and speed of a run may differ. pip install"
+    f" 'libtpu{required}', or give --libtpu one."
   )
 
 
-def _holds(version: str, wanted: str) -> bool:
-  """Whether a version is one of "==0.0.42.*"; no other form is understood."""
-  number = wanted.removeprefix("==").strip()
-  if not wanted.startswith("==") or "," in number:
+def _holds(version: str, required: str) -> bool:
+  """Returns whether a version matches "==0.0.42.*"; False for other forms."""
+  number = required.removeprefix("==").strip()
+  if not required.startswith("==") or "," in number:
     return False
   return bool(version) and fnmatch.fnmatchcase(version, number)

@@ -1,8 +1,9 @@
-"""What is computed between phases: pure programs, the same for run and report.
+"""Programs that run before a phase, the same for a run and its report.
 
-`lavit train` runs them on its mesh; `lavit compile` lowers them for chips that
-are not there, beside the step. Each takes all that lies in a device's memory
-then, used or not, so that XLA's account of a program is of the whole.
+`lavit train` runs them on its mesh; `lavit compile` lowers them, beside the
+step, for chips that this machine does not have. Each program takes as arguments
+all arrays that a device holds at that time, used or not, so that XLA's account
+of memory includes them.
 """
 
 import dataclasses
@@ -15,126 +16,124 @@ import jax.numpy as jnp
 import numpy as np
 
 from lavit_jax.core import compiler_options, hosts, sharding
-from lavit_jax.train import lowering, optimizer
+from lavit_jax.train import lowering, optimizer, phases
 from lavit_jax.train import step as step_lib
+from lavit_jax.train.objectives import base
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Fold:
-  """Something in `state.extra` that is computed of batches, one after another.
+def begin(
+  objective: base.Objective,
+  phase: phases.Phase,
+  state: step_lib.TrainState,
+  frozen: Any,
+  batch_at: Callable[[int], Any],
+  mesh: jax.sharding.Mesh,
+) -> step_lib.TrainState:
+  """Computes the state that a phase begins with.
 
-  All functions are pure. The state they get has no moments.
-
-  Attributes:
-    name: for reports, "kmeans".
-    batches: how many, from the phase's first on.
-    start: () -> what is carried, boxed as parameters are.
-    add: (carried, the batch's number int32[], state, frozen, batch) -> carried.
-    finish: (carried, state) -> the new values of some names of `state.extra`.
-  """
-
-  name: str
-  batches: int
-  start: Callable[[], Any]
-  add: Callable[..., Any]
-  finish: Callable[..., dict[str, Any]]
-
-
-def begin(objective, phase, state, frozen, batch_at, mesh):
-  """The state that a phase begins with: `begin_phase`, `folds`, then moments.
+  In this order: `Objective.begin_phase`, `Objective.folds`, the optimizer's
+  state.
 
   Args:
-    objective: a stage.
+    objective: of the stage.
     phase: that begins.
-    state: `TrainState` on the mesh. Its moments, and what `begin_phase`
-      replaces, are deleted, whoever else still holds them: they would lie
-      beside what is computed.
-    frozen: the objective's, on the mesh.
-    batch_at: index of a global batch to the batch, on the mesh.
+    state: on the mesh. Its optimizer state, and the arrays that `begin_phase`
+      replaces, are deleted, even if somebody else refers to them: they would
+      take memory beside what is computed.
+    frozen: see `Objective.load_frozen`, on the mesh.
+    batch_at: maps the index of a global batch to the batch, on the mesh.
     mesh: whose devices compute.
   """
   _delete(state.opt_state)
   state = _read(objective, phase, state.replace(opt_state=None))
   for fold in objective.folds(phase):
     programs = _programs(objective, fold, state, mesh)
-    made = _folded(fold, programs, phase, state, frozen, batch_at)
-    state = state.replace(extra=state.extra | made)
+    changed = _run_fold(fold, programs, phase, state, frozen, batch_at)
+    state = state.replace(extra=state.extra | changed)
   init = _moments(objective, phase, state.params, mesh)
   return state.replace(opt_state=init(state, frozen))
 
 
-def _delete(tree):
+def _delete(tree: Any) -> None:
   for array in jax.tree.leaves(tree):
     array.delete()
 
 
-def _read(objective, phase, state):
-  """The state with what `begin_phase` gives; what that replaces is deleted."""
+def _read(objective, phase, state: step_lib.TrainState) -> step_lib.TrainState:
+  """Runs `begin_phase`, and deletes the arrays that it replaces."""
   layout = sharding.layout_of(state)
-  given = objective.begin_phase(phase, state)
-  kept = {id(x) for x in jax.tree.leaves(given)}
+  start = objective.begin_phase(phase, state)
+  kept = {id(x) for x in jax.tree.leaves(start)}
   before = jax.tree.leaves((state.params, state.extra))
   _delete([x for x in before if id(x) not in kept])
-  params, extra = hosts.put(given, (layout.params, layout.extra))
+  params, extra = hosts.put(start, (layout.params, layout.extra))
   return state.replace(params=params, extra=extra)
 
 
-def _folded(fold, programs, phase, state, frozen, batch_at):
-  """What a fold makes; what it carries, and its batches, end with it."""
-  carried = programs.start()
+def _run_fold(fold, programs, phase, state, frozen, batch_at):
+  """Returns what a fold computes; its carry and batches are freed."""
+  carry = programs.start()
   for number in range(fold.batches):  # the next is put while one is added
     batch = batch_at(phase.start + number)
-    carried = programs.add(carried, np.int32(number), state, frozen, batch)
+    carry = programs.add(carry, np.int32(number), state, frozen, batch)
     del batch
-  return programs.finish(carried, state, frozen)
+  return programs.finish(carry, state, frozen)
 
 
-def each(fold: Fold) -> str:
-  """The name of the program of one of its batches; see `lower`."""
+def add_name(fold: base.Fold) -> str:
+  """Returns the name that `lower` gives a fold's `add`, run once a batch."""
   return f"{fold.name}, each of {fold.batches} batches"
 
 
-def lower(objective, phase, state, frozen, batch, mesh):
-  """Lowers the programs of `begin`, by shapes alone.
+def lower(
+  objective: base.Objective,
+  phase: phases.Phase,
+  state: step_lib.TrainState,
+  frozen: Any,
+  batch: Any,
+  mesh: jax.sharding.Mesh,
+) -> dict[str, jax.stages.Lowered]:
+  """Lowers the programs of `begin` from shapes alone.
 
   Args:
-    objective: a stage.
+    objective: of a stage.
     phase: that begins.
-    state: abstract and sharded; see `lowering.lower`, also for the next two.
+    state: abstract and sharded, as are the next two; see `lowering.arguments`.
     frozen: likewise.
     batch: likewise.
-    mesh: current, of devices that may be a topology which is not there.
+    mesh: the current one; its devices may be those of a topology that is only
+      described.
 
   Returns:
-    {name: jax.stages.Lowered}.
+    {name: lowered program}.
   """
   state = state.replace(opt_state=None)
-  found = {}
+  lowered: dict[str, jax.stages.Lowered] = {}
   for fold in objective.folds(phase):
     programs = _programs(objective, fold, state, mesh)
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    carried = programs.carried
-    found |= {
-      each(fold): programs.add.lower(carried, number, state, frozen, batch),
-      f"{fold.name}, at the end": programs.finish.lower(carried, state, frozen),
+    carry = programs.carry
+    lowered |= {
+      add_name(fold): programs.add.lower(carry, number, state, frozen, batch),
+      f"{fold.name}, at the end": programs.finish.lower(carry, state, frozen),
     }
   init = _moments(objective, phase, state.params, mesh)
-  return found | {"moments": init.lower(state, frozen)}
+  return lowered | {"moments": init.lower(state, frozen)}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Programs:
-  """A fold, compiled for a mesh; `carried` is abstract and sharded."""
+  """A fold's functions, jitted for a mesh; `carry` is abstract and sharded."""
 
-  carried: Any
-  start: Callable
-  add: Callable
-  finish: Callable
+  carry: Any
+  start: Any
+  add: Any
+  finish: Any
 
 
 def _programs(objective, fold, state, mesh) -> _Programs:
-  # No parameters: as whole on a device as the batches they are made of.
-  carried = sharding.abstract(jax.eval_shape(fold.start), mesh, whole=True)
+  # These are no parameters: a device holds as much as of the batches.
+  carry = sharding.abstract(jax.eval_shape(fold.start), mesh, whole=True)
   jit = functools.partial(
     jax.jit,
     keep_unused=True,
@@ -144,23 +143,23 @@ def _programs(objective, fold, state, mesh) -> _Programs:
   def start():
     return sharding.unbox(fold.start())
 
-  def finish(carried, state, frozen):
-    del frozen  # in memory beside it
-    return fold.finish(carried, state)
+  def finish(carry, state, frozen):
+    del frozen  # in memory at the same time
+    return fold.finish(carry, state)
 
-  made = jax.eval_shape(fold.finish, carried, state)
-  layout = sharding.layout_of({name: state.extra[name] for name in made})
-  over = sharding.layout_of(carried)
+  changed = jax.eval_shape(fold.finish, carry, state)
+  layout = sharding.layout_of({name: state.extra[name] for name in changed})
+  carry_layout = sharding.layout_of(carry)
   return _Programs(
-    carried,
-    jit(_named(start, fold), out_shardings=over),
-    jit(_named(fold.add, fold), out_shardings=over, donate_argnums=0),
+    carry,
+    jit(_named(start, fold), out_shardings=carry_layout),
+    jit(_named(fold.add, fold), out_shardings=carry_layout, donate_argnums=0),
     jit(_named(finish, fold), out_shardings=layout),
   )
 
 
 def _named(function, fold):
-  """The function under a name that traces and caches show."""
+  """Returns the function under a name that traces and caches show."""
 
   def named(*args):
     return function(*args)
@@ -170,20 +169,20 @@ def _named(function, fold):
 
 
 def _moments(objective, phase, params, mesh):
-  """The jitted (state, frozen) -> fresh moments of a phase."""
+  """Jits (state, frozen) -> the first optimizer state of a phase."""
   config = objective.config
   labels = objective.labels(phase, params)
   boxed = jax.eval_shape(step_lib.init_fn(objective, config.seed)).params
   tx = optimizer.make(config.optimizer, phase, labels, boxed)
-  made = lowering.optimizer_state(tx, boxed, labels, mesh)
+  opt_state = lowering.optimizer_state(tx, boxed, labels, mesh)
 
   def moments(state, frozen):
-    del frozen  # in memory beside them
+    del frozen  # in memory at the same time
     return tx.init(optimizer.select(state.params, labels))
 
   return jax.jit(
     moments,
     keep_unused=True,
-    out_shardings=sharding.layout_of(made),
+    out_shardings=sharding.layout_of(opt_state),
     compiler_options=compiler_options.of_mesh(mesh, config),
   )

@@ -1,61 +1,100 @@
-"""Lowers the step of a phase by shapes alone, for any mesh.
+"""Lowers the step of a phase from shapes alone, for any mesh.
 
-`lavit compile` lowers for chips that are not there just what `lavit train`
-runs.
+`lavit compile` lowers the very programs that `lavit train` runs, for chips that
+this machine does not have.
 """
 
+from typing import Any
+
 import jax
+import ml_collections
+import optax
 
 from lavit_jax.core import sharding
-from lavit_jax.train import optimizer
+from lavit_jax.train import optimizer, phases
 from lavit_jax.train import step as step_lib
+from lavit_jax.train.objectives import base
 
 
-def optimizer_state(tx, boxed_params, labels, mesh):
-  """The abstract, sharded state of an optimizer."""
+def optimizer_state(
+  tx: optax.GradientTransformation,
+  boxed_params: Any,
+  labels: Any,
+  mesh: jax.sharding.Mesh,
+) -> Any:
+  """Returns the abstract, sharded state of an optimizer.
+
+  Args:
+    tx: the optimizer.
+    boxed_params: (abstract) parameters with their logical axes.
+    labels: groups of the parameters, see `Objective.labels`.
+    mesh: whose devices hold the state.
+  """
   boxed = jax.eval_shape(
     lambda p: tx.init(optimizer.select(p, labels)), boxed_params
   )
   return sharding.abstract(boxed, mesh)
 
 
-def lower(objective, config, phase, mesh):
-  """Lowers the step of a phase for a mesh: `trace`, and then that."""
-  with sharding.use(mesh):
-    traced, given = trace(objective, config, phase, mesh)
-    return traced.lower(), given
+def lower(
+  objective: base.Objective,
+  config: ml_collections.ConfigDict,
+  phase: phases.Phase,
+  mesh: jax.sharding.Mesh,
+) -> tuple[jax.stages.Lowered, tuple[Any, ...]]:
+  """Lowers the step of a phase for a mesh.
 
-
-def trace(objective, config, phase, mesh):
-  """Traces the step of a phase for a mesh, by shapes alone.
-
-  Args:
-    objective: a stage, of a `AbstractArtifacts` too.
-    config: of the run.
-    phase: one of `phases.phases_of`.
-    mesh: of devices that may be a topology which is not there.
+  Arguments are those of `trace`.
 
   Returns:
-    `jax.stages.Traced`, and the abstract (state, frozen, batch).
+    The lowered step, and its abstract arguments (state, frozen, batch).
   """
-  given, labels, tx = _prepared(objective, config, phase, mesh)
   with sharding.use(mesh):
-    made = step_lib.jit_step(
-      objective, phase, labels, tx, mesh, sharding.layout_of(given[0])
-    )
-    return made.trace(*given), given
+    traced, inputs = trace(objective, config, phase, mesh)
+    return traced.lower(), inputs
 
 
-def arguments(objective, config, phase, mesh):
-  """The abstract, sharded (state, frozen, batch) of a step; see `trace`.
+def trace(
+  objective: base.Objective,
+  config: ml_collections.ConfigDict,
+  phase: phases.Phase,
+  mesh: jax.sharding.Mesh,
+) -> tuple[jax.stages.Traced, tuple[Any, ...]]:
+  """Traces the step of a phase for a mesh.
 
-  With what the step makes of them, they are all that lives through a run.
+  Args:
+    objective: of a stage; one of `AbstractArtifacts` will do.
+    config: of the run.
+    phase: one of `phases.phases_of`.
+    mesh: its devices may be those of a topology that is only described.
+
+  Returns:
+    The traced step, and its abstract arguments (state, frozen, batch).
   """
-  return _prepared(objective, config, phase, mesh)[0]
+  inputs, labels, tx = _prepare(objective, config, phase, mesh)
+  with sharding.use(mesh):
+    step = step_lib.jit_step(
+      objective, phase, labels, tx, mesh, sharding.layout_of(inputs[0])
+    )
+    return step.trace(*inputs), inputs
 
 
-def _prepared(objective, config, phase, mesh):
-  """What a step takes, the groups of its parameters, and its optimizer."""
+def arguments(
+  objective: base.Objective,
+  config: ml_collections.ConfigDict,
+  phase: phases.Phase,
+  mesh: jax.sharding.Mesh,
+) -> tuple[Any, ...]:
+  """Returns the abstract, sharded (state, frozen, batch) of a step.
+
+  With what the step computes from them they are all arrays that live through a
+  run. Arguments are those of `trace`.
+  """
+  return _prepare(objective, config, phase, mesh)[0]
+
+
+def _prepare(objective, config, phase, mesh):
+  """Returns a step's arguments, the labels of its parameters, its optimizer."""
   step_lib.check_accumulation(config, mesh)
   with sharding.use(mesh):
     boxed = jax.eval_shape(step_lib.init_fn(objective, config.seed))

@@ -1,4 +1,4 @@
-"""Values of a config that no run can mean, refused before anything is made."""
+"""Refuses values of a config that no run can use, before anything starts."""
 
 import dataclasses
 import math
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import ml_collections
+
 from lavit_jax.core import errors
 
 _LARGEST = sys.float_info.max
@@ -15,7 +17,15 @@ _LARGEST = sys.float_info.max
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-  """Numbers from `low` to `high`, both among them unless they are open."""
+  """Numbers from `low` to `high`; an open end is excluded.
+
+  Attributes:
+    low: the lowest number.
+    high: the highest number.
+    whole: whether only integers are in the range.
+    open_low: whether `low` itself is excluded.
+    open_high: whether `high` itself is excluded.
+  """
 
   low: float
   high: float = _LARGEST
@@ -23,7 +33,8 @@ class Range:
   open_low: bool = False
   open_high: bool = False
 
-  def __str__(self):
+  def __str__(self) -> str:
+    """Describes the range for an error message."""
     kind = "an integer" if self.whole else "a number"
     lowest = f"more than {self.low}" if self.open_low else f"{self.low}"
     if self.high >= _LARGEST:
@@ -31,16 +42,17 @@ class Range:
     highest = f"less than {self.high}" if self.open_high else f"{self.high}"
     return f"{kind} from {lowest} to {highest}"
 
-  def __contains__(self, value):
+  def __contains__(self, value: object) -> bool:
+    """Returns whether a value is a number of the range; bools are not."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
       return False
-    # NumPy's compare in their own precision, and Python's integers exactly.
-    value = value if isinstance(value, int) else float(value)
-    if self.whole and isinstance(value, float) and not value.is_integer():
+    # NumPy's numbers compare in their own precision, Python's ints exactly.
+    number = value if isinstance(value, int) else float(value)
+    if self.whole and isinstance(number, float) and not number.is_integer():
       return False
-    above = value > self.low if self.open_low else value >= self.low
+    above = number > self.low if self.open_low else number >= self.low
     return above and (
-      value < self.high if self.open_high else value <= self.high
+      number < self.high if self.open_high else number <= self.high
     )
 
 
@@ -64,14 +76,17 @@ _RANGES = {
 }
 
 
-def check(config) -> None:
-  """Raises ConfigError where a field of a run's config cannot be meant.
+def check(config: ml_collections.ConfigDict) -> None:
+  """Checks the fields of a config each by itself.
 
-  Every field that is NaN, and those of `_RANGES`; what only goes with other
-  fields is checked where they are used.
+  No field may be NaN, and those of `_RANGES` must be in their range. What
+  depends on several fields is checked where they are used.
 
   Args:
-    config: an `ml_collections.ConfigDict`.
+    config: of a run.
+
+  Raises:
+    errors.ConfigError: a field has a value that it cannot have.
   """
   wrong = [*_wrong(config.to_dict())]
   if wrong:
@@ -79,21 +94,24 @@ def check(config) -> None:
 
 
 def _wrong(fields: Mapping[str, Any]) -> Iterator[str]:
-  """What is given and what was expected, of each field that is wrong."""
+  """Yields a message for each field that is wrong."""
   for name, value in _leaves(fields, ""):
     if isinstance(value, numbers.Real) and math.isnan(value):
       yield f"config.{name} is not a number (nan)"
       continue
-    for pattern, among in _RANGES.items():
-      if re.fullmatch(pattern, name) and value not in among:
-        yield f"config.{name}={value!r}: expected {among}"
+    for pattern, allowed in _RANGES.items():
+      if re.fullmatch(pattern, name) and value not in allowed:
+        yield f"config.{name}={value!r}: expected {allowed}"
 
 
-def _leaves(fields, prefix) -> Iterator[tuple[str, Any]]:
-  """Dotted names and values; each value of a tuple."""
+def _leaves(
+  fields: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[str, Any]]:
+  """Yields (dotted name, value); of a tuple each element by itself."""
   for key, value in fields.items():
     if isinstance(value, Mapping):
       yield from _leaves(value, f"{prefix}{key}.")
     else:
-      for one in value if isinstance(value, (tuple, list)) else (value,):
-        yield f"{prefix}{key}", one
+      elements = value if isinstance(value, (tuple, list)) else (value,)
+      for element in elements:
+        yield f"{prefix}{key}", element

@@ -1,4 +1,4 @@
-"""The table of full-size programs: rows kept, what is wrong told, no compiler.
+"""The table of full-size programs: rows kept, faults reported, no compiler.
 
 `lavit compile` is a stand-in here; see tests/aot/compile_test.py for it.
 """
@@ -56,7 +56,7 @@ def bench(monkeypatch, tmp_path):
     compile_table.Row("pixels_sdxl", "tpu7x:2x2x1"),
   )
   monkeypatch.setattr(compile_table, "ROWS", rows)
-  told = types.SimpleNamespace(
+  stand_in = types.SimpleNamespace(
     reports={
       "tokenizer": [_report("random", 1.5e9), _report("codes")],
       "pixels_sdxl": _report("latents", compile_s=900.0),
@@ -68,28 +68,28 @@ def bench(monkeypatch, tmp_path):
 
   def run(command, **_):
     name = pathlib.Path(command[command.index("--config") + 1]).stem
-    told.calls.append(name)
-    return types.SimpleNamespace(stdout=json.dumps(told.reports[name]))
+    stand_in.calls.append(name)
+    return types.SimpleNamespace(stdout=json.dumps(stand_in.reports[name]))
 
   monkeypatch.setattr(subprocess, "run", run)
 
   def main(*words):
-    words = ["compile_table.py", "--json", str(told.out), *words]
+    words = ["compile_table.py", "--json", str(stand_in.out), *words]
     monkeypatch.setattr(sys, "argv", words)
     return compile_table.main()
 
-  told.main = main
-  return told
+  stand_in.main = main
+  return stand_in
 
 
-def test_rows_are_compiled_once_and_told_with_their_versions(bench, capsys):
+def test_rows_are_compiled_once_and_shown_with_their_versions(bench, capsys):
   assert bench.main("--only", "tokenizer") == 0
   assert bench.main() == 0
   assert bench.calls == ["tokenizer", "pixels_sdxl"]
   out, err = capsys.readouterr()
   assert "jax 1, libtpu 2" in out
   assert "| `tokenizer.py` | v5e:2x4 | 8 | 2.0 GB, 12% | 1.5 GB |" in out
-  assert "900 s |" in out, "SDXL's time is told"
+  assert "900 s |" in out, "SDXL's time is reported"
   assert "step of" not in err
 
 
@@ -117,16 +117,18 @@ def test_an_interrupted_table_goes_on_and_a_change_compiles_again(
 
 
 @pytest.mark.parametrize(
-  ("changes", "told"),
+  ("changes", "reported"),
   [
     ({"fits": False, "why_not": "96% of HBM"}, "does not fit: 96% of HBM"),
     ({"compile_s": 401.0}, "compiled for 401 s"),
     ({"warnings": ["kmeans takes 3 GB"]}, "kmeans takes 3 GB"),
   ],
 )
-def test_what_a_row_must_not_be_is_told_and_fails(bench, capsys, changes, told):
+def test_a_row_with_a_fault_is_reported_and_fails(
+  bench, capsys, changes, reported
+):
   bench.reports["tokenizer"][0] |= changes  # not the phase that is shown
   assert bench.main() == 1
   err = capsys.readouterr().err
-  assert f"tokenizer.py v5e:2x4: step of random: {told}" in err
+  assert f"tokenizer.py v5e:2x4: step of random: {reported}" in err
   assert bench.main() == 1, "kept rows are judged too"

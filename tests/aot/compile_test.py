@@ -11,6 +11,7 @@ import pytest
 
 from lavit_jax.aot import collectives, executed, hlo, libtpu, topology
 from lavit_jax.aot import compile as ahead
+from lavit_jax.aot import report as report_lib
 from lavit_jax.commands import compile as command
 from lavit_jax.commands import main
 from lavit_jax.core import compiler_options, errors, sharding
@@ -51,7 +52,7 @@ def compiled(micro_runs):
   return *ahead.compile_for(cfg, "v5e:2x4"), cfg
 
 
-def test_the_step_fits_and_is_told_in_full(compiled):
+def test_the_step_fits_and_is_reported_in_full(compiled):
   report, _, cfg = compiled
   assert report.fits
   assert not report.assumed
@@ -168,7 +169,7 @@ def test_what_runs_before_a_phase_is_compiled_and_measured(tokenizer):
   assert made[each]["memory"]["outputs"] < 4 * count * rows * dim / 8
 
 
-def test_a_boundary_that_takes_more_than_the_step_is_told(
+def test_a_boundary_that_takes_more_than_the_step_is_reported(
   tokenizer, monkeypatch
 ):
   cfg, _ = tokenizer
@@ -213,10 +214,15 @@ def test_all_phases_are_compiled_one_after_the_other(monkeypatch, capsys):
   cfg = micro.assumed_tokenizer()
   monkeypatch.setattr(command.train, "read_config", lambda _: (cfg, None))
 
-  def report(config, topology_name, *, slices, what, phase):
-    assert (config, topology_name, slices, what) == (cfg, "v5e:2x4", 1, "step")
+  def report(config, topology_name, *, slices, program, phase):
+    assert (config, topology_name, slices, program) == (
+      cfg,
+      "v5e:2x4",
+      1,
+      "step",
+    )
     versions = libtpu.versions()
-    return ahead.Report(
+    return report_lib.Report(
       **{"program": phase, "topology": topology_name, "slices": 1},
       **{"chips": 8, "devices": 8, "mesh": {}, "assumed": True},
       **{"batch_size": 8, "tokens_per_device": 1.0, "versions": versions},
@@ -238,11 +244,11 @@ def test_what_does_not_fit_says_so_and_exits_with_3(
   micro_runs, monkeypatch, capsys
 ):
   cfg = _config(micro_runs)
-  report, text = ahead.compile_for(cfg, "v5e:2x4", what="decode")
+  report, text = ahead.compile_for(cfg, "v5e:2x4", program="decode")
   assert report.fits
   assert text
   monkeypatch.setattr(ahead, "FULLEST", 1e-6)
-  again, _ = ahead.compile_for(cfg, "v5e:2x4", what="decode")
+  again, _ = ahead.compile_for(cfg, "v5e:2x4", program="decode")
   assert not again.fits
   assert "more than" in again.why_not
 
@@ -267,12 +273,12 @@ def test_what_libtpu_dumps_and_what_jaxlib_reads_say_the_same(
   micro_runs, monkeypatch
 ):
   cfg = _config(micro_runs)
-  dumped, text = ahead.compile_for(cfg, "v5e:2x4", what="decode")
+  dumped, text = ahead.compile_for(cfg, "v5e:2x4", program="decode")
   compiles = jax.stages.Lowered.compile
   monkeypatch.setattr(
     jax.stages.Lowered, "compile", lambda lowered, _: compiles(lowered)
   )
-  read, other = ahead.compile_for(cfg, "v5e:2x4", what="decode")
+  read, other = ahead.compile_for(cfg, "v5e:2x4", program="decode")
   assert other != text  # written by another hand
   assert dumped.executed_flops == read.executed_flops
   assert dumped.collectives == read.collectives
@@ -283,13 +289,13 @@ def test_what_libtpu_dumps_and_what_jaxlib_reads_say_the_same(
     raise jax.errors.JaxRuntimeError("Async done requires an operand")
 
   monkeypatch.setattr(jax.stages.Compiled, "as_text", fails)
-  unread, text = ahead.compile_for(cfg, "v5e:2x4", what="decode")
+  unread, text = ahead.compile_for(cfg, "v5e:2x4", program="decode")
   assert (text, unread.unread) == ("", "Async done requires an operand")
   assert unread.fits
   assert unread.memory == read.memory
 
 
-def test_a_config_tells_the_compiler_what_is_for_its_chips():
+def test_a_config_gives_the_compiler_the_options_of_its_chips():
   config = micro.config("pretrain", "models")
   mesh = sharding.make_mesh({}, topology.devices("v6e:2x2")[:1])
   plain = compiler_options.of_mesh(mesh, config)

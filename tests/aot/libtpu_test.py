@@ -51,11 +51,11 @@ def test_a_path_without_a_libtpu_is_an_error(another, monkeypatch):
     ("0.0.52", "==0.0.42.*", False),
     ("0.0.421", "==0.0.42.*", False),
     ("", "==0.0.42.*", False),
-    ("0.0.42.1", ">=0.0.42", False),  # cannot be told
+    ("0.0.42.1", ">=0.0.42", False),  # of a form that is not understood
     ("0.0.52", "", True),  # nothing is asked for
   ],
 )
-def test_another_libtpu_than_jax_asks_for_is_told_in_one_line(
+def test_another_libtpu_than_jax_asks_for_is_reported_in_one_line(
   monkeypatch, version, wanted, good
 ):
   monkeypatch.setattr(libtpu, "version", lambda: version)

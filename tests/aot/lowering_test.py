@@ -20,7 +20,6 @@ from lavit_jax.models.pixels import unet, unet_blocks
 from lavit_jax.models.tokenizer import merger, tokenizer
 from lavit_jax.train import objectives, optimizer, phases
 from lavit_jax.train import step as step_lib
-from lavit_jax.train.objectives import base
 from lavit_jax.train.objectives.frozen import artifacts
 from tests import micro
 from tests.train import latent_micro, sharding_test
@@ -77,8 +76,8 @@ def _tokenizer():
 @pytest.fixture(autouse=True)
 def _no_text(monkeypatch):
   """Only the number of pieces of text matters to a shape."""
-  pieces = lambda self: types.SimpleNamespace(size=300)
-  monkeypatch.setattr(base.Objective, "text_tokenizer", pieces)
+  pieces = lambda *unused: types.SimpleNamespace(size=300)
+  monkeypatch.setattr(artifacts.Artifacts, "text_tokenizer", pieces)
 
 
 def _lower_step(cfg, name, platform):
@@ -132,20 +131,20 @@ def _has_kernel(platform):
 @_PLATFORMS
 def test_pretrain_lowers_with_the_kernel(platform, caplog):
   """Forward and backward kernels; rows of 128 tokens, heads of 64."""
-  layers._say_no_kernel.cache_clear()
+  layers._warn_of_einsums.cache_clear()
   wide = {"width": 128, "remat": "none", "dtype": "bfloat16"}
   wide = {f"model__llm__{name}": value for name, value in wide.items()}
   cfg = micro.config("pretrain", _NOWHERE, **wide)
   text = _lower_step(cfg, "train", platform)[0].mlir_module()
   if _has_kernel(platform):
     assert text.count(f"@{_KERNEL[platform]}") >= 2
-    assert "takes no kernel" not in caplog.text
-  layers._say_no_kernel.cache_clear()
+    assert "uses no kernel" not in caplog.text
+  layers._warn_of_einsums.cache_clear()
   caplog.clear()
   cfg = micro.config("pretrain", _NOWHERE)  # heads of 8, float32: einsums
   text = _lower_step(cfg, "train", platform)[0].mlir_module()
   assert f"@{_KERNEL[platform]}" not in text
-  assert "takes no kernel" in caplog.text
+  assert "uses no kernel" in caplog.text
 
 
 @_PLATFORMS
@@ -154,7 +153,7 @@ def test_attention_to_later_places_lowers_with_the_kernel(
   kind, platform, caplog
 ):
   """And its gradient; 257 patches of 88 wide heads, maps of 32 x 32."""
-  layers._say_no_kernel.cache_clear()
+  layers._warn_of_einsums.cache_clear()
   net, apply, args = _net_to_later_places(kind)
   init = lambda: net.init(jax.random.key(0), *args)
   params = sharding.unbox(jax.eval_shape(init))
@@ -162,7 +161,7 @@ def test_attention_to_later_places_lowers_with_the_kernel(
   made = _lower(jax.grad(loss), platform, params, *args)
   count = made.mlir_module().count(f"@{_KERNEL[platform]}")
   assert count >= 2 if _has_kernel(platform) else count == 0
-  assert ("takes no kernel" in caplog.text) == (count == 0)
+  assert ("uses no kernel" in caplog.text) == (count == 0)
 
 
 def _net_to_later_places(kind):

@@ -50,7 +50,7 @@ def test_an_all_gather_in_a_scan_counts_once_a_layer(program):
   assert (total.bytes, total.group_size, total.times) == (4, 8, 1)
 
 
-def test_without_a_known_trip_count_the_condition_tells(program):
+def test_without_a_known_trip_count_the_condition_is_read(program):
   assert "known_trip_count" in program
   hidden = program.replace("known_trip_count", "unknown")
   assert _found(hidden) == _found(program)
@@ -241,7 +241,7 @@ def test_fp8_products_are_counted_and_their_arrays_sent():
   assert line.compute_s == pytest.approx(1e15 / (4614e12 / 2))
 
 
-def test_a_chip_of_two_devices_is_told_by_the_device():
+def test_a_chip_of_two_devices_is_known_by_its_device():
   """Both together have what Google's page gives for a TPU7x chip."""
   one = chips.of_device(types.SimpleNamespace(device_kind="TPU7x"))
   both = one.devices_per_chip
@@ -257,23 +257,23 @@ def test_a_chip_of_two_devices_is_told_by_the_device():
 
 
 def test_the_figures_are_those_of_jax():
-  """Where JAX's kernels have a figure, within 3 %: HBM is told roughly."""
+  """Where JAX's kernels have a figure, within 3 %: HBM is given roughly."""
   pltpu = pytest.importorskip("jax.experimental.pallas.tpu")
   names = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1, "7x": 1}
   for version, cores in names.items():
-    theirs = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(version), cores)
-    ours = chips.CHIPS["tpu7x" if version == "7x" else version]
-    wide = theirs.bf16_ops_per_second * cores
-    assert ours.flops == pytest.approx(wide, rel=0.03)
-    assert ours.hbm_bytes == pytest.approx(
-      theirs.hbm_capacity_bytes * cores, rel=0.03
+    of_jax = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(version), cores)
+    chip = chips.CHIPS["tpu7x" if version == "7x" else version]
+    wide = of_jax.bf16_ops_per_second * cores
+    assert chip.flops == pytest.approx(wide, rel=0.03)
+    assert chip.hbm_bytes == pytest.approx(
+      of_jax.hbm_capacity_bytes * cores, rel=0.03
     )
-    if theirs.int8_ops_per_second:
-      narrow = theirs.int8_ops_per_second * cores / wide
-      assert ours.int8 == pytest.approx(narrow, rel=0.03)
-    if theirs.fp8_ops_per_second:
-      narrow = theirs.fp8_ops_per_second * cores / wide
-      assert ours.fp8 == pytest.approx(narrow, rel=0.03)
+    if of_jax.int8_ops_per_second:
+      narrow = of_jax.int8_ops_per_second * cores / wide
+      assert chip.int8 == pytest.approx(narrow, rel=0.03)
+    if of_jax.fp8_ops_per_second:
+      narrow = of_jax.fp8_ops_per_second * cores / wide
+      assert chip.fp8 == pytest.approx(narrow, rel=0.03)
 
 
 def test_chips_are_known_by_what_jax_calls_them():

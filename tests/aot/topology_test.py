@@ -66,7 +66,7 @@ def test_slices_are_crossed_by_data_alone():
     sharding.make_mesh({"data": 1, "fsdp": 8}, devices)
 
 
-def test_a_wrong_topology_is_told(capsys):
+def test_a_wrong_topology_is_reported(capsys):
   with pytest.raises(errors.UsageError, match="v5e:4x4, v5p:4x4x8"):
     topology.devices("v9:1x1")
   assert main.main(["compile", "--config", "tiny/pretrain.py"]) == 2

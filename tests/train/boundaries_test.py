@@ -115,7 +115,7 @@ def test_codes_begin_with_kmeans_of_the_kept_tokens_of_whole_images(run, begun):
 
   @jax.jit
   def project(features):
-    mask = run.objective._mask("expected", phase, params, features, None)[0]
+    mask = run.objective._mask("expected", params, features, {})[0]
     return run.objective._project_compact(params, features, mask)
 
   z, weights = [], []
@@ -153,16 +153,16 @@ def test_a_phase_begins_on_eight_devices_as_on_one(run, begun):
 def test_the_moments_of_the_phase_before_are_gone_while_codes_are_made(
   run, monkeypatch
 ):
-  moment, seen = jnp.ones(3), []
+  moment, noted_values = jnp.ones(3), []
   folds = type(run.objective).folds
 
   def watched(objective, phase):
-    seen.append(moment.is_deleted())
+    noted_values.append(moment.is_deleted())
     return folds(objective, phase)[:0]  # nothing to compile
 
   monkeypatch.setattr(type(run.objective), "folds", watched)
   _begin(run, {}, jax.devices()[:1], opt_state=(moment,))
-  assert seen == [True]
+  assert noted_values == [True]
 
 
 _PARAMS, _CARRIED, _BATCH = 1 << 18, 1 << 19, 1 << 17  # bytes
@@ -209,9 +209,7 @@ class _Replacing:
       return {"sum": carried[0, 0] + state.extra["sum"]}
 
     return (
-      boundaries.Fold(
-        name="sum", batches=3, start=start, add=add, finish=finish
-      ),
+      base.Fold(name="sum", batches=3, start=start, add=add, finish=finish),
     )
 
 
@@ -231,10 +229,13 @@ def test_what_a_phase_replaces_is_gone_while_it_is_begun(monkeypatch):
   Before the moments are made, what folds carry and their batches are gone too.
   """
   objective = _Replacing()
-  settings = dict(steps=4, lr=0.1, warmup=0, train={"all": "base"})
-  phase = phases.Phase("train", 0, 4, settings)
-  mesh, seen = sharding.make_mesh({"fsdp": 8}), []
-  note = lambda: seen.append((_live() - before, objective.read() is None))
+  phase = phases.Phase(
+    name="train", start=0, stop=4, lr=0.1, train={"all": "base"}
+  )
+  mesh, noted_values = sharding.make_mesh({"fsdp": 8}), []
+  note = lambda: noted_values.append(
+    (_live() - before, objective.read() is None)
+  )
   moments = boundaries._moments
 
   def watched(*args):
@@ -258,7 +259,7 @@ def test_what_a_phase_replaces_is_gone_while_it_is_begun(monkeypatch):
     state = jax.jit(lambda: sharding.unbox(init()), out_shardings=layout)()
     begun = boundaries.begin(objective, phase, state, {}, batch_at, mesh)
   assert begun.extra["sum"] == 3 * 2.0
-  (*folds, last) = seen
+  (*folds, last) = noted_values
   assert len(folds) == 3
   for bytes_, gone in folds:
     assert gone
@@ -277,7 +278,7 @@ def test_what_is_carried_may_be_whole_on_every_device(monkeypatch):
   with sharding.use(mesh):
     state = sharding.abstract(boxed, mesh)
     made = boundaries._programs(objective, fold, state, mesh)
-    assert made.carried.sharding.is_fully_replicated
+    assert made.carry.sharding.is_fully_replicated
     with pytest.raises(errors.ConfigError, match=r"Array .* whole on"):
       sharding.abstract(jax.eval_shape(fold.start), mesh)
 
@@ -295,8 +296,8 @@ def test_no_array_before_a_full_size_phase_is_larger_than_a_block():
   assert not objective.folds(dataclasses.replace(first, start=1))
   carried = sharding.unbox(jax.eval_shape(kmeans.start))
   jaxpr = jax.make_jaxpr(kmeans.finish)(carried, state)
-  words = cfg.batch_size * cfg.data.capacity
-  assert micro.largest_array(jaxpr) == words * quantizer._BLOCK
+  vectors = cfg.batch_size * cfg.data.capacity
+  assert micro.largest_array(jaxpr) == vectors * quantizer._BLOCK
   number = jax.ShapeDtypeStruct((), jnp.int32)
   frozen = sharding.unbox(objective.frozen_shapes())
   batch = objective.batch_shapes()

@@ -12,7 +12,7 @@ from lavit_jax.core import errors, sharding
 from lavit_jax.models import lora
 from lavit_jax.models.pixels import unet
 from lavit_jax.models.tokenizer import decoder
-from lavit_jax.train import optimizer
+from lavit_jax.train import optimizer, phases
 from lavit_jax.train.objectives.frozen import latent_parts
 from tests.train import latent_micro, outlines
 
@@ -40,11 +40,11 @@ def _latents(kind):
   low = jax.eval_shape(lambda: lora.init(jax.random.key(0), boxed, 2))
   config, sizes = latent_micro.TOKENIZER.decoder, latent_micro.SIZES[kind]
   if scan:
-    told = decoder.HighresDecoder(config, sizes["dims"], sizes["pooled"])
+    model = decoder.HighresDecoder(config, sizes["dims"], sizes["pooled"])
   else:
-    told = decoder.LowresDecoder(config, *sizes["dims"])
+    model = decoder.LowresDecoder(config, *sizes["dims"])
   made = jax.eval_shape(
-    lambda: told.init(
+    lambda: model.init(
       jax.random.key(0), jnp.zeros((1, 16, 8)), jnp.ones((1, 16), bool)
     )
   )
@@ -70,18 +70,18 @@ def test_matrices_decay_and_nothing_else_in_every_stage(name):
     ({"decay_embeddings": True}, _TABLES),
     ({"decay_lora": True}, _LORA),
   ):
-    found = optimizer.decayed(chosen, boxed)
+    found = optimizer.decay_mask(chosen, boxed)
     for path, decays in jax.tree_util.tree_leaves_with_path(found):
-      place = jax.tree_util.keystr(path, simple=True, separator="/")
-      last = re.split(r"[./]", place)[-1]
-      assert last in _MATRICES | _TABLES | _LORA | _NEVER, place
-      assert decays == (last in _MATRICES | more), place
-  leaves = jax.tree.leaves(optimizer.decayed({}, boxed))
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      last = re.split(r"[./]", name)[-1]
+      assert last in _MATRICES | _TABLES | _LORA | _NEVER, name
+      assert decays == (last in _MATRICES | more), name
+  leaves = jax.tree.leaves(optimizer.decay_mask({}, boxed))
   assert any(leaves)
   assert not all(leaves)
 
 
-def test_an_update_pulls_on_these_alone():
+def test_an_update_decays_matrices_alone():
   """With no gradient what decays shrinks by rate times decay, in its group."""
   objective = outlines.build("pretrain")
   boxed = _params(objective)
@@ -91,7 +91,7 @@ def test_an_update_pulls_on_these_alone():
   config = dict(
     b1=0.9, b2=0.98, weight_decay=0.1, clip_norm=1.0, groups={"base": 2.0}
   )
-  phase = {"steps": 10, "lr": 0.05}
+  phase = phases.Phase(name="train", start=0, stop=10, lr=0.05)
   tx = optimizer.make(config, phase, labels, boxed)
   trained = optimizer.select(params, labels)
 
@@ -100,7 +100,7 @@ def test_an_update_pulls_on_these_alone():
     zeros = jax.tree.map(jnp.zeros_like, trained)
     return tx.update(zeros, tx.init(trained), trained)[0]
 
-  decayed = optimizer.decayed(config, boxed)
+  decayed = optimizer.decay_mask(config, boxed)
   moved = optimizer.merge(update(trained), jax.tree.map(np.zeros_like, params))
   rate = 2.0 * 0.05 * 0.1
 
@@ -112,14 +112,14 @@ def test_an_update_pulls_on_these_alone():
   jax.tree_util.tree_map_with_path(check, decayed, labels, params, moved)
 
 
-def test_the_rate_that_is_told_is_the_one_that_is_used():
+def test_the_reported_learning_rate_is_the_one_that_is_used():
   """Of the updates that were made, not of the steps that went by."""
   params = {"w": np.ones((2, 2), np.float32)}
   boxed = {"w": nn.LogicallyPartitioned(params["w"], ("embed", "mlp"))}
   config = dict(
     b1=0.0, b2=0.0, weight_decay=0.0, clip_norm=9.0, groups={"base": 1.0}
   )
-  phase = {"steps": 10, "lr": 0.5, "end_factor": 0.0}
+  phase = phases.Phase(name="train", start=0, stop=10, lr=0.5, end_factor=0.0)
   tx = optimizer.make(config, phase, {"w": "base"}, boxed)
   state = tx.init(params)
   for step in range(8):
@@ -128,12 +128,12 @@ def test_the_rate_that_is_told_is_the_one_that_is_used():
     np.testing.assert_allclose(-updates["w"], rate, rtol=1e-5)
     if step % 2:  # every other one is left out
       state = new
-  np.testing.assert_allclose(rate, optimizer.schedule(phase)(3), rtol=1e-6)
+  np.testing.assert_allclose(rate, optimizer.lr_schedule(phase)(3), rtol=1e-6)
 
 
 def test_a_parameter_without_axes_is_an_error():
   with pytest.raises(errors.ConfigError, match="llm/head has no logical axes"):
-    optimizer.decayed({}, {"llm": {"head": jnp.zeros((2, 2))}})
+    optimizer.decay_mask({}, {"llm": {"head": jnp.zeros((2, 2))}})
 
 
 def test_the_state_of_the_optimizer_does_not_depend_on_what_decays():
@@ -143,10 +143,9 @@ def test_the_state_of_the_optimizer_does_not_depend_on_what_decays():
   config = dict(
     b1=0.9, b2=0.98, weight_decay=0.1, clip_norm=1.0, groups={"base": 1.0}
   )
+  phase = phases.Phase(name="train", start=0, stop=9, lr=1.0)
   made = []
   for more in ({}, {"decay_lora": True}):
-    tx = optimizer.make(
-      config | more, {"steps": 9, "lr": 1.0}, labels, CASES["LoRA"]()
-    )
+    tx = optimizer.make(config | more, phase, labels, CASES["LoRA"]())
     made.append(jax.eval_shape(tx.init, params))
   assert jax.tree.structure(made[0]) == jax.tree.structure(made[1])

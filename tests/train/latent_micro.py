@@ -154,13 +154,15 @@ def save_kind(directory, kind, unets=True, schedule=SCHEDULE):
   """Writes the parts `kind` and `kind`_pixels with random weights."""
   sizes, grid = SIZES[kind], TOKENIZER.num_patches
   if kind == "lowres":
-    told = decoder.LowresDecoder(TOKENIZER.decoder, *sizes["dims"])
+    model = decoder.LowresDecoder(TOKENIZER.decoder, *sizes["dims"])
   else:
-    told = decoder.HighresDecoder(
+    model = decoder.HighresDecoder(
       TOKENIZER.decoder, sizes["dims"], sizes["pooled"]
     )
-  made = _init(told.init, 2, jnp.zeros((1, grid, 8)), jnp.ones((1, grid), bool))
-  meta = latent_parts.conditioner_meta(kind, told)
+  made = _init(
+    model.init, 2, jnp.zeros((1, grid, 8)), jnp.ones((1, grid), bool)
+  )
+  meta = latent_parts.conditioner_meta(kind, model)
   checkpoints.save_part(directory, kind, made["params"], meta)
   net = vae.AutoencoderKL(VAE)
   tree = {"vae": _init(net.init, 3, jnp.zeros((1, 8, 8, 3)))["params"]}

@@ -19,8 +19,9 @@ from lavit_jax.core import averages, errors, vocabulary
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.train import loop, objectives
 from lavit_jax.train import phases as phases_lib
+from lavit_jax.train.objectives import evaluation
 from lavit_jax.train.resilience import run_checkpoints
-from lavit_jax.train.telemetry import writers
+from lavit_jax.train.telemetry import batch_log, writers
 from tests import micro
 from tests.train import sharding_test
 
@@ -100,15 +101,15 @@ def test_sigterm_saves_the_step_it_comes_in_and_nothing_is_lost(
   loop.train(cfg, straight / "run", quiet=True)
   cfg = micro.config("pretrain", stopped, **overrides)
   hashed, before = [], signal.getsignal(signal.SIGTERM)
-  real = loop._Run._hash
+  real = batch_log.BatchLog.add
 
-  def notice(self, step, batch):
+  def notice(self, step, batch, example):
     hashed.append(step)
     if step == 2:
       os.kill(os.getpid(), signal.SIGTERM)
-    real(self, step, batch)
+    real(self, step, batch, example)
 
-  monkeypatch.setattr(loop._Run, "_hash", notice)
+  monkeypatch.setattr(batch_log.BatchLog, "add", notice)
   with pytest.raises(errors.Preempted, match="step 3 is saved") as caught:
     loop.train(cfg, stopped / "run", quiet=True)
   assert caught.value.exit_status == 75
@@ -157,13 +158,13 @@ def test_a_run_goes_on_from_the_llm_it_is_given(micro_runs, tmp_path):
   other = micro.config("pretrain", root, model__llm__mlp_dim=48, **start)
   with pytest.raises(errors.ConfigError, match=r"32 there, 48 here"):
     loop.train(other, root / "other", quiet=True)
-  words = root / "model" / "tokenizer.model"
+  text_path = root / "model" / "tokenizer.model"
   vocabulary.TextTokenizer.train(
-    ["a red ring", "a blue cross"] * 99, words, 280
+    ["a red ring", "a blue cross"] * 99, text_path, 280
   )
   cfg = micro.config("pretrain", root, data__text_vocab=280, **start)
   with pytest.raises(errors.CheckpointError, match="byte for byte"):
-    loop.train(cfg, root / "words", quiet=True)
+    loop.train(cfg, root / "text_path", quiet=True)
 
 
 def test_a_start_without_a_merger_keeps_that_of_stage_1(micro_runs, tmp_path):
@@ -290,18 +291,18 @@ def test_every_step_is_in_one_row_whatever_ends_the_run(
     }
     return state.replace(step=state.step + 1), metrics
 
-  real, ends = loop._Run._hash, [7]
+  real, ends = batch_log.BatchLog.add, [7]
 
-  def notice(self, number, batch):
+  def notice(self, number, batch, example):
     if number in ends:
       ends.clear()
       if end == "killed":
         raise _Killed
       os.kill(os.getpid(), signal.SIGTERM)
-    real(self, number, batch)
+    real(self, number, batch, example)
 
   monkeypatch.setattr(loop.step_lib, "jit_step", lambda *args: step)
-  monkeypatch.setattr(loop._Run, "_hash", notice)
+  monkeypatch.setattr(batch_log.BatchLog, "add", notice)
   cfg = sharding_test.stage_config("autoencoder", tmp_path)
   cfg.log.every, cfg.checkpoint.every, cfg.eval.every = 5, 3, 100
   cfg.phases.train.steps = 20
@@ -330,6 +331,10 @@ def test_metrics_are_in_json_lines_and_events(micro_runs):
   assert any("text_loss" in row and "visual_loss" in row for row in rows)
   assert any("held_out/loss" in row for row in rows)
   assert list(root.glob("events.out.tfevents*"))
+  (settings,) = (row["hparams"] for row in rows if "hparams" in row)
+  assert rows[0] == {"hparams": settings}
+  assert settings["stage"] == "pretrain"
+  assert settings["phases.train.train.llm"] == "llm"
   stored = json.loads((root / "config.json").read_text())
   assert stored["stage"] == "pretrain"
 
@@ -342,8 +347,8 @@ def test_a_result_that_is_not_finite_is_not_written(
   cfg = micro.config("pretrain", root, phases__train__steps=2)
   loop.train(cfg, root / "work", quiet=True)
   shutil.rmtree(root / "model" / "llm")
-  nothing = {"loss": float("nan")}
-  monkeypatch.setattr(loop._Run, "_evaluate", lambda *unused: nothing)
+  result = evaluation.Evaluation({"loss": float("nan")})
+  monkeypatch.setattr(evaluation.Evaluator, "evaluate", lambda *unused: result)
   with pytest.raises(errors.LavitError, match="held-out loss of stage 'pretr"):
     loop.train(cfg, root / "work", quiet=True)
   assert "llm" not in checkpoints.parts_in(root / "model")

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from lavit_jax.core import errors
-from lavit_jax.train import optimizer
+from lavit_jax.train import optimizer, phases
 
 _CONFIG = {
   "b1": 0.9,
@@ -17,7 +17,7 @@ _CONFIG = {
   "clip_norm": 1.0,
   "groups": {"base": 1.0},
 }
-_PHASE = {"steps": 200, "lr": 0.05, "warmup": 5}
+_PHASE = phases.Phase(name="train", start=0, stop=200, lr=0.05, warmup=5)
 
 
 def _boxed(params):
@@ -62,7 +62,7 @@ def test_a_matrix_is_learnt_with_every_kind_of_moments(kind):
   assert loss(run(params)) < 0.02 * loss(params)
 
 
-def test_moments_take_the_bytes_that_they_say():
+def test_moments_take_the_documented_bytes():
   params = {"layer": {"kernel": jnp.zeros((4, 256, 256))}}
   size = params["layer"]["kernel"].size
   small = 4 * 4 * 2 * 256 + 4096  # sums over rows and columns, counters
@@ -78,17 +78,17 @@ def test_absent_moments_are_those_of_optax_adamw():
   config = _CONFIG | {"weight_decay": 0.1}
   labels = jax.tree.map(lambda _: "base", params)
   tx = optimizer.make(config, _PHASE, labels, _boxed(params))
-  ours, _ = tx.update(grads, tx.init(params), params)
+  updates, _ = tx.update(grads, tx.init(params), params)
   reference = optax.adamw(
-    optimizer.schedule(_PHASE),
+    optimizer.lr_schedule(_PHASE),
     b1=0.9,
     b2=0.98,
     weight_decay=0.1,
     mask={"a": {"kernel": True, "bias": False}},
   )
-  theirs, _ = reference.update(grads, reference.init(params), params)
+  expected, _ = reference.update(grads, reference.init(params), params)
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected
   )
 
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from lavit_jax.core import sharding, vocabulary
 from lavit_jax.train import objectives, phases
-from lavit_jax.train.objectives import base
 from lavit_jax.train.objectives.frozen import artifacts
 from tests.train import sharding_test
 
@@ -33,8 +32,8 @@ def build(stage, **updates):
     for parent in parents:
       node = node[parent]
     node[last] = value
-  pieces = lambda self: types.SimpleNamespace(size=TEXT)
-  with mock.patch.object(base.Objective, "text_tokenizer", pieces):
+  pieces = lambda *unused: types.SimpleNamespace(size=TEXT)
+  with mock.patch.object(artifacts.Artifacts, "text_tokenizer", pieces):
     return objectives.build(cfg, artifacts.AbstractArtifacts(cfg))
 
 
@@ -44,9 +43,7 @@ def phase_of(objective, name=None, **settings):
   phase = next(p for p in found if name in (None, p.name))
   if name is None:
     phase = found[-1]
-  return phases.Phase(
-    phase.name, phase.start, phase.stop, dict(phase.settings) | settings
-  )
+  return phase.with_settings(**settings)
 
 
 def draw(abstract, seed=0):
@@ -78,7 +75,7 @@ class Case:
     self.boxed, extra = jax.eval_shape(objective.init, jax.random.key(0))
     extra = sharding.unbox(extra)
     self.params = draw(self.boxed)
-    self.frozen = draw(objective.frozen, 1)
+    self.frozen = draw(objective.load_frozen(), 1)
     self.extra = draw(extra, 2)
     if "codebook" in self.extra:
       self.extra["codebook"] = _codebook(self.extra["codebook"])
@@ -132,18 +129,22 @@ def _packed(vocab: vocabulary.Vocabulary, batch, rng):
   """Rows of one document; each has twice the targets of the one before."""
   rows, length = batch["tokens"].shape
   ids = lambda: rng.integers(3, vocab.size, (rows, length), dtype=np.int32)
-  place = np.arange(length)
+  position = np.arange(length)
   used = np.minimum(2 ** np.arange(rows), length)[:, None]
   segments = np.broadcast_to(
-    place < length - np.arange(rows)[:, None], ids().shape
+    position < length - np.arange(rows)[:, None], ids().shape
   )
-  slot = np.where((place < 12) & (np.arange(rows)[:, None] % 2 == 0), 0, -1)
+  image_index = np.where(
+    (position < 12) & (np.arange(rows)[:, None] % 2 == 0), 0, -1
+  )
   return {
     "tokens": ids(),
     "targets": ids(),
-    "weights": (rng.random((rows, length)) * (place < used)).astype(np.float32),
+    "weights": (rng.random((rows, length)) * (position < used)).astype(
+      np.float32
+    ),
     "segments": segments.astype(np.int32),
-    "positions": np.broadcast_to(place, ids().shape).astype(np.int32),
-    "slot": slot.astype(np.int32),
-    "order": np.broadcast_to(place % 4, ids().shape).astype(np.int32),
+    "positions": np.broadcast_to(position, ids().shape).astype(np.int32),
+    "image_index": image_index.astype(np.int32),
+    "token_index": np.broadcast_to(position % 4, ids().shape).astype(np.int32),
   }

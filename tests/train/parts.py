@@ -49,10 +49,10 @@ def outcome(objective, phase, case, parts):
   def run(params, frozen, extra, batch):
     merge = lambda trainable: optimizer.merge(trainable, params)
     trainable = optimizer.select(params, objective.labels(phase, params))
-    (loss, (seen, metrics)), grads = made(
+    (loss, (stats, metrics)), grads = made(
       merge, trainable, frozen, extra, batch, jax.random.key(5)
     )
-    extra, more = objective.update_extra(phase, extra, seen, params)
+    extra, more = objective.update_extra(phase, extra, stats, params)
     return grads, extra, metrics | more | {"value": loss}
 
   return jax.device_get(run(*case.args))

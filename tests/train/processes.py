@@ -99,8 +99,8 @@ def run(*args, **kwargs) -> Group:
   """Runs a Group to its end, which must be a good one."""
   with running(*args, **kwargs) as group:
     statuses = group.wait()
-    told = "\n".join(group.text(i)[-3000:] for i in range(len(statuses)))
-    assert not any(statuses), f"{statuses}\n{told}"
+    texts = "\n".join(group.text(i)[-3000:] for i in range(len(statuses)))
+    assert not any(statuses), f"{statuses}\n{texts}"
     return group
 
 

@@ -1,7 +1,5 @@
 """What the step of a run takes, and what XLA's account of it has."""
 
-import types
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,8 +8,9 @@ import numpy as np
 import pytest
 
 from lavit_jax.core import sharding
-from lavit_jax.train import lowering, phases
+from lavit_jax.train import lowering, optimizer, phases
 from lavit_jax.train.objectives import base
+from lavit_jax.train.objectives.frozen import abstract_params
 
 
 class _Sums:
@@ -33,14 +32,14 @@ class _Sums:
 
   def batch_shapes(self):
     shapes = {"x": ((8, 8), np.float32), "number": ((8,), np.int32)}
-    return base.abstract(shapes)
+    return abstract_params.arrays(shapes)
 
   labels = base.Objective.labels
   draws = base.Objective.draws
   update_extra = base.Objective.update_extra
 
-  def sums(self, phase, params, frozen, state, batch, draws):
-    del phase, state, draws
+  def sums(self, phase, params, frozen, extra, batch, draws):
+    del phase, extra, draws
     out = (batch["x"] * frozen["used"]) @ params["net"]["kernel"]
     return {"square": jnp.square(out).sum()}, {}
 
@@ -70,10 +69,10 @@ def test_memory_counts_all_that_lives_through_a_run_used_or_not():
   (phase,) = phases.phases_of(_CONFIG)
   lowered, arguments = lowering.lower(_Sums(), _CONFIG, phase, mesh)
   memory = lowered.compile().memory_analysis()
-  assert memory.argument_size_in_bytes == sharding.bytes_a_device(arguments)
+  assert memory.argument_size_in_bytes == sharding.bytes_per_device(arguments)
   _, frozen, batch = arguments
-  assert sharding.bytes_a_device(frozen) == 4 * 8 + 4 * 64 * 32 // 2 + 2 * 21
-  assert sharding.bytes_a_device(batch) == (4 * 8 * 8 + 4 * 8) // 4
+  assert sharding.bytes_per_device(frozen) == 4 * 8 + 4 * 64 * 32 // 2 + 2 * 21
+  assert sharding.bytes_per_device(batch) == (4 * 8 * 8 + 4 * 8) // 4
 
 
 @pytest.mark.parametrize(
@@ -102,9 +101,15 @@ def test_labels_go_by_whole_names():
     "llm_proj": {"kernel": 2},
     "selector": {"head": 3, "head_norm": 4},
   }
-  phase = {"train": {"llm": "llm", "selector/head": "base"}}
-  frozen = "frozen"
-  found = base.Objective.labels(types.SimpleNamespace(), phase, params)
+  phase = phases.Phase(
+    name="train",
+    start=0,
+    stop=1,
+    lr=0.1,
+    train={"llm": "llm", "selector/head": "base"},
+  )
+  frozen = optimizer.FROZEN
+  found = optimizer.labels_of(phase, params)
   assert found == {
     "llm": {"head": "llm"},
     "llm_proj": {"kernel": frozen},

@@ -66,7 +66,7 @@ def test_every_config_that_is_shipped_may_be_run(name):
     ("phases.train.warmup", -5, "warmup=-5"),
   ],
 )
-def test_what_cannot_be_meant_is_refused_before_anything_is_made(
+def test_impossible_values_are_refused_before_anything_starts(
   tmp_path, field, value, says
 ):
   config = micro.config("encoder", tmp_path / "model")

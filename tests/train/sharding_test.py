@@ -86,7 +86,7 @@ class _Case:
       layout = sharding.param_shardings(self.boxed, mesh)
       state = jax.device_put(self.first, layout)
       whole = sharding.replicated(mesh)
-      frozen = jax.device_put(self.objective.frozen, whole)
+      frozen = jax.device_put(self.objective.load_frozen(), whole)
       batch = sharding.put_batch(self.batch, mesh)
       out = jax.jit(self._differentiate)(state, frozen, batch)
       return jax.device_get(out), jax.tree.leaves(layout.params)
@@ -122,7 +122,7 @@ def _assert_close(path, a, b):
 def pretrain(micro_runs):
   """Packed rows with images that are read."""
   case = _Case("pretrain", "train", micro_runs)
-  assert (case.batch["slot"] >= 0).any()
+  assert (case.batch["image_index"] >= 0).any()
   assert case.batch["segments"].max() > 1
   (loss, _), grads = case.one
   assert loss > 0

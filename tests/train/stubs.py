@@ -70,8 +70,8 @@ class Tokenizer:
   def decode_soft(self, params, vectors, mask):
     """Features of all patches from the kept vectors."""
     count = jnp.maximum(mask.sum(1), 1.0)[:, None, None]
-    told = (vectors * mask[..., None]).sum(1, keepdims=True) / count
-    return told @ params["decoder"] + params["place"]
+    mean = (vectors * mask[..., None]).sum(1, keepdims=True) / count
+    return mean @ params["decoder"] + params["place"]
 
   def decode(self, params, vectors, valid):
     """The same of gathered vectors."""
@@ -89,7 +89,8 @@ def tokenizer(**updates):
     return jax.lax.stop_gradient(x @ encoder["kernel"])
 
   objective._features = features
-  objective.frozen = {"encoder": {"kernel": jnp.zeros((3 * patch**2, WIDTH))}}
+  frozen = {"encoder": {"kernel": jnp.zeros((3 * patch**2, WIDTH))}}
+  objective.load_frozen = lambda: frozen
   codes = quantizer.init_stats(jax.random.key(0), CODES, DIM)
   extra = {"codebook": codes, "feature_mean": jnp.zeros((grid, WIDTH))}
   objective.init = lambda _: (Tokenizer.init(grid), extra)
@@ -107,25 +108,25 @@ class _Apply:
     return self.function(variables["params"], *args, **kwargs)
 
 
-def _denoise(params, z, t, told, drop=False):
+def _denoise(params, z, t, condition, drop=False):
   """Depends on all that it is given."""
   wide = lambda x: x.reshape(-1, *(1,) * (z.ndim - 1))
-  told = wide(jnp.where(drop, 0.0, told.mean((1, 2))))
-  return z * params["z"][0] + (told + 1e-3 * wide(t)) * params["told"][0]
+  condition = wide(jnp.where(drop, 0.0, condition.mean((1, 2))))
+  return z * params["z"][0] + (condition + 1e-3 * wide(t)) * params["cond"][0]
 
 
 def _denoise_latents(params, z, t, *, condition, **rest):
-  told = condition
   for name in sorted(rest):
     if name != "condition_mask":
-      told = told + rest[name].reshape(len(z), -1).mean(1)[:, None, None]
-  return _denoise(params, z, t, told)
+      mean = rest[name].reshape(len(z), -1).mean(1)
+      condition = condition + mean[:, None, None]
+  return _denoise(params, z, t, condition)
 
 
 def with_small_unet(objective):
   """The objective of stage `latents`, its U-Net one of two numbers."""
   real = objective.init
-  params = _boxed(z=(1,), told=(1,))
+  params = _boxed(z=(1,), cond=(1,))
 
   def init(rng):
     made, _ = real(rng)
@@ -144,8 +145,8 @@ def pixels(**updates):
   objective.features = lambda frozen, image: (
     image_io.normalize(image).reshape(len(image), 36, -1) * frozen["x"]
   )
-  objective.frozen = {"x": jnp.zeros(())}
-  params = _boxed(z=(1,), told=(1,))
+  objective.load_frozen = lambda: {"x": jnp.zeros(())}
+  params = _boxed(z=(1,), cond=(1,))
   extra = {"ema": params, "updates": jnp.zeros((), jnp.int32)}
   objective.init = lambda _: (params, extra)
   return objective
@@ -167,13 +168,13 @@ def autoencoder(**updates):
   return objective
 
 
-def _language(params, tokens, *, features, slot, **rest):
+def _language(params, tokens, *, features, image_index, **rest):
   """Hidden states of a row; what is read is added where it enters."""
   del rest
   read = (features.mean((1, 2, 3)) * params["merger"]["w"][0])[:, None]
   llm = params["llm"]
   hidden = jnp.take(llm["embedding"], tokens, axis=0)
-  return jnp.where(slot >= 0, read, 1.0)[..., None] * hidden
+  return jnp.where(image_index >= 0, read, 1.0)[..., None] * hidden
 
 
 class _Latents(_Apply):
@@ -203,12 +204,13 @@ def pretrain(*, lora=False, **updates):
   shape = (objective.vocabulary.padded_size, WIDTH)
   llm = _boxed(embedding=shape, head=shape)
   params = {"merger": _boxed(w=(1,)), "projection": _boxed(w=(1,))}
-  objective.frozen = {"encoder": {"kernel": jnp.zeros((3, 4))}}
+  frozen = {"encoder": {"kernel": jnp.zeros((3, 4))}}
+  objective.load_frozen = lambda: frozen
   objective._features = lambda encoder, pixels: (
     (pixels / 255.0).mean(3) @ encoder["kernel"]
   )
   if lora:
-    objective.frozen["llm"] = nn.meta.unbox(llm)
+    frozen["llm"] = nn.meta.unbox(llm)
     low = _boxed(a=(WIDTH, 2), b=(2, WIDTH))
     params["lora"] = {"query": low}
   else:

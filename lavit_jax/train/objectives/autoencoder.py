@@ -1,131 +1,182 @@
 """Stage `autoencoder`: the latents in which a pixel decoder draws.
 
 Only for training from nothing: official models bring Stable Diffusion's. The
-absolute error of the image and a little of the KL divergence from a unit
-Gaussian (Rombach et al., arXiv 2112.10752, section 3.1), without their
-perceptual and adversarial terms.
+loss is the absolute error of the image plus a small weight on the KL divergence
+from a unit Gaussian (Rombach et al., arXiv 2112.10752, section 3.1), without
+their perceptual and adversarial terms.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from lavit_jax.core import averages, errors
 from lavit_jax.diffusion import denoising
 from lavit_jax.models.pixels import vae
-from lavit_jax.train.objectives import base, conditioning
-from lavit_jax.train.objectives.frozen import precision
+from lavit_jax.train import phases
+from lavit_jax.train.objectives import base
+from lavit_jax.train.objectives.frozen import (
+  abstract_params,
+  conditioning,
+  precision,
+)
+from lavit_jax.train.objectives.frozen import artifacts as artifacts_lib
 
-_FORGET = 0.05  # of the running moments of the latents
+_MOMENTUM = 0.05  # share of the newest batch in the latents' moments
 
 
 class AutoencoderObjective(base.Objective):
-  """Trains a `vae.AutoencoderKL` on squares.
+  """Trains a `vae.AutoencoderKL` on square images.
 
-  A phase has `kl_weight` beside what every phase has. The scaling factor is
-  measured: latents times it have unit variance.
+  A phase has the setting `kl_weight`. The scaling factor is measured: latents
+  times it have unit variance.
   """
 
   best_metric = "picture_mse"
   best_mode = "min"
 
-  def __init__(self, config, where=None):
-    super().__init__(config, where)
-    precision.applied(config)  # it reads no network
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    artifacts: artifacts_lib.Artifacts | None = None,
+  ):
+    super().__init__(config, artifacts)
+    precision.applied(config)  # the stage reads no network
     self.part = f"{config.model.kind}_pixels"
-    self.vae = vae.AutoencoderKL(vae.VaeConfig(**config.model.vae.to_dict()))
+    self.vae: Any = vae.AutoencoderKL(
+      vae.VaeConfig(**config.model.vae.to_dict())
+    )
     if config.data.image_size % self.vae.config.scale:
       raise errors.ConfigError(
         f"data.image_size={config.data.image_size} is not a multiple of"
-        f" {self.vae.config.scale}, the pixels of a latent place. Change it, or"
-        " the levels of model.vae.channels."
+        f" {self.vae.config.scale}, the pixels of a latent position. Change it,"
+        " or the levels of model.vae.channels."
       )
-    self.use_images()
+    self._train_data, self._held_out_data = self.artifacts.image_batches(
+      config, (self.source, self.held_out)
+    )
 
-  def init(self, rng):
-    """Boxed parameters; extra: running mean and mean square of latents."""
+  def init(self, rng: jax.Array) -> tuple[base.Params, base.Extra]:
+    """Draws the parameters; extra: mean and mean square of latents."""
     side = self.vae.config.scale
     params = self.vae.init(rng, jnp.zeros((1, side, side, 3)))["params"]
     return params, {"mean": jnp.zeros(()), "square": jnp.ones(())}
 
-  def batch_shapes(self):
-    """Images alone."""
-    return self.image_shapes()
+  def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns images alone."""
+    return abstract_params.image_batch(self.config)
 
-  def draws(self, phase, batch, rng):
-    """A key of the latents a row."""
+  def draws(
+    self, phase: phases.Phase, batch: base.Batch, rng: jax.Array
+  ) -> base.Draws:
+    """Draws a key for the latents of each row."""
     del phase
     return {"latents": jax.random.split(rng, len(batch["image"]))}
 
-  def norms(self, phase, params, frozen, state, batch, draws):
-    """Images."""
-    del phase, params, frozen, state, draws
+  def nonlinear_sums(
+    self,
+    phase: phases.Phase,
+    params: base.Params,
+    frozen: base.Frozen,
+    extra: base.Extra,
+    batch: base.Batch,
+    draws: base.Draws,
+  ) -> base.Sums:
+    """Counts valid images."""
+    del phase, params, frozen, extra, draws
     return {"images": batch["valid"].sum()}
 
-  def sums(self, phase, params, frozen, state, batch, draws):
-    """Error and divergence of valid images; moments of their latents."""
-    del phase, frozen, state
+  def sums(
+    self,
+    phase: phases.Phase,
+    params: base.Params,
+    frozen: base.Frozen,
+    extra: base.Extra,
+    batch: base.Batch,
+    draws: base.Draws,
+  ) -> tuple[base.Sums, base.Stats]:
+    """Sums error and divergence of valid images; stats: latents' moments."""
+    del phase, frozen, extra
     x, variables = conditioning.to_unit(batch["image"]), {"params": params}
     valid = batch["valid"]
     mean, logvar = self.vae.apply(variables, x, method="encode")
     noise = denoising.normal(draws["latents"], mean.shape[1:])
     z = vae.sample(mean, logvar, noise)
-    made = self.vae.apply(variables, z, method="decode")
-    spread = jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar
+    decoded = self.vae.apply(variables, z, method="decode")
+    divergence = jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar
     total = lambda x: (x.mean((1, 2, 3)) * valid).sum()
     images = valid.sum()
-    seen = {
+    stats = {
       "mean": total(mean),
       "square": total(jnp.square(mean)),
       "images": images,
     }
     sums = {
-      "error": total(jnp.abs(made - x)),
-      "kl": 0.5 * total(spread),
+      "error": total(jnp.abs(decoded - x)),
+      "kl": 0.5 * total(divergence),
       "images": images,
     }
-    return sums, jax.lax.stop_gradient(seen)
+    return sums, jax.lax.stop_gradient(stats)
 
-  def combine(self, phase, sums):
-    """The error and a little of the divergence, means over images."""
+  def combine(
+    self, phase: phases.Phase, sums: base.Sums
+  ) -> tuple[jax.Array, averages.Metrics]:
+    """Takes the mean error over images plus the weighted divergence."""
     total = sums["error"] + phase["kl_weight"] * sums["kl"]
     count = sums["images"]
-    metrics = {
+    metrics: averages.Metrics = {
       "loss": averages.mean(total, count),
       "kl": averages.mean(sums["kl"], count),
     }
     return averages.ratio(total, count), metrics
 
-  def update_extra(self, phase, state, seen, params):
-    """The running moments move towards those of the batch."""
+  def update_extra(
+    self,
+    phase: phases.Phase,
+    extra: base.Extra,
+    stats: base.Stats,
+    params: base.Params,
+  ) -> tuple[base.Extra, averages.Metrics]:
+    """Moves the latents' running moments towards those of the batch."""
     del phase, params
-    count = seen["images"]
+    count = stats["images"]
     move = lambda name: (
-      state[name]
-      + _FORGET * (seen[name] / jnp.maximum(count, 1.0) - state[name])
+      extra[name]
+      + _MOMENTUM * (stats[name] / jnp.maximum(count, 1.0) - extra[name])
     )
-    moved = {name: move(name) for name in state}
+    moved = {name: move(name) for name in extra}
     return jax.tree.map(
-      lambda new, old: jnp.where(count > 0, new, old), moved, state
+      lambda new, old: jnp.where(count > 0, new, old), moved, extra
     ), {}
 
-  def held_out_metrics(self, params, frozen, state, batch):
-    """Error of images made again from their latents' means."""
-    del frozen, state
+  def held_out_metrics(
+    self,
+    params: base.Params,
+    frozen: base.Frozen,
+    extra: base.Extra,
+    batch: base.Batch,
+  ) -> dict[str, Any]:
+    """Measures the error of images decoded from the means of their latents."""
+    del frozen, extra
     x = conditioning.to_unit(batch["image"])
-    made = self.vae.apply({"params": params}, x)
-    square = jnp.square(made - x).mean((1, 2, 3))
-    error = jnp.abs(made - x).mean((1, 2, 3))
+    decoded = self.vae.apply({"params": params}, x)
+    square = jnp.square(decoded - x).mean((1, 2, 3))
+    error = jnp.abs(decoded - x).mean((1, 2, 3))
     return {
       "loss": denoising.mean(error, batch["valid"]),
       "picture_mse": denoising.mean(square, batch["valid"]),
     }
 
-  def export(self, params, state):
-    """The autoencoder alone: a U-Net joins it in stage `latents`."""
-    spread = float(jnp.sqrt(state["square"] - jnp.square(state["mean"])))
+  def export(
+    self, params: base.Params, extra: base.Extra
+  ) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Returns the autoencoder alone; stage `latents` adds a U-Net."""
+    std = float(jnp.sqrt(extra["square"] - jnp.square(extra["mean"])))
     config = dataclasses.replace(
-      self.vae.config, scaling_factor=1.0 / max(spread, 1e-3)
+      self.vae.config, scaling_factor=1.0 / max(std, 1e-3)
     )
-    return {"vae": params}, {"vae": dataclasses.asdict(config)}
+    meta = {"vae": dataclasses.asdict(config)}
+    return {self.part: ({"vae": params}, meta)}

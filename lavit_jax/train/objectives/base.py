@@ -1,308 +1,308 @@
-"""What every stage shares: its data, its held-out loop, its default hooks."""
+"""The contract between a stage and the training loop.
 
-import functools
-import math
-from collections.abc import Iterator
+An `Objective` says what a stage learns, from which batches, and how it is
+judged. `train/step.py` makes the train step of it, `train/boundaries.py` the
+programs before a phase, `objectives/evaluation.py` the held-out evaluation.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
-from lavit_jax.core import (
-  agreement,
-  averages,
-  errors,
-  hosts,
-  sharding,
-  vocabulary,
-)
-from lavit_jax.core.storage import checkpoints, files, fingerprints
-from lavit_jax.data import contents, examples, faults
+from lavit_jax.core import averages, sharding
+from lavit_jax.data import contents
 from lavit_jax.data.batching import pipeline
-from lavit_jax.data.sources import kinds
-from lavit_jax.models import lora
-from lavit_jax.train import boundaries, optimizer
+from lavit_jax.train import optimizer
 from lavit_jax.train import phases as phases_lib
-from lavit_jax.train.objectives.frozen import artifacts
+from lavit_jax.train.objectives.frozen import artifacts as artifacts_lib
+from lavit_jax.train.objectives.frozen import branches as branches_lib
+
+Params: TypeAlias = Any  # nested dicts of trainable arrays
+Frozen: TypeAlias = Any  # {network: its parameters}, never differentiated
+Extra: TypeAlias = Any  # {name: tree} that changes without a gradient
+Batch: TypeAlias = Mapping[str, jax.Array]  # arrays [B, ...]
+Draws: TypeAlias = Mapping[str, jax.Array]  # random arrays [B, ...]
+Sums: TypeAlias = dict[str, jax.Array]  # float32[] each, added up over rows
+Stats: TypeAlias = Any  # tree that `update_extra` takes, added up over rows
 
 
-class Objective:
-  """A stage: what is learned, from which batches, and how it is judged.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fold:
+  """Computes entries of `TrainState.extra` from batches, one after another.
 
-  Subclasses set `part`, `best_metric`, `best_mode` and implement `init`,
-  `norms`, `sums`, `combine`, `batch_shapes` (abstract arrays of a global batch;
-  of the largest, if they differ), `held_out_metrics` (of `averages`) and
-  `export`. What the step takes as an argument and never differentiates, they
-  describe: `frozen_shapes` says what it looks like, `frozen_branches` where it
-  lies. An objective itself holds no weights. Made of
-  `AbstractArtifacts` it has no data either: enough to compile its step.
+  All functions are pure. The optimizer state of the train state that they take
+  is None.
+
+  Attributes:
+    name: for reports, such as "kmeans".
+    batches: number of batches, from the phase's first on.
+    start: () -> initial carry, boxed as parameters are.
+    add: (carry, batch number int32[], state, frozen, batch) -> carry.
+    finish: (carry, state) -> new values of some entries of `state.extra`.
+  """
+
+  name: str
+  batches: int
+  start: Callable[[], Any]
+  add: Callable[..., Any]
+  finish: Callable[..., dict[str, Any]]
+
+
+class Objective(abc.ABC):
+  """A stage of training.
+
+  Methods that take `params` are pure functions of their arguments. The loss of
+  a batch is `combine(sums)`, where `sums` adds up over rows: so a batch can be
+  run in parts (see `train/step.py`). An objective holds no weights. Built from
+  `AbstractArtifacts` it has no data either, only shapes: enough to compile its
+  step.
+
+  Attributes:
+    config: of the run.
+    artifacts: where data and weights of earlier stages are found.
+    source: the training examples; None with `AbstractArtifacts`.
+    held_out: the held-out examples; None with `AbstractArtifacts`.
+    last_phase: whose settings judge held-out batches.
+    part: the model directory's part that the stage writes.
+    best_metric: held-out metric that the best checkpoint is chosen by.
+    best_mode: "min" or "max".
+    batch_size_may_change: whether rows do not depend on the size of their
+      batch, so that a run can go on with another size.
   """
 
   part: str
   best_metric: str = "loss"
   best_mode: str = "min"
-  images: np.ndarray | None = None  # uint8[B, h, w, 3], of `evaluate`
-  batch_size_may_change = (
-    True  # rows do not depend on the size of the batch they are in
-  )
+  batch_size_may_change: bool = True
+  _train_data: Any = None  # Grain datasets of batches, made by the stage
+  _held_out_data: Any = None
 
-  def __init__(self, config, where=None):
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    artifacts: artifacts_lib.Artifacts | None = None,
+  ):
     self.config = config
-    self.stored = where or artifacts.Artifacts()
-    self.source, self.held_out = self.stored.sources(config)
-    self.last_phase = config.phases[config.schedule[-1]].to_dict()
+    self.artifacts = artifacts or artifacts_lib.Artifacts()
+    self.source, self.held_out = self.artifacts.sources(config)
+    self.last_phase = phases_lib.last_phase(config)
 
-  def labels(self, phase, params):
-    """Group of each parameter: the longest matching prefix of `phase.train`.
+  # Parameters: what is trained, and where it starts.
 
-    `phase["train"]` maps the names with which a path begins ("merger",
-    "selector/head", "" for everything) to a learning-rate group; what matches
-    none is frozen. See `phases.begins`.
-    """
-    rules = sorted(dict(phase["train"]).items(), key=lambda kv: -len(kv[0]))
-    used = set()
-
-    def label(path, _):
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
-      for prefix, group in rules:
-        if phases_lib.begins(name, prefix):
-          used.add(prefix)
-          return group
-      return optimizer.FROZEN
-
-    labels = jax.tree_util.tree_map_with_path(label, params)
-    if unused := sorted({prefix for prefix, _ in rules} - used):
-      raise errors.ConfigError(
-        f"Phase setting train={dict(phase['train'])} names {unused}, which no"
-        f" parameter path starts with. Top-level names: {sorted(params)}."
-      )
-    return labels
-
-  def frozen_shapes(self):
-    """The frozen networks, abstract and boxed; nothing by default."""
-    return {}
-
-  def frozen_branches(self):
-    """Where each is read from: `branches.Branch`es; nothing by default."""
-    return {}
-
-  def load_frozen(self, layout=None):
-    """The frozen networks, each array read straight to where it belongs.
+  @abc.abstractmethod
+  def init(self, rng: jax.Array) -> tuple[Params, Extra]:
+    """Draws the first parameters.
 
     Args:
-      layout: shardings as of `frozen_shapes`; None: on one device.
+      rng: a key.
 
     Returns:
-      A tree as `frozen_shapes`, unboxed; abstract of a `AbstractArtifacts`.
-
-    Raises:
-      errors.CheckpointError: what is stored is damaged or does not fit.
+      (params, extra), boxed with their logical axes.
     """
-    wanted = sharding.unbox(self.frozen_shapes())
-    return self.stored.load(self.frozen_branches(), wanted, layout)
 
-  @functools.cached_property
-  def frozen(self):
-    """`load_frozen()` on one device and kept: for small models and tests."""
-    return self.load_frozen()
+  def labels(self, phase: phases_lib.Phase, params: Params) -> Any:
+    """Returns the learning-rate group of each parameter; a tree of names.
 
-  def load_start(self, branches, params):
-    """Some of the parameters as stored, laid out as those that are there.
+    By default that of `optimizer.labels_of`: by the prefixes in `phase.train`.
+    """
+    return optimizer.labels_of(phase, params)
+
+  def begin_phase(
+    self, phase: phases_lib.Phase, state: Any
+  ) -> tuple[Params, Extra]:
+    """Reads what a phase starts from; by default it goes on from the state.
 
     Args:
-      branches: where some of the trees of `params` lie.
-      params: the run's parameters.
-    """
-    wanted = {name: params[name] for name in branches}
-    layout = jax.tree.map(lambda x: getattr(x, "sharding", None), wanted)
-    return self.stored.load(branches, wanted, layout)
-
-  def with_lora(self, branch, boxed, low, scale):
-    """A frozen network in float32 that does what it did with its LoRA.
-
-    It is read, changed and given back in the shares of the mesh on which its
-    LoRA lies.
-
-    Args:
-      branch: where the network lies.
-      boxed: its abstract parameters.
-      low: the LoRA, see `lora.init`, unboxed.
-      scale: alpha / rank.
-    """
-    wanted, layout = sharding.unbox(boxed), None
-    place = getattr(jax.tree.leaves(low)[0], "sharding", None)
-    if isinstance(place, jax.sharding.NamedSharding):
-      layout = {"net": sharding.param_shardings(boxed, place.mesh)}
-    whole = self.stored.load({"net": branch}, {"net": wanted}, layout)["net"]
-    return lora.merge(whole, low, scale)
-
-  def image_shapes(self, text_length=None):
-    """`batch_shapes` of the batches that `use_images` makes."""
-    count, side = self.config.batch_size, self.config.data.image_size
-    shapes = {
-      "image": ((count, side, side, 3), np.uint8),
-      "valid": ((count,), np.float32),
-      "index": ((count,), np.int64),
-    }
-    if text_length is not None:
-      shapes["text"] = ((count, text_length), np.int32)
-      shapes["text_mask"] = ((count, text_length), bool)
-    return abstract(shapes)
-
-  def draws(self, phase, batch, rng):
-    """What is random of a whole batch: {name: [B, ...]}, cut as its rows are.
-
-    So the loss does not depend on `config.accumulate`. Nothing by default.
-    """
-    del phase, batch, rng
-    return {}
-
-  def norms(self, phase, params, frozen, state, batch, draws):
-    """The sums that the loss is not linear in: {name: float[]}.
-
-    Names are some of `sums`. Asked of each part of a batch before the sums,
-    where a batch is run in parts; no gradient passes. See
-    `train/accumulation.py`.
-    """
-    raise NotImplementedError
-
-  def sums(self, phase, params, frozen, state, batch, draws):
-    """Sums over rows, of which `combine` makes the loss.
-
-    Args:
-      phase: of the run, or a mapping of its settings.
-      params: of the stage.
-      frozen: as the attribute.
-      state: what changes without a gradient.
-      batch: of arrays [B, ...], a part of a batch too.
-      draws: of these rows.
+      phase: that begins.
+      state: the run's `TrainState`, without optimizer state.
 
     Returns:
-      ({name: float[]}, seen); `seen` is a tree for `update_extra`.
-    """
-    raise NotImplementedError
-
-  def combine(self, phase, sums):
-    """(loss float[], its metrics, "loss" among them) of a batch's sums."""
-    raise NotImplementedError
-
-  def merge_seen(self, a, b):
-    """What two parts of a batch have seen; zeros are nothing seen."""
-    return jax.tree.map(jnp.add, a, b)
-
-  def update_extra(self, phase, state, seen, params):
-    """(state after a step, metrics of it); `params` are the updated ones."""
-    del phase, seen, params
-    return state, {}
-
-  def loss(self, phase, params, frozen, state, batch, rng):
-    """(loss, (state, metrics)) of a whole batch, parameters as they are."""
-    draws = self.draws(phase, batch, rng)
-    sums, seen = self.sums(phase, params, frozen, state, batch, draws)
-    loss, metrics = self.combine(phase, sums)
-    state, more = self.update_extra(phase, state, seen, params)
-    return loss, (state, metrics | more)
-
-  def begin_phase(self, phase, state):
-    """(params, extra) that a phase starts from, read from files.
-
-    Those of the state by default. What is computed comes after: `folds`.
+      (params, extra) of the phase's start. `folds` are computed after it.
     """
     del phase
     return state.params, state.extra
 
-  def folds(self, phase) -> tuple[boundaries.Fold, ...]:
-    """What is computed of batches before a phase; nothing by default."""
+  def folds(self, phase: phases_lib.Phase) -> tuple[Fold, ...]:
+    """Returns what is computed from batches before a phase; by default none."""
     del phase
     return ()
 
-  def exports(self, params, state):
-    """What the stage writes when it ends: {part: (params, meta)}."""
-    return {self.part: self.export(params, state)}
+  # Frozen networks: arguments of the step that are never differentiated.
 
-  def made_of(self) -> dict[str, str]:
-    """{name: fingerprint} of all that this run takes; see `provenance.of`.
+  def frozen_shapes(self) -> Frozen:
+    """Returns the frozen networks, abstract and boxed; by default none."""
+    return {}
 
-    Here its data; stages add the caches and the frozen weights they use.
-    """
-    return {
-      "train_data": contents.of(self.source),
-      "held_out_data": contents.of(self.held_out),
-    }
+  def frozen_branches(self) -> dict[str, branches_lib.Branch]:
+    """Returns where each frozen network is stored; by default none."""
+    return {}
 
-  @functools.cached_property
-  def images_of(self) -> tuple[str, str]:
-    """What caches know the (train, held-out) images by."""
-    found = examples.fingerprint(self.source)
-    return found, examples.fingerprint(self.held_out)
+  def load_frozen(self, layout: Any = None) -> Frozen:
+    """Reads the frozen networks, each array straight to its devices.
 
-  def words_made_of(self) -> dict[str, str]:
-    """Fingerprints of model_dir's encoder and tokenizer, which fit together.
+    Args:
+      layout: shardings, a tree like `frozen_shapes`; None for one device.
+
+    Returns:
+      A tree like `frozen_shapes`, unboxed; abstract with `AbstractArtifacts`.
 
     Raises:
-      errors.CheckpointError: the tokenizer was trained on another encoder.
+      errors.CheckpointError: a stored network is damaged or does not fit.
     """
-    folder = self.config.model_dir
-    found = {"encoder": fingerprints.of_part(folder, "encoder")}
-    told = checkpoints.read_meta(folder, "tokenizer").get("made_of", {})
-    agreement.settle(
-      agreement.prints(
-        told, found, "train the tokenizer again, or put its encoder back"
-      ),
-      agreement.accepted(self.config),
-      what=f"What the tokenizer of {folder} was trained on",
-      error=errors.CheckpointError,
-    )
-    return found | {"tokenizer": fingerprints.of_words(folder)}
+    shapes = sharding.unbox(self.frozen_shapes())
+    return self.artifacts.load(self.frozen_branches(), shapes, layout)
 
-  def text_made_of(self) -> dict[str, str]:
-    """The fingerprint of model_dir's text tokenizer."""
-    path = files.place(self.config.model_dir) / "tokenizer.model"
-    return {"text_tokenizer": fingerprints.of_file(path)}
+  # The loss.
 
-  def text_tokenizer(self) -> vocabulary.TextTokenizer:
-    """The model directory's SentencePiece model, trained if there is none."""
-    path = files.place(self.config.model_dir) / "tokenizer.model"
-    if hosts.is_lead() and not path.exists():
-      path.parent.mkdir(parents=True, exist_ok=True)
-      sentences = kinds.sentences(self.source, limit=20_000)
-      vocabulary.TextTokenizer.train(
-        sentences, path, self.config.data.text_vocab
-      )
-    hosts.barrier("lavit_text_tokenizer")
-    tokenizer = vocabulary.TextTokenizer.load(path)
-    wanted = self.config.data.get("text_vocab")
-    if wanted not in (None, tokenizer.size):
-      raise errors.ConfigError(
-        f"{path} has {tokenizer.size} pieces, and data.text_vocab is"
-        f" {wanted}. The model's other parts may know that tokenizer, so it is"
-        f" not made anew: set data.text_vocab={tokenizer.size}, or begin with"
-        " another model_dir."
-      )
-    return tokenizer
+  def draws(
+    self, phase: phases_lib.Phase, batch: Batch, rng: jax.Array
+  ) -> Draws:
+    """Draws the random numbers of a whole batch, before it is cut into parts.
 
-  def use_images(self, text=None, text_length=None):
-    """Batches of images (and captions) from the sources of config.data."""
-    self.batch_examples = self.config.batch_size
-    if self.stored.outline:
-      return
-    make = lambda source: pipeline.image_batches(
-      source,
-      self.config.batch_size,
-      seed=self.config.seed,
-      tokenizer=text,
-      text_length=text_length,
-      limit_share=faults.share_of(self.config.data),
-    )
-    self._train_data = make(self.source)
-    self._held_out_data = make(self.held_out)
+    The loss then does not depend on config.accumulate. By default none.
+
+    Args:
+      phase: of the run.
+      batch: the whole batch.
+      rng: the key of the step.
+
+    Returns:
+      {name: [B, ...]}, cut into parts as the rows of the batch are.
+    """
+    del phase, batch, rng
+    return {}
+
+  @abc.abstractmethod
+  def nonlinear_sums(
+    self,
+    phase: phases_lib.Phase,
+    params: Params,
+    frozen: Frozen,
+    extra: Extra,
+    batch: Batch,
+    draws: Draws,
+  ) -> Sums:
+    """Sums the terms in which `combine` is not linear, such as counts.
+
+    A batch in parts needs them of all parts before the first gradient: the
+    slope of the loss by each sum depends on them alone. No gradient passes.
+
+    Args:
+      phase: of the run.
+      params: of the stage.
+      frozen: see `load_frozen`.
+      extra: of the train state.
+      batch: some rows.
+      draws: of these rows.
+
+    Returns:
+      Some entries of what `sums` returns.
+    """
+
+  @abc.abstractmethod
+  def sums(
+    self,
+    phase: phases_lib.Phase,
+    params: Params,
+    frozen: Frozen,
+    extra: Extra,
+    batch: Batch,
+    draws: Draws,
+  ) -> tuple[Sums, Stats]:
+    """Runs the networks and sums the loss's terms over rows.
+
+    Args:
+      phase: of the run.
+      params: of the stage; the result is differentiated by them.
+      frozen: see `load_frozen`.
+      extra: of the train state.
+      batch: some rows.
+      draws: of these rows.
+
+    Returns:
+      (sums, stats): what `combine` and what `update_extra` take.
+    """
+
+  @abc.abstractmethod
+  def combine(
+    self, phase: phases_lib.Phase, sums: Sums
+  ) -> tuple[jax.Array, averages.Metrics]:
+    """Combines the sums of a whole batch into its loss.
+
+    Args:
+      phase: of the run.
+      sums: of all rows.
+
+    Returns:
+      (loss float32[], metrics, "loss" among them).
+    """
+
+  def merge_stats(self, a: Stats, b: Stats) -> Stats:
+    """Merges the statistics of two parts of a batch; by default adds them.
+
+    A tree of zeros is that of no rows.
+    """
+    return jax.tree.map(jnp.add, a, b)
+
+  def update_extra(
+    self, phase: phases_lib.Phase, extra: Extra, stats: Stats, params: Params
+  ) -> tuple[Extra, averages.Metrics]:
+    """Updates what changes without a gradient, once a step.
+
+    Args:
+      phase: of the run.
+      extra: of the train state.
+      stats: of the whole batch.
+      params: after the optimizer's update.
+
+    Returns:
+      (new extra, metrics of the update); by default nothing changes.
+    """
+    del phase, stats, params
+    return extra, {}
+
+  def loss(
+    self,
+    phase: phases_lib.Phase,
+    params: Params,
+    frozen: Frozen,
+    extra: Extra,
+    batch: Batch,
+    rng: jax.Array,
+  ) -> tuple[jax.Array, tuple[Extra, averages.Metrics]]:
+    """Computes (loss, (new extra, metrics)) of a whole batch at once.
+
+    Arguments are those of `sums`, and the key of the step. `update_extra` takes
+    the parameters as they are.
+    """
+    draws = self.draws(phase, batch, rng)
+    sums, stats = self.sums(phase, params, frozen, extra, batch, draws)
+    loss, metrics = self.combine(phase, sums)
+    extra, more = self.update_extra(phase, extra, stats, params)
+    return loss, (extra, metrics | more)
+
+  # Data.
+
+  @abc.abstractmethod
+  def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the abstract arrays of a global batch: of the largest."""
 
   def batches(
-    self, start: int, skip: int = 0, rows=None
+    self, start: int, skip: int = 0, rows: np.ndarray | None = None
   ) -> Iterator[dict[str, np.ndarray]]:
-    """Some rows (all by default) of every global batch from `start` on.
+    """Iterates over the endless training batches.
 
-    Batch k begins at row `skip` + k times the batch size.
+    Args:
+      start: number of the first batch.
+      skip: examples left out before batch 0: batch k begins with example
+        `skip` + k * batch size.
+      rows: rows of each global batch to read; None for all.
     """
     return pipeline.iterate(
       self._train_data,
@@ -312,14 +312,14 @@ class Objective:
       skip=skip,
     )
 
-  def count_tokens(self, batch) -> int:
-    """LLM tokens of a host batch, 0 for stages without them."""
-    if "segments" not in batch:
-      return 0
-    return int((batch["segments"] > 0).sum())
+  def held_out_batches(
+    self, rows: np.ndarray | None = None
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """Iterates over the first config.eval.batches held-out batches.
 
-  def held_out_batches(self, rows=None) -> Iterator[dict[str, np.ndarray]]:
-    """The first config.eval.batches held-out batches, always the same."""
+    Args:
+      rows: rows of each global batch to read; None for all.
+    """
     data = pipeline.iterate(
       self._held_out_data, start_batch=0, num_threads=0, rows=rows
     )
@@ -327,77 +327,52 @@ class Objective:
     for _ in range(count):
       yield next(data)
 
-  def _compiled_held_out(self, mesh):
-    """The jitted (`held_out_metrics`, `valid` of the batch), made once."""
-    made = vars(self).setdefault("_held_out_steps", {})
-    if mesh in made:
-      return made[mesh]
+  def count_tokens(self, batch: Mapping[str, np.ndarray]) -> int:
+    """Returns the LLM tokens of a host batch; 0 for stages without an LLM."""
+    if "segments" not in batch:
+      return 0
+    return int((batch["segments"] > 0).sum())
 
-    def metrics(params, frozen, state, batch):
-      found = self.held_out_metrics(params, frozen, state, batch)
-      return found, batch.get("valid", jnp.ones(1))
+  # Evaluation and result.
 
-    # Whole on every process, which reads them.
-    out = None if mesh is None else sharding.replicated(mesh)
-    made[mesh] = jax.jit(metrics, out_shardings=out)
-    return made[mesh]
+  @abc.abstractmethod
+  def held_out_metrics(
+    self, params: Params, frozen: Frozen, extra: Extra, batch: Batch
+  ) -> dict[str, Any]:
+    """Computes the metrics of one held-out batch.
 
-  def evaluate(self, params, frozen, state, mesh=None) -> dict[str, float]:
-    """`held_out_metrics` over all held-out batches together.
+    Args:
+      params: of the stage.
+      frozen: see `load_frozen`.
+      extra: of the train state.
+      batch: a whole batch.
 
-    A metric of which they have nothing is left out; the best one is NaN then.
-    What the metrics of the fullest batch hold as `images` is kept in
-    `self.images`. With a mesh every process brings its share of each batch,
-    and all get the same.
+    Returns:
+      {name: metric of `averages`}; "images" may hold uint8[N, H, W, 3] of the
+      batch's first rows, to be looked at.
     """
-    rows, most, mine = [], 0, None
-    size = self.config.batch_size
-    if mesh is not None:
-      mine = sharding.rows_of_process(mesh, size)
-    for batch in self.held_out_batches(mine):
-      if mesh is not None:
-        batch = sharding.put_batch(batch, mesh, size)
-      row, valid = jax.device_get(
-        self._compiled_held_out(mesh)(params, frozen, state, batch)
-      )
-      made = row.pop("images", None)
-      if made is not None and valid.sum() > most:
-        self.images, most = made[valid[: len(made)] > 0], valid.sum()
-      rows.append(row)
-    return {self.best_metric: math.nan} | averages.merged(rows)
 
+  @abc.abstractmethod
+  def export(
+    self, params: Params, extra: Extra
+  ) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Returns what the stage writes to config.model_dir when it ends.
 
-def abstract(shapes) -> dict[str, jax.ShapeDtypeStruct]:
-  """Abstract arrays as JAX gets them of {name: (shape, numpy dtype)}."""
-  return {
-    name: jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
-    for name, (shape, dtype) in shapes.items()
-  }
+    Args:
+      params: of the last step.
+      extra: of the last step.
 
+    Returns:
+      {part: (tree of arrays, the stage's entries of part.json)}.
+    """
 
-def check_same(folder, ours, theirs, what: str) -> None:
-  """Raises CheckpointError unless two trees have the same names and shapes.
+  def provenance(self) -> dict[str, str]:
+    """Returns {name: fingerprint} of all inputs that the run depends on.
 
-  Args:
-    folder: where `theirs` comes from, for the message.
-    ours: tree of (abstract) arrays.
-    theirs: likewise.
-    what: name of the tree, for the message.
-  """
-
-  def shapes(tree):
+    Here its data; stages add their caches and frozen weights. Names are those
+    of `train/resilience/provenance.py`.
+    """
     return {
-      jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+      "train_data": contents.of(self.source),
+      "held_out_data": contents.of(self.held_out),
     }
-
-  ours, theirs = shapes(ours), shapes(theirs)
-  wrong = [k for k in ours | theirs if ours.get(k) != theirs.get(k)]
-  if wrong:
-    key = wrong[0]
-    raise errors.CheckpointError(
-      f"{len(wrong)} arrays of the {what} in {folder} do not fit this config,"
-      f" such as {key}: {theirs.get(key)} there, {ours.get(key)} here. Use the"
-      " config.model that they were trained with (see part.json), or train the"
-      " stage again."
-    )

@@ -1,6 +1,10 @@
-"""What stages `pixels` and `latents` share: the loss, the mean weights."""
+"""The loss and the EMA of weights that `pixels` and `latents` share."""
 
+import jax
+
+from lavit_jax.core import averages
 from lavit_jax.diffusion import denoising
+from lavit_jax.train import phases
 from lavit_jax.train.objectives import base
 
 
@@ -10,17 +14,33 @@ class DiffusionObjective(base.Objective):
   best_metric = "loss"
   best_mode = "min"
 
-  def norms(self, phase, params, frozen, state, batch, draws):
-    """Images, as often as they are drawn."""
-    del params, frozen, state, draws
-    return denoising.norms(batch["valid"], phase)
+  def nonlinear_sums(
+    self,
+    phase: phases.Phase,
+    params: base.Params,
+    frozen: base.Frozen,
+    extra: base.Extra,
+    batch: base.Batch,
+    draws: base.Draws,
+  ) -> base.Sums:
+    """Counts valid images times the noise levels drawn for each."""
+    del params, frozen, extra, draws
+    return denoising.norms(batch["valid"], phase.settings)
 
-  def combine(self, phase, sums):
-    """The mean over images and their draws."""
+  def combine(
+    self, phase: phases.Phase, sums: base.Sums
+  ) -> tuple[jax.Array, averages.Metrics]:
+    """Takes the mean over images and noise levels."""
     del phase
     return denoising.combine(sums)
 
-  def update_extra(self, phase, state, seen, params):
-    """The mean weights follow the new ones."""
-    del seen
-    return denoising.update_ema(state, params, phase["ema_decay"]), {}
+  def update_extra(
+    self,
+    phase: phases.Phase,
+    extra: base.Extra,
+    stats: base.Stats,
+    params: base.Params,
+  ) -> tuple[base.Extra, averages.Metrics]:
+    """Moves the exponential mean of the weights towards the new ones."""
+    del stats
+    return denoising.update_ema(extra, params, phase["ema_decay"]), {}

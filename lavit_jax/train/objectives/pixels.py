@@ -1,43 +1,52 @@
-"""Stage `pixels`: a U-Net learns to redraw images from their tokens.
+"""Stage `pixels`: a U-Net learns to redraw images from their visual tokens.
 
 Paper section 3.2: || eps - eps_theta(z_t, t, x_rec) ||^2, where x_rec are the
 features that the frozen tokenizer reconstructs from the image's own codes
 (deterministic selection). One in ten conditions is dropped for guidance, and
-an exponential mean of the weights is what gets evaluated and exported.
+an exponential mean of the weights is evaluated and exported.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from lavit_jax.core import errors
 from lavit_jax.diffusion import denoising, schedules
 from lavit_jax.models.pixels import pixel_decoder
 from lavit_jax.models.tokenizer import tokenizer
-from lavit_jax.train.objectives import conditioning, diffusion
+from lavit_jax.train import phases
+from lavit_jax.train.objectives import base, diffusion
 from lavit_jax.train.objectives.frozen import (
   abstract_params,
   branches,
+  conditioning,
   precision,
 )
+from lavit_jax.train.objectives.frozen import artifacts as artifacts_lib
 
 
 class PixelsObjective(diffusion.DiffusionObjective):
-  """Trains a `pixels.PixelDecoder` on what the tokenizer reconstructs.
+  """Trains a `pixel_decoder.PixelDecoder` on reconstructed features.
 
-  A phase has, beside what every phase has, what `denoising.eps_sums` reads
-  (the draws of an image share one pass of the tokenizer), and `ema_decay`.
+  A phase has the settings of `denoising.eps_sums` (the draws of an image share
+  one pass of the tokenizer), and `ema_decay`.
   """
 
   part = "pixels"
 
-  def __init__(self, config, where=None):
-    super().__init__(config, where)
-    words = self.stored.words(config.model_dir)
-    made = precision.applied(config, encoder=words.vit, tokenizer=words)
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    artifacts: artifacts_lib.Artifacts | None = None,
+  ):
+    super().__init__(config, artifacts)
+    stored = self.artifacts.tokenizer_config(config.model_dir)
+    networks = precision.applied(config, encoder=stored.vit, tokenizer=stored)
     self.tokenizer_config = dataclasses.replace(
-      made["tokenizer"], vit=made["encoder"]
+      networks["tokenizer"], vit=networks["encoder"]
     )
     self.tokenizer = tokenizer.DynamicVisualTokenizer(self.tokenizer_config)
     self.decoder_config = pixel_decoder.PixelDecoderConfig(
@@ -46,30 +55,33 @@ class PixelsObjective(diffusion.DiffusionObjective):
     self.decoder = pixel_decoder.PixelDecoder(self.decoder_config)
     self.schedule = schedules.NoiseSchedule(**config.model.schedule.to_dict())
     self._check()
-    self.use_images()
+    self._train_data, self._held_out_data = self.artifacts.image_batches(
+      config, (self.source, self.held_out)
+    )
 
-  def _check(self):
-    ours, theirs = self.decoder_config, self.tokenizer_config
-    wanted = {
-      "feature_dim": theirs.width,
-      "num_patches": theirs.num_patches,
+  def _check(self) -> None:
+    """Raises ConfigError unless decoder, tokenizer and data agree."""
+    expected = {
+      "feature_dim": self.tokenizer_config.width,
+      "num_patches": self.tokenizer_config.num_patches,
       "image_size": self.config.data.image_size,
     }
-    for name, value in wanted.items():
-      if getattr(ours, name) != value:
+    for name, value in expected.items():
+      if getattr(self.decoder_config, name) != value:
         raise errors.ConfigError(
-          f"model.pixels.{name}={getattr(ours, name)}, but the tokenizer and"
-          f" the data of this run have {value}. Set"
+          f"model.pixels.{name}={getattr(self.decoder_config, name)}, but the"
+          f" tokenizer and the data of this run have {value}. Set"
           f" --config.model.pixels.{name}={value}."
         )
-    denoising.check(self.schedule, self.last_phase)
+    denoising.check(self.schedule, self.last_phase.settings)
 
-  def made_of(self):
-    """Data, encoder and tokenizer."""
-    return super().made_of() | self.words_made_of()
+  def provenance(self) -> dict[str, str]:
+    """Returns data, encoder and tokenizer."""
+    tokenizer = self.artifacts.tokenizer_provenance(self.config)
+    return super().provenance() | tokenizer
 
-  def init(self, rng):
-    """Boxed parameters; extra: their exponential mean and its updates."""
+  def init(self, rng: jax.Array) -> tuple[base.Params, base.Extra]:
+    """Draws the parameters; extra: their exponential mean."""
     config = self.decoder_config
     size = config.image_size
     variables = self.decoder.init(
@@ -81,35 +93,48 @@ class PixelsObjective(diffusion.DiffusionObjective):
     params = variables["params"]
     return params, denoising.start_ema(params)
 
-  def frozen_shapes(self):
-    """Encoder and tokenizer."""
+  def frozen_shapes(self) -> base.Frozen:
+    """Returns encoder and tokenizer."""
     config = self.tokenizer_config
-    words = abstract_params.words(config)
-    return {"encoder": abstract_params.encoder(config.vit), "tokenizer": words}
-
-  def frozen_branches(self):
-    """Encoder and tokenizer."""
-    where = self.config.model_dir
     return {
-      "encoder": branches.Branch(where, "encoder"),
-      "tokenizer": branches.Branch(where, "tokenizer"),
+      "encoder": abstract_params.encoder(config.vit),
+      "tokenizer": abstract_params.tokenizer(config),
     }
 
-  def batch_shapes(self):
-    """Images alone."""
-    return self.image_shapes()
+  def frozen_branches(self) -> dict[str, branches.Branch]:
+    """Returns encoder and tokenizer."""
+    folder = self.config.model_dir
+    return {
+      "encoder": branches.Branch(folder, "encoder"),
+      "tokenizer": branches.Branch(folder, "tokenizer"),
+    }
 
-  def features(self, frozen, image):
-    """x_rec float[B, N, D] of uint8[B, H, W, 3]; no gradient."""
+  def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns images alone."""
+    return abstract_params.image_batch(self.config)
+
+  def features(self, frozen: base.Frozen, image: jax.Array) -> jax.Array:
+    """Returns x_rec float[B, N, D] of uint8[B, H, W, 3]; no gradient."""
     return conditioning.reconstructed_features(self.tokenizer, frozen, image)
 
-  def draws(self, phase, batch, rng):
-    """Steps, noise, and which conditions are dropped."""
-    return denoising.draws(self.schedule, len(batch["image"]), phase, rng)
+  def draws(
+    self, phase: phases.Phase, batch: base.Batch, rng: jax.Array
+  ) -> base.Draws:
+    """Draws steps, noise, and which conditions are dropped."""
+    rows = len(batch["image"])
+    return denoising.draws(self.schedule, rows, phase.settings, rng)
 
-  def sums(self, phase, params, frozen, state, batch, draws):
-    """The weighted squared error of eps of valid images."""
-    del state
+  def sums(
+    self,
+    phase: phases.Phase,
+    params: base.Params,
+    frozen: base.Frozen,
+    extra: base.Extra,
+    batch: base.Batch,
+    draws: base.Draws,
+  ) -> tuple[base.Sums, base.Stats]:
+    """Sums the weighted squared errors of eps of valid images; no stats."""
+    del extra
     sums = denoising.eps_sums(
       self._predict(params),
       self.schedule,
@@ -117,49 +142,59 @@ class PixelsObjective(diffusion.DiffusionObjective):
       self.features(frozen, batch["image"]),
       batch["valid"],
       draws,
-      phase,
+      phase.settings,
     )
     return sums, {}
 
-  def _predict(self, params):
-    """The function that `denoising.eps_sums` asks for."""
+  def _predict(self, params: base.Params) -> denoising.Predict:
+    """Returns the U-Net as `denoising.eps_sums` calls it."""
 
     def predict(z, t, x_rec, drop):
       return self.decoder.apply({"params": params}, z, t, x_rec, drop=drop)
 
     return predict
 
-  def held_out_metrics(self, params, frozen, state, batch):
-    """Error of the mean weights, always under the same noise.
+  def held_out_metrics(
+    self,
+    params: base.Params,
+    frozen: base.Frozen,
+    extra: base.Extra,
+    batch: base.Batch,
+  ) -> dict[str, Any]:
+    """Measures errors of the mean weights, always under the same noise.
 
-    `picture_mse` is that of the image predicted in one step from noise
-    alone: what the condition tells, without any sampling.
+    `picture_mse` is the error of the image predicted in one step from noise
+    alone: what the condition determines, without sampling.
     """
-    rng = jax.random.key(0)
-    phase = dict(self.last_phase) | {"condition_dropout": 0.0, "draws": 1}
+    del params
+    ema, rng = extra["ema"], jax.random.key(0)
+    phase = self.last_phase.with_settings(condition_dropout=0.0, draws=1)
     x = conditioning.to_unit(batch["image"])
     x_rec = self.features(frozen, batch["image"])
     _, metrics = denoising.eps_loss(
-      self._predict(state["ema"]),
+      self._predict(ema),
       self.schedule,
       x,
       x_rec,
       batch["valid"],
       rng,
-      phase,
+      phase.settings,
     )
     z = jax.random.normal(jax.random.fold_in(rng, 1), x.shape)
     last = jnp.full(x.shape[:1], self.schedule.num_steps - 1)
-    output = self.decoder.apply({"params": state["ema"]}, z, last, x_rec)
+    output: Any = self.decoder.apply({"params": ema}, z, last, x_rec)
     a = jnp.asarray(schedules.alphas_cumprod(self.schedule))[-1]
-    guess = schedules.to_image(self.schedule, output, z, a)
-    error = jnp.square(jnp.clip(guess, -1.0, 1.0) - x).mean((1, 2, 3))
+    predicted = schedules.to_image(self.schedule, output, z, a)
+    error = jnp.square(jnp.clip(predicted, -1.0, 1.0) - x).mean((1, 2, 3))
     return metrics | {"picture_mse": denoising.mean(error, batch["valid"])}
 
-  def export(self, params, state):
-    """The mean weights; their config and schedule describe them."""
+  def export(
+    self, params: base.Params, extra: base.Extra
+  ) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Returns the mean weights."""
     del params
-    return state["ema"], {
+    meta = {
       "pixels": dataclasses.asdict(self.decoder_config),
       "schedule": dataclasses.asdict(self.schedule),
     }
+    return {self.part: (extra["ema"], meta)}

@@ -1,65 +1,75 @@
-"""Stage `pretrain`: one next-token loss over text and visual words.
+"""Stage `pretrain`: one next-token loss over text and visual tokens.
 
-Paper section 3.2 (unified generative pretraining): an image that is read
-enters as the merger's continuous tokens, an image that is written as code
-ids; both are targets over the one vocabulary. The stage-1 tokenizer that made
-the ids stays frozen; the merger and projection of the continuous branch start
-from it and train with the LLM.
+Paper section 3.2 (unified generative pretraining): an image that is read enters
+as the merger's continuous tokens, an image that is written as code ids; both
+are targets over the one vocabulary. The stage-1 tokenizer that made the ids
+stays frozen; the merger and projection of the continuous branch start from it
+and train with the LLM.
 
 With `model.lora.rank` the LLM is frozen, in `model.frozen_dtype`, and low-rank
 changes of its matrices train in its place: fine-tuning on a single host.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
-from lavit_jax.core import (
-  agreement,
-  averages,
-  errors,
-  image_io,
-  sharding,
-  vocabulary,
-)
-from lavit_jax.core.storage import checkpoints, files, fingerprints
+from lavit_jax.core import averages, image_io, vocabulary
+from lavit_jax.core.storage import fingerprints
 from lavit_jax.data import faults
 from lavit_jax.data.batching import pipeline
 from lavit_jax.models import llama, lora, unified
 from lavit_jax.models.tokenizer import tokenizer
 from lavit_jax.train import losses, phases
-from lavit_jax.train.objectives import base
+from lavit_jax.train.objectives import base, token_dropout
 from lavit_jax.train.objectives.frozen import (
   abstract_params,
   branches,
   caches,
+  llm_start,
   precision,
+)
+from lavit_jax.train.objectives.frozen import artifacts as artifacts_lib
+
+_INTS = (
+  "tokens",
+  "targets",
+  "segments",
+  "positions",
+  "image_index",
+  "token_index",
 )
 
 
 class PretrainObjective(base.Objective):
-  """Trains the LLM with the merger and projection it reads images by."""
+  """Trains the LLM with the merger and projection it reads images by.
+
+  A phase has the setting `word_dropout`, the share of input visual tokens that
+  are replaced; see `token_dropout`.
+  """
 
   part = "llm"
   best_metric = "loss"
   best_mode = "min"
 
-  def __init__(self, config, where=None):
-    super().__init__(config, where)
-    words = self.stored.words(config.model_dir)
-    made = precision.applied(
-      config,
-      trained=("merger",) if phases.trains(config, "merger") else (),
-      encoder=words.vit,
-      merger=words.merger,
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    artifacts: artifacts_lib.Artifacts | None = None,
+  ):
+    super().__init__(config, artifacts)
+    is_abstract = self.artifacts.is_abstract
+    self.tokenizer_config = self._tokenizer_config()
+    self.text = (
+      None
+      if is_abstract
+      else self.artifacts.text_tokenizer(config, self.source)
     )
-    self.tokenizer_config = dataclasses.replace(
-      words, vit=made["encoder"], merger=made["merger"]
-    )
-    self.text = None if self.stored.outline else self.text_tokenizer()
     self.vocabulary = vocabulary.Vocabulary(
       text_size=self.text.size if self.text else config.assumed.text_size,
       num_codes=self.tokenizer_config.quantizer.num_codes,
@@ -67,9 +77,10 @@ class PretrainObjective(base.Objective):
     self.llama_config = llama.LlamaConfig(
       **config.model.llm.to_dict() | {"vocab_size": self.vocabulary.size}
     )
-    self._check_start()
-    self.capacity = self._use_caches()
-    self.stored.check_assumed(
+    if not is_abstract:
+      llm_start.check(config, self.llama_config)
+    self.capacity = self._open_caches()
+    self.artifacts.check_assumed(
       config, capacity=self.capacity, text_size=self.vocabulary.text_size
     )
     self.model = unified.UnifiedModel(
@@ -77,102 +88,77 @@ class PretrainObjective(base.Objective):
     )
     self.lora = dict(config.model.get("lora", {"rank": 0, "alpha": 0.0}))
     self.lora_scale = self.lora["alpha"] / max(self.lora["rank"], 1)
-    if self.lora["rank"]:
-      self._check_llm()
-    self.batch_examples = config.batch_size
-    if not self.stored.outline:
+    if self.lora["rank"] and not is_abstract:
+      llm_start.check_lora(config, self.llama_config, self.lora)
+    if not is_abstract:
       self._use_rows()
 
-  def _use_caches(self) -> int:
-    """The most words of an image: none is ever cut."""
-    config = self.config
-    if self.stored.outline:
-      return config.assumed.capacity
-    self._caches = caches.codes(
-      config, (self.source, self.held_out), self.images_of
-    )
-    return int(max(c.counts.max() for c in self._caches))
+  # Config and files.
 
-  def made_of(self):
-    """Data, caches, text tokenizer, encoder, tokenizer; under LoRA the LLM."""
-    found = super().made_of() | self.words_made_of() | self.text_made_of()
+  def _tokenizer_config(self) -> tokenizer.TokenizerConfig:
+    """Returns the stored config, computed as the run says."""
+    config = self.config
+    stored = self.artifacts.tokenizer_config(config.model_dir)
+    networks = precision.applied(
+      config,
+      trained=("merger",) if phases.trains(config, "merger") else (),
+      encoder=stored.vit,
+      merger=stored.merger,
+    )
+    return dataclasses.replace(
+      stored, vit=networks["encoder"], merger=networks["merger"]
+    )
+
+  def _open_caches(self) -> int:
+    """Opens the code caches; returns the most visual tokens of an image."""
+    config = self.config
+    if self.artifacts.is_abstract:
+      return config.assumed.capacity
+    self._caches = caches.codes(config, (self.source, self.held_out))
+    return int(max(cache.counts.max() for cache in self._caches))
+
+  def provenance(self) -> dict[str, str]:
+    """Returns data, caches, text tokenizer, encoder, tokenizer; LoRA's LLM."""
     train, held_out = self._caches
-    found |= {
-      "train_cache": train.fingerprint(),
-      "held_out_cache": held_out.fingerprint(),
-    }
+    prints = (
+      super().provenance()
+      | self.artifacts.tokenizer_provenance(self.config)
+      | self.artifacts.text_provenance(self.config)
+      | {
+        "train_cache": train.fingerprint(),
+        "held_out_cache": held_out.fingerprint(),
+      }
+    )
     if self.lora["rank"]:
       folder = self.config.start_from
-      found["llm"] = fingerprints.of_part(folder, self.part, "llm")
-    return found
+      prints["llm"] = fingerprints.of_part(folder, self.part, "llm")
+    return prints
 
-  def _check_start(self):
-    """Whether weights of config.start_from mean under this config what there.
-
-    Raises:
-      errors.ConfigError: a field of the network differs.
-    """
-    folder = self.config.start_from
-    if self.stored.outline or not folder:
-      return
-    if self.part not in checkpoints.parts_in(folder):
-      return  # said where it is read; a run that goes on need not have it
-    meta = checkpoints.read_meta(folder, self.part)
-    if "llama" not in meta:
-      return  # shapes are all that can be compared
-    theirs = llama.LlamaConfig(**meta["llama"])
-    agreement.settle(
-      # Rotary positions have no table: max_len is no property of weights.
-      agreement.fields(
-        theirs, self.llama_config, "model.llm.", ("max_len", "vocab_size")
-      ),
-      agreement.accepted(self.config),
-      what=f"The {self.part} of start_from={folder}",
-    )
-
-  def _check_llm(self):
-    """Whether config.start_from has the LLM that a LoRA is to change."""
-    folder = self.config.start_from
-    if self.stored.outline:
-      return
-    if not folder or self.lora["alpha"] <= 0:
-      raise errors.ConfigError(
-        f"model.lora={self.lora} changes a trained LLM: it needs an alpha above"
-        " 0, and start_from, that LLM's model directory. Set model.lora.rank=0"
-        " to train the whole."
-      )
-    self._check_same_words(folder)
-    wanted = sharding.unbox(abstract_params.llm(self.llama_config))
-    branches.check({"llm": self._stored_llm()}, {"llm": wanted})
-
-  def _stored_llm(self):
-    return branches.Branch(self.config.start_from, self.part, "llm")
-
-  def frozen_shapes(self):
-    """The encoder; under LoRA the LLM too."""
+  def frozen_shapes(self) -> base.Frozen:
+    """Returns the encoder; under LoRA the LLM too."""
     dtype = self.config.model.get("frozen_dtype", "float32")
-    made = {
-      "encoder": abstract_params.encoder(self.tokenizer_config.vit, dtype)
-    }
+    vit = self.tokenizer_config.vit
+    shapes = {"encoder": abstract_params.encoder(vit, dtype)}
     if self.lora["rank"]:
-      made["llm"] = abstract_params.llm(self.llama_config, dtype)
-    return made
+      shapes["llm"] = abstract_params.llm(self.llama_config, dtype)
+    return shapes
 
-  def frozen_branches(self):
-    """The encoder; under LoRA the LLM too. Ids come from the cache."""
-    made = {"encoder": branches.Branch(self.config.model_dir, "encoder")}
+  def frozen_branches(self) -> dict[str, branches.Branch]:
+    """Returns the encoder; under LoRA the LLM too. Ids are in the cache."""
+    stored = {"encoder": branches.Branch(self.config.model_dir, "encoder")}
     if self.lora["rank"]:
-      made["llm"] = self._stored_llm()
-    return made
+      stored["llm"] = llm_start.branch(self.config)
+    return stored
 
-  def batch_shapes(self):
-    """Packed rows; see `pipeline.packed_mixture`."""
+  # Data.
+
+  def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns packed rows; see `pipeline.packed_rows`."""
     data, count = self.config.data, self.config.batch_size
     row, slots = (count, data.length), (count, data.slots)
     side = data.image_size
-    ids = ("tokens", "targets", "segments", "positions", "slot", "order")
-    return base.abstract(
-      {name: (row, np.int32) for name in ids}
+    return abstract_params.arrays(
+      {name: (row, np.int32) for name in _INTS}
       | {
         "weights": (row, np.float32),
         "pixels": ((*slots, side, side, 3), np.uint8),
@@ -182,12 +168,14 @@ class PretrainObjective(base.Objective):
       }
     )
 
-  def _use_rows(self):
-    data = self.config.data
+  def _use_rows(self) -> None:
+    """Makes the datasets of packed rows."""
+    data, text = self.config.data, self.text
+    assert text is not None  # there is one wherever there are data
     make = lambda source, codes: pipeline.packed_rows(
       source,
       codes,
-      self.text,
+      text,
       self.vocabulary,
       mixture=data.mixture.to_dict(),
       length=data.length,
@@ -200,8 +188,10 @@ class PretrainObjective(base.Objective):
     self._train_data = make(self.source, self._caches[0])
     self._held_out_data = make(self.held_out, self._caches[1])
 
-  def init(self, rng):
-    """Boxed parameters `llm` or, in its place, `lora`; merger, projection."""
+  # Parameters.
+
+  def init(self, rng: jax.Array) -> tuple[base.Params, base.Extra]:
+    """Draws `llm` or, in its place, `lora`; and merger and projection."""
     config = self.tokenizer_config
     grid = config.num_patches
     variables = self.model.init(
@@ -209,8 +199,8 @@ class PretrainObjective(base.Objective):
       jnp.zeros((1, 8), jnp.int32),
       features=jnp.zeros((1, 1, grid, config.width)),
       keep=jnp.ones((1, 1, grid), bool),
-      slot=jnp.zeros((1, 8), jnp.int32),
-      order=jnp.zeros((1, 8), jnp.int32),
+      image_index=jnp.zeros((1, 8), jnp.int32),
+      token_index=jnp.zeros((1, 8), jnp.int32),
       positions=jnp.zeros((1, 8), jnp.int32),
       segments=jnp.ones((1, 8), jnp.int32),
     )
@@ -223,59 +213,71 @@ class PretrainObjective(base.Objective):
       params["lora"] = lora.init(key, llm, rank, targets)
     return params, {}
 
-  def begin_phase(self, phase, state):
-    """Starts from the LLM of config.start_from, or stage 1's merger alone."""
+  def begin_phase(
+    self, phase: phases.Phase, state: Any
+  ) -> tuple[base.Params, base.Extra]:
+    """Reads stage 1's merger, and what config.start_from has."""
     if phase.start:
       return state.params, state.extra
-    where, folder = self.config.model_dir, self.config.start_from
-    start = {"merger": branches.Branch(where, "tokenizer", "params/merger")}
-    if folder:
-      self._check_same_words(folder)
+    folder = self.config.model_dir
+    start = {"merger": branches.Branch(folder, "tokenizer", "params/merger")}
+    if self.config.start_from:
+      llm_start.check_text_tokenizer(self.config)
       # A plain LLaMA brings no merger: stage 1's stays.
       names = ("merger", "projection", "llm")[: 2 if self.lora["rank"] else 3]
-      theirs = {n: branches.Branch(folder, self.part, n) for n in names}
-      start |= {n: b for n, b in theirs.items() if branches.is_there(b)}
-    found = self.load_start(start, state.params)
-    return state.params | found, state.extra
+      stored = {n: llm_start.branch(self.config, n) for n in names}
+      start |= {n: b for n, b in stored.items() if branches.is_there(b)}
+    loaded = self.artifacts.load_like(start, state.params)
+    return state.params | loaded, state.extra
 
-  def _check_same_words(self, folder):
-    """Raises CheckpointError unless its text ids mean what ours mean."""
-    theirs = files.place(folder) / "tokenizer.model"
-    ours = files.place(self.config.model_dir) / "tokenizer.model"
-    if not theirs.exists() or theirs.read_bytes() != ours.read_bytes():
-      raise errors.CheckpointError(
-        f"{theirs} is missing or is not {ours}, byte for byte: ids of the LLM"
-        " in config.start_from would be other words here. Copy that file to"
-        " config.model_dir before the first stage is trained."
-      )
+  # The loss.
 
-  def draws(self, phase, batch, rng):
-    """Which input words are hidden, and by what."""
+  def draws(
+    self, phase: phases.Phase, batch: base.Batch, rng: jax.Array
+  ) -> base.Draws:
+    """Draws which visual tokens of the input are replaced, and by which."""
     share = phase["word_dropout"]
     if not share:
       return {}
-    return word_draws(self.vocabulary, batch["tokens"].shape, share, rng)
+    shape = batch["tokens"].shape
+    return token_dropout.draws(self.vocabulary, shape, share, rng)
 
-  def norms(self, phase, params, frozen, state, batch, draws):
-    """Positions that teach, weighted."""
-    del phase, params, frozen, state, draws
+  def nonlinear_sums(
+    self,
+    phase: phases.Phase,
+    params: base.Params,
+    frozen: base.Frozen,
+    extra: base.Extra,
+    batch: base.Batch,
+    draws: base.Draws,
+  ) -> base.Sums:
+    """Sums the weights of targets."""
+    del phase, params, frozen, extra, draws
     return {"weights": batch["weights"].sum()}
 
-  def sums(self, phase, params, frozen, state, batch, draws):
-    """Next-token nll, weighted; that of text and visual targets apart."""
-    del phase, state
+  def sums(
+    self,
+    phase: phases.Phase,
+    params: base.Params,
+    frozen: base.Frozen,
+    extra: base.Extra,
+    batch: base.Batch,
+    draws: base.Draws,
+  ) -> tuple[base.Sums, base.Stats]:
+    """Sums the weighted nll, and that of text and visual targets; no stats."""
+    del phase, extra
     features = self._features(frozen["encoder"], batch["pixels"])
     tokens = batch["tokens"]
     if draws:
-      tokens = drop_visual_tokens(self.vocabulary, tokens, draws)
+      tokens = token_dropout.apply(self.vocabulary, tokens, draws)
     variables, head = self._variables(params, frozen)
-    hidden = self.model.apply(
+    hidden: Any = self.model.apply(
       variables,
       tokens,
       features=features,
       keep=batch["keep"],
-      slot=batch["slot"],
-      order=batch["order"],
+      image_index=batch["image_index"],
+      token_index=batch["token_index"],
       positions=batch["positions"],
       segments=batch["segments"],
     )
@@ -287,45 +289,54 @@ class PretrainObjective(base.Objective):
       weights,
       vocab_size=self.vocabulary.size,
     )
-    learnt = weights > 0
-    visual = learnt & (batch["targets"] >= self.vocabulary.image_begin)
-    text, used = learnt & ~visual, batch["segments"] > 0
+    return {"nll": total, "weights": weights.sum()} | self._counts(
+      batch, nll
+    ), {}
+
+  def _counts(self, batch: base.Batch, nll: jax.Array) -> base.Sums:
+    """Sums what is reported beside the loss, of nll float32[B, L]."""
+    is_target = batch["weights"] > 0
+    is_code = batch["targets"] >= self.vocabulary.image_begin
+    visual, text = is_target & is_code, is_target & ~is_code
+    used = batch["segments"] > 0
     count = lambda mask: mask.sum().astype(jnp.float32)
     return {
-      "nll": total,
-      "weights": weights.sum(),
       "text": (nll * text).sum(),
       "text_targets": count(text),
       "visual": (nll * visual).sum(),
       "visual_targets": count(visual),
       "tokens": count(used),
-      "places": jnp.float32(used.size),
-    }, {}
+      "positions": jnp.float32(used.size),
+    }
 
-  def combine(self, phase, sums):
-    """Weighted mean nll; text and visual targets are reported apart."""
+  def combine(
+    self, phase: phases.Phase, sums: base.Sums
+  ) -> tuple[jax.Array, averages.Metrics]:
+    """Takes the weighted mean nll; reports text and visual targets apart."""
     del phase
     mean = averages.mean
-    metrics = {
+    metrics: averages.Metrics = {
       "loss": mean(sums["nll"], sums["weights"]),
       "text_loss": mean(sums["text"], sums["text_targets"]),
       "visual_loss": mean(sums["visual"], sums["visual_targets"]),
       "tokens": averages.Sum(sums["tokens"]),
-      "fill": mean(sums["tokens"], sums["places"]),
+      "fill": mean(sums["tokens"], sums["positions"]),
     }
     return averages.ratio(sums["nll"], sums["weights"]), metrics
 
-  def _variables(self, params, frozen):
-    """What the model is applied to, and the head float[V, D]."""
+  def _variables(
+    self, params: base.Params, frozen: base.Frozen
+  ) -> tuple[dict[str, Any], jax.Array]:
+    """Returns the model's variables, and the head float[V, D]."""
     if not self.lora["rank"]:
       return {"params": params}, params["llm"]["head"]
     low = lora.collection(params["lora"], self.lora_scale)
-    params = {name: params[name] for name in ("merger", "projection")}
-    whole = {"params": params | {"llm": frozen["llm"]}, "lora": {"llm": low}}
-    return whole, frozen["llm"]["head"]
+    trained = {name: params[name] for name in ("merger", "projection")}
+    weights = trained | {"llm": frozen["llm"]}
+    return {"params": weights, "lora": {"llm": low}}, frozen["llm"]["head"]
 
-  def _features(self, encoder, pixels):
-    """float[B, S, N, D] of uint8[B, S, H, W, 3]; no gradient."""
+  def _features(self, encoder: Any, pixels: jax.Array) -> jax.Array:
+    """Encodes uint8[B, S, H, W, 3] to float[B, S, N, D]; no gradient."""
     batch, slots = pixels.shape[:2]
     flat = pixels.reshape(batch * slots, *pixels.shape[2:])
     features = tokenizer.encode_images(
@@ -334,14 +345,25 @@ class PretrainObjective(base.Objective):
     features = jax.lax.stop_gradient(features)
     return features.reshape(batch, slots, *features.shape[1:])
 
-  def held_out_metrics(self, params, frozen, state, batch):
-    """The training loss on held-out rows, no word dropped."""
-    phase = dict(self.last_phase) | {"word_dropout": 0.0}
-    _, (_, metrics) = self.loss(phase, params, frozen, state, batch, None)
+  # Evaluation and result.
+
+  def held_out_metrics(
+    self,
+    params: base.Params,
+    frozen: base.Frozen,
+    extra: base.Extra,
+    batch: base.Batch,
+  ) -> dict[str, Any]:
+    """Computes the training loss with no token dropped."""
+    phase = self.last_phase.with_settings(word_dropout=0.0)
+    rng = jax.random.key(0)  # nothing is drawn
+    _, (_, metrics) = self.loss(phase, params, frozen, extra, batch, rng)
     return {k: metrics[k] for k in ("loss", "text_loss", "visual_loss")}
 
-  def export(self, params, state):
-    """LLM, merger and projection, with what is needed to use them."""
+  def export(
+    self, params: base.Params, extra: base.Extra
+  ) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Returns LLM, merger and projection, with their configs."""
     meta = {
       "llama": dataclasses.asdict(self.llama_config.served()),
       "vocabulary": dataclasses.asdict(self.vocabulary),
@@ -350,46 +372,7 @@ class PretrainObjective(base.Objective):
     params = nn.meta.unbox(params)
     if self.lora["rank"]:
       boxed, low = abstract_params.llm(self.llama_config), params.pop("lora")
-      where = self._stored_llm()
-      params["llm"] = self.with_lora(where, boxed, low, self.lora_scale)
-    return params, meta
-
-
-def word_draws(vocab, shape, share: float, rng) -> dict[str, jax.Array]:
-  """What `drop_visual_tokens` asks of chance.
-
-  Args:
-    vocab: a vocabulary.Vocabulary.
-    shape: (B, L).
-    share: of the visual words, in [0, 1].
-    rng: a key.
-
-  Returns:
-    {"chosen": bool[B, L], "words": int32[B, L]}.
-  """
-  chosen_rng, word_rng = jax.random.split(rng)
-  first, end = vocab.code_offset, vocab.size
-  return {
-    "chosen": jax.random.bernoulli(chosen_rng, share, shape),
-    "words": jax.random.randint(word_rng, shape, first, end, jnp.int32),
-  }
-
-
-def drop_visual_tokens(vocab, tokens, drawn):
-  """Hides some of the visual words the LLM is given from it.
-
-  Input words alone, targets stay: what an image is to show must then be read
-  off the prompt, not guessed from the words before. (Word dropout of Bowman et
-  al. 2016, arXiv 1511.06349, section 3.1, with random words for unk.)
-
-  Args:
-    vocab: a vocabulary.Vocabulary.
-    tokens: int[B, L].
-    drawn: of `word_draws`, of these rows.
-
-  Returns:
-    int[B, L]; text and image marks are as they were.
-  """
-  visual = (tokens >= vocab.code_offset) & (tokens < vocab.size)
-  words = drawn["words"].astype(tokens.dtype)
-  return jnp.where(drawn["chosen"] & visual, words, tokens)
+      params["llm"] = self.artifacts.load_with_lora(
+        llm_start.branch(self.config), boxed, low, self.lora_scale
+      )
+    return {self.part: (params, meta)}

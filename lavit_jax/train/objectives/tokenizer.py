@@ -1,34 +1,38 @@
 """Stage `tokenizer`: selector, merger, codebook and decoder, encoder frozen.
 
 Paper section 3.1: mean over patches of 1 - cos(x, x_rec), the rate term
-lambda (rho - mean(M))^2, and the quantizer's commitment. A phase says where
-its mask comes from and whether codes are on:
+lambda (rho - mean(M))^2, and the quantizer's commitment. A phase's setting
+`mask` says where its mask M comes from:
 
-  mask "random"   keep rate drawn an image from `keep_range`: merger and
-                  decoder learn to live with any mask, gathered (fast)
-  mask "gumbel"   the selector's, sampled straight-through; the all-positions
-                  form, so that gradient reaches the mask of dropped patches
-  mask "sampled"  the frozen selector's, sampled, gathered
-  mask "expected" the frozen selector's, deterministic, gathered
+  "random"    share of kept patches drawn from `keep_range` for each image:
+              merger and decoder learn to live with any mask; gathered (fast)
+  "gumbel"    from the selector, sampled straight-through; the form with all
+              positions, so that gradient reaches the mask of dropped patches
+  "sampled"   from the frozen selector, sampled; gathered
+  "expected"  from the frozen selector, deterministic; gathered
+
+With `quantize` the vectors are quantized, and the codebook is updated by EMA.
 """
 
 import dataclasses
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 from lavit_jax.core import averages, errors, image_io
 from lavit_jax.core.storage import fingerprints
 from lavit_jax.models.encoder import vision
 from lavit_jax.models.tokenizer import quantizer, selector, tokenizer
-from lavit_jax.train import boundaries, losses
-from lavit_jax.train.objectives import base
+from lavit_jax.train import losses, phases
+from lavit_jax.train.objectives import base, tokenizer_folds
 from lavit_jax.train.objectives.frozen import (
   abstract_params,
   branches,
   precision,
 )
+from lavit_jax.train.objectives.frozen import artifacts as artifacts_lib
 
 MASKS = ("random", "gumbel", "sampled", "expected")
 
@@ -40,19 +44,25 @@ class TokenizerObjective(base.Objective):
   best_metric = "recon_gain"
   best_mode = "max"
 
-  def __init__(self, config, where=None):
-    super().__init__(config, where)
-    meta = self.stored.meta(config.model_dir, "encoder")
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    artifacts: artifacts_lib.Artifacts | None = None,
+  ):
+    super().__init__(config, artifacts)
+    meta = self.artifacts.meta(config.model_dir, "encoder")
     vit = vision.ViTConfig(**meta["vit"])
     vit = precision.applied(config, encoder=vit)["encoder"]
     self.model_config = tokenizer.config_from_dict(
       config.model.tokenizer.to_dict() | {"vit": vit}
     )
-    self.model = tokenizer.DynamicVisualTokenizer(self.model_config)
-    self.use_images()
+    self.model: Any = tokenizer.DynamicVisualTokenizer(self.model_config)
+    self._train_data, self._held_out_data = self.artifacts.image_batches(
+      config, (self.source, self.held_out)
+    )
 
-  def init(self, rng):
-    """Boxed parameters; extra: codebook statistics, mean features, counts."""
+  def init(self, rng: jax.Array) -> tuple[base.Params, base.Extra]:
+    """Draws the parameters; extra: codebook statistics, mean features."""
     config = self.model_config
     grid, width = config.num_patches, config.width
     variables = self.model.init(
@@ -67,109 +77,57 @@ class TokenizerObjective(base.Objective):
       "feature_mean": jnp.zeros((grid, width)),
     }
 
-  def frozen_shapes(self):
-    """The encoder."""
+  def frozen_shapes(self) -> base.Frozen:
+    """Returns the encoder."""
     dtype = self.config.model.get("frozen_dtype", "float32")
     return {"encoder": abstract_params.encoder(self.model_config.vit, dtype)}
 
-  def made_of(self):
-    """Data and encoder."""
-    encoder = fingerprints.of_part(self.config.model_dir, "encoder")
-    return super().made_of() | {"encoder": encoder}
-
-  def frozen_branches(self):
-    """The encoder."""
+  def frozen_branches(self) -> dict[str, branches.Branch]:
+    """Returns the encoder."""
     return {"encoder": branches.Branch(self.config.model_dir, "encoder")}
 
-  def batch_shapes(self):
-    """Images alone."""
-    return self.image_shapes()
+  def provenance(self) -> dict[str, str]:
+    """Returns data and encoder."""
+    encoder = fingerprints.of_part(self.config.model_dir, "encoder")
+    return super().provenance() | {"encoder": encoder}
 
-  def folds(self, phase):
+  def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns images alone."""
+    return abstract_params.image_batch(self.config)
+
+  def folds(self, phase: phases.Phase) -> tuple[base.Fold, ...]:
     """Mean features before the first phase; k-means before codes come on."""
-    found = []
+    folds, config = [], self.model_config
     if phase.start == 0:
-      found.append(self._mean_features())
+      shape = (config.num_patches, config.width)
+      folds.append(tokenizer_folds.mean_features(shape, self._features))
     if phase.get("kmeans_iters", 0):
-      found.append(self._kmeans(phase))
-    return tuple(found)
-
-  def _mean_features(self):
-    """The mean over images, float[N, D], of some batches."""
-    config = self.model_config
-    grid, width = config.num_patches, config.width
-
-    def start():
-      return {"sums": jnp.zeros((grid, width)), "images": jnp.zeros(())}
-
-    def add(carried, number, state, frozen, batch):
-      del number, state
-      features = self._features(frozen["encoder"], batch["image"])
-      valid = batch["valid"]
-      sums = (features * valid[:, None, None]).sum(0, dtype=jnp.float32)
-      more = {"sums": sums, "images": valid.sum()}
-      return jax.tree.map(jnp.add, carried, more)
-
-    def finish(carried, state):
-      del state
-      count = jnp.maximum(carried["images"], 1.0)
-      return {"feature_mean": carried["sums"] / count}
-
-    return boundaries.Fold(
-      name="feature_mean", batches=8, start=start, add=add, finish=finish
-    )
-
-  def _kmeans(self, phase):
-    """Codebook statistics from the projections of kept tokens."""
-    config = self.model_config.quantizer
-    batches, images = phase["kmeans_batches"], self.config.batch_size
-    shape = (batches, images, self.config.data.capacity)
-    axes = (None, "act_batch", None)
-
-    def start():
-      z, weights = jnp.zeros((*shape, config.code_dim)), jnp.zeros(shape)
-      return {
-        "z": nn.LogicallyPartitioned(z, (*axes, None)),
-        "weights": nn.LogicallyPartitioned(weights, axes),
-      }
-
-    def add(carried, number, state, frozen, batch):
-      features = self._features(frozen["encoder"], batch["image"])
-      mask = self._mask("expected", phase, state.params, features, None)[0]
-      z, valid = self._project_compact(state.params, features, mask)
-      more = {"z": z, "weights": valid * batch["valid"][:, None]}
-      put = lambda whole, x: jax.lax.dynamic_update_index_in_dim(
-        whole, x.astype(whole.dtype), number, 0
+      shape = (self.config.batch_size, self.config.data.capacity)
+      folds.append(
+        tokenizer_folds.kmeans(
+          phase, config.quantizer, shape, self._project_expected
+        )
       )
-      return jax.tree.map(put, carried, more)
+    return tuple(folds)
 
-    def finish(carried, state):
-      rng = jax.random.fold_in(
-        jax.random.wrap_key_data(state.rng), phase.start + 1
-      )
-      codebook = quantizer.kmeans_init(
-        rng,
-        carried["z"].reshape(batches, -1, config.code_dim),
-        carried["weights"].reshape(batches, -1),
-        config.num_codes,
-        phase["kmeans_iters"],
-      )
-      return {"codebook": codebook}
+  def _project_expected(self, params, frozen, batch):
+    """Projects the patches that the selector keeps, deterministically."""
+    features = self._features(frozen["encoder"], batch["image"])
+    mask, _ = self._mask("expected", params, features, {})
+    return self._project_compact(params, features, mask)
 
-    return boundaries.Fold(
-      name="kmeans", batches=batches, start=start, add=add, finish=finish
-    )
-
-  def _features(self, encoder, image):
-    """float[B, N, D] of uint8[B, H, W, 3], no gradient."""
+  def _features(self, encoder: Any, image: jax.Array) -> jax.Array:
+    """Encodes uint8[B, H, W, 3] to float[B, N, D]; no gradient."""
     return jax.lax.stop_gradient(
       tokenizer.encode_images(
         self.model_config, encoder, image_io.normalize(image)
       )
     )
 
-  def draws(self, phase, batch, rng):
-    """The random mask, or the noise of the selector's; a lot of each token."""
+  def draws(
+    self, phase: phases.Phase, batch: base.Batch, rng: jax.Array
+  ) -> base.Draws:
+    """Draws a random mask or the selector's noise; lots for dead codes."""
     rows, grid = len(batch["image"]), self.model_config.num_patches
     mask_rng, revive_rng = jax.random.split(rng)
     drawn = {}
@@ -180,26 +138,30 @@ class TokenizerObjective(base.Objective):
       drawn["mask"] = selector.random_mask(mask_rng, (rows, grid), share)
     elif phase["mask"] in ("gumbel", "sampled"):
       drawn["gumbel"] = selector.gumbel(mask_rng, (rows, grid))
-    if self._revives(phase):
+    if _revives(phase):
       soft = phase["mask"] == "gumbel"
       shape = rows, grid if soft else self.config.data.capacity
       lots = jax.random.permutation(revive_rng, shape[0] * shape[1])
       drawn["lot"] = 1 + lots.reshape(shape)
     return drawn
 
-  @staticmethod
-  def _revives(phase):
-    return phase.get("quantize", False) and phase["revive_below"] > 0
+  def _mask(
+    self,
+    kind: str,
+    params: base.Params,
+    features: jax.Array,
+    draws: base.Draws,
+    temperature: float = 1.0,
+  ) -> tuple[jax.Array, Any]:
+    """Returns (mask float[B, N], log_probs float[B, N, 2] of the selector).
 
-  def _mask(self, kind, phase, params, features, draws):
-    """(mask float[B, N], log_probs float[B, N, 2] or None) of a phase."""
+    The latter are None for a random mask.
+    """
     if kind == "random":
       return draws["mask"].astype(jnp.float32), None
     log_probs = self.model.apply({"params": params}, features, method="select")
     if kind == "gumbel":
-      mask = selector.mask_from_noise(
-        log_probs, draws["gumbel"], phase["temperature"]
-      )
+      mask = selector.mask_from_noise(log_probs, draws["gumbel"], temperature)
     elif kind == "sampled":
       mask = jax.lax.stop_gradient(
         selector.mask_from_noise(log_probs, draws["gumbel"])
@@ -212,8 +174,12 @@ class TokenizerObjective(base.Objective):
       )
     return mask, log_probs
 
+  def _phase_mask(self, phase, params, features, draws):
+    temperature = phase["temperature"] if phase["mask"] == "gumbel" else 1.0
+    return self._mask(phase["mask"], params, features, draws, temperature)
+
   def _project_compact(self, params, features, mask):
-    """Unit vectors float[B, K, dim] of kept tokens, and which are tokens."""
+    """Gathers kept patches: unit vectors float[B, K, dim], valid[B, K]."""
     tokens, valid, _ = self.model.apply(
       {"params": params},
       features,
@@ -224,8 +190,21 @@ class TokenizerObjective(base.Objective):
     z = self.model.apply({"params": params}, tokens, method="project")
     return z, valid
 
-  def _reconstruct(self, phase, params, codebook, features, mask, soft):
-    """x_rec, and z, ids, weights of the tokens (ids None without codes)."""
+  def _reconstruct(self, params, codebook, features, mask, *, soft, quantize):
+    """Reconstructs features from the kept patches.
+
+    Args:
+      params: of the stage.
+      codebook: its statistics.
+      features: float[B, N, D].
+      mask: float[B, N].
+      soft: in the form with all positions; else kept patches are gathered.
+      quantize: whether vectors are replaced by codes.
+
+    Returns:
+      (x_rec float[B, N, D]; z float[B, K, dim], ids int[B, K] and weights
+      float[B, K] of the tokens; ids are None if they are not quantized).
+    """
     variables = {"params": params}
     ids = None
     if soft:
@@ -236,7 +215,7 @@ class TokenizerObjective(base.Objective):
       z, valid = self._project_compact(params, features, mask)
       weights = valid.astype(jnp.float32)
     vectors = z
-    if phase.get("quantize", False):
+    if quantize:
       vectors, ids = quantizer.quantize(z, codebook["codes"])
     if soft:
       x_rec = self.model.apply(variables, vectors, mask, method="decode_soft")
@@ -244,64 +223,89 @@ class TokenizerObjective(base.Objective):
       x_rec = self.model.apply(variables, vectors, valid, method="decode")
     return x_rec, z, ids, weights
 
-  def norms(self, phase, params, frozen, state, batch, draws):
-    """What the loss is not linear in; the encoder is run for it, and again."""
+  def nonlinear_sums(
+    self,
+    phase: phases.Phase,
+    params: base.Params,
+    frozen: base.Frozen,
+    extra: base.Extra,
+    batch: base.Batch,
+    draws: base.Draws,
+  ) -> base.Sums:
+    """Counts images and tokens, and sums kept shares and variances.
+
+    It runs the encoder, which `sums` then runs again.
+    """
     features = self._features(frozen["encoder"], batch["image"])
-    mask, _ = self._mask(phase["mask"], phase, params, features, draws)
-    found = self._norms(state, features, mask, batch["valid"])
+    mask, _ = self._phase_mask(phase, params, features, draws)
+    sums = losses.image_sums(
+      features, extra["feature_mean"], mask, batch["valid"]
+    )
     if phase.get("quantize", False):
       count = mask.sum(1)
       if phase["mask"] != "gumbel":  # gathered
         count = jnp.minimum(count, self.config.data.capacity)
-      found["tokens"] = (count * batch["valid"]).sum()
-    return found
+      sums["tokens"] = (count * batch["valid"]).sum()
+    return sums
 
-  def _norms(self, state, features, mask, valid):
-    """Sums over valid images: their number, kept share, and variance."""
-    usual = jnp.square(features - state["feature_mean"]).mean((1, 2))
-    return {
-      "images": valid.sum(),
-      "kept": (mask.mean(1) * valid).sum(),
-      "variance": (usual * valid).sum(),
-    }
-
-  def sums(self, phase, params, frozen, state, batch, draws):
-    """The terms of the loss over valid images; what chose the codes."""
+  def sums(
+    self,
+    phase: phases.Phase,
+    params: base.Params,
+    frozen: base.Frozen,
+    extra: base.Extra,
+    batch: base.Batch,
+    draws: base.Draws,
+  ) -> tuple[base.Sums, base.Stats]:
+    """Sums the loss's terms over valid images; stats: vectors of each code."""
     valid, soft = batch["valid"], phase["mask"] == "gumbel"
     features = self._features(frozen["encoder"], batch["image"])
-    mask, log_probs = self._mask(phase["mask"], phase, params, features, draws)
+    mask, log_probs = self._phase_mask(phase, params, features, draws)
     x_rec, z, ids, weights = self._reconstruct(
-      phase, params, state["codebook"], features, mask, soft
+      params,
+      extra["codebook"],
+      features,
+      mask,
+      soft=soft,
+      quantize=phase.get("quantize", False),
     )
-    sums = self._norms(state, features, mask, valid)
-    sums |= reconstruction_sums(features, x_rec, valid)
+    sums = losses.image_sums(features, extra["feature_mean"], mask, valid)
+    sums |= losses.reconstruction_sums(features, x_rec, valid)
     if soft:
-      sums |= selection_sums(log_probs, valid)
+      sums |= losses.selection_sums(log_probs, valid)
     if ids is None:
       return sums, {}
     weights = weights * valid[:, None]
-    codes = state["codebook"]["codes"]
+    codes = extra["codebook"]["codes"]
     commitment = quantizer.commitment(z, codes, ids) * weights
     sums |= {"commitment": commitment.sum(), "tokens": weights.sum()}
-    seen = {"assigned": quantizer.assigned(z, ids, weights, len(codes))}
-    if self._revives(phase):
-      seen["fresh"] = quantizer.candidates(z, draws["lot"], weights, len(codes))
-    return sums, seen
+    stats = {"assigned": quantizer.assigned(z, ids, weights, len(codes))}
+    if _revives(phase):
+      lots = draws["lot"]
+      stats["fresh"] = quantizer.candidates(z, lots, weights, len(codes))
+    return sums, stats
 
-  def combine(self, phase, sums):
-    """Cosine reconstruction + rate + entropy + commitment, by phase."""
+  def combine(
+    self, phase: phases.Phase, sums: base.Sums
+  ) -> tuple[jax.Array, averages.Metrics]:
+    """Adds reconstruction, rate, entropy and commitment, as the phase has."""
     mean, count = averages.mean, sums["images"]
-    recon = reconstruction_loss(sums, phase["detail_weight"])
+    recon = losses.reconstruction_loss(sums, phase["detail_weight"])
     loss = recon
-    metrics = {
+    metrics: averages.Metrics = {
       "recon_loss": mean(recon * count, count),
       "kept_share": mean(sums["kept"], count),
     }
     if "entropy" in sums:
-      loss = loss + selection_loss(sums, phase)
+      loss = loss + losses.selection_loss(
+        sums,
+        rate=phase["rate"],
+        rate_weight=phase["rate_weight"],
+        entropy_weight=phase["entropy_weight"],
+      )
       metrics |= {
         "entropy": mean(sums["entropy"], count),
-        "p_keep_std": _spread(sums),
+        "p_keep_std": losses.p_keep_std(sums),
       }
     if "commitment" in sums:
       commitment = averages.ratio(sums["commitment"], sums["tokens"])
@@ -309,131 +313,87 @@ class TokenizerObjective(base.Objective):
       metrics["commitment"] = mean(sums["commitment"], sums["tokens"])
     return loss, metrics | {"loss": mean(loss * count, count)}
 
-  def merge_seen(self, a, b):
-    """Sums add up; of the candidates for dead codes the first are kept."""
+  def merge_stats(self, a: base.Stats, b: base.Stats) -> base.Stats:
+    """Adds sums; of the candidates for dead codes the highest lots stay."""
     add = lambda x, y: jax.tree.map(jnp.add, x, y)
     merges = {"assigned": add, "fresh": quantizer.merge_candidates}
     return {name: merges[name](a[name], b[name]) for name in a}
 
-  def update_extra(self, phase, state, seen, params):
-    """EMA of the codebook, and new places for codes that died."""
+  def update_extra(
+    self,
+    phase: phases.Phase,
+    extra: base.Extra,
+    stats: base.Stats,
+    params: base.Params,
+  ) -> tuple[base.Extra, averages.Metrics]:
+    """Moves the codebook by EMA, and dead codes to vectors of the batch."""
     del params
-    if not seen:
-      return state, {}
-    stats = quantizer.ema_update(
-      state["codebook"], seen["assigned"], self.model_config.quantizer.decay
+    if not stats:
+      return extra, {}
+    codebook = quantizer.ema_update(
+      extra["codebook"], stats["assigned"], self.model_config.quantizer.decay
     )
-    share, perplexity = quantizer.usage(seen["assigned"]["counts"])
-    metrics = {
+    share, perplexity = quantizer.usage(stats["assigned"]["counts"])
+    metrics: averages.Metrics = {
       "codes_in_batch": averages.of_step(share),
       "perplexity_in_batch": averages.of_step(perplexity),
     }
-    if "fresh" in seen:
-      stats, revived = quantizer.revive_dead(
-        stats, seen["fresh"], phase["revive_below"]
+    if "fresh" in stats:
+      codebook, revived = quantizer.revive_dead(
+        codebook, stats["fresh"], phase["revive_below"]
       )
       metrics["codes_revived"] = averages.Sum(revived)
-    return dict(state) | {"codebook": stats}, metrics
+    return dict(extra) | {"codebook": codebook}, metrics
 
-  def held_out_metrics(self, params, frozen, state, batch):
-    """Deterministic selection: gain over the mean feature, share kept.
+  def held_out_metrics(
+    self,
+    params: base.Params,
+    frozen: base.Frozen,
+    extra: base.Extra,
+    batch: base.Batch,
+  ) -> dict[str, Any]:
+    """Measures the gain in cosine over the mean features, and the share kept.
 
-    Before codes come on the reconstruction is from the vectors themselves.
+    The selection is deterministic. `recon_gain` is with codes, `gain_no_codes`
+    with the vectors themselves.
     """
     valid = batch["valid"]
     features = self._features(frozen["encoder"], batch["image"])
-    mask, log_probs = self._mask("expected", {}, params, features, None)
+    mask, log_probs = self._mask("expected", params, features, {})
     total = lambda x: (x.mean(1) * valid).sum()  # of float[B, N]
-    usual = jnp.broadcast_to(state["feature_mean"], features.shape)
-    images, cos_mean = valid.sum(), total(losses.cosine(features, usual))
+    mean = jnp.broadcast_to(extra["feature_mean"], features.shape)
+    images, cos_mean = valid.sum(), total(losses.cosine(features, mean))
     metrics = {
       "kept_share": averages.mean(total(mask), images),
       "cos_mean": averages.mean(cos_mean, images),
-      "p_keep_std": _spread(selection_sums(log_probs, valid)),
+      "p_keep_std": losses.p_keep_std(losses.selection_sums(log_probs, valid)),
     }
     for name, quantize in (("gain_no_codes", False), ("recon_gain", True)):
       x_rec, _, _, _ = self._reconstruct(
-        {"quantize": quantize}, params, state["codebook"], features, mask, False
+        params,
+        extra["codebook"],
+        features,
+        mask,
+        soft=False,
+        quantize=quantize,
       )
-      gained = total(losses.cosine(features, x_rec)) - cos_mean
-      metrics[name] = averages.mean(gained, images - cos_mean)
+      gain = total(losses.cosine(features, x_rec)) - cos_mean
+      metrics[name] = averages.mean(gain, images - cos_mean)
     return metrics
 
-  def export(self, params, state):
-    """Parameters of the four parts, the codebook and the mean features."""
+  def export(
+    self, params: base.Params, extra: base.Extra
+  ) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Returns the four parts' parameters, codebook and mean features."""
     stored = {
       "params": params,
-      "codebook": {"codes": state["codebook"]["codes"]},
-      "feature_mean": state["feature_mean"],
+      "codebook": {"codes": extra["codebook"]["codes"]},
+      "feature_mean": extra["feature_mean"],
     }
-    return stored, {"tokenizer": dataclasses.asdict(self.model_config)}
+    meta = {"tokenizer": dataclasses.asdict(self.model_config)}
+    return {self.part: (stored, meta)}
 
 
-def reconstruction_sums(features, x_rec, valid):
-  """Sums over valid images of the mean over patches.
-
-  Args:
-    features: float[B, N, D] of the encoder.
-    x_rec: float[B, N, D].
-    valid: float[B].
-
-  Returns:
-    {"cosine": of 1 - cos (paper), "error": of the mean squared error}.
-  """
-  cosine = 1.0 - losses.cosine(features, x_rec)  # [B, N]
-  wide = lambda x: x.astype(jnp.float32)
-  error = jnp.square(wide(features) - wide(x_rec)).mean(-1)
-  return {
-    "cosine": (cosine.mean(1) * valid).sum(),
-    "error": (error.mean(1) * valid).sum(),
-  }
-
-
-def reconstruction_loss(sums, detail_weight: float):
-  """1 - cos over patches (paper), and the detail term, weighted: float[].
-
-  The detail term is the squared error relative to the features' variance
-  round each position's mean. On raw features a constant scores a high cosine,
-  and every patch counts alike; here patches count by how far they are from
-  what is usual at their place, which is where objects are.
-  """
-  detail = sums["error"] / jnp.maximum(sums["variance"], 1e-12)
-  return averages.ratio(sums["cosine"], sums["images"]) + (
-    detail_weight * detail
-  )
-
-
-def selection_sums(log_probs, valid):
-  """Sums over valid images for float[B, N, 2] of the selector.
-
-  Returns:
-    {"entropy": of pi, its mean over patches; "p", "p_squared": of p(keep) over
-    patches; "patches": their number}.
-  """
-  p_keep = jnp.exp(log_probs[..., selector.KEEP])
-  entropy = -(jnp.exp(log_probs) * log_probs).sum(-1).mean(1)
-  return {
-    "entropy": (entropy * valid).sum(),
-    "p": (p_keep.sum(1) * valid).sum(),
-    "p_squared": (jnp.square(p_keep).sum(1) * valid).sum(),
-    "patches": valid.sum() * p_keep.shape[1],
-  }
-
-
-def selection_loss(sums, phase):
-  """The rate term lambda (rho - mean(M))^2 (paper), and the entropy of pi."""
-  kept = averages.ratio(sums["kept"], sums["images"])
-  entropy = averages.ratio(sums["entropy"], sums["images"])
-  return (
-    phase["rate_weight"] * jnp.square(phase["rate"] - kept)
-    + phase["entropy_weight"] * entropy
-  )
-
-
-def _spread(sums):
-  """Standard deviation of p(keep) over patches."""
-  return averages.Std(
-    total=jax.lax.stop_gradient(sums["p"]),
-    sum_of_squares=jax.lax.stop_gradient(sums["p_squared"]),
-    count=sums["patches"],
-  )
+def _revives(phase: phases.Phase) -> bool:
+  """Returns whether the phase replaces codes that are not used."""
+  return phase.get("quantize", False) and phase["revive_below"] > 0

@@ -1,10 +1,11 @@
-"""Where a run is in its data, in examples: rows of the endless data.
+"""A run's position in its data, in examples: rows of the endless data.
 
-Steps and examples part company where a run was resumed with another batch
-size, or left out the batches behind a bad one.
+Examples are not steps times the batch size where a run was resumed with another
+batch size, or skipped the batches up to a bad one.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from lavit_jax.core import errors
@@ -18,35 +19,39 @@ class Position:
   skip: int = 0
 
   def example(self, step: int) -> int:
-    """The first example of the batch that leads from `step`."""
+    """Returns the first example of the batch that leads from `step`."""
     return step * self.batch_size + self.skip
 
   def meta(self, step: int) -> dict[str, int]:
-    """What a checkpoint says of it; `resume` reads it."""
+    """Returns the checkpoint's entry `data`, which `resume` reads."""
     return {"next_example": self.example(step), "batch_size": self.batch_size}
 
 
 def resume(
-  meta: dict[str, Any], step: int, batch_size: int, batch_size_may_change: bool
+  meta: Mapping[str, Any],
+  step: int,
+  batch_size: int,
+  batch_size_may_change: bool,
 ) -> Position:
-  """The position of a checkpoint, for batches that may differ in size.
+  """Returns the position of a checkpoint, for batches of this run's size.
 
   Args:
     meta: of the checkpoint.
     step: of the checkpoint.
     batch_size: of this run.
-    batch_size_may_change: whether rows are the same in a batch of another size.
+    batch_size_may_change: whether rows do not depend on the size of their
+      batch.
 
   Raises:
-    errors.ConfigError: the rows come in batches of one fixed size.
+    errors.ConfigError: they do, and the batch size has changed.
   """
   data = meta["data"]
   size = int(data.get("batch_size", batch_size))
   if size != batch_size and not batch_size_may_change:
     raise errors.ConfigError(
       f"config.batch_size={batch_size}, but this run has had batches of {size}"
-      " so far, and its rows are put together by batch (all of one image"
-      f" size): another size would be other data. Set batch_size={size}, or"
+      " so far, and all images of one of its batches have the same size: with"
+      f" another batch size the data would change. Set batch_size={size}, or"
       " train in another --workdir."
     )
   # Checkpoints of earlier versions counted batches.

@@ -1,11 +1,11 @@
-"""One run by several processes: who joins whom, and when to stop together.
+"""One run by several processes: how they join, and how they stop together.
 
 On Cloud TPU, under SLURM and other clusters that JAX knows, LAVIT_DISTRIBUTED=1
-is enough; by hand, each process is told
+is enough; elsewhere each process is started with
 
   LAVIT_COORDINATOR=host:port  LAVIT_NUM_PROCESSES=n  LAVIT_PROCESS_ID=0 ... n-1
 
-Without any of these a run is one process.
+Without any of these variables a run is one process.
 """
 
 import atexit
@@ -17,41 +17,42 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 from lavit_jax.core import errors
 
-HEARTBEAT_SECONDS = 30  # after which a silent process counts as dead
-_SHUTDOWN_SECONDS = 60  # that one which is done waits for the others
-_BY_HAND = ("LAVIT_COORDINATOR", "LAVIT_NUM_PROCESSES", "LAVIT_PROCESS_ID")
+HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead
+_SHUTDOWN_SECONDS = 60  # that a process waits for the others at its end
+_VARIABLES = ("LAVIT_COORDINATOR", "LAVIT_NUM_PROCESSES", "LAVIT_PROCESS_ID")
 
 
 def initialize(environment: Mapping[str, str] | None = None) -> None:
-  """Joins the processes that the environment tells of, once.
+  """Joins the processes that the environment describes, once.
 
-  Must come before anything asks JAX for devices.
+  Must be called before anything asks JAX for devices.
 
   Args:
     environment: by default that of this process.
 
   Raises:
-    errors.ConfigError: the environment tells only a part of it.
-    errors.Unreachable: the others could not be reached.
+    errors.ConfigError: some of the variables are missing or wrong.
+    errors.Unreachable: the other processes could not be reached.
   """
   environment = os.environ if environment is None else environment
-  given = {n: environment[n] for n in _BY_HAND if environment.get(n)}
+  given = {n: environment[n] for n in _VARIABLES if environment.get(n)}
   if not given and environment.get("LAVIT_DISTRIBUTED") != "1":
     return
-  told = _by_hand(given)
+  arguments = _arguments(given)
   if jax.distributed.is_initialized():
     return
   # Collectives between the CPUs of several processes; no effect elsewhere.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   try:
     jax.distributed.initialize(
-      **told,
+      **arguments,
       heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
@@ -59,19 +60,19 @@ def initialize(environment: Mapping[str, str] | None = None) -> None:
     raise errors.Unreachable(
       "This process could not join the others of its run"
       f" ({' '.join(str(e).split())[:300]}). Check that all of them were"
-      f" started, and that {given.get(_BY_HAND[0]) or 'the coordinator'} can be"
-      " reached from here."
+      f" started, and that {given.get(_VARIABLES[0]) or 'the coordinator'} can"
+      " be reached from here."
     ) from e
   _LastWords.start()
 
 
-def _by_hand(given) -> dict[str, str | int]:
-  """Arguments of `jax.distributed.initialize`; none where a cluster tells."""
+def _arguments(given: Mapping[str, str]) -> dict[str, Any]:
+  """Returns arguments of `jax.distributed.initialize`; none for a cluster."""
   if not given:
     return {}
-  missing = [name for name in _BY_HAND if name not in given]
+  missing = [name for name in _VARIABLES if name not in given]
   try:
-    count, number = (int(given.get(name, "0")) for name in _BY_HAND[1:])
+    count, number = (int(given.get(name, "0")) for name in _VARIABLES[1:])
     good = not missing and 0 <= number < count
   except ValueError:
     good = False
@@ -83,35 +84,36 @@ def _by_hand(given) -> dict[str, str | int]:
       + (f" ({', '.join(missing)} is missing)." if missing else ".")
     )
   return {
-    "coordinator_address": given[_BY_HAND[0]],
+    "coordinator_address": given[_VARIABLES[0]],
     "num_processes": count,
     "process_id": number,
-    # A SLURM step of which this is not all would bind a single GPU.
+    # A SLURM step of which this run is a part would bind a single GPU.
     "cluster_detection_method": "deactivate",
   }
 
 
 class _LastWords:
-  """Says why this process is gone, where it cannot say so itself.
+  """Says why this process is gone, when it cannot say so itself.
 
   When a process of a run dies, JAX ends the others from C++, where no Python
-  runs any more. A shell outlives them by a moment: unless it is told that all
-  is well, it prints the reason when its input ends.
+  runs any more. A shell, started beforehand, outlives them by a moment: when
+  its input ends it prints the reason, unless it has been sent the word "done".
+  There is one a process, hence a class with no instances.
   """
 
   _shell: subprocess.Popen | None = None
-  failed = False  # the run; others must not be waited for
+  failed = False  # whether the run has; others must not be waited for
 
   @classmethod
   def start(cls) -> None:
-    """Begins to watch; call it where the processes have been joined."""
+    """Starts the shell; to be called once the processes have joined."""
     if cls._shell is not None or jax.process_count() == 1:
       return
-    me, count = jax.process_index(), jax.process_count()
+    number, count = jax.process_index(), jax.process_count()
     text = (
-      f"lavit: process {me} of {count} of this run was ended from outside, or"
-      " by JAX because another process has died or cannot be reached: the one"
-      " whose log ends in another way. Give the same command again on all"
+      f"lavit: process {number} of {count} of this run was ended from outside,"
+      " or by JAX because another process has died or cannot be reached: the"
+      " one whose log ends in another way. Give the same command again on all"
       " hosts: training goes on from the newest checkpoint."
     )
     script = 'read -r word; [ "$word" = done ] || printf "%s\\n" "$0" >&2'
@@ -125,14 +127,14 @@ class _LastWords:
   @classmethod
   def _end(cls) -> None:
     if not cls.failed:
-      jax.distributed.shutdown()  # it may end this process, with those words
+      jax.distributed.shutdown()  # may end this process; the shell then prints
     cls.keep_silent()
 
   @classmethod
   def keep_silent(cls) -> None:
-    """Tells that this process ends in its own way."""
+    """Has the shell print nothing: this process reports its end itself."""
     if cls._shell is not None and cls._shell.stdin is not None:
-      with contextlib.suppress(OSError):  # it was killed
+      with contextlib.suppress(OSError):  # the shell was killed
         cls._shell.stdin.write(b"done\n")
         cls._shell.stdin.close()
       cls._shell = None
@@ -146,28 +148,28 @@ _LOST = re.compile(
 
 
 def is_lost_peer(error: BaseException) -> bool:
-  """Whether an error says that another process of the run is gone."""
+  """Returns whether an error means that another process of the run is gone."""
   if isinstance(error, errors.PeerLost):
     return True
-  ours = isinstance(error, errors.LavitError) and not isinstance(
+  is_own = isinstance(error, errors.LavitError) and not isinstance(
     error, errors.CheckpointError
   )
-  known = isinstance(error, (RuntimeError, ValueError, OSError))
+  may_be = isinstance(error, (RuntimeError, ValueError, OSError)) and not is_own
   several = jax.distributed.is_initialized() and jax.process_count() > 1
-  return several and known and not ours and bool(_LOST.search(str(error)))
+  return several and may_be and bool(_LOST.search(str(error)))
 
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-  """Inside, an error of this process ends the run: see `leave`.
+  """Ends the run of all processes at an error inside; see `leave`.
 
   Raises:
-    errors.PeerLost: in place of what JAX says where another process died.
+    errors.PeerLost: in place of JAX's error if another process has died.
   """
   try:
     yield
   except errors.Preempted:
-    raise  # all of them end alike
+    raise  # all processes end alike
   except Exception as error:
     _LastWords.failed = jax.distributed.is_initialized()
     if not is_lost_peer(error) or isinstance(error, errors.PeerLost):
@@ -182,10 +184,15 @@ def failing_together() -> Iterator[None]:
 
 
 def leave(status: int, text: str) -> None:
-  """Prints a text and ends at once if a run of several processes has failed.
+  """Prints a text and ends this process at once, if a shared run has failed.
 
-  An exit in good order would wait for the others, which wait for this one;
-  once it is gone they find out. Otherwise nothing is done.
+  A regular exit would wait for the others, which wait for this process; once
+  it is gone they notice. If no run of several processes has failed, nothing is
+  done.
+
+  Args:
+    status: exit status.
+    text: printed to stderr.
   """
   if not _LastWords.failed:
     return
@@ -196,36 +203,38 @@ def leave(status: int, text: str) -> None:
 
 
 class StopSignal:
-  """Knows whether a SIGTERM, a cloud's notice of preemption, has come.
+  """Notices a SIGTERM, a cloud's notice of preemption. Use it as a context.
 
-  With several processes the notice of one stops all of them after the same
-  step, which JAX's coordination service agrees on. Use it as a context.
+  With several processes the notice to one stops all of them after the same
+  step, which JAX's coordination service agrees on.
   """
 
-  def __init__(self):
-    self._asked = threading.Event()
-    self._before = None
-    # JAX catches the signal itself where there are several processes.
+  def __init__(self) -> None:
+    self._received = threading.Event()
+    self._previous: Any = None
+    # JAX catches the signal itself if there are several processes.
     self._alone = not jax.distributed.is_initialized()
 
   def __enter__(self) -> "StopSignal":
+    """Starts to catch the signal."""
     main = threading.current_thread() is threading.main_thread()
     if self._alone and main:
-      self._before = signal.signal(signal.SIGTERM, self._notice)
+      self._previous = signal.signal(signal.SIGTERM, self._receive)
     return self
 
-  def __exit__(self, *unused) -> None:
-    if self._before is not None:
-      signal.signal(signal.SIGTERM, self._before)
+  def __exit__(self, *unused: Any) -> None:
+    """Restores the handler of before."""
+    if self._previous is not None:
+      signal.signal(signal.SIGTERM, self._previous)
 
-  def _notice(self, *unused):
-    self._asked.set()
+  def _receive(self, *unused: Any) -> None:
+    self._received.set()
 
   def after(self, step: int) -> bool:
-    """Whether to save and stop after this step; to be asked after every one.
+    """Returns whether to save and stop after this step.
 
-    Every process gets the same answer.
+    To be asked after every step. Every process gets the same answer.
     """
     if self._alone:
-      return self._asked.is_set()
+      return self._received.is_set()
     return multihost_utils.reached_preemption_sync_point(step)

@@ -1,16 +1,22 @@
-"""What a run does where its loss or gradient is not finite.
+"""Policies for a loss or gradient that is not finite.
 
-`config.nonfinite = dict(policy=…, limit=N)`; absent: "stop".
+`config.nonfinite = dict(policy=…, limit=N)`; without it the policy is "stop".
 
   stop       the run ends with an error that names the step
-  skip       the update is left out, as if the batch had not been there; more
-             than `limit` in a row end the run
-  roll_back  back to the newest checkpoint, and on with the batches after the
-             bad one; more than `limit` from one checkpoint end the run
+  skip       the update is left out, as if the batch had not existed; more than
+             `limit` such steps in a row end the run
+  roll_back  the run goes back to the newest checkpoint, and on with the batches
+             after the bad one; more than `limit` times from one checkpoint end
+             the run
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+from etils import epath
 
 from lavit_jax.core import errors
 
@@ -19,42 +25,52 @@ POLICIES = ("stop", "skip", "roll_back")
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """`config.nonfinite`, checked."""
+  """`config.nonfinite`, checked.
+
+  Attributes:
+    policy: one of `POLICIES`.
+    limit: see the module.
+  """
 
   policy: str = "stop"
   limit: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
+    """Raises ConfigError for unknown values."""
     whole = isinstance(self.limit, int) and not isinstance(self.limit, bool)
     if self.policy not in POLICIES or not whole or self.limit < 0:
       raise errors.ConfigError(
         f"config.nonfinite has policy={self.policy!r}, limit={self.limit!r}:"
-        f" expected a policy of {POLICIES}, and as limit a whole number, how"
-        " many bad steps in a row are borne."
+        f" expected a policy of {POLICIES}, and as limit the number of bad"
+        " steps in a row that are allowed, an integer of 0 or more."
       )
     if self.policy != "stop" and not self.limit:
       raise errors.ConfigError(
-        f"config.nonfinite.policy={self.policy!r} with limit=0 would bear no"
-        " bad step. Set config.nonfinite.limit above 0, or policy='stop'."
+        f"config.nonfinite.policy={self.policy!r} with limit=0 allows no bad"
+        " step. Set config.nonfinite.limit above 0, or policy='stop'."
       )
 
 
-def policy_of(config) -> Policy:
-  """The policy of a config.
+def policy_of(config: ml_collections.ConfigDict) -> Policy:
+  """Returns the policy of a config.
 
   Raises:
     errors.ConfigError: unknown fields or values.
   """
-  given = dict(config.get("nonfinite", {}))
-  if unknown := sorted(set(given) - {"policy", "limit"}):
+  fields = dict(config.get("nonfinite", {}))
+  if unknown := sorted(set(fields) - {"policy", "limit"}):
     raise errors.ConfigError(
       f"config.nonfinite has fields {unknown}; expected policy and limit."
     )
-  return Policy(**given)
+  return Policy(**fields)
 
 
 class RollBack(Exception):
-  """Carries the bad step to where the run can go back."""
+  """Raised at a bad step, to where the run can go back.
+
+  Attributes:
+    step: the bad step.
+  """
 
   def __init__(self, step: int):
     super().__init__(f"step {step}")
@@ -62,50 +78,51 @@ class RollBack(Exception):
 
 
 class Watch:
-  """Judges the metrics of every step in turn."""
+  """Checks the metrics of every step in turn."""
 
   def __init__(self, policy: Policy, stage: str):
     self._policy, self._stage = policy, stage
-    self._seen = -1  # newest step that was judged
-    self._in_a_row = 0
-    self._rolled_back: dict[int | None, int] = {}  # by checkpoint
+    self._newest = -1  # step that was checked
+    self._bad_in_a_row = 0
+    self._roll_backs: dict[int | None, int] = {}  # their number by checkpoint
 
-  def check(self, step: int, metrics) -> None:
-    """Does nothing for a good step; each step counts once.
+  def check(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Does nothing for a good step; a step that was checked is not again.
 
     Args:
       step: that the metrics are of.
       metrics: with `loss`, and `grad_norm` if it counts.
 
     Raises:
-      RollBack: under that policy.
-      errors.LavitError: the run cannot go on.
+      RollBack: the step is bad, and the policy is "roll_back".
+      errors.LavitError: the step is bad, and the run cannot go on.
     """
-    if step <= self._seen:
+    if step <= self._newest:
       return
-    self._seen = step
+    self._newest = step
     names = ("loss", "grad_norm")
     values = {name: float(metrics[name]) for name in names if name in metrics}
     if self._policy.policy == "stop":
-      values.pop("grad_norm", None)  # clipping can bring it back
+      values.pop("grad_norm", None)  # training may recover: it is clipped
     bad = {k: v for k, v in values.items() if not math.isfinite(v)}
-    self._in_a_row = self._in_a_row + 1 if bad else 0
+    self._bad_in_a_row = self._bad_in_a_row + 1 if bad else 0
     if not bad:
       return
     if self._policy.policy == "roll_back":
       raise RollBack(step)
-    if self._in_a_row > self._policy.limit:
+    if self._bad_in_a_row > self._policy.limit:
       raise errors.LavitError(self._message(step, bad))
 
-  def _message(self, step, bad):
+  def _message(self, step: int, bad: Mapping[str, float]) -> str:
+    """Returns the error message of a step at which the run ends."""
     shown = ", ".join(f"{name} {value}" for name, value in bad.items())
     if self._policy.policy == "skip":
       return (
-        f"Stage {self._stage!r} has had {self._in_a_row} steps in a row that"
-        f" are not finite, the last of them step {step} ({shown}); they were"
-        f" left out, but config.nonfinite.limit is {self._policy.limit}. Lower"
-        " the learning rate of this phase (config.phases), or look at the"
-        " batches that batches.jsonl names."
+        f"Stage {self._stage!r} has had {self._bad_in_a_row} steps in a row"
+        f" that are not finite, the last of them step {step} ({shown}). Their"
+        " updates were left out, but config.nonfinite.limit is"
+        f" {self._policy.limit}. Lower the learning rate of this phase"
+        " (config.phases), or look at the batches that batches.jsonl names."
       )
     return (
       f"The loss of stage {self._stage!r} is {bad['loss']} at step {step}."
@@ -114,36 +131,44 @@ class Watch:
       " steps out."
     )
 
-  def rolled_back(self, bad: int, to: int | None) -> None:
+  def rolled_back(self, bad_step: int, checkpoint: int | None) -> None:
     """Notes that the run goes on from a checkpoint after a bad step.
 
     Args:
-      bad: the step.
-      to: the checkpoint's step; None for the start of the run.
+      bad_step: the step.
+      checkpoint: the checkpoint's step; None for the start of the run.
 
     Raises:
-      errors.LavitError: too many times from there.
+      errors.LavitError: the limit of that checkpoint is exceeded.
     """
-    self._seen = to or 0
-    self._seen -= 1
-    self._rolled_back[to] = self._rolled_back.get(to, 0) + 1
-    if self._rolled_back[to] > self._policy.limit:
+    self._newest = (checkpoint or 0) - 1
+    count = self._roll_backs.get(checkpoint, 0) + 1
+    self._roll_backs[checkpoint] = count
+    if count > self._policy.limit:
       raise errors.LavitError(
-        f"Stage {self._stage!r} was not finite at step {bad} once more, after"
-        f" {self._policy.limit} times back to the checkpoint of step {to}"
-        " (config.nonfinite.limit) with later batches. Lower the learning rate"
-        " of this phase (config.phases)."
+        f"Stage {self._stage!r} was not finite at step {bad_step}, after it had"
+        f" gone back to the checkpoint of step {checkpoint} and on with later"
+        f" batches {self._policy.limit} times (config.nonfinite.limit). Lower"
+        " the learning rate of this phase (config.phases)."
       )
 
 
-def check_result(config, workdir, step: int, metrics) -> None:
-  """Raises LavitError for weights that cannot be what was trained.
+def check_result(
+  config: ml_collections.ConfigDict,
+  workdir: epath.Path,
+  step: int,
+  metrics: Mapping[str, float],
+) -> None:
+  """Checks that the held-out loss at the end of a run is finite.
 
   Args:
     config: of the run.
-    workdir: the run's, an `epath.Path`.
+    workdir: of the run.
     step: the last.
-    metrics: held-out ones; `loss` is looked at, if it is there.
+    metrics: held-out metrics; `loss` is checked if it is there.
+
+  Raises:
+    errors.LavitError: it is not, so the weights are not to be exported.
   """
   loss = metrics.get("loss", 0.0)
   if math.isfinite(loss):

@@ -1,8 +1,8 @@
-"""Which versions of the libraries a run began with, in its workdir.
+"""Library versions that a run began with, in its workdir.
 
-Resuming to the bit, compiled programs that are found again and kernels that
-are chosen by version all need the same libraries. `versions.txt` is in the form
-of `pip freeze`: `pip install -c WORKDIR/versions.txt …` brings them back, and
+Bit-equal resume, finding compiled programs again and kernels that are chosen by
+version all need the same libraries. `versions.txt` is in the format of
+`pip freeze`: `pip install -c WORKDIR/versions.txt …` brings them back, and
 launch/lib/worker.sh does so on each new TPU.
 """
 
@@ -10,7 +10,7 @@ import json
 import logging
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 
 from etils import epath
@@ -20,94 +20,102 @@ from lavit_jax.core.storage import files
 
 _LOG = logging.getLogger(__name__)
 FILE = "versions.txt"
-_OURS = "lavit-jax"
+_PACKAGE = "lavit-jax"
 _LINE = re.compile(r"(?:# )?([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9.!+_-]+)")
 _HEAD = "# What this run began with. To go on with other versions, delete it.\n"
-_SHOWN = 12  # packages named in one warning
-_MOST = 1 << 20  # bytes of the file
+_MAX_SHOWN = 12  # packages named in one warning
+_MAX_BYTES = 1 << 20  # of the file
 
 
 def installed() -> dict[str, str]:
-  """Versions by normalized name, without the part behind "+".
+  """Returns versions by normalized name, without the part behind "+".
 
-  That part says how a version was built, and where an index such as PyPI has
-  the version, it has it without.
+  That part says how a version was built; an index such as PyPI has the version
+  without it.
   """
-  found = {
-    name: one.version.partition("+")[0] for name, one in _distributions()
+  versions = {
+    name: found.version.partition("+")[0] for name, found in _distributions()
   }
-  return dict(sorted(found.items()))
+  return dict(sorted(versions.items()))
 
 
 def unpinned() -> set[str]:
-  """Those that pip cannot be asked for: no index has them as they are here.
+  """Returns packages that pip cannot be asked for in their version here.
 
-  This package, and what was installed from a repository or to be edited. What
-  only came from a file is not among them: conda installs all of its packages
-  from one.
+  No index has that version of this package, nor of packages that were installed
+  from a repository or editable. Packages that came from a file are not among
+  them: conda installs all of its packages from one.
   """
-  found = {name for name, one in _distributions() if _is_own(one)}
-  return found | {_OURS}
+  local = {name for name, found in _distributions() if _is_local(found)}
+  return local | {_PACKAGE}
 
 
 def _distributions() -> Iterator[tuple[str, metadata.Distribution]]:
-  """Normalized names and what has them, the first on the path alone."""
-  met = set()
-  for one in metadata.distributions():
-    name = re.sub(r"[-_.]+", "-", one.metadata["Name"] or "").lower()
-    if name and name not in met:
-      met.add(name)
-      yield name, one
+  """Yields (normalized name, distribution), the first on the path alone."""
+  seen = set()
+  for distribution in metadata.distributions():
+    name = distribution.metadata["Name"] or ""
+    name = re.sub(r"[-_.]+", "-", name).lower()
+    if name and name not in seen:
+      seen.add(name)
+      yield name, distribution
 
 
-def _is_own(distribution) -> bool:
-  """Whether it was installed from a repository or to be edited (PEP 610)."""
+def _is_local(distribution: metadata.Distribution) -> bool:
+  """Returns whether it was installed from a repository or editable (PEP 610).
+
+  True if the record cannot be read.
+  """
   text = distribution.read_text("direct_url.json")
   if not text:
     return False
   try:
-    told = json.loads(text)
-    return "vcs_info" in told or bool(told.get("dir_info", {}).get("editable"))
-  except (ValueError, AttributeError, TypeError):  # nobody knows
+    origin = json.loads(text)
+    is_editable = bool(origin.get("dir_info", {}).get("editable"))
+    return "vcs_info" in origin or is_editable
+  except (ValueError, AttributeError, TypeError):
     return True
 
 
 def check(workdir: epath.Path) -> list[str]:
   """Writes `versions.txt` at the first start, compares at every later one.
 
-  With several processes all call it: the first one writes, each compares what
-  its own machine has. Another version is a warning: the run goes on.
+  With several processes all call it: the lead process writes, each compares
+  what its own machine has. Another version is a warning: the run goes on.
 
   Returns:
-    The differences, "jax 0.10.2, here 0.12.0".
+    The differences, such as "jax 0.10.2, here 0.12.0".
   """
   path = workdir / FILE
   here = {"python": _python()} | installed()
   if hosts.is_lead() and not path.exists():
-    noted = {"python"} | unpinned()  # and no constraints of pip's
+    comments = {"python"} | unpinned()  # constraints that pip cannot meet
     lines = [
-      f"{'# ' if name in noted else ''}{name}=={version}\n"
+      f"{'# ' if name in comments else ''}{name}=={version}\n"
       for name, version in here.items()
     ]
     files.write_whole(path, "".join([_HEAD, *lines]).encode())
   hosts.barrier("lavit_versions")
-  found = differences(read(path), here)
-  if found:
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+  changed = differences(read(path), here)
+  if changed:
+    more = len(changed) - _MAX_SHOWN
     _LOG.warning(
       "this run began with other versions than are installed here: %s%s. Its"
-      " numbers may differ from here on. To go on with the old ones: %s …; to"
-      " be content with these, delete %s",
-      "; ".join(found[:_SHOWN]),
-      more,
-      _way_back(path),
+      " numbers may differ from here on. To go on with the old versions: %s …;"
+      " to accept the new ones, delete %s",
+      "; ".join(changed[:_MAX_SHOWN]),
+      f" and {more} more" if more > 0 else "",
+      _install_command(path),
       path,
     )
-  return found
+  return changed
 
 
-def _way_back(path) -> str:
-  """The command that installs what a file has; pip reads none in a store."""
+def _install_command(path: epath.Path) -> str:
+  """Returns the command that installs a file's versions.
+
+  pip reads no file in an object store, so such a file is copied first.
+  """
   if files.is_remote(path):
     return f"gcloud storage cp {path} . && pip install -c {FILE}"
   return f"pip install -c {path}"
@@ -118,17 +126,17 @@ def _python() -> str:
 
 
 def read(path: epath.Path) -> dict[str, str]:
-  """The versions in a file; lines of another form are left out."""
+  """Returns the versions in a file; lines in another format are ignored."""
   with path.open("rb") as file:
-    lines = file.read(_MOST).decode("utf-8", "replace").splitlines()
-  return dict(m.groups() for m in map(_LINE.fullmatch, lines) if m)
+    lines = file.read(_MAX_BYTES).decode("utf-8", "replace").splitlines()
+  matches = (_LINE.fullmatch(line) for line in lines)
+  return {match[1]: match[2] for match in matches if match}
 
 
 def differences(there: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
-  """Packages of both that are of another version; of one alone is none."""
-  both: Iterable[str] = (name for name in there if name in here)
+  """Describes packages of both sides that have different versions."""
   return [
-    f"{name} {there[name]}, here {here[name]}"
-    for name in both
-    if there[name] != here[name]
+    f"{name} {version}, here {here[name]}"
+    for name, version in there.items()
+    if name in here and here[name] != version
   ]

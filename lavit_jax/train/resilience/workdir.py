@@ -1,17 +1,20 @@
-"""A workdir belongs to one run: which config it has, where its files lie."""
+"""A workdir belongs to one run: its config is stored in it."""
 
 import json
 import logging
+from collections.abc import Mapping
+from typing import Any
 
+import ml_collections
 from etils import epath
 
 from lavit_jax.core import errors, hosts
 from lavit_jax.core.storage import checkpoints, files
 from lavit_jax.train.resilience import versions
 
-# What may change when a run goes on: lengths of logs, where and how fast it
-# runs, and the size of its batches (see `position`).
-_LOOSE = (
+# Fields that may change when a run goes on: how often it logs, where and how
+# fast it runs, and the size of its batches (see `data_position`).
+_MAY_CHANGE = (
   "log",
   "checkpoint",
   "eval",
@@ -22,19 +25,24 @@ _LOOSE = (
   "compiler_options",
   "accept",
 )
-# Of every network, and of data: how many bad samples are allowed.
-_LOOSE_ANYWHERE = ("remat", "unroll", "limit_share")
-_USUAL = {"dtype": "float32"}  # of every network whose config has none
+# Likewise at any depth: of every network, and the bad examples data may have.
+_MAY_CHANGE_ANYWHERE = ("remat", "unroll", "limit_share")
+_DEFAULTS = {"dtype": "float32"}  # of networks whose config lacks the field
 
 _LOG = logging.getLogger(__name__)
 
 
-def check(config, workdir) -> epath.Path:
-  """The workdir as a path, if it is this run's or nobody's; writes nothing.
+def check(
+  config: ml_collections.ConfigDict, workdir: str | epath.Path
+) -> epath.Path:
+  """Checks that a workdir is this run's or no run's; writes nothing.
 
   Args:
     config: of the run.
     workdir: a path that all processes see; `gs://` and the like too.
+
+  Returns:
+    The workdir as a path.
 
   Raises:
     errors.ConfigError: it holds a run with another config.
@@ -45,9 +53,9 @@ def check(config, workdir) -> epath.Path:
     files.check_arrays_folder(folder, write=True)
   workdir = files.path_of(workdir)
   path = workdir / "config.json"
-  ours = _stored(config)
-  theirs = json.loads(path.read_text()) if path.exists() else ours
-  if changed := differences(theirs, ours):
+  current = _as_json(config)
+  stored = json.loads(path.read_text()) if path.exists() else current
+  if changed := differences(stored, current):
     raise errors.ConfigError(
       f"{workdir} holds a run with another config; it differs in"
       f" {', '.join(changed[:6])}. Use another --workdir, or the config"
@@ -56,19 +64,21 @@ def check(config, workdir) -> epath.Path:
   return workdir
 
 
-def claim(config, workdir) -> epath.Path:
-  """`check`, and the workdir is this run's: its config is stored in it.
+def claim(
+  config: ml_collections.ConfigDict, workdir: str | epath.Path
+) -> epath.Path:
+  """Checks a workdir and makes it this run's by storing the config in it.
 
-  The versions of the libraries too: a run that goes on with others is warned.
-  Called once the config has been found good: one that is refused leaves the
-  workdir to the next.
+  The versions of the libraries are stored too: a run that goes on with others
+  is warned. To be called once the config is known to be good: a config that is
+  refused leaves the workdir to the next. All processes call this.
 
-  With several processes all of them call this.
+  Arguments, result and errors are those of `check`.
   """
   workdir = check(config, workdir)  # again: it may be another's by now
-  path, ours = workdir / "config.json", _stored(config)
-  if path.exists() and _lacks_compute(json.loads(path.read_text()), ours):
-    compute = ours["model"]["compute"]
+  path, current = workdir / "config.json", _as_json(config)
+  if path.exists() and _adds_compute(json.loads(path.read_text()), current):
+    compute = current["model"]["compute"]
     _LOG.warning(
       "%s was begun without config.model.compute: from here on the networks"
       " of its model directory are computed as the config says (%s)",
@@ -78,23 +88,23 @@ def claim(config, workdir) -> epath.Path:
   hosts.barrier("lavit_workdir")  # nobody reads what is being written
   if hosts.is_lead():
     workdir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(ours, indent=1, sort_keys=True) + "\n"
+    text = json.dumps(current, indent=1, sort_keys=True) + "\n"
     files.write_whole(path, text.encode())
   hosts.barrier("lavit_workdir_made")
   versions.check(workdir)
   return workdir
 
 
-def say_replaced(config, part: str) -> None:
-  """Warns of a part of another run that this one writes over at its end."""
+def warn_of_replaced_part(config: ml_collections.ConfigDict, part: str) -> None:
+  """Warns of a part of another run that this run will overwrite at its end."""
   folder = config.model_dir
   if not hosts.is_lead() or part not in checkpoints.parts_in(folder):
     return
   try:
-    theirs = checkpoints.read_meta(folder, part).get("config")
-  except errors.CheckpointError:  # damaged: to be made again
+    stored = checkpoints.read_meta(folder, part).get("config")
+  except errors.CheckpointError:  # damaged: it will be replaced
     return
-  if theirs is None or differences(theirs, _stored(config)):
+  if stored is None or differences(stored, _as_json(config)):
     _LOG.warning(
       "%s has a part %r that is not of this run: at its end this run writes"
       " over it. To keep it, give another --config.model_dir.",
@@ -103,50 +113,57 @@ def say_replaced(config, part: str) -> None:
     )
 
 
-def _stored(config) -> dict:
-  """A config as JSON has it."""
+def _as_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return json.loads(config.to_json_best_effort())
 
 
-def differences(theirs: dict, ours: dict) -> list[str]:
-  """Fields of two configs, as JSON has them, by which runs are not the same.
+def differences(
+  stored: Mapping[str, Any], current: Mapping[str, Any]
+) -> list[str]:
+  """Describes the fields in which two configs are not the same run.
 
-  A run from before `model.compute` was goes on as ours says: until then each
-  part of the model directory said itself how it was computed.
+  A run that was begun before `model.compute` existed goes on with the current
+  one: until then each part of the model directory said how it is computed.
+
+  Args:
+    stored: a config as JSON.
+    current: this run's config as JSON.
   """
-  if _lacks_compute(theirs, ours):
-    compute = ours["model"]["compute"]
-    theirs = theirs | {"model": theirs.get("model", {}) | {"compute": compute}}
-  return _differences(_identity(theirs), _identity(ours))
+  if _adds_compute(stored, current):
+    compute = {"compute": current["model"]["compute"]}
+    stored = {**stored, "model": {**stored.get("model", {}), **compute}}
+  return _differences(_fixed_fields(stored), _fixed_fields(current))
 
 
-def _lacks_compute(theirs: dict, ours: dict) -> bool:
-  """Whether ours alone says how networks of a model directory are computed."""
-  compute = ours.get("model", {}).get("compute")
-  return bool(compute) and "compute" not in theirs.get("model", {})
+def _adds_compute(
+  stored: Mapping[str, Any], current: Mapping[str, Any]
+) -> bool:
+  """Returns whether only the current config has model.compute."""
+  compute = current.get("model", {}).get("compute")
+  return bool(compute) and "compute" not in stored.get("model", {})
 
 
-def _identity(config: dict) -> dict:
-  return {k: v for k, v in config.items() if k not in _LOOSE}
+def _fixed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+  return {k: v for k, v in config.items() if k not in _MAY_CHANGE}
 
 
-def _differences(a, b, prefix="") -> list[str]:
-  """Fields that differ. One that is missing is as one that is empty or zero.
+def _differences(stored: Any, current: Any, prefix: str = "") -> list[str]:
+  """Describes fields that differ; a missing field equals an empty or zero one.
 
   So a run goes on under newer code, whose new fields are off by default.
   """
-  if {type(a), type(b)} <= {dict, type(None)}:
-    a, b = a or {}, b or {}
+  if {type(stored), type(current)} <= {dict, type(None)}:
+    stored, current = stored or {}, current or {}
     return [
       line
-      for key in sorted({*a, *b} - {*_LOOSE_ANYWHERE})
+      for key in sorted({*stored, *current} - {*_MAY_CHANGE_ANYWHERE})
       for line in _differences(
-        a.get(key, _USUAL.get(key)),
-        b.get(key, _USUAL.get(key)),
+        stored.get(key, _DEFAULTS.get(key)),
+        current.get(key, _DEFAULTS.get(key)),
         f"{prefix}{key}.",
       )
     ]
-  both_off = None in (a, b) and not a and not b
-  if a == b or both_off:
+  both_off = None in (stored, current) and not stored and not current
+  if stored == current or both_off:
     return []
-  return [f"{prefix[:-1]} ({a!r} there, {b!r} here)"]
+  return [f"{prefix[:-1]} ({stored!r} there, {current!r} here)"]

@@ -28,7 +28,7 @@ def test_the_scaling_factor_gives_latents_unit_variance():
   """Of running moments: mean 1 and mean square 5 are a spread of 2."""
   objective = objectives.build(_config())
   state = {"mean": jnp.ones(()), "square": jnp.full((), 5.0)}
-  params, meta = objective.export({"encoder": 0}, state)
+  ((params, meta),) = objective.export({"encoder": 0}, state).values()
   assert params == {"vae": {"encoder": 0}}
   config = vae.VaeConfig(**meta["vae"])
   np.testing.assert_allclose(config.scaling_factor, 0.5)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from lavit_jax.train.objectives import base, evaluation
 from tests.train import outlines, stubs
 
 
@@ -12,7 +13,8 @@ def _evaluate(case, *batches):
   objective = case.objective
   objective.held_out_batches = lambda rows: iter(batches)
   params, frozen, extra = case.args[:3]
-  return objective.evaluate(params, frozen, extra)
+  evaluator = evaluation.Evaluator(objective)
+  return evaluator.evaluate(params, frozen, extra).metrics
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +62,27 @@ def test_images_are_of_the_fullest_batch_and_valid():
   objective, batch = case.objective, case.batch
   real = objective.held_out_metrics
 
-  def metrics(params, frozen, state, batch):
-    made = real(params, frozen, state, batch)
+  def metrics(params, frozen, extra, batch):
+    made = real(params, frozen, extra, batch)
     return made | {"images": batch["image"][:3]}
 
   objective.held_out_metrics = metrics
-  found = _evaluate(case, _rows(batch, 0, 1), _rows(batch, 1, 2, 3))
-  np.testing.assert_array_equal(objective.images, batch["image"][[2, 3]])
-  assert set(found) == {"loss", "eps_mse", "eps_mse_noisy", "picture_mse"}
+  batches = _rows(batch, 0, 1), _rows(batch, 1, 2, 3)
+  objective.held_out_batches = lambda rows: iter(batches)
+  evaluator = evaluation.Evaluator(objective)
+  found = evaluator.evaluate(*case.args[:3])
+  np.testing.assert_array_equal(found.images, batch["image"][[2, 3]])
+  assert set(found.metrics) == {
+    "loss",
+    "eps_mse",
+    "eps_mse_noisy",
+    "picture_mse",
+  }
+
+
+def test_a_stage_without_a_loss_is_no_objective():
+  class Nothing(base.Objective):
+    """Implements nothing."""
+
+  with pytest.raises(TypeError, match=r"abstract.*combine"):
+    Nothing(None)

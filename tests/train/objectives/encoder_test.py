@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.core import averages
-from lavit_jax.train.objectives import encoder
+from lavit_jax.train import losses
 from tests.train import outlines, stubs
 
 _PAIRS = np.array([1, 0, 1, 1, 0, 1], np.float32)
@@ -33,7 +33,7 @@ def _nll(logits, labels):
 
 def test_contrast_is_symmetric_cross_entropy_of_pairs_alone():
   out = _towers()
-  loss, accuracy = encoder.contrast_loss(out, jnp.asarray(_PAIRS))
+  loss, accuracy = losses.contrast_loss(**out, pairs=jnp.asarray(_PAIRS))
   logits = 14.0 * out["image"][_KEPT] @ out["text"][_KEPT].T
   labels = np.arange(len(_KEPT))
   expected = (_nll(logits, labels) + _nll(logits.T, labels)) / 2
@@ -49,7 +49,7 @@ def test_contrast_leaves_out_what_is_no_pair_in_both_directions(side):
   other = out | {side: out[side].copy()}
   other[side][_PAIRS == 0] = _towers(1)[side][_PAIRS == 0]
   run = jax.jit(
-    jax.value_and_grad(lambda x: encoder.contrast_loss(x, pairs)[0])
+    jax.value_and_grad(lambda x: losses.contrast_loss(**x, pairs=pairs)[0])
   )
   (loss, one), (same, two) = run(out), run(other)
   np.testing.assert_allclose(loss, same, rtol=1e-6)
@@ -60,7 +60,7 @@ def test_contrast_leaves_out_what_is_no_pair_in_both_directions(side):
 
 
 def test_contrast_of_nothing_is_nothing():
-  loss, accuracy = encoder.contrast_loss(_towers(), jnp.zeros(6))
+  loss, accuracy = losses.contrast_loss(**_towers(), pairs=jnp.zeros(6))
   assert (float(loss), float(accuracy)) == (0, 0)
 
 
@@ -69,17 +69,17 @@ def test_captions_are_scored_by_their_own_tokens():
   logits = rng.standard_normal((3, 4, 5)).astype(np.float32)
   text = rng.integers(0, 5, (3, 4))
   weights = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], np.float32)
-  loss = encoder.caption_loss(logits, text, weights)
+  loss = losses.caption_loss(logits, text, weights)
   used = weights > 0
   expected = _nll(logits[used], text[used])
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
-  assert encoder.caption_loss(logits, text, 0 * weights) == 0
+  assert losses.caption_loss(logits, text, 0 * weights) == 0
 
 
 def test_pixels_are_the_squared_error_of_valid_images():
   rng = np.random.default_rng(0)
   made, target = rng.standard_normal((2, 6, 4, 12)).astype(np.float32)
-  loss = encoder.pixel_loss(made, target, _PAIRS)
+  loss = losses.pixel_loss(made, target, _PAIRS)
   expected = np.square(made[_KEPT] - target[_KEPT]).mean()
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
@@ -87,7 +87,7 @@ def test_pixels_are_the_squared_error_of_valid_images():
 def test_whitening_is_of_covariance_and_mean_of_valid_images():
   rng = np.random.default_rng(0)
   features = rng.normal(0.3, 2.0, (6, 4, 5)).astype(np.float32)
-  run = jax.jit(jax.value_and_grad(encoder.whitening_loss))
+  run = jax.jit(jax.value_and_grad(losses.whitening_loss))
   loss, gradient = run(features, _PAIRS)
   kept = features[_KEPT].astype(np.float64)
   flat = (kept - kept.mean(0)).reshape(-1, 5)
@@ -96,7 +96,7 @@ def test_whitening_is_of_covariance_and_mean_of_valid_images():
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   assert not np.asarray(gradient)[_PAIRS == 0].any()
   white = np.array([[1, 1], [-1, -1], [1, -1], [-1, 1]], np.float32)[:, None]
-  loss = jax.jit(encoder.whitening_loss)(white, np.ones(4, np.float32))
+  loss = jax.jit(losses.whitening_loss)(white, np.ones(4, np.float32))
   np.testing.assert_allclose(loss, 0, atol=1e-6)
 
 

@@ -13,7 +13,8 @@ from lavit_jax.core.storage import checkpoints
 from lavit_jax.models.pixels import vae
 from lavit_jax.train import loop, objectives
 from lavit_jax.train import step as step_lib
-from lavit_jax.train.objectives import conditioning
+from lavit_jax.train.objectives import evaluation
+from lavit_jax.train.objectives.frozen import conditioning
 from tests import micro
 from tests.train import latent_micro
 
@@ -52,7 +53,9 @@ def _untrained(cfg):
   with sharding.use(sharding.make_mesh({})):
     init = step_lib.init_fn(objective, cfg.seed)
     state = jax.jit(lambda: sharding.unbox(init()))()
-    return objective.evaluate(state.params, objective.frozen, state.extra)
+    frozen = objective.load_frozen()
+    evaluator = evaluation.Evaluator(objective)
+    return evaluator.evaluate(state.params, frozen, state.extra).metrics
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def test_a_lora_trains_everywhere_and_nothing_else_changes(straight, source):
     assert changed == targeted, names
 
 
-def test_what_is_written_is_a_part_as_imported_ones_are(straight, source):
+def test_a_trained_part_has_the_form_of_an_imported_one(straight, source):
   made, start = (
     _load(straight, "lowres_pixels"),
     checkpoints.load_part(source, "lowres_pixels"),
@@ -179,7 +179,7 @@ def highres(source, tmp_path_factory):
 
 @pytest.fixture
 def lowres(source, tmp_path):
-  """The other, every second image told nothing but `uncond`."""
+  """The other, every second image conditioned on `uncond` alone."""
   dropout = {"phases__train__condition_dropout": 0.5}
   return _whole("lowres", source, tmp_path, **dropout)
 
@@ -196,7 +196,7 @@ def _one_step(objective, phase, first, sizes, count):
     # Plain gradient steps: Adam's would turn rounding into whole steps.
     tx = optax.sgd(lambda _: 0.1)
     state = state.replace(opt_state=tx.init(state.params))
-    frozen = jax.device_put(objective.frozen, sharding.replicated(mesh))
+    frozen = jax.device_put(objective.load_frozen(), sharding.replicated(mesh))
     step = jax.jit(step_lib.make_step(objective, phase, labels, tx))
     state, metrics = step(state, frozen, sharding.put_batch(batch, mesh))
     split = any(
@@ -245,7 +245,7 @@ def test_parts_are_the_whole_batch(kind, source, tmp_path):
   assert metrics["loss"].count == 2 * case.batch["valid"].sum()
 
 
-def test_the_kind_of_sdxl_draws_and_is_written_as_imported(source, tmp_path):
+def test_highres_draws_images_and_is_written_as_imported(source, tmp_path):
   root = _branch(source, tmp_path, "highres")
   objective = objectives.build(_config("highres", root, source))
   shapes = sharding.unbox(jax.eval_shape(step_lib.init_fn(objective, 0)))
@@ -255,7 +255,7 @@ def test_the_kind_of_sdxl_draws_and_is_written_as_imported(source, tmp_path):
   metrics = jax.eval_shape(
     objective.held_out_metrics,
     state.params,
-    objective.frozen,
+    objective.load_frozen(),
     state.extra,
     batch,
   )
@@ -265,12 +265,12 @@ def test_the_kind_of_sdxl_draws_and_is_written_as_imported(source, tmp_path):
   started = objective.begin_phase(phase, state)
   middle = started[0]["unet"]["mid_block"]["attentions_0"]
   assert "transformer_blocks" in middle  # its layers are one scan here
-  made = objective.exports(*started)
+  made = objective.export(*started)
   assert set(made) == {"highres", "highres_pixels"}
   for part, (params, meta) in made.items():
-    theirs = checkpoints.load_part(source, part)
-    jax.tree.map(np.testing.assert_array_equal, params, theirs.params)
-    assert set(meta) <= set(theirs.meta)
+    stored = checkpoints.load_part(source, part)
+    jax.tree.map(np.testing.assert_array_equal, params, stored.params)
+    assert set(meta) <= set(stored.meta)
 
 
 def test_every_axis_of_every_network_has_a_rule(highres):
@@ -329,15 +329,15 @@ def test_training_from_cached_latents_is_training_without(source, tmp_path):
     for name in ("index", "image", "sizes", "valid"):
       np.testing.assert_array_equal(left[name], right[name])
     assert "target" not in right
-  x = jax.jit(plain._latents)(plain.frozen, left)
-  y = cached._latents(cached.frozen, right)
+  x = jax.jit(plain.networks.latents)(plain.load_frozen(), left)
+  y = cached.networks.latents(cached.load_frozen(), right)
   np.testing.assert_allclose(x, y, atol=2e-3 * np.abs(x).max())
-  made = cached.made_of()
+  made = cached.provenance()
   frozen = {"encoder", "tokenizer", "semantic_decoder", "autoencoder"}
   data = {"train_data", "held_out_data", "train_cache"}
   assert set(made) == frozen | data
   assert {n: v for n, v in made.items() if n != "train_cache"} == (
-    plain.made_of()
+    plain.provenance()
   )
   _refuses_other_caches(root, source, out)
 
@@ -353,7 +353,7 @@ def _refuses_other_caches(root, source, out):
   build("another buckets", data__buckets=((24, 32),))
   build("another source", data__image_size=32, data__kind="shapes")
   build("random", errors.ConfigError, data__crop="random")
-  build("draws anew", errors.ConfigError, phases__train__sample_latents=True)
+  build("samples new", errors.ConfigError, phases__train__sample_latents=True)
   meta = latents.LatentCache.load(out).meta
   with pytest.raises(errors.DataError, match="another vae"):
     latents.LatentCache.load(out, vae="other", source=meta.source)
@@ -377,7 +377,7 @@ _WRONG = {
     errors.ConfigError,
     "multiples",
   ),
-  "image size": ({"data__image_size": 48}, errors.ConfigError, "sees 32"),
+  "image size": ({"data__image_size": 48}, errors.ConfigError, "takes 32"),
   "unet width": (
     {"model__unet__cross_dim": 13, "start_from": ""},
     errors.ConfigError,
@@ -429,7 +429,7 @@ _WRONG = {
 def test_what_does_not_fit_is_refused_before_anything_is_trained(
   name, source, tmp_path
 ):
-  updates, error, words = _WRONG[name]
+  updates, error, message = _WRONG[name]
   root = _branch(source, tmp_path, "lowres")
   cfg = _config("lowres", root, source)
   cfg.unlock()
@@ -440,11 +440,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(
       node = node[parent]
     del node[last]
     node[last] = value
-  with pytest.raises(error, match=words):
+  with pytest.raises(error, match=message):
     objectives.build(cfg)
 
 
-def test_a_result_never_takes_the_place_of_its_start(source):
+def test_a_result_never_overwrites_its_start(source):
   cfg = _config("lowres", source.parent, source)
   with pytest.raises(errors.ConfigError, match="both"):
     objectives.build(cfg)

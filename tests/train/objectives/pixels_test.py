@@ -150,12 +150,12 @@ def _step(objective, phase):
 
 @pytest.fixture(scope="module")
 def step(stage):
-  return _step(stage[0], _PHASE)
+  return _step(stage[0], stage[0].last_phase)
 
 
 def test_an_invalid_image_changes_nothing(stage, step):
   objective, params, state, batch = stage
-  args = (nn.meta.unbox(params), objective.frozen, nn.meta.unbox(state))
+  args = (nn.meta.unbox(params), objective.load_frozen(), nn.meta.unbox(state))
   batch = batch | {"valid": np.array([1, 1, 1, 0, 1, 1, 1, 1], np.float32)}
   other = batch | {"image": batch["image"].copy()}
   other["image"][3] = 0
@@ -176,7 +176,7 @@ def test_training_on_one_batch_lowers_the_loss(stage, step):
   moments, seen = tx.init(params), []
   for i in range(60):
     (loss, (state, _)), grads = step(
-      params, objective.frozen, state, batch, jax.random.key(i % 4)
+      params, objective.load_frozen(), state, batch, jax.random.key(i % 4)
     )
     updates, moments = tx.update(grads, moments)
     params = optax.apply_updates(params, updates)
@@ -188,13 +188,13 @@ def test_training_on_one_batch_lowers_the_loss(stage, step):
 def test_eight_devices_give_the_loss_and_gradient_of_one(stage, step):
   objective, params, state, batch = stage
   rng = jax.random.key(5)
-  args = (nn.meta.unbox(params), objective.frozen, nn.meta.unbox(state))
+  args = (nn.meta.unbox(params), objective.load_frozen(), nn.meta.unbox(state))
   (one, _), grads_one = step(*args, batch, rng)
   mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
   layout = sharding.param_shardings(params, mesh)
   whole = sharding.replicated(mesh)
   with sharding.use(mesh):
-    (many, _), grads_many = _step(objective, _PHASE)(
+    (many, _), grads_many = _step(objective, objective.last_phase)(
       jax.device_put(args[0], layout),
       jax.device_put(args[1], whole),
       jax.device_put(args[2], sharding.param_shardings(state, mesh)),
@@ -217,7 +217,7 @@ def test_the_exponential_mean_is_what_gets_exported(stage):
   )
   # First update: decay min(0.999, 1 / 10).
   np.testing.assert_allclose(jax.tree.leaves(shift), 0.9, atol=1e-5)
-  exported, meta = objective.export(params, after)
+  ((exported, meta),) = objective.export(params, after).values()
   assert exported is after["ema"]
   assert pixel_decoder.PixelDecoderConfig(**meta["pixels"]) == _DECODER
   assert schedules.NoiseSchedule(**meta["schedule"]) == schedules.PIXELS
@@ -227,7 +227,7 @@ def test_held_out_metrics_do_not_depend_on_the_order_of_training(stage):
   objective, params, state, batch = stage
   state = nn.meta.unbox(state)
   measure = jax.jit(objective.held_out_metrics, compiler_options=_QUICK)
-  args = (objective.frozen, state, batch)
+  args = (objective.load_frozen(), state, batch)
   first = measure(nn.meta.unbox(params), *args)
   again = measure(jax.tree.map(jnp.zeros_like, nn.meta.unbox(params)), *args)
   assert set(first) == {"eps_mse", "eps_mse_noisy", "picture_mse", "loss"}

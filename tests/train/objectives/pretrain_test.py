@@ -14,32 +14,32 @@ from lavit_jax.core import agreement, averages, errors, vocabulary
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.models import llama
 from lavit_jax.train import loop, objectives
-from lavit_jax.train.objectives import pretrain
+from lavit_jax.train.objectives import pretrain, token_dropout
 from tests import micro
 
 _VOCAB = vocabulary.Vocabulary(text_size=20, num_codes=30)
 
 
 def _drawn(share):
-  return pretrain.word_draws(_VOCAB, (64, 128), share, jax.random.key(1))
+  return token_dropout.draws(_VOCAB, (64, 128), share, jax.random.key(1))
 
 
-def test_word_dropout_hides_its_share_of_visual_words_and_nothing_else():
+def test_dropout_replaces_its_share_of_visual_tokens_and_nothing_else():
   tokens = jax.random.randint(jax.random.key(0), (64, 128), 0, _VOCAB.size)
-  out = pretrain.drop_visual_tokens(_VOCAB, tokens, _drawn(0.25))
+  out = token_dropout.apply(_VOCAB, tokens, _drawn(0.25))
   visual = _VOCAB.is_code(tokens)
   np.testing.assert_array_equal(out[~visual], tokens[~visual])
   assert _VOCAB.is_code(out[visual]).all()
   changed = (out != tokens)[visual].mean()
-  # One in num_codes random words is the word that was there.
+  # One in num_codes random tokens is the token that was there.
   expected = 0.25 * (1 - 1 / _VOCAB.num_codes)
   np.testing.assert_allclose(changed, expected, atol=0.02)
   assert len(np.unique(out[(out != tokens)])) == _VOCAB.num_codes
-  same = pretrain.drop_visual_tokens(_VOCAB, tokens, _drawn(0.0))
+  same = token_dropout.apply(_VOCAB, tokens, _drawn(0.0))
   np.testing.assert_array_equal(same, tokens)
 
 
-def test_word_dropout_changes_the_training_loss_but_not_the_held_out_one(
+def test_dropout_changes_the_training_loss_but_not_the_held_out_one(
   micro_runs,
 ):
   losses = {}
@@ -53,13 +53,13 @@ def test_word_dropout_changes_the_training_loss_but_not_the_held_out_one(
     loss, _ = objective.loss(
       objective.last_phase,
       params,
-      objective.frozen,
+      objective.load_frozen(),
       extra,
       batch,
       jax.random.key(1),
     )
     held_out = objective.held_out_metrics(
-      params, objective.frozen, extra, batch
+      params, objective.load_frozen(), extra, batch
     )
     losses[share] = float(loss), averages.value(held_out["loss"])
   assert losses[0.0][1] == losses[0.9][1]
@@ -75,16 +75,16 @@ def test_int8_products_are_near_and_of_training_alone(micro_runs):
     )
     start = checkpoints.load_part(micro_runs / "model", "llm").params
     batch = next(objective.batches(0))
-    arguments = objective.frozen, {}, batch, jax.random.key(1)
+    arguments = objective.load_frozen(), {}, batch, jax.random.key(1)
 
     def loss(params, objective=objective, arguments=arguments):
       return objective.loss(objective.last_phase, params, *arguments)[0]
 
     found.append(jax.value_and_grad(loss)(start))
-    (_, meta), *_ = objective.exports(start, {}).values()
+    (_, meta), *_ = objective.export(start, {}).values()
     assert meta["llama"]["matmul"] == ""
-  (plain, plain_grads), (ours, grads) = found
-  assert 0 < abs(ours - plain) < 0.01 * plain
+  (plain, plain_grads), (int8, grads) = found
+  assert 0 < abs(int8 - plain) < 0.01 * plain
   kernel = lambda tree: tree["llm"]["layers"]["mlp"]["down"]["kernel"]
   difference = np.linalg.norm(kernel(grads) - kernel(plain_grads))
   assert 0 < difference < 0.05 * np.linalg.norm(kernel(plain_grads))
@@ -118,10 +118,12 @@ def test_a_lora_starts_as_the_llm_it_changes_and_exports_one_llm(
   batch = next(objective.batches(0))
   params = nn.meta.unbox(objective.init(jax.random.key(0))[0])
   params |= {name: start[name] for name in ("merger", "projection")}
-  loss, _ = objective.loss(phase, params, objective.frozen, {}, batch, None)
+  loss, _ = objective.loss(
+    phase, params, objective.load_frozen(), {}, batch, None
+  )
   plain = objectives.build(micro.config("pretrain", branch))
   whole = {name: start[name] for name in ("llm", "merger", "projection")}
-  expected, _ = plain.loss(phase, whole, plain.frozen, {}, batch, None)
+  expected, _ = plain.loss(phase, whole, plain.load_frozen(), {}, batch, None)
   np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
   with micro.one_device():
@@ -134,9 +136,9 @@ def test_a_lora_starts_as_the_llm_it_changes_and_exports_one_llm(
   # The exported LLM says what LLM and changes said together.
   state_params = _last_params(tmp_path / "run")
   both, _ = objective.loss(
-    phase, state_params, objective.frozen, {}, batch, None
+    phase, state_params, objective.load_frozen(), {}, batch, None
   )
-  merged, _ = plain.loss(phase, tuned, plain.frozen, {}, batch, None)
+  merged, _ = plain.loss(phase, tuned, plain.load_frozen(), {}, batch, None)
   np.testing.assert_allclose(merged, both, rtol=1e-5)
 
 
@@ -171,7 +173,7 @@ _FIELDS = {
 
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("name", _FIELDS)
-def test_a_start_is_held_to_the_fields_it_was_trained_with(
+def test_a_start_must_have_the_fields_it_was_trained_with(
   name, rank, micro_runs
 ):
   cfg = _lora(micro_runs)
@@ -184,7 +186,7 @@ def test_a_start_is_held_to_the_fields_it_was_trained_with(
   assert f"give --config.model.llm.{name}={meta[name]}" in str(caught.value)
 
 
-def test_a_longer_reach_of_rotary_positions_can_be_meant(micro_runs, caplog):
+def test_a_longer_max_len_is_accepted(micro_runs, caplog):
   cfg = _lora(micro_runs)
   cfg.model.llm.rope_theta, cfg.accept = 1e6, "model.llm.rope_theta"
   cfg.model.llm.update(max_len=2048, remat="full", unroll=1)
@@ -217,9 +219,7 @@ def test_a_lora_is_drawn_with_a_key_of_its_own(micro_runs, monkeypatch):
   assert (jax.random.key_data(used) != jax.random.key_data(key)).any()
 
 
-def test_a_run_says_where_what_is_compiled_ahead_assumes_other_sizes(
-  micro_runs, caplog
-):
+def test_a_run_warns_if_config_assumed_has_other_sizes(micro_runs, caplog):
   """By field and value; nothing where it assumes what is there, or nothing."""
   cfg = micro.config("pretrain", micro_runs)
   real = objectives.build(cfg)

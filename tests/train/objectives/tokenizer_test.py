@@ -9,7 +9,7 @@ import pytest
 
 from lavit_jax.core import averages, errors
 from lavit_jax.models.tokenizer import quantizer
-from lavit_jax.train.objectives import tokenizer
+from lavit_jax.train import losses
 from tests.train import outlines, stubs
 
 _VALID = np.array([1, 0, 1, 1], np.float32)
@@ -33,31 +33,31 @@ def _features(seed=0, shape=(4, 9, 5)):
 
 def test_reconstruction_is_one_minus_the_cosine_of_every_patch():
   x, made = _features(), _features(1)
-  sums = tokenizer.reconstruction_sums(x, made, _VALID)
+  sums = losses.reconstruction_sums(x, made, _VALID)
   sums |= {"images": _VALID.sum(), "variance": 1.0}
   a, b = x[_KEPT].astype(np.float64), made[_KEPT].astype(np.float64)
   norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
   expected = (1 - (a * b).sum(-1) / norms).mean()
-  loss = tokenizer.reconstruction_loss(sums, 0.0)
+  loss = losses.reconstruction_loss(sums, 0.0)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 def test_detail_is_the_squared_error_over_the_variance():
   x, made, usual = _features(), _features(1), _features(2, (9, 5))
-  sums = tokenizer.reconstruction_sums(x, made, _VALID)
+  sums = losses.reconstruction_sums(x, made, _VALID)
   variance = np.square(x - usual).mean((1, 2)) @ _VALID
   sums |= {"images": _VALID.sum(), "variance": variance}
   a, b = x[_KEPT].astype(np.float64), made[_KEPT].astype(np.float64)
   expected = np.square(a - b).mean() / np.square(a - usual).mean()
-  detail = tokenizer.reconstruction_loss(sums, 3.0)
-  detail -= tokenizer.reconstruction_loss(sums, 0.0)
+  detail = losses.reconstruction_loss(sums, 3.0)
+  detail -= losses.reconstruction_loss(sums, 0.0)
   np.testing.assert_allclose(detail, 3 * expected, rtol=1e-4)
 
 
 def test_both_terms_are_of_float32_whatever_the_features_are_in():
-  """Far from zero, where bfloat16 has few places for a difference."""
+  """Far from zero, where bfloat16 has few digits for a difference."""
   x, made = (jnp.bfloat16(8.0 + 0.2 * _features(seed)) for seed in (0, 1))
-  sums = tokenizer.reconstruction_sums(x, made, _VALID)
+  sums = losses.reconstruction_sums(x, made, _VALID)
   wide = lambda x: np.asarray(x, np.float64)[_KEPT]
   error = np.square(wide(x) - wide(made)).mean((1, 2)).sum()
   assert sums["error"].dtype == sums["cosine"].dtype == jnp.float32
@@ -66,9 +66,9 @@ def test_both_terms_are_of_float32_whatever_the_features_are_in():
 
 def test_nothing_valid_is_no_loss():
   x, none = _features(), np.zeros(4, np.float32)
-  sums = tokenizer.reconstruction_sums(x, x + 1, none)
+  sums = losses.reconstruction_sums(x, x + 1, none)
   sums |= {"images": none.sum(), "variance": none.sum()}
-  assert tokenizer.reconstruction_loss(sums, 3.0) == 0
+  assert losses.reconstruction_loss(sums, 3.0) == 0
 
 
 def _log_probs(seed=0):
@@ -77,25 +77,25 @@ def _log_probs(seed=0):
 
 
 def test_rate_is_the_squared_distance_of_the_kept_share():
-  sums = tokenizer.selection_sums(jnp.asarray(_log_probs()), _VALID)
+  sums = losses.selection_sums(jnp.asarray(_log_probs()), _VALID)
   masks = np.random.default_rng(0).random((4, 9)) < 0.3
   sums |= {"images": _VALID.sum(), "kept": masks.mean(1) @ _VALID}
-  phase = {"rate_weight": 2.0, "rate": 1 / 3, "entropy_weight": 0.0}
+  settings = {"rate_weight": 2.0, "rate": 1 / 3, "entropy_weight": 0.0}
   expected = 2.0 * (1 / 3 - masks[_KEPT].mean()) ** 2
-  loss = tokenizer.selection_loss(sums, phase)
+  loss = losses.selection_loss(sums, **settings)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 def test_entropy_is_that_of_keep_and_drop():
   log_probs = _log_probs()
-  sums = tokenizer.selection_sums(jnp.asarray(log_probs), _VALID)
+  sums = losses.selection_sums(jnp.asarray(log_probs), _VALID)
   sums |= {"images": _VALID.sum(), "kept": 0.0}
-  phase = {"rate_weight": 0.0, "rate": 0.0, "entropy_weight": 0.5}
+  settings = {"rate_weight": 0.0, "rate": 0.0, "entropy_weight": 0.5}
   p = np.exp(log_probs[_KEPT])
   expected = -0.5 * (p * np.log(p)).sum(-1).mean()
-  loss = tokenizer.selection_loss(sums, phase)
+  loss = losses.selection_loss(sums, **settings)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
-  spread = averages.value(tokenizer._spread(sums))
+  spread = averages.value(losses.p_keep_std(sums))
   np.testing.assert_allclose(spread, p[..., 0].std(), rtol=1e-4)
 
 
@@ -169,8 +169,8 @@ def test_commitment_and_codebook_are_of_kept_tokens_of_valid_images(case):
   used, distance = [], 0.0
   counts, sums = np.zeros(len(codes)), np.zeros_like(codes)
   for row in np.flatnonzero(valid):
-    for place in np.flatnonzero(kept[row])[:12]:  # the capacity
-      one = z[row, place]
+    for position in np.flatnonzero(kept[row])[:12]:  # the capacity
+      one = z[row, position]
       nearest = (codes @ one).argmax()
       distance += np.square(one - codes[nearest]).sum()
       counts[nearest] += 1

@@ -1,4 +1,4 @@
-"""Which processes belong to a run, as the environment tells."""
+"""How processes join by environment variables, and how they fail."""
 
 import jax
 import pytest
@@ -19,7 +19,7 @@ def joined(monkeypatch):
   return calls
 
 
-def _told(address="host:1", count="4", number="3"):
+def _environment(address="host:1", count="4", number="3"):
   return {
     "LAVIT_COORDINATOR": address,
     "LAVIT_NUM_PROCESSES": count,
@@ -27,14 +27,14 @@ def _told(address="host:1", count="4", number="3"):
   }
 
 
-def test_without_a_word_a_run_is_one_process(joined):
+def test_without_variables_a_run_is_one_process(joined):
   distributed.initialize({})
   distributed.initialize({"LAVIT_DISTRIBUTED": "0", "SLURM_JOB_ID": "7"})
   assert not joined
 
 
-def test_by_hand_each_process_is_told_who_it_is(joined):
-  distributed.initialize(_told())
+def test_variables_say_which_process_it_is(joined):
+  distributed.initialize(_environment())
   (call,) = joined
   assert call.pop("heartbeat_timeout_seconds") <= 60
   assert call.pop("shutdown_timeout_seconds") <= 60
@@ -56,7 +56,7 @@ def test_a_cluster_is_asked_where_jax_knows_it(joined):
 
 def test_nobody_joins_twice(joined, monkeypatch):
   monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-  distributed.initialize(_told())
+  distributed.initialize(_environment())
   assert not joined
 
 
@@ -64,12 +64,12 @@ def test_nobody_joins_twice(joined, monkeypatch):
   ("environment", "says"),
   [
     ({"LAVIT_COORDINATOR": "h:1"}, "LAVIT_NUM_PROCESSES, LAVIT_PROCESS_ID is"),
-    (_told(number="4"), "below n"),
-    (_told(count="four"), "LAVIT_NUM_PROCESSES=four"),
+    (_environment(number="4"), "below n"),
+    (_environment(count="four"), "LAVIT_NUM_PROCESSES=four"),
     ({"LAVIT_PROCESS_ID": "0"}, "LAVIT_COORDINATOR, LAVIT_NUM_PROCESSES is"),
   ],
 )
-def test_half_of_it_is_refused(joined, environment, says):
+def test_incomplete_variables_are_refused(joined, environment, says):
   with pytest.raises(errors.ConfigError, match=says):
     distributed.initialize(environment)
   assert not joined
@@ -81,7 +81,7 @@ def test_a_coordinator_out_of_reach_is_named(joined, monkeypatch):
 
   monkeypatch.setattr(jax.distributed, "initialize", fail)
   with pytest.raises(errors.Unreachable, match="host:1 can be reached") as e:
-    distributed.initialize(_told())
+    distributed.initialize(_environment())
   assert e.value.exit_status not in (0, 2, 75)  # launchers try again
 
 

@@ -94,10 +94,10 @@ def test_a_run_in_the_store_is_the_run_on_a_disk(
     for path in (here / "run/metrics.jsonl", f"{work}/metrics.jsonl")
   ]
   assert losses[0] == losses[1][-1:]
-  ours = checkpoints.load_part(f"{away}/model", "llm")
-  theirs = checkpoints.load_part(here / "model", "llm")
-  assert ours.meta["step"] == theirs.meta["step"]
-  jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+  remote = checkpoints.load_part(f"{away}/model", "llm")
+  local = checkpoints.load_part(here / "model", "llm")
+  assert remote.meta["step"] == local.meta["step"]
+  jax.tree.map(np.testing.assert_array_equal, remote.params, local.params)
   found = run_page.report(epath.Path(work))  # `lavit report gs://…`
   assert found.facts["step"] == 2
   assert {"Checkpoints", "Config"} <= {s.title for s in found.sections}

@@ -66,10 +66,10 @@ def test_one_two_and_four_processes_with_kills_between_are_one_run(
   processes.run(4, config, work)
   assert _rows(work) == _rows(straight / "run")
   assert sorted(_rows(work)) == list(range(_STEPS))
-  ours, theirs = _losses(work), _losses(straight / "run")
-  assert sorted(ours) == sorted(theirs) == list(range(1, _STEPS + 1))
-  for step, loss in ours.items():
-    assert loss == pytest.approx(theirs[step], abs=1e-5)
+  shared_losses, losses = _losses(work), _losses(straight / "run")
+  assert sorted(shared_losses) == sorted(losses) == list(range(1, _STEPS + 1))
+  for step, loss in shared_losses.items():
+    assert loss == pytest.approx(losses[step], abs=1e-5)
   assert _held_out(work) == pytest.approx(_held_out(straight / "run"), abs=1e-5)
   assert len(list(work.glob("events.out.tfevents*"))) == 3  # one a start
   left, right = (
@@ -91,8 +91,8 @@ def test_processes_whose_devices_share_rows_read_the_same_ones(
   processes.run(1, _config(alone, **settings), alone / "run")
   processes.run(2, _config(shared, **settings), shared / "run")
   assert _rows(shared / "run") == _rows(alone / "run")
-  ours, theirs = _losses(shared / "run"), _losses(alone / "run")
-  assert ours == pytest.approx(theirs, abs=1e-5)
+  shared_losses, losses = _losses(shared / "run"), _losses(alone / "run")
+  assert shared_losses == pytest.approx(losses, abs=1e-5)
 
 
 def test_two_processes_begin_the_phases_of_a_tokenizer_as_one(
@@ -107,10 +107,10 @@ def test_two_processes_begin_the_phases_of_a_tokenizer_as_one(
     )
     processes.run(count, config, root / "run", devices=count)
   assert _rows(two / "run") == _rows(one / "run")
-  ours, theirs = _losses(two / "run"), _losses(one / "run")
-  assert sorted(ours) == [1, 2, 3, 4]
-  for step, loss in ours.items():
-    assert loss == pytest.approx(theirs[step], abs=1e-5)
+  shared_losses, losses = _losses(two / "run"), _losses(one / "run")
+  assert sorted(shared_losses) == [1, 2, 3, 4]
+  for step, loss in shared_losses.items():
+    assert loss == pytest.approx(losses[step], abs=1e-5)
   left, right = (
     checkpoints.load_part(root / "model", "tokenizer").params
     for root in (one, two)

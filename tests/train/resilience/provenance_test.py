@@ -29,7 +29,7 @@ _NAMES = {
 
 
 @pytest.mark.parametrize("stage", _NAMES)
-def test_every_stage_tells_what_it_takes(stage, micro_runs):
+def test_every_stage_names_its_inputs(stage, micro_runs):
   objective = objectives.build(sharding_test.stage_config(stage, micro_runs))
   found = provenance.of(objective)
   assert set(found) == _NAMES[stage]
@@ -44,13 +44,13 @@ def test_a_lora_depends_on_the_llm_it_changes(micro_runs):
     model__lora=dict(rank=2, alpha=4.0),
     start_from=str(micro_runs / "model"),
   )
-  found = objectives.build(cfg).made_of()
+  found = objectives.build(cfg).provenance()
   assert found["llm"] == fingerprints.of_part(
     micro_runs / "model", "llm", "llm"
   )
 
 
-def test_what_was_made_says_of_what(micro_runs):
+def test_an_exported_part_names_its_inputs(micro_runs):
   for stage, names in _NAMES.items():
     if stage != "autoencoder":
       part = "llm" if stage == "pretrain" else stage
@@ -92,19 +92,19 @@ def test_a_run_goes_on_with_what_it_began_with_or_says_so(
     train()
 
 
-def _check(stored, ours, accept=""):
+def _check(stored, current, accept=""):
   found = run_checkpoints.Restored(7, None, stored)
   config = ml_collections.ConfigDict({"accept": accept})
-  provenance.check(found, ours, config)
+  provenance.check(found, current, config)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_taken_with_a_warning(caplog):
   with caplog.at_level(logging.WARNING):
     _check({"data": {}}, {"train_data": "a"})
-  assert "step 7 was made of cannot be told" in caplog.text
+  assert "step 7 was made of is not known" in caplog.text
 
 
-def test_what_only_one_side_knows_is_no_difference(caplog):
+def test_an_input_of_one_side_alone_is_no_difference(caplog):
   _check({"made_of": {"train_data": "a", "old": "b"}}, {"train_data": "a"})
   _check({"made_of": {"train_data": "a"}}, {"train_data": "a", "encoder": "c"})
   _check({"made_of": {"train_data": "b"}}, {})  # another process compares
@@ -114,12 +114,14 @@ def test_what_only_one_side_knows_is_no_difference(caplog):
 def _text_of(root, **meta):
   """The text tokenizer as inference reads it, of an llm with another meta."""
   path = root / "model" / "llm" / "part.json"
-  told = json.loads(path.read_text())
-  path.write_text(json.dumps(told | meta))
+  stored = json.loads(path.read_text())
+  path.write_text(json.dumps(stored | meta))
   return parts.text_tokenizer(root / "model")
 
 
-def test_an_llm_speaks_with_the_words_it_was_trained_with(micro_runs, tmp_path):
+def test_an_llm_keeps_the_text_tokenizer_it_was_trained_with(
+  micro_runs, tmp_path
+):
   (root,) = micro.branch(micro_runs, tmp_path, 1)
   assert _text_of(root).size == 400
   words = root / "model" / "tokenizer.model"
@@ -132,7 +134,7 @@ def test_an_llm_speaks_with_the_words_it_was_trained_with(micro_runs, tmp_path):
   train([text.translate(swapped) for text in sentences], words, 400)
   with pytest.raises(errors.CheckpointError, match="ids would be other words"):
     _text_of(root)
-  assert _text_of(root, made_of={}).size == 400  # cannot be told: as before
+  assert _text_of(root, made_of={}).size == 400  # not recorded
   train(sentences, words, 350)
   with pytest.raises(errors.CheckpointError, match="350 pieces"):
     _text_of(root)

@@ -80,9 +80,9 @@ def test_a_run_moves_from_8_devices_to_4_to_2_to_1(
       assert a.tobytes() == np.asarray(b).tobytes()
     assert {s.mesh.size for s in jax.tree.leaves(layout)} == {count}
   assert _rows(work) == _rows(straight / "run")
-  ours, theirs = _metrics(work), _metrics(straight / "run")
+  metrics, expected = _metrics(work), _metrics(straight / "run")
   for step in range(1, 9):
-    assert ours[step] == pytest.approx(theirs[step], abs=1e-4)
+    assert metrics[step] == pytest.approx(expected[step], abs=1e-4)
 
 
 def test_another_batch_size_goes_on_with_the_next_example(micro_runs, tmp_path):
@@ -140,11 +140,11 @@ def poisoned(monkeypatch):
   bad: set[int] = set()
   real = pretrain.PretrainObjective.sums
 
-  def sums(self, phase, params, frozen, state, batch, draws):
-    made, seen = real(self, phase, params, frozen, state, batch, draws)
+  def sums(self, phase, params, frozen, extra, batch, draws):
+    sums, stats = real(self, phase, params, frozen, extra, batch, draws)
     rows = jnp.array(sorted(bad) or [-1])
     hit = (batch["row"][:, None] == rows).any()
-    return made | {"nll": jnp.where(hit, jnp.nan, made["nll"])}, seen
+    return sums | {"nll": jnp.where(hit, jnp.nan, sums["nll"])}, stats
 
   monkeypatch.setattr(pretrain.PretrainObjective, "sums", sums)
   return bad
@@ -175,7 +175,7 @@ def test_a_bad_step_is_skipped_and_counted(micro_runs, tmp_path, poisoned):
   assert losses[6] is None
   rates = list(_metrics(work, "learning_rate").values())
   (phase,) = phases.phases_of(micro.config("pretrain", root, **_EIGHT))
-  used = optimizer.schedule(phase)(np.array([0, 1, 2, 3, 4, 5, 5, 5]))
+  used = optimizer.lr_schedule(phase)(np.array([0, 1, 2, 3, 4, 5, 5, 5]))
   np.testing.assert_allclose(rates, used, rtol=1e-5)
   assert np.isfinite(losses[8])
   before, after = _params(work, 6), _params(work, 8)
@@ -215,7 +215,7 @@ def test_a_bad_step_rolls_the_run_back_and_its_batch_is_left_out(
   poisoned.add(43)  # of step 5; checkpoints come every 2 steps
   with caplog.at_level(logging.WARNING):
     work = _train(root, "run", policy="roll_back", limit=1)
-  assert "not finite at step 5: back to step 4" in caplog.text
+  assert "not finite at step 5: it goes back to step 4" in caplog.text
   first = [example for _, (_, example) in sorted(_rows(work).items())]
   assert first == [0, 8, 16, 24, 48, 56, 64, 72]
   losses = _metrics(work)
@@ -229,7 +229,7 @@ def test_a_bad_step_rolls_the_run_back_and_its_batch_is_left_out(
 def test_rolling_back_has_a_limit(micro_runs, tmp_path, poisoned):
   (root,) = micro.branch(micro_runs, tmp_path, 1)
   poisoned.update(range(40, 400))
-  with pytest.raises(errors.LavitError, match="after 2 times back"):
+  with pytest.raises(errors.LavitError, match="later batches 2 times"):
     _train(root, "run", policy="roll_back", limit=2)
 
 
@@ -242,6 +242,6 @@ def test_rolling_back_has_a_limit(micro_runs, tmp_path, poisoned):
     ({"polcy": "skip"}, "polcy"),
   ],
 )
-def test_a_policy_that_is_none_is_refused(fields, says):
+def test_an_unknown_policy_is_refused(fields, says):
   with pytest.raises(errors.ConfigError, match=says):
     nonfinite.policy_of({"nonfinite": fields})

@@ -25,14 +25,14 @@ def test_a_run_goes_on_under_code_with_new_fields_that_are_off(tmp_path):
     workdir.claim(cfg, tmp_path)
 
 
-def test_how_a_step_is_computed_may_change_and_what_it_does_may_not(tmp_path):
+def test_the_computation_of_a_step_may_change_but_not_its_result(tmp_path):
   cfg = pretrain.get_config()
   workdir.claim(cfg, tmp_path)
   cfg.model.llm.remat = "full"  # in place of "dots"
   cfg.compiler_options = {"xla_tpu_scoped_vmem_limit_kib": "16384"}
   cfg.model.llm.unroll += 1
   cfg.mesh.fsdp = 2
-  cfg.data.limit_share = 0.2  # what a run that stopped for it is told
+  cfg.data.limit_share = 0.2  # as the error of a run that stopped for it says
   workdir.claim(cfg, tmp_path)
   cfg.model.llm.depth += 1
   with pytest.raises(errors.ConfigError, match=r"model\.llm\.depth"):
@@ -65,7 +65,7 @@ def _older(cfg, folder):
 
 
 @pytest.mark.parametrize("module", [tiny, pretrain])
-def test_a_run_from_before_compute_was_said_goes_on_as_it_is_said_now(
+def test_a_run_from_before_model_compute_goes_on_with_the_new_config(
   module, tmp_path, caplog
 ):
   cfg = module.get_config()

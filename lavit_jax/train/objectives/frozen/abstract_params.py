@@ -1,21 +1,62 @@
-"""Networks as shapes with logical axes: what is laid out before it is read.
+"""Shapes of frozen networks and batches, to lay them out before they are read.
 
-Every function gives the boxed, abstract parameters of one frozen network, as
-`jax.eval_shape` of its `init` does, its floats in the dtype they are kept in.
+A function named after a network returns its boxed, abstract parameters, as
+`jax.eval_shape` of its `init` does, with floats in the dtype they are kept in.
 """
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import ml_collections
+import numpy as np
 
 from lavit_jax.models import llama
 from lavit_jax.models.encoder import vision
 from lavit_jax.models.pixels import unet, vae
-from lavit_jax.models.tokenizer import decoder, tokenizer
+from lavit_jax.models.tokenizer import decoder
+from lavit_jax.models.tokenizer import tokenizer as tokenizer_lib
 from lavit_jax.train.objectives.frozen import latent_parts
 
+Boxed: TypeAlias = Any  # nested dicts of boxed `jax.ShapeDtypeStruct`
 
-def boxed(init, *inputs, dtype="float32"):
-  """What `init(rng, *zeros)` would give, floats in `dtype`.
+
+def arrays(
+  shapes: Mapping[str, tuple[tuple[int, ...], Any]],
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Maps {name: (shape, NumPy dtype)} to the abstract arrays that JAX sees."""
+  return {
+    name: jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
+    for name, (shape, dtype) in shapes.items()
+  }
+
+
+def image_batch(
+  config: ml_collections.ConfigDict, text_length: int | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns a global batch of `Artifacts.image_batches`.
+
+  Args:
+    config: of the run.
+    text_length: tokens of a caption; None for images alone.
+  """
+  count, side = config.batch_size, config.data.image_size
+  shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+    "image": ((count, side, side, 3), np.uint8),
+    "valid": ((count,), np.float32),
+    "index": ((count,), np.int64),
+  }
+  if text_length is not None:
+    shapes["text"] = ((count, text_length), np.int32)
+    shapes["text_mask"] = ((count, text_length), bool)
+  return arrays(shapes)
+
+
+def boxed(
+  init: Callable[..., Any], *inputs: Any, dtype: str = "float32"
+) -> Boxed:
+  """Returns the shapes of `init(rng, *zeros)`, floats in `dtype`.
 
   Args:
     init: of a module.
@@ -37,42 +78,40 @@ def boxed(init, *inputs, dtype="float32"):
   return jax.tree.map(cast, jax.eval_shape(make))
 
 
-def encoder(config: vision.ViTConfig, dtype="float32"):
-  """Parameters of a `vision.EvaVit`."""
-  side = config.image_size
-  made = boxed(vision.EvaVit(config).init, (1, side, side, 3), dtype=dtype)
-  return made["params"]
+def encoder(config: vision.ViTConfig, dtype: str = "float32") -> Boxed:
+  """Returns the parameters of a `vision.EvaVit`."""
+  image = (1, config.image_size, config.image_size, 3)
+  return boxed(vision.EvaVit(config).init, image, dtype=dtype)["params"]
 
 
-def words(config: tokenizer.TokenizerConfig):
-  """`params` and `codebook` of a `tokenizer.DynamicVisualTokenizer`."""
-  shape = (1, config.num_patches)
-  model = tokenizer.DynamicVisualTokenizer(config)
-  return boxed(model.init, (*shape, config.width), shape)
+def tokenizer(config: tokenizer_lib.TokenizerConfig) -> Boxed:
+  """Returns `params` and `codebook` of a `DynamicVisualTokenizer`."""
+  mask = (1, config.num_patches)
+  model = tokenizer_lib.DynamicVisualTokenizer(config)
+  return boxed(model.init, (*mask, config.width), mask)
 
 
-def llm(config: llama.LlamaConfig, dtype="float32"):
-  """Parameters of a `llama.Llama`."""
-  made = boxed(llama.Llama(config).init, ((1, 8), jnp.int32), dtype=dtype)
-  return made["params"]
+def llm(config: llama.LlamaConfig, dtype: str = "float32") -> Boxed:
+  """Returns the parameters of a `llama.Llama`."""
+  tokens = ((1, 8), jnp.int32)
+  return boxed(llama.Llama(config).init, tokens, dtype=dtype)["params"]
 
 
 def conditioner(
-  model: decoder.LowresDecoder | decoder.HighresDecoder, dtype="float32"
-):
-  """Parameters of a semantic decoder with its projections."""
-  config = model.config
-  shape = (1, config.num_patches)
-  vectors = (*shape, config.code_dim)
-  return boxed(model.init, vectors, (shape, bool), dtype=dtype)["params"]
+  model: decoder.LowresDecoder | decoder.HighresDecoder, dtype: str = "float32"
+) -> Boxed:
+  """Returns the parameters of a semantic decoder with its projections."""
+  mask = (1, model.config.num_patches)
+  vectors = (*mask, model.config.code_dim)
+  return boxed(model.init, vectors, (mask, bool), dtype=dtype)["params"]
 
 
-def autoencoder(model: vae.AutoencoderKL):
-  """Parameters of a `vae.AutoencoderKL`."""
+def autoencoder(model: vae.AutoencoderKL) -> Boxed:
+  """Returns the parameters of a `vae.AutoencoderKL`."""
   side = model.config.scale
   return boxed(model.init, (1, side, side, 3))["params"]
 
 
-def denoiser(model: unet.UNet, dtype="float32"):
-  """Parameters of a `unet.UNet`."""
+def denoiser(model: unet.UNet, dtype: str = "float32") -> Boxed:
+  """Returns the parameters of a `unet.UNet`."""
   return boxed(lambda rng: latent_parts.init_unet(model, rng), dtype=dtype)

@@ -1,13 +1,14 @@
-"""Branches of the parts on disk, read straight to where they belong.
+"""Reads branches of stored parts straight to the devices they belong on.
 
-A stage says where each of its frozen networks lies (`Objective.
-frozen_branches`) and what it looks like (`Objective.frozen_shapes`). Only what
-is asked for is read, each array in the shares of its sharding, and no device
-ever holds a whole that its sharding does not give it.
+A stage says where each of its frozen networks is stored (`Objective.
+frozen_branches`) and which shapes it has (`Objective.frozen_shapes`). Only
+these arrays are read, each in the shares of its sharding, so that no device
+ever holds more of an array than its sharding gives it.
 """
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,20 +25,20 @@ class Branch:
   Attributes:
     directory: a model directory.
     part: one of its parts.
-    top: path of the tree within the part, such as "params/merger"; "": all.
+    top: path of the tree within the part, such as "params/merger"; "" for all.
   """
 
   directory: str
   part: str
   top: str = ""
 
-  def inside(self, path: str) -> str:
-    """The path within the part of a path within the branch."""
+  def path_in_part(self, path: str) -> str:
+    """Returns the path within the part of a path within the branch."""
     return "/".join(name for name in (self.top, path) if name)
 
 
 def is_there(branch: Branch) -> bool:
-  """Whether the part has any array of a branch.
+  """Returns whether the part has any array of a branch.
 
   Raises:
     errors.CheckpointError: the part itself is missing or damaged.
@@ -47,75 +48,113 @@ def is_there(branch: Branch) -> bool:
   return any(f"{path}/".startswith(start) for path in arrays)
 
 
-def check(branches, wanted) -> None:
-  """Raises CheckpointError unless all is there, in the shapes that are wanted.
+def check(branches: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+  """Checks that stored branches have all arrays, in the right shapes.
 
   Args:
     branches: nested dicts whose leaves are `Branch`es.
-    wanted: nested dicts of (abstract) arrays that go on where those end.
+    shapes: nested dicts of (abstract) arrays, rooted where those end.
+
+  Raises:
+    errors.CheckpointError: an array is missing or of another shape.
   """
-  wanted = _flat(wanted)
-  for (directory, part), paths in _by_part(branches, wanted).items():
-    found = checkpoints.StoredPart(directory, part).arrays
-    shape = lambda path, found=found: (
-      tuple(found[path].shape) if path in found else None
+  expected = _flat(shapes)
+  for (directory, part), paths in _by_part(branches, expected).items():
+    stored = checkpoints.StoredPart(directory, part).arrays
+    shape = lambda path, stored=stored: (
+      tuple(stored[path].shape) if path in stored else None
     )
-    wrong = [p for p, ours in paths.items() if shape(p) != wanted[ours].shape]
+    wrong = [p for p, name in paths.items() if shape(p) != expected[name].shape]
     if wrong:
       path = wrong[0]
       raise errors.CheckpointError(
         f"{len(wrong)} arrays of the part {part} in {directory} do not fit this"
         f" config, such as {path}: {shape(path)} there,"
-        f" {tuple(wanted[paths[path]].shape)} here. Use the config.model that"
+        f" {tuple(expected[paths[path]].shape)} here. Use the config.model that"
         " they were trained with (see part.json), or train the stage again."
       )
 
 
-def load(branches, wanted, layout=None) -> dict[str, Any]:
-  """Reads what is wanted of some branches.
+def load(
+  branches: Mapping[str, Any], shapes: Mapping[str, Any], layout: Any = None
+) -> dict[str, Any]:
+  """Reads stored branches.
 
   Args:
     branches: nested dicts whose leaves are `Branch`es.
-    wanted: nested dicts of (abstract) arrays that go on where those end:
-      shapes as stored, floats in the dtype in which they are kept.
-    layout: shardings of the arrays, a tree as `wanted`; None, the whole or a
-      leaf: on the first device of this process.
+    shapes: nested dicts of (abstract) arrays, rooted where those end: shapes as
+      stored, floats in the dtype in which they are kept.
+    layout: shardings of the arrays, a tree like `shapes`. Where the whole or a
+      leaf is None, arrays go to the first device of this process.
 
   Returns:
-    A tree as `wanted`, of `jax.Array`.
+    A tree like `shapes` of `jax.Array`.
 
   Raises:
-    errors.CheckpointError: something is missing, damaged or of another shape.
+    errors.CheckpointError: an array is missing, damaged or of another shape.
   """
-  check(branches, wanted)
-  wanted, layout = _flat(wanted), _flat(layout or {})
+  check(branches, shapes)
+  expected, shardings = _flat(shapes), _flat(layout or {})
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  found = {}
-  for (directory, part), paths in _by_part(branches, wanted).items():
+  loaded: dict[str, jax.Array] = {}
+  for (directory, part), paths in _by_part(branches, expected).items():
     target = {
       path: jax.ShapeDtypeStruct(
-        wanted[ours].shape,
-        wanted[ours].dtype,
-        sharding=layout.get(ours) or device,
+        expected[name].shape,
+        expected[name].dtype,
+        sharding=shardings.get(name) or device,
       )
-      for path, ours in paths.items()
+      for path, name in paths.items()
     }
     tree = traverse_util.unflatten_dict(target, sep="/")
-    read = _flat(checkpoints.load_arrays(directory, part, tree))
-    found |= {ours: read[path] for path, ours in paths.items()}
-  return traverse_util.unflatten_dict(found, sep="/")
+    arrays = _flat(checkpoints.load_arrays(directory, part, tree))
+    loaded |= {name: arrays[path] for path, name in paths.items()}
+  return traverse_util.unflatten_dict(loaded, sep="/")
+
+
+def check_same(
+  folder: str, expected: Any, stored: Any, description: str
+) -> None:
+  """Checks that two trees have the same paths and shapes.
+
+  Args:
+    folder: where `stored` comes from, for the message.
+    expected: tree of (abstract) arrays of this run.
+    stored: tree of (abstract) arrays that was read.
+    description: of the tree, for the message.
+
+  Raises:
+    errors.CheckpointError: they differ.
+  """
+  here, there = _shapes(expected), _shapes(stored)
+  wrong = [path for path in here | there if here.get(path) != there.get(path)]
+  if wrong:
+    path = wrong[0]
+    raise errors.CheckpointError(
+      f"{len(wrong)} arrays of the {description} in {folder} do not fit this"
+      f" config, such as {path}: {there.get(path)} there, {here.get(path)}"
+      " here. Use the config.model that they were trained with (see part.json),"
+      " or train the stage again."
+    )
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 def _flat(tree) -> dict[str, Any]:
   return traverse_util.flatten_dict(tree, sep="/")
 
 
-def _by_part(branches, wanted):
-  """{(directory, part): {path in the part: path in `wanted`}}."""
-  made = collections.defaultdict(dict)
-  for place, branch in _flat(branches).items():
-    for ours in wanted:
-      if f"{ours}/".startswith(f"{place}/"):
-        path = branch.inside(ours[len(place) + 1 :])
-        made[branch.directory, branch.part][path] = ours
-  return made
+def _by_part(branches, names) -> dict[tuple[str, str], dict[str, str]]:
+  """Groups names by part: {(directory, part): {path in the part: name}}."""
+  grouped: dict[tuple[str, str], dict[str, str]] = collections.defaultdict(dict)
+  for root, branch in _flat(branches).items():
+    for name in names:
+      if f"{name}/".startswith(f"{root}/"):
+        path = branch.path_in_part(name[len(root) + 1 :])
+        grouped[branch.directory, branch.part][path] = name
+  return grouped

@@ -1,84 +1,98 @@
-"""The caches of a run, held to its data and to the networks that made them."""
+"""A run's caches, checked against its data and the networks that made them."""
 
 import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
 
 from lavit_jax.core import agreement, errors, hosts
 from lavit_jax.core.storage import fingerprints
-from lavit_jax.data import image_bytes
+from lavit_jax.data import examples, image_bytes
 from lavit_jax.data.caches import codes as codes_lib
 from lavit_jax.data.caches import latents as latents_lib
+from lavit_jax.data.caches import shards
 from lavit_jax.data.sources import kinds
+from lavit_jax.models.pixels import vae as vae_lib
 from lavit_jax.train.objectives.frozen import latent_parts
 
 
 def codes(
-  config, images, prints
-) -> tuple[codes_lib.CodeCache, codes_lib.CodeCache]:
-  """The caches of training and held-out images.
+  config: ml_collections.ConfigDict,
+  sources: Sequence[examples.Source],
+) -> list[codes_lib.CodeCache]:
+  """Opens the code caches of training and held-out images.
 
   Args:
     config: of a run of stage pretrain; `accept` may name train_cache.source,
       .tokenizer and .pictures, and likewise of held_out_cache.
-    images: its (train, held-out) sources.
-    prints: their `examples.fingerprint`s.
+    sources: its (training, held-out) examples.
 
   Raises:
-    errors.DataError: there is none, or it is of other images, or by another
-      tokenizer than model_dir's: its codes would be those of something else.
+    errors.DataError: a cache is missing, is of other images, or was made by
+      another tokenizer than model_dir's, whose codes mean something else.
   """
   data = config.data
-  # Of the tokenizer the first process alone reads all: one that fails is
-  # enough.
-  words = fingerprints.of_words(config.model_dir) if hosts.is_lead() else None
-  found = []
-  for split, folder, source, print_ in zip(
+  # The lead process alone hashes the tokenizer: if it fails, all do.
+  tokenizer = ""
+  if hosts.is_lead():
+    tokenizer = fingerprints.of_tokenizer(config.model_dir)
+  caches = []
+  for split, folder, source in zip(
     ("train", "held_out"),
     (data.cache_dir, data.held_out_cache_dir),
-    images,
-    prints,
+    sources,
     strict=True,
   ):
-    made = codes_lib.CodeCache.load(folder)
-    told = {
-      "source": (print_, kinds.describe(data, split, source)),
-      "tokenizer": (words, str(config.model_dir)),
+    cache = codes_lib.CodeCache.load(folder)
+    expected: dict[str, tuple[str, str]] = {
+      "source": (
+        examples.fingerprint(source),
+        kinds.describe(data, split, source),
+      ),
+      "tokenizer": (tokenizer, str(config.model_dir)),
     }
-    if made.meta.pictures and (seen := _seen(source)):
-      told["pictures"] = seen, ""
-    _check(config, f"{split}_cache", made, told, folder, split)
-    found.append(made)
-  return tuple(found)
+    if cache.meta.pictures and (images := _image_bytes(source)):
+      expected["pictures"] = images, ""
+    _check(config, f"{split}_cache", cache, expected, folder, split)
+    caches.append(cache)
+  return caches
 
 
-def latents(data, training: bool, source, fingerprint: str, vae, read):
-  """The latent cache of training or held-out images; None without one.
+def latents(
+  data: ml_collections.ConfigDict,
+  training: bool,
+  source: examples.Source,
+  vae: vae_lib.VaeConfig,
+  read_vae: Callable[[], Any],
+) -> latents_lib.LatentCache | None:
+  """Opens the latent cache of training or held-out images, if there is one.
 
   Args:
     data: config.data of a run of stage latents.
-    training: of which of them.
+    training: whether it is that of the training images.
     source: these images.
-    fingerprint: their `examples.fingerprint`.
-    vae: the VaeConfig of the autoencoder.
-    read: gives its weights; called where there is a cache.
+    vae: config of the autoencoder.
+    read_vae: reads the autoencoder's weights; called if there is a cache.
 
   Raises:
-    errors.DataError: there is none where config.data says, or it is of other
-      images, another autoencoder or other buckets.
+    errors.DataError: the cache that config.data names is missing, or is of
+      other images, another autoencoder or other buckets.
   """
   folder = data.latents_dir if training else data.held_out_latents_dir
   if not folder:
     return None
   return latents_lib.LatentCache.load(
     folder,
-    source=fingerprint,
-    images=_seen(source),
-    vae=latent_parts.fingerprint(read(), vae),
+    source=examples.fingerprint(source),
+    images=_image_bytes(source),
+    vae=latent_parts.fingerprint(read_vae(), vae),
     buckets=data.buckets,
   )
 
 
-def made_of_latents(data) -> dict[str, str]:
-  """Fingerprints of the latent caches that config.data names."""
+def latents_provenance(data: ml_collections.ConfigDict) -> dict[str, str]:
+  """Returns the fingerprints of the latent caches that config.data names."""
   folders = {
     "train_cache": data.latents_dir,
     "held_out_cache": data.held_out_latents_dir,
@@ -91,9 +105,9 @@ def made_of_latents(data) -> dict[str, str]:
 
 
 def _command(data, model, folder, split) -> str:
-  """What writes the cache of some images of config.data."""
+  """Returns the command that writes the cache of a split of config.data."""
   if data.kind == "tfds":
-    return "infer.tokenize_data.write_cache with the run's config.data"
+    return "lavit_jax.jobs.tokenize.write_cache with the run's config.data"
   words = ["lavit", "tokenize", "--model", model, "--out", folder]
   words += ["--split", split]
   words += ["--data", data.path if data.kind == "jsonl" else data.kind]
@@ -102,32 +116,45 @@ def _command(data, model, folder, split) -> str:
   return shlex.join(words)
 
 
-def _seen(source) -> str:
-  """`image_bytes.of` a source; "" but on the first process."""
+def _image_bytes(source: examples.Source) -> str:
+  """Returns `image_bytes.of` a source; "" but on the lead process."""
   return image_bytes.of(source) if hosts.is_lead() else ""
 
 
-def _check(config, name, made, told, folder, split):
-  """Compares what a cache was made of with (fingerprint, words) of a run's."""
-  theirs = {
-    "source": (made.meta.source, made.meta.data),
-    "tokenizer": (made.meta.tokenizer, made.meta.model),
-    "pictures": (made.meta.pictures, ""),
+def _check(
+  config: ml_collections.ConfigDict,
+  name: str,
+  cache: codes_lib.CodeCache,
+  expected: Mapping[str, tuple[str, str]],
+  folder: str,
+  split: str,
+) -> None:
+  """Checks a cache's inputs, each a (fingerprint, description), with a run's.
+
+  An empty fingerprint is not compared.
+
+  Raises:
+    errors.DataError: they differ, and config.accept does not name them.
+  """
+  stored = {
+    "source": (cache.meta.source, cache.meta.data),
+    "tokenizer": (cache.meta.tokenizer, cache.meta.model),
+    "pictures": (cache.meta.pictures, ""),
   }
   command = _command(config.data, config.model_dir, folder, split)
-  way_out = f"write it again for this run, once it is deleted: {command}"
-  differ = [
+  way_out = f"delete it and write it again for this run: {command}"
+  differences = [
     agreement.Difference(
       f"{name}.{kind}",
-      codes_lib.known_as(*theirs[kind]),
-      codes_lib.known_as(*ours),
+      shards.described(*stored[kind]),
+      shards.described(*value),
       way_out,
     )
-    for kind, ours in told.items()
-    if ours[0] is not None and ours[0] != theirs[kind][0]
+    for kind, value in expected.items()
+    if value[0] and value[0] != stored[kind][0]
   ]
   agreement.settle(
-    differ,
+    differences,
     agreement.accepted(config),
     what=f"The code cache {folder}",
     error=errors.DataError,

@@ -1,43 +1,41 @@
-"""What a pixel decoder in latents is trained with, from model directories.
+"""Reads what a pixel decoder in latents is trained with.
 
-The frozen chain (encoder, tokenizer, semantic decoder, autoencoder) and the
-weights to start from. The parts are those of imported official models:
-`lowres` and `lowres_pixels`, or `highres` and `highres_pixels`. A tokenizer
-that was trained here brings its semantic decoder itself, and the projections
-then start from nothing.
+These are the frozen networks (encoder, tokenizer, semantic decoder,
+autoencoder) and the weights to start from. The parts are those of imported
+official models: `lowres` and `lowres_pixels`, or `highres` and
+`highres_pixels`. A tokenizer that was trained here brings its semantic decoder
+itself, and the projections then start from random weights.
 """
 
 import dataclasses
 import hashlib
 import json
-import logging
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import traverse_util
 
-from lavit_jax.core import agreement, errors
-from lavit_jax.core.storage import checkpoints, files, fingerprints
-from lavit_jax.diffusion import schedules, stable_diffusion
+from lavit_jax.core import errors
+from lavit_jax.core.storage import checkpoints, fingerprints
+from lavit_jax.diffusion import stable_diffusion
 from lavit_jax.models.pixels import unet, vae
 from lavit_jax.models.tokenizer import decoder, tokenizer
 from lavit_jax.train.objectives.frozen import branches
 
-KINDS = ("lowres", "highres")
-_LOG = logging.getLogger(__name__)
-_SIZE_NUMBERS = 6  # of SDXL
-_GROUPS = 32
-# Fields of a schedule that a network does not learn by.
-_SAMPLING = ("spacing", "steps_offset", "alpha_to_one", "clip")
+SIZE_NUMBERS = 6  # SDXL: original size, crop corner, target size
+_GROUPS = 32  # of every published autoencoder
+_ENCODING = ("selector", "merger", "quantizer")  # parts that make codes
 
 
-def read_words(directory) -> tokenizer.TokenizerConfig:
-  """What encoder and tokenizer of a model directory are.
+def read_tokenizer_config(directory: str) -> tokenizer.TokenizerConfig:
+  """Reads the config of a model directory's tokenizer with its encoder.
 
   Raises:
-    errors.CheckpointError: one of them is missing.
+    errors.CheckpointError: one of them is missing, or they do not fit.
   """
   encoder = checkpoints.read_meta(directory, "encoder")
   meta = checkpoints.read_meta(directory, "tokenizer")
@@ -46,22 +44,23 @@ def read_words(directory) -> tokenizer.TokenizerConfig:
   return config
 
 
-def used_words(variables):
-  """Of a tokenizer's variables, those that make words."""
-  needed = ("selector", "merger", "quantizer")
-  params = {name: variables["params"][name] for name in needed}
+def without_decoder(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a tokenizer's variables without those of its semantic decoder."""
+  params = {name: variables["params"][name] for name in _ENCODING}
   return {"params": params, "codebook": variables["codebook"]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Conditioner:
-  """Vectors of words to what a U-Net is told.
+  """Maps code vectors of an image to the conditions of a U-Net.
 
   Attributes:
-    model: a `decoder.LowresDecoder` or `decoder.HighresDecoder`.
-    semantic: where its frozen semantic decoder's parameters lie.
-    projection: where each of those after it; None: they start from nothing.
-    meta: of the part, None if there is none yet.
+    model: a `decoder.LowresDecoder` or `decoder.HighresDecoder`: a frozen
+      semantic decoder, and projections of its features.
+    semantic: where the semantic decoder's parameters are stored.
+    projection: where each of the projections is; None: they start from random
+      weights.
+    meta: part.json of the part; None if there is none yet.
   """
 
   model: Any
@@ -70,65 +69,75 @@ class Conditioner:
   meta: dict[str, Any] | None
 
 
-def read_conditioner(directory, kind: str, sizes) -> Conditioner:
-  """The part `kind`, or the tokenizer's own decoder with new projections.
+def read_conditioner(
+  directory: str, kind: str, sizes: Mapping[str, Any]
+) -> Conditioner:
+  """Reads the part `kind`, or the tokenizer's decoder with new projections.
 
   Args:
     directory: a model directory.
-    kind: one of `KINDS`.
+    kind: "lowres" or "highres".
     sizes: `dims`, the widths of the projections, and `pooled`, that of the
       pooled vector (0 for lowres).
 
   Raises:
-    errors.ConfigError: sizes that are not those of the part.
+    errors.ConfigError: the part has other sizes.
     errors.CheckpointError: neither is there.
   """
+  meta = projection = None
   if kind in checkpoints.parts_in(directory):
     meta = checkpoints.read_meta(directory, kind)
     _check_sizes(directory, kind, meta, sizes)
-    config = meta["decoder"]
+    fields = meta["decoder"]
     semantic = branches.Branch(directory, kind, "decoder")
     names = ("unet_proj", "unet_proj_1", "unet_proj_2", "unet_attnpool")
-    found = {name: branches.Branch(directory, kind, name) for name in names}
-    projection = {k: v for k, v in found.items() if branches.is_there(v)}
+    candidates = {n: branches.Branch(directory, kind, n) for n in names}
+    projection = {n: b for n, b in candidates.items() if branches.is_there(b)}
   else:
-    meta, projection = None, None
-    own = checkpoints.read_meta(directory, "tokenizer")["tokenizer"]
-    config = own["decoder"]
+    stored = checkpoints.read_meta(directory, "tokenizer")["tokenizer"]
+    fields = stored["decoder"]
     semantic = branches.Branch(directory, "tokenizer", "params/decoder")
   if not branches.is_there(semantic):
     raise errors.CheckpointError(
-      f"{directory} has no part {kind!r}, and its tokenizer no semantic"
-      f" decoder of its own. Import the {kind} decoder of an official model,"
-      " or train a tokenizer."
+      f"{directory} has no part {kind!r}, and its tokenizer has no semantic"
+      f" decoder. Import the {kind} decoder of an official model, or train a"
+      " tokenizer."
     )
-  config = decoder.DecoderConfig(**config)
+  config = decoder.DecoderConfig(**fields)
   model = make_conditioner(kind, config, sizes)
   return Conditioner(model, semantic, projection, meta)
 
 
-def make_conditioner(kind, config, sizes):
-  """The semantic decoder of one kind with projections of these sizes."""
+def make_conditioner(
+  kind: str, config: decoder.DecoderConfig, sizes: Mapping[str, Any]
+) -> decoder.LowresDecoder | decoder.HighresDecoder:
+  """Makes the semantic decoder of a kind with projections of these sizes."""
   dims = tuple(sizes["dims"])
   if kind == "lowres":
     return decoder.LowresDecoder(config, *dims)
   return decoder.HighresDecoder(config, dims, sizes["pooled"])
 
 
-def _check_sizes(directory, kind, meta, sizes):
-  theirs = meta.get("condition_dims", [meta.get("condition_dim")])
-  found = [*theirs, meta.get("pooled_dim", 0)]
-  ours = [*sizes["dims"], sizes["pooled"]]
-  if found != ours:
+def _check_sizes(directory, kind, meta, sizes) -> None:
+  """Raises ConfigError unless model.condition has the sizes of the part."""
+  dims = meta.get("condition_dims", [meta.get("condition_dim")])
+  stored = [*dims, meta.get("pooled_dim", 0)]
+  expected = [*sizes["dims"], sizes["pooled"]]
+  if stored != expected:
     raise errors.ConfigError(
-      f"model.condition has widths {ours[:-1]} and pooled={ours[-1]}, but the"
-      f" part {kind} of {directory} has {found[:-1]} and {found[-1]}. Set"
-      f" model.condition to these, and model.unet to fit."
+      f"model.condition has widths {expected[:-1]} and pooled={expected[-1]},"
+      f" but the part {kind} of {directory} has {stored[:-1]} and {stored[-1]}."
+      " Set model.condition to these, and model.unet to fit."
     )
 
 
-def conditioner_meta(kind: str, model) -> dict[str, Any]:
-  """The meta of a part `lowres` or `highres` that was made here."""
+def conditioner_meta(kind: str, model: Any) -> dict[str, Any]:
+  """Returns the part.json entries of a new part `lowres` or `highres`.
+
+  Args:
+    kind: of the part.
+    model: see `Conditioner.model`.
+  """
   meta = {"decoder": dataclasses.asdict(model.config)}
   if kind == "lowres":
     return meta | {"condition_dim": model.condition_dim}
@@ -138,147 +147,64 @@ def conditioner_meta(kind: str, model) -> dict[str, Any]:
   }
 
 
-def check_unet(kind: str, config: unet.UNetConfig, sizes) -> None:
-  """Raises ConfigError unless the U-Net takes what the conditioner gives."""
-  details, pooled = config.details, sizes["pooled"]
-  added = pooled + _SIZE_NUMBERS * details.added_time_dim if pooled else 0
-  good = {
-    f"model.kind={kind!r} is none of {KINDS}": kind in KINDS,
-    f"lowres has one width, highres two; model.condition.dims is"
-    f" {tuple(sizes['dims'])}": len(sizes["dims"]) == 1 + (kind == "highres"),
-    f"model.condition.pooled={pooled}: only highres has a pooled vector": bool(
-      pooled
-    )
-    == (kind == "highres"),
-    f"model.unet.cross_dim={config.cross_dim}, but the condition is"
-    f" {sum(sizes['dims'])} wide": config.cross_dim == sum(sizes["dims"]),
-    f"model.unet.details.added_dim={details.added_dim}, but pooled vector and"
-    f" sizes are {added} wide": details.added_dim == added,
-  }
-  for wrong, fine in good.items():
-    if not fine:
-      raise errors.ConfigError(f"{wrong}. Change config.model to agree.")
-
-
-def check_buckets(buckets, config: vae.VaeConfig) -> None:
-  """Raises ConfigError for sides that the autoencoder cannot halve."""
-  for pair in buckets:
-    if any(side % config.scale for side in pair):
-      raise errors.ConfigError(
-        f"data.buckets has {tuple(pair)}, but a place of the latents is"
-        f" {config.scale} pixels a side: heights and widths must be multiples"
-        " of it. Change data.buckets."
-      )
-
-
-def check_start(
-  run, config: unet.UNetConfig, schedule: schedules.NoiseSchedule
-) -> None:
-  """Whether the model directory that a run starts from has its U-Net.
-
-  Args:
-    run: its config; `accept` names differences that are meant, say a change
-      to velocities without a signal at the last step (arXiv 2305.08891).
-    config: of its U-Net.
-    schedule: of the run; what the U-Net was trained to predict, and at which
-      levels of noise, must be the same. How it is sampled need not.
-
-  Raises:
-    errors.ConfigError: none is given, or there is none, or it is another.
-  """
-  folder, part = run.start_from, f"{run.model.kind}_pixels"
-  if folder is None:
-    raise errors.ConfigError(
-      "start_from is not set. This run starts from Stable Diffusion's weights:"
-      f" import them (lavit port import), and give the model directory with"
-      f" the part {part} as --config.start_from=DIR. An empty"
-      " --config.start_from= trains from nothing."
-    )
-  if not folder:
-    return
-  if part not in checkpoints.parts_in(folder):
-    raise errors.ConfigError(
-      f"start_from={folder} has no part {part}; it has"
-      f" {', '.join(checkpoints.parts_in(folder)) or 'none'}. Give the model"
-      " directory that Stable Diffusion's U-Net was imported into."
-    )
-  fields = checkpoints.read_meta(folder, part).get("unet")
-  if fields is None:
-    raise errors.ConfigError(
-      f"The part {part} of start_from={folder} has an autoencoder, but no"
-      " U-Net to start from. Give another, or leave start_from empty and set"
-      f" vae_from={folder}."
-    )
-  what = f"The U-Net of start_from={folder}"
-  theirs = unet.UNetConfig(**fields)
-  differ = agreement.fields(theirs, config, "model.unet.")
-  told = checkpoints.read_meta(folder, part).get("schedule")
-  if told is not None:
-    differ += _of_schedule(schedules.NoiseSchedule(**told), schedule)
-  else:
-    _LOG.warning("%s does not say its noise schedule", what)
-  agreement.settle(differ, agreement.accepted(run), what=what)
-
-
-def _of_schedule(theirs, ours):
-  """Differences of two schedules in what a network learns by them."""
-  found = agreement.fields(theirs, ours, "model.schedule.", _SAMPLING)
-  tables = [schedules.alphas_cumprod(s) for s in (theirs, ours)]
-  if len(tables[0]) == len(tables[1]) and np.allclose(*tables, rtol=1e-5):
-    # The same levels of noise, told in other words.
-    found = [d for d in found if d.name == "model.schedule.prediction"]
-  return found
-
-
-def init_unet(net: unet.UNet, rng):
-  """Boxed parameters of a U-Net; sizes of the input do not matter."""
+def init_unet(net: unet.UNet, rng: jax.Array) -> Any:
+  """Draws the boxed parameters of a U-Net; the input's size has no effect."""
   config, details = net.config, net.config.details
   side = 2 ** (len(config.channels) - 1)
-  given = {"condition": jnp.zeros((1, 1, config.cross_dim))}
+  conditions: dict[str, Any] = {
+    "condition": jnp.zeros((1, 1, config.cross_dim))
+  }
   if details.added_dim:
-    width = details.added_dim - _SIZE_NUMBERS * details.added_time_dim
-    given |= {
+    width = details.added_dim - SIZE_NUMBERS * details.added_time_dim
+    conditions |= {
       "pooled": jnp.zeros((1, width)),
-      "sizes": jnp.zeros((1, _SIZE_NUMBERS)),
+      "sizes": jnp.zeros((1, SIZE_NUMBERS)),
     }
   z = jnp.zeros((1, side, side, config.in_channels))
-  return net.init(rng, z, jnp.zeros((1,), jnp.int32), **given)["params"]
+  t = jnp.zeros((1,), jnp.int32)
+  return net.init(rng, z, t, **conditions)["params"]
 
 
-def tell(kind: str, told, uncond, drop):
-  """The U-Net's conditions; nothing is told where `drop` is True.
+def unet_inputs(
+  kind: str,
+  conditions: Mapping[str, jax.Array],
+  uncond: Any,
+  drop: jax.Array,
+) -> dict[str, jax.Array]:
+  """Makes a U-Net's conditions; images where `drop` is True have none.
 
-  As officially: lowres sees the unconditional embeddings alone, highres zeros
-  in place of tokens and pooled vector, and its sizes.
+  As officially: dropped lowres images see the unconditional embeddings alone;
+  dropped highres images see zeros in place of tokens and pooled vector, and
+  their sizes.
 
   Args:
     kind: "lowres" or "highres".
-    told: `tokens` float[B, N, D]; highres: `pooled`, `sizes` too.
-    uncond: float[U, D], of lowres.
+    conditions: `tokens` float[B, N, D]; highres: `pooled`, `sizes` too.
+    uncond: float[U, D]; highres has none.
     drop: bool[B].
 
   Returns:
-    The keywords of `unet.UNet`.
+    The keyword arguments of `unet.UNet`.
   """
-  tokens, keep = told["tokens"], ~drop
+  tokens, keep = conditions["tokens"], ~drop
   if kind == "lowres":
-    rest, seen = stable_diffusion.pad_uncond(uncond, tokens)
+    padded, is_uncond = stable_diffusion.pad_uncond(uncond, tokens)
     return {
-      "condition": jnp.where(drop[:, None, None], rest, tokens),
-      "condition_mask": keep[:, None] | seen,
+      "condition": jnp.where(drop[:, None, None], padded, tokens),
+      "condition_mask": keep[:, None] | is_uncond,
     }
   return {
     "condition": jnp.where(keep[:, None, None], tokens, 0),
-    "pooled": jnp.where(keep[:, None], told["pooled"], 0),
-    "sizes": told["sizes"],
+    "pooled": jnp.where(keep[:, None], conditions["pooled"], 0),
+    "sizes": conditions["sizes"],
   }
 
 
-def read_tree(branch: branches.Branch):
-  """A branch as numpy arrays, floats float32; None if the part has none.
+def read_tree(branch: branches.Branch) -> Any:
+  """Reads a branch as NumPy arrays, floats as float32; None if it is empty.
 
-  Read array by array, so that a U-Net is never held where an autoencoder is
-  wanted.
+  It is read array by array, so that a U-Net is never in memory where an
+  autoencoder is wanted.
   """
   stored = checkpoints.StoredPart(branch.directory, branch.part)
   flat, top = {}, branch.top
@@ -294,8 +220,11 @@ def _float32(x):
   return x.astype(checkpoints.cast_dtype(x.dtype, np.float32))
 
 
-def load_vae(directory, kind: str):
-  """(AutoencoderKL, float32 numpy parameters) of the part `kind`_pixels.
+def load_vae(directory: str, kind: str) -> tuple[vae.AutoencoderKL, Any]:
+  """Reads the autoencoder of the part `kind`_pixels.
+
+  Returns:
+    (module, float32 NumPy parameters).
 
   Raises:
     errors.CheckpointError: there is none.
@@ -304,8 +233,8 @@ def load_vae(directory, kind: str):
   return net, read_tree(branches.Branch(directory, f"{kind}_pixels", "vae"))
 
 
-def read_vae(directory, kind: str) -> vae.VaeConfig:
-  """What the autoencoder of the part `kind`_pixels is.
+def read_vae(directory: str, kind: str) -> vae.VaeConfig:
+  """Reads the config of the autoencoder of the part `kind`_pixels.
 
   Raises:
     errors.CheckpointError: there is none.
@@ -321,78 +250,81 @@ def read_vae(directory, kind: str) -> vae.VaeConfig:
   return vae.VaeConfig(**meta["vae"])
 
 
-def fingerprint(params, config: vae.VaeConfig) -> str:
-  """Hex digest of what makes latents: the encoder's weights and its sizes."""
+def check_buckets(buckets: Any, config: vae.VaeConfig) -> None:
+  """Checks that latents of every bucket have whole sizes.
+
+  Args:
+    buckets: pairs (height, width), in pixels.
+    config: of the autoencoder.
+
+  Raises:
+    errors.ConfigError: a side is not a multiple of `config.scale`.
+  """
+  for pair in buckets:
+    if any(side % config.scale for side in pair):
+      raise errors.ConfigError(
+        f"data.buckets has {tuple(pair)}, but a position of the latents is"
+        f" {config.scale} pixels a side: heights and widths must be multiples"
+        " of it. Change data.buckets."
+      )
+
+
+def fingerprint(params: Mapping[str, Any], config: vae.VaeConfig) -> str:
+  """Returns a hex digest of what makes latents: encoder weights and sizes."""
   digest = hashlib.sha256(repr(config.channels).encode())
-  if config.groups != _GROUPS:  # as every published one; told by no weight
+  if config.groups != _GROUPS:  # no shape of the weights depends on it
     digest.update(f"{config.groups} groups".encode())
-  made_by = {name: params[name] for name in ("encoder", "quant_conv")}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(made_by):
+  used = {name: params[name] for name in ("encoder", "quant_conv")}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(used):
     digest.update(jax.tree_util.keystr(path).encode())
     digest.update(np.asarray(leaf).tobytes())
   return digest.hexdigest()[:32]
 
 
-def made_of(config, semantic_is_part: bool) -> dict[str, str]:
-  """Fingerprints of what stage latents takes frozen, words apart.
+def provenance(
+  config: ml_collections.ConfigDict, semantic_is_part: bool
+) -> dict[str, str]:
+  """Fingerprints the frozen networks of stage latents past the tokenizer.
 
   Args:
-    config: of a run.
+    config: of the run.
     semantic_is_part: whether the semantic decoder is a part of model_dir; else
-      it is the tokenizer's own.
+      it is the tokenizer's.
+
+  Returns:
+    {name: fingerprint}; see `Objective.provenance`.
   """
-  kind, of = config.model.kind, fingerprints.of_part
+  kind, of_part = config.model.kind, fingerprints.of_part
   part = f"{kind}_pixels"
   folder = config.vae_from or config.start_from or config.model_dir
-  branch = ("tokenizer", "params/decoder")
+  semantic = ("tokenizer", "params/decoder")
   if semantic_is_part:
-    branch = (kind, "decoder")
-  found = {
-    "semantic_decoder": of(config.model_dir, *branch),
-    "autoencoder": of(folder, part, "vae"),
+    semantic = (kind, "decoder")
+  prints = {
+    "semantic_decoder": of_part(config.model_dir, *semantic),
+    "autoencoder": of_part(folder, part, "vae"),
   }
   if config.model.lora.rank:
-    found["unet"] = of(config.start_from, part, "unet")
-  return found
+    prints["unet"] = of_part(config.start_from, part, "unet")
+  return prints
 
 
-def with_port(meta, folder, part: str) -> dict[str, Any]:
-  """A meta with the port's notes on the part it started from, if they fit.
+def with_port(
+  meta: dict[str, Any], folder: str | None, part: str
+) -> dict[str, Any]:
+  """Adds the importer's notes on the part that training started from.
+
+  They are left out if the noise schedule has changed since.
 
   Args:
-    meta: of the part with a U-Net.
-    folder: the model directory that training started from, or nothing.
+    meta: part.json entries of the new part with a U-Net.
+    folder: the model directory that training started from, if any.
     part: its name.
   """
   if not folder:
     return meta
-  theirs = checkpoints.read_meta(folder, part)
-  same = json.loads(json.dumps(meta["schedule"]))
-  if "port" in theirs and theirs.get("schedule") == same:
-    return meta | {"port": theirs["port"]}
+  start = checkpoints.read_meta(folder, part)
+  schedule = json.loads(json.dumps(meta["schedule"]))
+  if "port" in start and start.get("schedule") == schedule:
+    return meta | {"port": start["port"]}
   return meta
-
-
-def check_directories(config, *, starts: bool) -> None:
-  """Whether a run writes elsewhere than it starts, and a LoRA has a start.
-
-  Args:
-    config: of the run.
-    starts: whether there is a U-Net to start from.
-
-  Raises:
-    errors.ConfigError: not so.
-  """
-  if files.same(config.start_from, config.model_dir):
-    raise errors.ConfigError(
-      f"start_from and model_dir are both {config.model_dir}: the result"
-      " would take the place of the weights it starts from. Give another"
-      " model_dir with encoder, tokenizer and semantic decoder."
-    )
-  low = config.model.lora
-  if low.rank and (low.alpha <= 0 or not starts):
-    raise errors.ConfigError(
-      f"model.lora={low.to_dict()} changes a trained U-Net: it needs an"
-      " alpha above 0, and start_from, that U-Net's model directory. Set"
-      " model.lora.rank=0 to train the whole."
-    )

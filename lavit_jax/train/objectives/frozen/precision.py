@@ -1,23 +1,25 @@
 """How a run computes the networks that it reads from a model directory.
 
-A part on disk says what a network is: sizes and weights. How it is computed,
-in which dtype and with what kept for the backward pass, is the run's to say,
-in `config.model.compute`, one entry a network:
+A stored part says which network it is: sizes and weights. How the network is
+computed (dtype, and which activations are kept for the backward pass) is the
+run's choice, in `config.model.compute`, one entry a network:
 
   compute = dict(
     encoder=dict(dtype="bfloat16", remat="none", unroll=1),
     merger=dict(dtype="bfloat16", remat="full", unroll=1),
   )
 
-So a step is the same program whether a part was imported (its part.json then
-says float32), was trained here, or is not there at all (`AbstractArtifacts`):
+So the step is the same program whether a part was imported (its part.json then
+says float32), was trained here, or is missing (`AbstractArtifacts`), and it is
 the one that `lavit compile` measures. Networks whose sizes are in the run's
-config have these fields among them. What is left out has its usual value.
+config have these fields beside their sizes. Missing fields take `DEFAULTS`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import ml_collections
 
 from lavit_jax.core import errors
 from lavit_jax.models import layers
@@ -30,51 +32,56 @@ _PARTS = ("selector", "merger", "quantizer", "decoder")
 
 
 def applied(
-  config, *, trained: Sequence[str] = (), **networks
+  config: ml_collections.ConfigDict,
+  *,
+  trained: Sequence[str] = (),
+  **networks: Any,
 ) -> dict[str, Any]:
-  """The networks' configs, computed as the run says.
+  """Returns the configs of networks with the run's dtype, remat and unroll.
 
   Args:
     config: of the run.
-    trained: names of those of the networks that change, or in whose dtype
-      something is computed that does.
-    **networks: all that the stage reads, each a config as a part has it: of a
-      network, or a `tokenizer.TokenizerConfig`, whose four parts then are
-      computed alike (its encoder is a network of its own).
+    trained: names of those networks that are trained, or in whose dtype
+      something is computed that is.
+    **networks: all that the stage reads, each the config of a stored network,
+      or a `tokenizer.TokenizerConfig`, whose four parts then are computed alike
+      (its encoder is a network by itself).
 
   Returns:
-    The same names and configs, with other dtype, remat and unroll.
+    The same names with the changed configs.
 
   Raises:
-    errors.ConfigError: config.model.compute names a network that the stage
-      does not read, a field that is unknown or that the network has not, or
-      a value that there is not, or with which it cannot be trained.
+    errors.ConfigError: config.model.compute names a network that the stage does
+      not read, a field that the network does not have, or a value that is
+      unknown or cannot be trained with.
   """
-  chosen = config.model.get("compute", {})
-  chosen = {name: dict(fields) for name, fields in chosen.items()}
-  if unknown := sorted(set(chosen) - set(networks)):
+  compute = config.model.get("compute", {})
+  compute = {name: dict(fields) for name, fields in compute.items()}
+  if unknown := sorted(set(compute) - set(networks)):
     raise errors.ConfigError(
       f"model.compute names {unknown}, but stage {config.stage!r} reads"
       f" {sorted(networks)} from its model directory. Change or remove them:"
       " a network that the stage trains has dtype and remat beside its sizes."
     )
-  for name, fields in chosen.items():
+  for name, fields in compute.items():
     _check(name, networks[name], fields, name in trained)
   return {
-    name: _computed(network, DEFAULTS | chosen.get(name, {}))
+    name: _with_fields(network, DEFAULTS | compute.get(name, {}))
     for name, network in networks.items()
   }
 
 
-def _check(name, network, chosen, trained) -> None:
-  """Raises ConfigError for what is said of one network and cannot be."""
-  has = _has(network)
-  if unknown := sorted(set(chosen) - has):
+def _check(
+  name: str, network: Any, compute: Mapping[str, Any], trained: bool
+) -> None:
+  """Raises ConfigError if one entry of model.compute is not possible."""
+  available = _fields_of(network)
+  if unknown := sorted(set(compute) - available):
     raise errors.ConfigError(
-      f"model.compute.{name} has {unknown}: expected some of {sorted(has)},"
-      " which are all that this network has. Remove or rename them."
+      f"model.compute.{name} has {unknown}, but this network has only"
+      f" {sorted(available)}. Remove or rename them."
     )
-  fields = DEFAULTS | chosen
+  fields = DEFAULTS | dict(compute)
   allowed = {"dtype": _DTYPES, "remat": tuple(layers.REMAT)}
   for field, values in allowed.items():
     if fields[field] not in values:
@@ -85,8 +92,8 @@ def _check(name, network, chosen, trained) -> None:
   unroll = fields["unroll"]
   if not isinstance(unroll, int) or isinstance(unroll, bool) or unroll < 1:
     raise errors.ConfigError(
-      f"model.compute.{name}.unroll={unroll!r}: expected how many layers a"
-      " step of the scan has, a whole number of 1 or more."
+      f"model.compute.{name}.unroll={unroll!r}: expected the number of layers"
+      " in a step of the scan, an integer of 1 or more."
     )
   if trained and fields["dtype"] == "float16":
     raise errors.ConfigError(
@@ -96,20 +103,23 @@ def _check(name, network, chosen, trained) -> None:
     )
 
 
-def _has(network) -> set[str]:
-  """Those of `DEFAULTS` that a network, or a part of it, has."""
+def _fields_of(network: Any) -> set[str]:
+  """Returns those of `DEFAULTS` that a network, or a part of it, has."""
   if isinstance(network, tokenizer.TokenizerConfig):
-    return set().union(*(_has(getattr(network, part)) for part in _PARTS))
+    parts = (_fields_of(getattr(network, part)) for part in _PARTS)
+    return set[str]().union(*parts)
   return set(DEFAULTS) & {field.name for field in dataclasses.fields(network)}
 
 
-def _computed(network, fields):
-  """A network's config with those of the fields that it has."""
+def _with_fields(network: Any, fields: Mapping[str, Any]) -> Any:
+  """Returns a network's config with those of the fields that it has."""
   if isinstance(network, tokenizer.TokenizerConfig):
-    made = {name: _computed(getattr(network, name), fields) for name in _PARTS}
-    return dataclasses.replace(network, **made)
-  has = {field.name for field in dataclasses.fields(network)}
-  fields = {name: value for name, value in fields.items() if name in has}
+    parts = {
+      name: _with_fields(getattr(network, name), fields) for name in _PARTS
+    }
+    return dataclasses.replace(network, **parts)
+  names = {field.name for field in dataclasses.fields(network)}
+  changes = {name: value for name, value in fields.items() if name in names}
   if isinstance(network, vae.VaeConfig):  # else its dtype might not count
-    fields["force_upcast"] = False
-  return dataclasses.replace(network, **fields)
+    changes["force_upcast"] = False
+  return dataclasses.replace(network, **changes)

@@ -21,24 +21,26 @@ def _shapes(tree):
 
 
 @pytest.mark.parametrize("stage", _STAGES)
-def test_shapes_of_batches_and_frozen_arrays_are_those_that_come(
+def test_batches_and_frozen_arrays_have_the_shapes_that_are_promised(
   stage, micro_runs
 ):
   objective = objectives.build(sharding_test.stage_config(stage, micro_runs))
   batch = next(objective.batches(0))
-  told = objective.batch_shapes()
+  abstract = objective.batch_shapes()
   assert {k: x.shape for k, x in batch.items()} == {
-    k: x.shape for k, x in told.items()
+    k: x.shape for k, x in abstract.items()
   }
   for name, array in batch.items():
-    assert jax.dtypes.canonicalize_dtype(array.dtype) == told[name].dtype
+    assert jax.dtypes.canonicalize_dtype(array.dtype) == abstract[name].dtype
   frozen = _shapes(sharding.unbox(objective.frozen_shapes()))
-  real = _shapes(objective.frozen)
+  real = _shapes(objective.load_frozen())
   assert {k: frozen[k] for k in real} == real
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "pretrain"])
-def test_an_outline_has_the_shapes_of_the_real_objective(stage, micro_runs):
+def test_an_abstract_objective_has_the_shapes_of_the_real_one(
+  stage, micro_runs
+):
   cfg = micro.config(stage, micro_runs)
   real = objectives.build(cfg)
   cfg = micro.assuming(cfg)

@@ -162,7 +162,7 @@ def test_a_run_holds_what_its_step_needs_on_every_device_and_no_more(
   mesh = sharding.make_mesh(cfg.mesh.to_dict())
   phase = phases.phases_of(cfg)[0]
   arguments = lowering.arguments(objective, cfg, phase, mesh)
-  need = sharding.bytes_a_device(arguments)  # as `lavit compile` lowers it
+  need = sharding.bytes_per_device(arguments)  # as `lavit compile` lowers it
   assert all(need <= found <= need + _SLACK for found in alive.values()), (
     need,
     alive,
@@ -186,7 +186,7 @@ def test_a_lora_is_merged_in_the_shares_of_its_mesh(micro_runs, tmp_path):
       sharding.param_shardings(boxed, mesh),
     )
     low = jax.device_get(params["lora"])
-    made = objective.export(params, {})[0]["llm"]
+    made = objective.export(params, {})["llm"][0]["llm"]
     wanted = sharding.param_shardings(
       abstract_params.llm(objective.llama_config), mesh
     )

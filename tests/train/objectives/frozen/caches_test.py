@@ -95,7 +95,7 @@ def test_a_cache_of_others_is_refused_and_what_differs_named(name, root, made):
 
 def test_a_cache_of_these_is_used_and_known_by_the_run(root, made):
   objective = objectives.build(_config(root, made))
-  found = objective.made_of()
+  found = objective.provenance()
   assert found["train_cache"] != found["held_out_cache"]
   next(objective.batches(0))
 
@@ -118,7 +118,7 @@ def test_of_which_part_of_a_file_a_cache_is_stands_in_the_message(
   there = "train, nine tenths by hash, of my.jsonl: "
   assert there in str(caught.value)
   assert f"all of my.jsonl: {micro.SCENES} images of 48" in str(caught.value)
-  assert "held-out numbers tell nothing" in caplog.text
+  assert "held-out numbers say nothing" in caplog.text
   assert f"--data {path} --held-out {path}" in str(caught.value), "way out"
 
 
@@ -127,7 +127,7 @@ def test_a_tokenizer_of_another_encoder_is_refused(root, made):
   objective = objectives.build(_config(root, made))
   micro.perturb(root / "model", "encoder")
   with pytest.raises(errors.CheckpointError, match=r"trained on.*encoder is '"):
-    objective.made_of()
+    objective.provenance()
   meta = checkpoints.read_meta(root / "model", "tokenizer")
   assert set(meta["made_of"]) == {"train_data", "held_out_data", "encoder"}
 

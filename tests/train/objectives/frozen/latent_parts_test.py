@@ -1,4 +1,4 @@
-"""What a U-Net is told, with and without a condition; what it starts from."""
+"""Conditions of a U-Net, given and dropped; the U-Net a run starts from."""
 
 import dataclasses
 import json
@@ -13,44 +13,44 @@ import pytest
 from lavit_jax.core import errors
 from lavit_jax.diffusion import schedules, stable_diffusion
 from lavit_jax.models.pixels import vae
-from lavit_jax.train.objectives.frozen import latent_parts
+from lavit_jax.train.objectives.frozen import latent_checks, latent_parts
 from tests.train import latent_micro
 
 
-def _told(kind):
+def _conditions(kind):
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  told = {"tokens": draw(3, 5, 4)}
+  conditions = {"tokens": draw(3, 5, 4)}
   if kind == "highres":
-    told |= {"pooled": draw(3, 2), "sizes": draw(3, 6)}
-  return told, draw(2, 4)
+    conditions |= {"pooled": draw(3, 2), "sizes": draw(3, 6)}
+  return conditions, draw(2, 4)
 
 
 def test_lowres_without_a_condition_sees_the_unconditional_tokens_alone():
-  told, uncond = _told("lowres")
+  conditions, uncond = _conditions("lowres")
   drop = jnp.array([False, True, False])
-  given = latent_parts.tell("lowres", told, uncond, drop)
-  rest, seen = stable_diffusion.pad_uncond(uncond, told["tokens"])
+  given = latent_parts.unet_inputs("lowres", conditions, uncond, drop)
+  rest, is_uncond = stable_diffusion.pad_uncond(uncond, conditions["tokens"])
   assert given["condition_mask"].tolist() == [
     [True] * 5,
     [True, True, False, False, False],
     [True] * 5,
   ]
-  np.testing.assert_array_equal(given["condition_mask"][1], seen[1])
+  np.testing.assert_array_equal(given["condition_mask"][1], is_uncond[1])
   np.testing.assert_array_equal(given["condition"][1], rest[1])
-  np.testing.assert_array_equal(given["condition"][0], told["tokens"][0])
+  np.testing.assert_array_equal(given["condition"][0], conditions["tokens"][0])
 
 
 def test_highres_without_a_condition_sees_zeros_and_its_sizes():
-  told, _ = _told("highres")
+  conditions, _ = _conditions("highres")
   drop = jnp.array([False, True, False])
-  given = latent_parts.tell("highres", told, None, drop)
+  given = latent_parts.unet_inputs("highres", conditions, None, drop)
   assert set(given) == {"condition", "pooled", "sizes"}
   assert not given["condition"][1].any()
   assert not given["pooled"][1].any()
-  np.testing.assert_array_equal(given["sizes"], told["sizes"])
+  np.testing.assert_array_equal(given["sizes"], conditions["sizes"])
   for name, value in (("condition", "tokens"), ("pooled", "pooled")):
-    np.testing.assert_array_equal(given[name][2], told[value][2])
+    np.testing.assert_array_equal(given[name][2], conditions[value][2])
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def start(tmp_path_factory):
 
 def _check(start, sizes=None, accept="", **schedule):
   run = {"start_from": str(start), "model": {"kind": "lowres"}}
-  latent_parts.check_start(
+  latent_checks.check_start(
     ml_collections.ConfigDict(run | {"accept": accept}),
     sizes or latent_micro.unet_config("lowres"),
     dataclasses.replace(schedules.STABLE_DIFFUSION, **schedule),
@@ -82,11 +82,11 @@ _SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", _SCHEDULES)
-def test_a_start_is_held_to_the_schedule_it_was_trained_with(start, name):
+def test_a_start_must_have_the_schedule_it_was_trained_with(start, name):
   _check(start)
   change = {name: _SCHEDULES[name]}
-  told = rf"schedule\.{name} is .* there, .*{_SCHEDULES[name]}.* here"
-  with pytest.raises(errors.ConfigError, match=told):
+  message = rf"schedule\.{name} is .* there, .*{_SCHEDULES[name]}.* here"
+  with pytest.raises(errors.ConfigError, match=message):
     _check(start, **change)
   _check(start, accept=f"model.schedule.{name}", **change)
 
@@ -94,7 +94,7 @@ def test_a_start_is_held_to_the_schedule_it_was_trained_with(start, name):
 def test_every_field_of_a_schedule_is_compared_or_of_sampling():
   """shift and betas are of other kinds: they change the table alone."""
   fields = {f.name for f in dataclasses.fields(schedules.NoiseSchedule)}
-  known = {*_SCHEDULES, *latent_parts._SAMPLING, "shift", "betas"}
+  known = {*_SCHEDULES, *latent_checks._SAMPLING, "shift", "betas"}
   assert fields == known
 
 
@@ -116,9 +116,7 @@ def test_a_start_of_another_unet_names_every_field_and_the_way_out(start):
   _check(start, dataclasses.replace(sizes, remat="full", scan=True))
 
 
-def test_a_start_that_does_not_tell_its_schedule_is_named(
-  start, tmp_path, caplog
-):
+def test_a_start_without_a_schedule_is_warned_of(start, tmp_path, caplog):
   other = shutil.copytree(start, tmp_path / "start")
   path = other / "lowres_pixels" / "part.json"
   meta = json.loads(path.read_text())
@@ -129,8 +127,8 @@ def test_a_start_that_does_not_tell_its_schedule_is_named(
   assert "does not say its noise schedule" in caplog.text
 
 
-def test_latents_are_known_by_the_groups_of_their_autoencoder():
-  """No weight tells them, and the latents depend on them."""
+def test_the_fingerprint_depends_on_the_groups_of_the_autoencoder():
+  """No shape of a weight depends on them, but the latents do."""
   ones = {"kernel": np.ones(3, np.float32)}
   params = {"encoder": ones, "quant_conv": ones}
   sizes = dict(channels=(32, 64), layers_per_block=1)
@@ -141,8 +139,8 @@ def test_latents_are_known_by_the_groups_of_their_autoencoder():
   assert len(prints) == 3
 
 
-def test_fields_that_no_shape_tells_are_compared(start):
-  theirs = latent_micro.unet_config("lowres")
+def test_fields_that_change_no_shape_are_compared(start):
+  stored = latent_micro.unet_config("lowres")
   changes = {
     "groups": 8,
     "num_heads": (1, 1),
@@ -152,4 +150,4 @@ def test_fields_that_no_shape_tells_are_compared(start):
   }
   for name, value in changes.items():
     with pytest.raises(errors.ConfigError, match=rf"model\.unet\.{name} is"):
-      _check(start, dataclasses.replace(theirs, **{name: value}))
+      _check(start, dataclasses.replace(stored, **{name: value}))

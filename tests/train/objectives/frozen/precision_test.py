@@ -22,7 +22,7 @@ from lavit_jax.models.pixels import vae
 from lavit_jax.models.tokenizer import decoder
 from lavit_jax.port.tables import names, sizes
 from lavit_jax.train import lowering, objectives, phases
-from lavit_jax.train.objectives import base, latents, pretrain
+from lavit_jax.train.objectives import latents, pretrain
 from lavit_jax.train.objectives.frozen import (
   abstract_params,
   artifacts,
@@ -43,8 +43,8 @@ def _jaxpr(cfg, where=None, phase=None):
   found = phases.phases_of(cfg)
   phase = next(p for p in found if p.name == (phase or found[-1].name))
   traced, arguments = lowering.trace(objective, cfg, phase, mesh)
-  places = jax.tree.map(lambda x: x.sharding.spec, arguments)
-  text = f"{traced.jaxpr}\n{jax.tree.structure(arguments)}\n{places}"
+  specs = jax.tree.map(lambda x: x.sharding.spec, arguments)
+  text = f"{traced.jaxpr}\n{jax.tree.structure(arguments)}\n{specs}"
   return re.sub(r"0x[0-9a-f]+", "0x", text)
 
 
@@ -52,14 +52,14 @@ def _jaxpr(cfg, where=None, phase=None):
 def _no_data(monkeypatch):
   """Objectives of weights alone: no source, no cache, no tokenizer.model."""
   nothing = lambda *_, **__: None
-  pieces = lambda self: types.SimpleNamespace(size=_TEXT)
+  pieces = lambda *unused: types.SimpleNamespace(size=_TEXT)
   monkeypatch.setattr(artifacts.Artifacts, "sources", lambda *_: (None, None))
-  monkeypatch.setattr(base.Objective, "text_tokenizer", pieces)
+  monkeypatch.setattr(artifacts.Artifacts, "text_tokenizer", pieces)
   monkeypatch.setattr(pipeline, "image_batches", nothing)
   monkeypatch.setattr(latents.LatentsObjective, "_batches", nothing)
   monkeypatch.setattr(pretrain.PretrainObjective, "_use_rows", nothing)
   monkeypatch.setattr(
-    pretrain.PretrainObjective, "_use_caches", lambda self: 12
+    pretrain.PretrainObjective, "_open_caches", lambda self: 12
   )
 
 
@@ -204,9 +204,9 @@ def test_what_is_compiled_ahead_is_what_an_imported_model_trains(
   name, phase, imported
 ):
   cfg = _full_size(name, imported)
-  told = checkpoints.read_meta(imported, "tokenizer")["tokenizer"]
+  meta = checkpoints.read_meta(imported, "tokenizer")["tokenizer"]
   for part in ("vit", "merger"):  # or there were nothing to see here
-    assert (told[part]["dtype"], told[part]["remat"]) == ("float32", "none")
+    assert (meta[part]["dtype"], meta[part]["remat"]) == ("float32", "none")
   real = _jaxpr(cfg, None, phase)
   ahead = copy.deepcopy(cfg)
   ahead.model_dir = ahead.start_from = ahead.vae_from = "nowhere"
@@ -249,9 +249,7 @@ def _latents(root):
 @pytest.mark.parametrize(
   "stage", ["tokenizer", "pixels", "pretrain", "latents"]
 )
-def test_what_a_part_says_of_its_dtype_changes_no_step(
-  stage, request, tmp_path
-):
+def test_the_stored_dtype_of_a_part_changes_no_step(stage, request, tmp_path):
   """Nor of remat and unroll."""
   if stage == "latents":
     cfg = _latents(tmp_path)
@@ -278,7 +276,7 @@ def test_every_part_of_a_tokenizer_is_computed_alike():
   assert made.vit == before.vit  # a network of its own
 
 
-def test_an_autoencoder_is_computed_as_the_run_says_whatever_it_was():
+def test_an_autoencoder_is_computed_as_the_run_says_not_as_stored():
   cfg = pretrain_7b.get_config()
   cfg.model.compute = {"vae": {"dtype": "bfloat16"}}
   for upcast in (True, False):
@@ -287,7 +285,7 @@ def test_an_autoencoder_is_computed_as_the_run_says_whatever_it_was():
     assert made.compute_dtype == "bfloat16"
 
 
-def test_what_is_not_said_has_its_usual_value():
+def test_missing_fields_have_their_default():
   cfg = pretrain_7b.get_config()
   del cfg.model.compute
   vit = dataclasses.replace(
@@ -333,7 +331,7 @@ def test_a_stage_that_reads_no_network_takes_no_entry(stage):
     outlines.build(stage, model__compute=entry)
 
 
-def test_what_trains_is_not_computed_in_float16():
+def test_trained_networks_are_not_computed_in_float16():
   """The merger of pretraining; where it is frozen it may be."""
   half = {"merger": {"dtype": "float16"}}
   with pytest.raises(errors.ConfigError, match="float16"):
