@@ -1,4 +1,4 @@
-"""What the commands that write caches share: tokenize --data, and latents."""
+"""Shared by the commands that write caches: `tokenize --data` and `latents`."""
 
 import json
 import pathlib
@@ -12,17 +12,23 @@ SPLITS = ("train", "held_out")
 
 
 def check_out(out: str, split: str | None) -> None:
-  """Raises UsageError where --out is a cache, but is to hold two of them.
+  """Checks that `--out` can hold what is to be written.
 
-  And where it is in an object store: caches are written to a disk.
+  Args:
+    out: the folder of one cache (with `split`), or of two.
+    split: one of SPLITS, or None for both.
+
+  Raises:
+    errors.UsageError: `out` is in an object store, or is a cache itself and
+      two caches are to be written into it.
   """
   files.require_local(out, "a cache")
-  begun = [pathlib.Path(out) / "meta.json", pathlib.Path(f"{out}.partial")]
-  if split is None and any(path.exists() for path in begun):
+  signs = [pathlib.Path(out) / "meta.json", pathlib.Path(f"{out}.partial")]
+  if split is None and any(path.exists() for path in signs):
     raise errors.UsageError(
-      f"--out {out} is a cache itself, finished or begun; without --split it"
-      " is the folder of two, train and held_out. Add --split train (or"
-      " held_out) to go on with it, or give another --out."
+      f"--out {out} is a cache itself, finished or begun. Without --split the"
+      " folder holds two caches, train and held_out. Add --split train (or"
+      " held_out) to continue this cache, or give another --out."
     )
 
 
@@ -33,35 +39,35 @@ def show(
   fields: Sequence[str],
   more: Mapping[str, str | None] | None = None,
 ) -> None:
-  """Prints what was written, and how a run is told of it.
+  """Prints a summary of the caches and the flags of a run that uses them.
 
   Args:
-    summary: of one cache; or of two, by SPLITS.
-    split: what was asked for; None: both.
-    as_json: print one JSON document alone.
-    fields: of config.data, that name the caches of SPLITS.
-    more: other fields of config.data that the run needs, where they have a
-      value.
+    summary: of one cache; of two caches, a summary for each of SPLITS.
+    split: the value of `--split`; None: both were written.
+    as_json: print the summary alone, as one JSON document.
+    fields: the fields of config.data that name the caches of SPLITS.
+    more: other fields of config.data that the run needs; those without a
+      value are left out.
   """
   if as_json:
     print(json.dumps(summary, indent=2))
     return
-  written = {split: summary} if split else summary
-  for name, made in written.items():
+  by_split = {split: summary} if split else summary
+  for name, values in by_split.items():
     if split is None:
       print(f"{name}:")
-    for key, value in made.items():
+    for key, value in values.items():
       print(f"{'' if split else '  '}{key}: {value}")
   flags = [
-    f"--config.data.{field}={written[name]['out']}"
+    f"--config.data.{field}={by_split[name]['out']}"
     for name, field in zip(SPLITS, fields, strict=True)
-    if name in written
+    if name in by_split
   ]
   flags += [f"--config.data.{k}={v}" for k, v in (more or {}).items() if v]
   print(f"Train with {' '.join(flags)}")
   for name in SPLITS:
-    if name not in written:
+    if name not in by_split:
       print(
-        f"This is the part {split!r} alone; for the other give the same"
+        f"This is the split {split!r} alone. For the other one repeat the"
         f" command with --split {name} and another --out."
       )

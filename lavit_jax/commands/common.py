@@ -1,4 +1,4 @@
-"""What the commands share: options, checks before loading, and printing."""
+"""Shared by the commands: options, checks before loading, and printing."""
 
 import argparse
 import errno
@@ -9,12 +9,20 @@ import os
 import pathlib
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from typing import Any
 
+from etils import epy
+
 from lavit_jax.core import compiled_programs, errors
 from lavit_jax.core.storage import files
+
+with epy.lazy_imports():
+  from lavit_jax.core import image_io
+  from lavit_jax.core.storage import checkpoints
+  from lavit_jax.infer import pipeline
+  from lavit_jax.infer.loading import parts
 
 FORMATTER = functools.partial(
   argparse.RawDescriptionHelpFormatter, max_help_position=28
@@ -23,7 +31,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def version() -> str:
-  """The installed version of the package."""
+  """Returns the installed version of the package."""
   try:
     return metadata.version("lavit_jax")
   except metadata.PackageNotFoundError:  # run from a checkout
@@ -31,22 +39,23 @@ def version() -> str:
 
 
 def command(
-  subparsers,
+  subparsers: Any,
   name: str,
-  run: Callable[[argparse.Namespace], None],
+  run: Callable[[argparse.Namespace], int | None],
   summary: str,
   details: str,
   compiles: bool = False,
 ) -> argparse.ArgumentParser:
-  """The parser of a command that `run` carries out, with `--json`.
+  """Returns the parser of a new command, with the option `--json`.
 
   Args:
-    subparsers: of `lavit`.
+    subparsers: what `add_subparsers` of the parent parser returned.
     name: of the command.
-    run: what it does.
-    summary: of one line, in the list of commands too.
-    details: the end of its help.
-    compiles: whether the help says where compiled programs are kept.
+    run: carries the command out; returns the exit status, None for 0.
+    summary: one line, for the list of commands and the head of the help.
+    details: the end of the help.
+    compiles: whether the command compiles programs. Then its help says where
+      they are kept, and `--no-cache` keeps none.
   """
   parser = subparsers.add_parser(
     name,
@@ -58,17 +67,23 @@ def command(
   )
   json_help = "print one JSON document"
   parser.add_argument("--json", action="store_true", help=json_help)
+  if compiles:
+    parser.add_argument(
+      "--no-cache",
+      action="store_true",
+      help="keep no compiled programs and use none that were kept",
+    )
   parser.set_defaults(run=run)
   return parser
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-  """Adds `--model` and how it is loaded."""
+  """Adds `--model` and the options of loading it."""
   parser.add_argument(
     "--model",
     default="tiny",
     metavar="PATH",
-    help='a model directory, or "tiny", the one shipped here (the default)',
+    help='a model directory, or "tiny", the shipped model (the default)',
   )
   parser.add_argument(
     "--dtype",
@@ -83,38 +98,38 @@ def add_model(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def add_parity(parser: argparse.ArgumentParser) -> None:
+def add_parity(parser: argparse._ActionsContainer) -> None:
   """Adds `--parity`."""
   parser.add_argument(
     "--parity",
     action="store_true",
     default=None,
-    help="with the quirks of the official code (see infer/pipeline.py)",
+    help="reproduce the quirks of the official code (see infer/pipeline.py)",
   )
 
 
 def add_writing(parser: argparse.ArgumentParser) -> None:
-  """Adds the options of what writes texts; the model has its own defaults."""
+  """Adds the options of text generation; the model's preset has defaults."""
   group = parser.add_argument_group(
-    "how texts are written (by default as the model wants it)"
+    "how texts are generated (by default as the model's preset says)"
   )
   for flag, name, meaning in (
     ("--beams", "num_beams", "beams; 1 is greedy"),
-    ("--min-tokens", "min_new_tokens", "tokens at least"),
-    ("--max-tokens", "max_new_tokens", "tokens at most"),
+    ("--min-tokens", "min_new_tokens", "shortest text, in tokens"),
+    ("--max-tokens", "max_new_tokens", "longest text, in tokens"),
   ):
     group.add_argument(flag, type=int, metavar="N", dest=name, help=meaning)
   group.add_argument(
     "--length-penalty",
     type=number,
     metavar="X",
-    help="of beams; above 0 prefers long texts",
+    help="for beams; above 0 prefers long texts",
   )
   group.add_argument(
     "--seed",
     type=int,
     metavar="N",
-    help="sample which patches are read, instead of the likeliest",
+    help="sample the patches that are kept, instead of the most probable",
   )
   add_parity(group)
 
@@ -130,18 +145,27 @@ WRITING = (
 
 
 def number(text: str) -> float:
-  """A finite number of the command line."""
+  """Parses a finite number of the command line."""
   value = float(text)  # argparse names the option of a ValueError
   if not math.isfinite(value):
     raise argparse.ArgumentTypeError(f"{text}: expected a finite number")
   return value
 
 
-def require_text(what: str, given: Sequence[str], hint: str) -> None:
-  """UsageError for the first that is an image file where text is expected."""
-  for text in given:
-    there = text.startswith("gs://") or os.path.isfile(text)
-    if text.lower().endswith(SUFFIXES) and there:
+def require_text(what: str, texts: Sequence[str], hint: str) -> None:
+  """Checks that no text is the name of an image file.
+
+  Args:
+    what: a noun with its article, for the message: "a prompt".
+    texts: the words of the command line.
+    hint: a sentence that says what to do instead.
+
+  Raises:
+    errors.UsageError: one of them is an image that exists.
+  """
+  for text in texts:
+    exists = text.startswith("gs://") or os.path.isfile(text)
+    if text.lower().endswith(SUFFIXES) and exists:
       raise errors.UsageError(
         f"{text} is an image, but {what} (text) is expected there. {hint}"
       )
@@ -155,36 +179,36 @@ def add_images(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
 
 
 def add_data_fields(parser: argparse.ArgumentParser) -> None:
-  """Adds the options of `--data`, for `data_fields`."""
+  """Adds the options that go with `--data`; `data_fields` reads them."""
   parser.add_argument(
     "--allow-absolute",
     action="store_true",
     default=None,
-    help="with --data: images may lie outside the file's folder",
+    help="with --data: allow images outside the file's folder",
   )
   parser.add_argument(
     "--limit-share",
     type=number,
     metavar="X",
-    help="with --data: share of bad lines or images that is an error (0.05)",
+    help="with --data: largest share of bad lines or images (0.05)",
   )
 
 
 def data_fields(args: argparse.Namespace) -> dict[str, Any]:
-  """Fields of config.data that were given beside `--data`.
+  """Returns the fields of config.data that go with `--data` and are set.
 
   Raises:
-    errors.UsageError: they were given without `--data`.
+    errors.UsageError: they are set without `--data`.
   """
-  fields = given(args, "allow_absolute", "limit_share")
+  fields = chosen(args, "allow_absolute", "limit_share")
   if fields and not args.data:
     flags = " and ".join(f"--{name.replace('_', '-')}" for name in fields)
     raise errors.UsageError(f"{flags} goes with --data FILE.")
   return fields
 
 
-def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-  """The named options that were given."""
+def chosen(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+  """Returns those of the named options that the user has set."""
   values = {name: getattr(args, name, None) for name in names}
   return {name: value for name, value in values.items() if value is not None}
 
@@ -192,35 +216,57 @@ def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 def print_answer(
   args: argparse.Namespace, document: Any, lines: Sequence[str]
 ) -> None:
-  """Prints `document` as JSON if that was asked for, else `lines`."""
+  """Prints `document` as JSON with `--json`, else `lines`."""
   if args.json:
     print(json.dumps(document, indent=2, ensure_ascii=False))
   else:
     print("\n".join(lines))
 
 
-def load(args: argparse.Namespace, **options):
-  """The `LaVIT` of `--model`, with further options of `LaVIT.load`."""
-  from lavit_jax.infer import pipeline
+def keep_programs(args: argparse.Namespace, **options: Any) -> None:
+  """Keeps compiled programs, or none with `--no-cache`.
 
-  compiled_programs.keep()
+  Args:
+    args: of a command that compiles.
+    **options: of `compiled_programs.keep`.
+  """
+  if args.no_cache:
+    compiled_programs.keep_none()
+  else:
+    compiled_programs.keep(**options)
+
+
+def load(
+  args: argparse.Namespace, *, check_safety: bool = True
+) -> "pipeline.LaVIT":
+  """Opens the model of `--model`.
+
+  Args:
+    args: with the options of `add_model`.
+    check_safety: see `LaVIT.load`.
+  """
+  if "no_cache" in args:
+    keep_programs(args)
   return pipeline.LaVIT.load(
-    args.model, dtype=args.dtype, quantize=args.quantize, **options
+    args.model,
+    dtype=args.dtype,
+    quantize=args.quantize,
+    check_safety=check_safety,
   )
 
 
 def note_scenes(args: argparse.Namespace, paths: Sequence[str]) -> None:
-  """Says once, on stderr, that a model of drawn scenes knows no photographs.
+  """Warns on stderr that a model trained on drawn scenes knows no photographs.
 
-  What a model was trained on stands in its encoder. Nothing is said with
-  --json, nor of images that are exactly as large as its scenes.
+  The training data are those in the metadata of the encoder. There is no
+  warning with `--json`, nor for images of exactly the size of the scenes.
+
+  Args:
+    args: with `--model` and `--json`.
+    paths: of the images that the model is to read.
   """
   if args.json or not paths:
     return
-  from lavit_jax.core import image_io
-  from lavit_jax.core.storage import checkpoints
-  from lavit_jax.infer.loading import parts
-
   meta = checkpoints.read_meta(parts.resolve(args.model), "encoder")
   data = meta.get("config", {}).get("data", {})
   if data.get("kind") != "shapes":
@@ -228,36 +274,35 @@ def note_scenes(args: argparse.Namespace, paths: Sequence[str]) -> None:
   if all(image_io.size_of(p) == (data["image_size"],) * 2 for p in paths):
     return
   print(
-    f"lavit: {args.model} has seen nothing but drawn scenes of coloured shapes"
-    f" ({data['image_size']} x {data['image_size']} pixels) and takes whatever"
-    " it is shown for one. For photographs give another model: --model DIR"
-    " (one that was imported, see lavit port import --help, or that you have"
-    " trained).",
+    f"lavit: {args.model} was trained only on drawn scenes of coloured shapes"
+    f" ({data['image_size']} x {data['image_size']} pixels) and reads every"
+    " image as one. For photographs give another model: --model DIR (imported,"
+    " see lavit port import --help, or trained by you).",
     file=sys.stderr,
   )
 
 
 def require_files(paths: Sequence[str]) -> None:
-  """FileNotFoundError for the first that is missing, before anything loads."""
+  """Raises FileNotFoundError for the first path that does not exist."""
   for path in paths:
-    if not files.place(path).exists():
+    if not files.input_path(path).exists():
       raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
 def outputs(
   out: str, count: int, read: Sequence[str] = (), option: str = "--out"
 ) -> list[pathlib.Path]:
-  """Where to draw `count` images: out.png, or out_0.png, out_1.png, ….
+  """Returns the files for `count` images: out.png, or out_0.png, out_1.png, ….
 
   Args:
-    out: the name given.
-    count: of images.
-    read: names of the images that are read, none of which is written over.
-    option: what the name was given as.
+    out: the value of the option.
+    count: number of images.
+    read: images that the command reads, and so must not overwrite.
+    option: the option, for messages.
 
   Raises:
-    errors.UsageError: the name does not end as an image's, or one of them is
-      read.
+    errors.UsageError: `out` has no image suffix, or an image that is read
+      would be overwritten.
   """
   files.require_local(out, "an image")
   path = pathlib.Path(out)
@@ -283,8 +328,8 @@ def outputs(
   return paths
 
 
-def save(images, paths: Sequence[pathlib.Path]) -> None:
-  """Writes PIL images, making the folders that are missing."""
+def save(images: Iterable[Any], paths: Sequence[pathlib.Path]) -> None:
+  """Writes PIL images, each to its path; creates missing folders."""
   for image, path in zip(images, paths, strict=True):
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)

@@ -1,16 +1,25 @@
-"""Commands that draw: generate, synthesize, reconstruct."""
+"""The commands that make images: `generate`, `synthesize`, `reconstruct`."""
 
 import argparse
 import contextlib
 import json
 import os
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epy
 
 from lavit_jax.commands import common
 from lavit_jax.core import errors, progress
 from lavit_jax.core.storage import files
 
-_PIXELS = (
+with epy.lazy_imports():
+  from lavit_jax.infer.pixels import options as options_lib
+  from lavit_jax.infer.pixels import safety
+
+# Keyword arguments of class LaVIT that have an option here.
+_PIXEL_OPTIONS = (
   "seed",
   "steps",
   "decoder",
@@ -20,7 +29,7 @@ _PIXELS = (
   "size",
   "tile",
 )
-_WORDS = (
+_TOKEN_OPTIONS = (
   "seed",
   "guidance_scale",
   "temperature",
@@ -33,7 +42,7 @@ _WORDS = (
 )
 
 
-def add(subparsers) -> None:
+def add(subparsers: Any) -> None:
   """Adds the commands of this file to the parser of `lavit`."""
   _add_generate(subparsers)
   _add_synthesize(subparsers)
@@ -41,33 +50,38 @@ def add(subparsers) -> None:
 
 
 def _add_drawing(parser: argparse.ArgumentParser, out: str) -> None:
-  """Options of what draws; those not given are left to the model."""
+  """Adds the options of a pixel decoder, which has defaults of its own."""
   parser.add_argument(
     "--out",
     default=out,
     metavar="FILE",
-    help=f"where to draw ({out}); several drawings are numbered",
+    help=f"the image file ({out}); several images are numbered",
   )
   parser.add_argument(
-    "--seed", type=int, metavar="N", help="same seed, same drawing"
+    "--seed", type=int, metavar="N", help="same seed, same image"
   )
   group = parser.add_argument_group(
-    "how pixels are painted (by default as the pixel decoder wants it)"
+    "how pixels are decoded (the pixel decoder has its own defaults)"
   )
-  kinds = {"N": int, "PIXELS": int, "X": common.number, "HxW": _size}
+  kinds: dict[str, Callable[[str], Any]] = {
+    "N": int,
+    "PIXELS": int,
+    "X": common.number,
+    "HxW": _size,
+  }
   for flag, kind, name, meaning in (
     ("--decoder", "NAME", "decoder", "highres, lowres or pixels"),
     ("--ratio", "W:H", "ratio", "1:1, 4:3, 3:2, 16:9, 2:3 or 3:4"),
     ("--size", "HxW", "size", "height and width, instead of a ratio"),
-    ("--steps", "N", "steps", "steps of denoising"),
+    ("--steps", "N", "steps", "denoising steps"),
     ("--solver", "NAME", "solver", "ddim, or dpm++ for few steps"),
     (
       "--decoder-guidance",
       "X",
       "decoder_guidance_scale",
-      "how closely pixels follow the visual words; 1 is off",
+      "how closely pixels follow the visual tokens; 1 is off",
     ),
-    ("--tile", "PIXELS", "tile", "decode in tiles, in less memory"),
+    ("--tile", "PIXELS", "tile", "decode in tiles of this side: less memory"),
   ):
     convert = kinds.get(kind, str)
     group.add_argument(
@@ -77,12 +91,12 @@ def _add_drawing(parser: argparse.ArgumentParser, out: str) -> None:
     "--no-safety-check",
     action="store_false",
     dest="check_safety",
-    help="show what the model's safety checker, if it has one, would withhold",
+    help="show images that the model's safety checker would withhold",
   )
 
 
 def _size(text: str) -> tuple[int, int]:
-  """512x768 as (512, 768)."""
+  """Parses a size: "512x768" gives (512, 768), height and width."""
   match = re.fullmatch(r"(\d+)[x×](\d+)", text.strip())
   if not match:
     raise argparse.ArgumentTypeError(
@@ -91,19 +105,19 @@ def _size(text: str) -> tuple[int, int]:
   return int(match[1]), int(match[2])
 
 
-def _add_words(parser: argparse.ArgumentParser) -> None:
-  """Options of the visual words; the model has its own defaults."""
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+  """Adds the options of generating visual tokens; presets have defaults."""
   group = parser.add_argument_group(
-    "how visual words are chosen (by default as the model wants it)"
+    "how visual tokens are generated (by default as the model's preset says)"
   )
   real = common.number
   for flag, kind, name, meaning in (
     ("--guidance", real, "guidance_scale", "closeness to the prompt; 1: off"),
     ("--temperature", real, "temperature", "0 is greedy"),
-    ("--top-k", int, "top_k", "keep the likeliest k words, 0 all"),
-    ("--top-p", real, "top_p", "keep words that hold this probability"),
-    ("--min-tokens", int, "min_new_tokens", "words at least"),
-    ("--max-tokens", int, "max_new_tokens", "words at most"),
+    ("--top-k", int, "top_k", "sample from the k most probable; 0: all"),
+    ("--top-p", real, "top_p", "sample from the top of this probability"),
+    ("--min-tokens", int, "min_new_tokens", "smallest number of tokens"),
+    ("--max-tokens", int, "max_new_tokens", "largest number of tokens"),
   ):
     metavar = "N" if kind is int else "X"
     group.add_argument(
@@ -113,71 +127,81 @@ def _add_words(parser: argparse.ArgumentParser) -> None:
     "--negative",
     metavar="TEXT",
     dest="negative_prompts",
-    help="what guidance leads away from",
+    help="a prompt that guidance steers away from",
   )
   group.add_argument(
     "--ids",
     action="store_true",
-    help="print the visual words and draw nothing (no pixel decoder needed)",
+    help="print the visual tokens alone (no pixel decoder needed)",
   )
   common.add_parity(group)
 
 
-def _drawn(args: argparse.Namespace, prompts, shown, read=()) -> None:
-  """Draws prompts, or prints their visual words; `shown` name them."""
+def _generate_images(
+  args: argparse.Namespace,
+  prompts: Sequence[Any],
+  labels: Sequence[Mapping[str, Any]],
+  read: Sequence[str] = (),
+) -> None:
+  """Generates an image for each prompt; with --ids prints its visual tokens.
+
+  Args:
+    args: of the command.
+    prompts: as `LaVIT.synthesize_batch` takes them.
+    labels: fields that name each prompt in the output.
+    read: image files among the prompts.
+  """
   common.require_text(
     "--negative", [args.negative_prompts or ""], "Give words."
   )
-  read = () if args.ids else read  # then nothing is drawn
+  read = () if args.ids else read  # with --ids no image is written
   paths = common.outputs(args.out, len(prompts), read)
-  lavit, options = _load(args), common.given(args, *_WORDS)
+  lavit, options = _load(args), common.chosen(args, *_TOKEN_OPTIONS)
   if args.ids:
     rows = [
-      {**name, "codes": codes.tolist()}
-      for name, codes in zip(
-        shown, lavit.write_codes(prompts, **options), strict=True
+      {**label, "codes": codes.tolist()}
+      for label, codes in zip(
+        labels, lavit.write_codes(prompts, **options), strict=True
       )
     ]
     lines = [" ".join(map(str, row["codes"])) for row in rows]
     common.print_answer(args, rows, lines)
     return
-  options |= common.given(args, *_PIXELS)
-  with _bar() as tell:
-    images = lavit.synthesize_batch(prompts, progress=tell, **options)
-  _save(args, images, paths, shown)
+  options |= common.chosen(args, *_PIXEL_OPTIONS)
+  with _progress_bar() as report:
+    images = lavit.synthesize_batch(prompts, progress=report, **options)
+  _save(args, images, paths, labels)
 
 
 def _load(args):
-  """The `LaVIT` of `--model`, with or without its safety checker."""
+  """Opens the model of `--model`, with or without its safety checker."""
   return common.load(args, check_safety=args.check_safety)
 
 
 @contextlib.contextmanager
-def _bar():
-  """Gives a callback that shows how far a drawing is."""
-  bars = []
+def _progress_bar() -> Iterator["options_lib.Progress"]:
+  """Yields a callback (steps done, steps) that shows a progress bar."""
+  bars: list[progress.Progress] = []
 
-  def tell(done, steps):
-    if not bars:  # nothing is shown before the first step is done
+  def report(done, steps):
+    if not bars:  # the bar appears with the first step
       bars.append(progress.Progress(steps, label="drawing"))
     bars[0].update(done)
 
   try:
-    yield tell
+    yield report
   finally:
     for bar in bars:
       bar.close()
 
 
-def _save(args, images, paths, shown) -> None:
-  """Writes drawings and prints where; those withheld are named."""
-  from lavit_jax.infer.pixels import safety
-
+def _save(args, images, paths, labels) -> None:
+  """Writes images and prints their files, and which were withheld."""
   common.save(images, paths)
   rows, lines = [], []
-  for name, path, image in zip(shown, paths, images, strict=True):
+  for label, path, image in zip(labels, paths, images, strict=True):
     withheld = safety.is_withheld(image)
-    rows.append({**name, "file": str(path), "withheld": withheld})
+    rows.append({**label, "file": str(path), "withheld": withheld})
     note = " (withheld by the safety checker, black)" if withheld else ""
     lines.append(f"{path}{note}")
   common.print_answer(args, rows, lines)
@@ -188,7 +212,7 @@ def _add_generate(subparsers) -> None:
     subparsers,
     "generate",
     _generate,
-    "draw images from text",
+    "generate images from text",
     """\
     examples:
       lavit generate "a large red circle at the top left"
@@ -202,10 +226,10 @@ def _add_generate(subparsers) -> None:
   common.add_model(parser)
   parser.add_argument("prompts", nargs="+", metavar="PROMPT")
   parser.add_argument(
-    "--count", type=int, default=1, metavar="N", help="drawings a prompt (1)"
+    "--count", type=int, default=1, metavar="N", help="images per prompt (1)"
   )
   _add_drawing(parser, "generated.png")
-  _add_words(parser)
+  _add_generation(parser)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -214,7 +238,8 @@ def _generate(args: argparse.Namespace) -> None:
   hint = "Prompts with images go to lavit synthesize."
   common.require_text("a prompt", args.prompts, hint)
   prompts = [prompt for prompt in args.prompts for _ in range(args.count)]
-  _drawn(args, prompts, [{"prompt": prompt} for prompt in prompts])
+  labels = [{"prompt": prompt} for prompt in prompts]
+  _generate_images(args, prompts, labels)
 
 
 def _add_synthesize(subparsers) -> None:
@@ -222,20 +247,20 @@ def _add_synthesize(subparsers) -> None:
     subparsers,
     "synthesize",
     _synthesize,
-    "draw an image from texts and images in order",
+    "generate an image from texts and images in order",
     """\
     examples:
       lavit synthesize photo.png "make the large circle red" --out edited.png
 
-    A part that is a file, or ends as an image's name does, is an image;
-    every other part is text.
+    A part that is a file, or has the suffix of an image, is an image; every
+    other part is text.
     """,
     compiles=True,
   )
   common.add_model(parser)
   parser.add_argument("parts", nargs="+", metavar="PART")
   _add_drawing(parser, "synthesized.png")
-  _add_words(parser)
+  _add_generation(parser)
 
 
 def _synthesize(args: argparse.Namespace) -> None:
@@ -247,8 +272,8 @@ def _synthesize(args: argparse.Namespace) -> None:
   read = [part for part, image in pairs if image]
   common.require_files(read)
   common.note_scenes(args, read)
-  parts = [files.place(part) if image else part for part, image in pairs]
-  _drawn(args, [parts], [{"parts": args.parts}], read)
+  parts = [files.input_path(part) if image else part for part, image in pairs]
+  _generate_images(args, [parts], [{"parts": args.parts}], read)
 
 
 def _add_reconstruct(subparsers) -> None:
@@ -256,14 +281,14 @@ def _add_reconstruct(subparsers) -> None:
     subparsers,
     "reconstruct",
     _reconstruct,
-    "draw images again from their visual tokens alone",
+    "decode images from their own visual tokens",
     """\
     examples:
       lavit reconstruct photo.jpg --out again.png
       lavit reconstruct *.jpg --out again.png      again_0.png, again_1.png, ...
       lavit reconstruct photo.jpg --model runs/lavit_7b --decoder lowres
-      lavit tokenize photo.jpg --json > words.json
-      lavit reconstruct --codes words.json         from words alone
+      lavit tokenize photo.jpg --json > tokens.json
+      lavit reconstruct --codes tokens.json        from visual tokens alone
     """,
     compiles=True,
   )
@@ -272,8 +297,8 @@ def _add_reconstruct(subparsers) -> None:
   parser.add_argument(
     "--codes",
     metavar="FILE",
-    help="in place of images: what lavit tokenize --json, or generate --ids"
-    " --json, has printed",
+    help="in place of images: the output of lavit tokenize --json, or of"
+    " generate --ids --json",
   )
   _add_drawing(parser, "reconstructed.png")
 
@@ -281,45 +306,52 @@ def _add_reconstruct(subparsers) -> None:
 def _reconstruct(args: argparse.Namespace) -> None:
   if bool(args.images) == bool(args.codes):
     raise errors.UsageError(
-      "Give images, or --codes FILE, and not both: see lavit reconstruct -h."
+      "Give images or --codes FILE, not both: see lavit reconstruct -h."
     )
   if args.codes:
-    shown, codes = _read_codes(args.codes)
+    labels, codes = _read_codes(args.codes)
   else:
     common.require_files(args.images)
     common.note_scenes(args, args.images)
-    shown = [{"image": image} for image in args.images]
-  paths = common.outputs(args.out, len(shown), args.images)
-  lavit, options = _load(args), common.given(args, *_PIXELS)
-  with _bar() as tell:
+    labels = [{"image": image} for image in args.images]
+  paths = common.outputs(args.out, len(labels), args.images)
+  lavit, options = _load(args), common.chosen(args, *_PIXEL_OPTIONS)
+  with _progress_bar() as report:
     if args.codes:
-      images = lavit.draw_codes(codes, progress=tell, **options)
+      images = lavit.draw_codes(codes, progress=report, **options)
     else:
-      images = lavit.reconstruct(args.images, progress=tell, **options)
-  _save(args, images, paths, shown)
+      images = lavit.reconstruct(args.images, progress=report, **options)
+  _save(args, images, paths, labels)
 
 
-def _read_codes(path: str):
-  """Names and lists of words from a JSON file; UsageError if it has none."""
+def _read_codes(path: str) -> tuple[list[dict[str, Any]], list[list[int]]]:
+  """Reads visual tokens from a JSON file.
+
+  Returns:
+    (fields that name each image, its codes).
+
+  Raises:
+    errors.UsageError: the file does not hold a list of codes.
+  """
   common.require_files([path])
   try:
-    rows = json.loads(files.place(path).read_bytes().decode("utf-8"))
-    wrong = _wrong_codes(rows)
+    rows = json.loads(files.input_path(path).read_bytes().decode("utf-8"))
+    problem = _codes_problem(rows)
   except (ValueError, RecursionError) as error:
-    wrong = f"it is no JSON in UTF-8 ({error})"
-  if wrong:
+    problem = f"it is no JSON in UTF-8 ({error})"
+  if problem:
     raise errors.UsageError(
-      f'--codes {path}: {wrong}; expected a JSON list of {{"codes":'
+      f'--codes {path}: {problem}; expected a JSON list of {{"codes":'
       " [numbers]}, as lavit tokenize --json prints it."
     )
   codes = [row["codes"] for row in rows]
   names = ("image", "prompt", "parts")
-  shown = [{k: row[k] for k in names if k in row} for row in rows]
-  return shown, codes
+  labels = [{k: row[k] for k in names if k in row} for row in rows]
+  return labels, codes
 
 
-def _wrong_codes(rows) -> str:
-  """What is no list of rows with codes, and where; "" if nothing is wrong."""
+def _codes_problem(rows: Any) -> str:
+  """Returns why this is not a list of rows with codes; "" if it is one."""
   if not isinstance(rows, list) or not rows:
     return f"it holds {rows!r:.60}"
   for number, row in enumerate(rows, start=1):
@@ -327,7 +359,7 @@ def _wrong_codes(rows) -> str:
     if not isinstance(codes, list) or not codes:
       return f"row {number} has no codes: {row!r:.60}"
     for code in codes:
-      whole = isinstance(code, int) and not isinstance(code, bool)
-      if not whole or not 0 <= code < 1 << 31:
+      is_integer = isinstance(code, int) and not isinstance(code, bool)
+      if not is_integer or not 0 <= code < 1 << 31:
         return f"row {number} has a code {code!r:.40}"
   return ""

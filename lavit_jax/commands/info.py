@@ -1,18 +1,25 @@
-"""The command that tells what a model is: info."""
+"""The command `lavit info`: what a model consists of and needs."""
 
 import argparse
 from typing import Any
 
+from etils import epy
+
 from lavit_jax.commands import common
 
+with epy.lazy_imports():
+  import jax
 
-def add(subparsers) -> None:
+  from lavit_jax.infer import memory
+
+
+def add(subparsers: Any) -> None:
   """Adds the command of this file to the parser of `lavit`."""
   parser = common.command(
     subparsers,
     "info",
     _info,
-    "tell what a model is, and what it would run on",
+    "show what a model consists of, and what each task needs",
     """\
     examples:
       lavit info
@@ -24,26 +31,22 @@ def add(subparsers) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-  import jax
-
-  from lavit_jax.infer import memory
-
+  info = common.load(args).info()
   document = {
     "lavit_jax": common.version(),
     "jax": jax.__version__,
     "devices": [str(device) for device in jax.devices()],
-    "model": common.load(args).info(),
+    "model": info,
   }
-  needed = memory.lines(document["model"]["memory"])
-  model = {k: v for k, v in document["model"].items() if k != "memory"}
+  memory_lines = memory.lines(info["memory"])
+  model = {k: v for k, v in info.items() if k != "memory"}
   lines = _flat_lines(document | {"model": model})
-  common.print_answer(
-    args, document, [*lines, *(f"memory.{line}" for line in needed)]
-  )
+  lines += [f"memory.{line}" for line in memory_lines]
+  common.print_answer(args, document, lines)
 
 
 def _flat_lines(document: dict[str, Any], prefix: str = "") -> list[str]:
-  """`a.b: value` lines of nested dictionaries."""
+  """Returns `a.b: value` lines of nested dictionaries."""
   lines = []
   for key, value in document.items():
     if isinstance(value, dict):

@@ -1,18 +1,24 @@
-"""Commands that bring checkpoints in and out: port import, export, verify."""
+"""The commands for other formats: `lavit port import`, `export`, `verify`."""
 
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
+
+from etils import epy
 
 from lavit_jax.commands import common
-from lavit_jax.core import compiled_programs
+
+with epy.lazy_imports():
+  from lavit_jax.port import exporting, importing
+  from lavit_jax.port.verify import verify
 
 
-def add(subparsers) -> None:
+def add(subparsers: Any) -> None:
   """Adds the command of this file to the parser of `lavit`."""
   parser = subparsers.add_parser(
     "port",
-    help="bring official PyTorch weights here, and take ours there",
+    help="convert weights from and to PyTorch and Hugging Face",
     description="Official PyTorch and Hugging Face weights <-> lavit_jax.",
     formatter_class=common.FORMATTER,
   )
@@ -33,9 +39,9 @@ def _add_import(actions):
     """\
     SRC is a directory in the official layout (visual_tokenizer/,
     language_model/, pixel_decoding/, highres_pixel_decoding/), its id on the
-    Hugging Face hub, or something to start training from: a plain LLaMA folder,
+    Hugging Face hub, or weights to start training from: a plain LLaMA folder,
     an EVA-CLIP file, a folder or id of Stable Diffusion 1.5 or SDXL (the part
-    lowres_pixels or highres_pixels). Nothing appears at DST before all of it is
+    lowres_pixels or highres_pixels). DST appears only when all of it is
     written.
 
     examples:
@@ -53,20 +59,20 @@ def _add_import(actions):
     type=_parts,
     metavar="PARTS",
     help="some of encoder, tokenizer, llm, lowres, highres, lowres_pixels,"
-    " highres_pixels, safety, as in the example; all there are by default",
+    " highres_pixels, safety, as in the example; by default all that SRC has",
   )
   parser.add_argument(
     "--dtype",
     default="keep",
     choices=("keep", "float32", "bfloat16", "float16"),
-    help="keep what the files hold (the default), or cast",
+    help="keep the dtype of the files (the default), or cast to this one",
   )
   parser.add_argument(
     "--heads",
     type=int,
     metavar="N",
-    help="attention heads of the visual networks; by default what"
-    " variant_config.json says, else 16",
+    help="attention heads of the visual networks; by default those of"
+    " variant_config.json, else 16",
   )
   parser.add_argument(
     "--allow-missing",
@@ -83,7 +89,7 @@ def _add_import(actions):
     help="visual codes by which a plain LLaMA's vocabulary grows (16384)",
   )
   parser.add_argument(
-    "--seed", type=int, default=0, help="of a plain LLaMA's new rows"
+    "--seed", type=int, default=0, help="seed of a plain LLaMA's new rows"
   )
 
 
@@ -118,9 +124,8 @@ def _add_verify(actions):
     _verify,
     "compare a model with recorded numbers of the official code",
     """\
-    Exit status 1 if anything fails. What was recorded is compared, whatever
-    the sizes of the checkpoint and the lengths that were allowed: those are
-    told by the recorded arrays.
+    Exit status 1 if anything fails. All recorded arrays are compared. The
+    sizes of the checkpoint and the allowed lengths are read from them.
 
     example:
       lavit port verify runs/lavit_a golden/a
@@ -136,8 +141,6 @@ def _parts(text: str) -> list[str]:
 
 
 def _import(args: argparse.Namespace) -> None:
-  from lavit_jax.port import importing
-
   report = importing.run(
     args.source,
     args.destination,
@@ -158,8 +161,6 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-  from lavit_jax.port import exporting
-
   report = exporting.run(args.model, args.destination, format=args.format)
   lines = [
     f"{name}: {file['tensors']} tensors, {_size(file['bytes'])}"
@@ -174,9 +175,7 @@ def _size(count: int) -> str:
 
 
 def _verify(args: argparse.Namespace) -> int:
-  from lavit_jax.port.verify import verify
-
-  compiled_programs.keep()
+  common.keep_programs(args)
   rows = verify.run(args.model, args.golden)
   counts = {
     status: sum(row.status == status for row in rows)
@@ -192,7 +191,7 @@ _COLUMNS = ("file", "array", "max_abs", "max_rel", "tolerance", "status")
 
 
 def _table(rows: Sequence) -> list[str]:
-  """Aligned lines of a verification, the note at the end."""
+  """Returns aligned lines, one for each row; the note comes last."""
   cells = [list(_COLUMNS) + ["note"]]
   for row in rows:
     values = [_cell(getattr(row, column)) for column in _COLUMNS]

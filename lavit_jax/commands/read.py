@@ -1,18 +1,26 @@
-"""Commands that read images: tokenize, caption, answer."""
+"""The commands that read images: `tokenize`, `caption`, `answer`."""
 
 import argparse
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from etils import epy
+
 from lavit_jax.commands import caches, common
-from lavit_jax.core import compiled_programs, errors
+from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 
+with epy.lazy_imports():
+  from lavit_jax.core import image_io
+  from lavit_jax.evaluate.report import figures
+  from lavit_jax.infer import pipeline
+  from lavit_jax.jobs import tokenize as tokenize_job
 
-def add(subparsers) -> None:
+
+def add(subparsers: Any) -> None:
   """Adds the commands of this file to the parser of `lavit`."""
   _add_tokenize(subparsers)
   _add_caption(subparsers)
@@ -24,11 +32,11 @@ def _add_tokenize(subparsers) -> None:
     subparsers,
     "tokenize",
     _tokenize,
-    "turn images into visual tokens, or a whole dataset beside its data",
+    "turn images, or a dataset for training, into visual tokens",
     """\
     examples:
-      lavit tokenize photo.jpg                       its tokens, printed
-      lavit tokenize *.jpg --overlay kept.png        what is kept, drawn
+      lavit tokenize photo.jpg                       prints its visual tokens
+      lavit tokenize *.jpg --overlay kept.png        draws the kept patches
       lavit tokenize --data my.jsonl --out codes     caches for training,
                                                      codes/train, codes/held_out
     """,
@@ -37,19 +45,19 @@ def _add_tokenize(subparsers) -> None:
   common.add_model(parser)
   common.add_images(parser, nargs="*")
   parser.add_argument(
-    "--overlay", metavar="FILE", help="draw kept and dropped patches"
+    "--overlay", metavar="FILE", help="draw the kept and dropped patches"
   )
   parser.add_argument(
-    "--seed", type=int, metavar="N", help="sample which patches are kept"
+    "--seed", type=int, metavar="N", help="sample the patches that are kept"
   )
   parser.add_argument(
-    "--budget", type=int, metavar="K", help="keep exactly K patches an image"
+    "--budget", type=int, metavar="K", help="keep exactly K patches per image"
   )
   parser.add_argument("--data", metavar="X", help="a .jsonl file, or shapes")
   parser.add_argument(
     "--held-out",
     metavar="FILE",
-    help="with --data: the held-out images; else a tenth of it, by hash",
+    help="with --data: the held-out images; by default a tenth of X, by hash",
   )
   parser.add_argument(
     "--out",
@@ -60,18 +68,18 @@ def _add_tokenize(subparsers) -> None:
     "--split",
     metavar="NAME",
     choices=caches.SPLITS,
-    help="with --data: that part alone, to DIR itself",
+    help="with --data: that split alone, to DIR itself",
   )
   common.add_data_fields(parser)
 
 
 def _tokenize(args: argparse.Namespace) -> None:
-  of_images = common.given(args, "seed", "budget", "overlay")
-  of_data = common.given(args, "data", "split", "out", "held_out")
+  image_options = common.chosen(args, "seed", "budget", "overlay")
+  data_options = common.chosen(args, "data", "split", "out", "held_out")
   common.data_fields(args)
-  if args.images and not of_data:
+  if args.images and not data_options:
     _tokenize_images(args)
-  elif args.data and args.out and not (args.images or of_images):
+  elif args.data and args.out and not (args.images or image_options):
     _tokenize_data(args)
   else:
     raise errors.UsageError(
@@ -85,15 +93,11 @@ def _tokenize_data(args: argparse.Namespace) -> None:
   common.require_files([] if args.data == "shapes" else [args.data])
   common.require_files([args.held_out] if args.held_out else [])
   caches.check_out(args.out, args.split)
-  from lavit_jax.infer import pipeline
-  from lavit_jax.jobs import tokenize
-
-  compiled_programs.keep()
+  common.keep_programs(args)
   model, held_out = pipeline.resolve(args.model), args.held_out or ""
+  write: Callable[..., dict[str, Any]] = tokenize_job.write_caches
   if args.split:
-    write = functools.partial(tokenize.write_cache, split=args.split)
-  else:
-    write = tokenize.write_caches
+    write = functools.partial(tokenize_job.write_cache, split=args.split)
   summary = write(
     model,
     args.data,
@@ -112,9 +116,9 @@ def _tokenize_images(args: argparse.Namespace) -> None:
   if args.overlay:
     overlay = common.outputs(args.overlay, 1, args.images, "--overlay")
   common.note_scenes(args, args.images)
-  rows = []
-  options = common.given(args, "seed", "budget")
-  tokens = common.load(args).tokenize(args.images, **options)
+  rows: list[dict[str, Any]] = []
+  options = common.chosen(args, "seed", "budget")
+  tokens: Any = common.load(args).tokenize(args.images, **options)
   for path, token in zip(args.images, tokens, strict=True):
     keep, codes = ([int(v) for v in token[name]] for name in ("keep", "codes"))
     rows.append({"image": path, "keep": keep, "codes": codes})
@@ -129,10 +133,11 @@ def _tokenize_images(args: argparse.Namespace) -> None:
 
 
 def _overlay_sheet(rows: Sequence[dict[str, Any]]):
-  """One image of all masks, with names below where there are several."""
-  from lavit_jax.core import image_io
-  from lavit_jax.evaluate.report import figures
+  """Returns one PIL image of all masks, with names below if there are several.
 
+  Args:
+    rows: a dict for each image: `image`, its file, and `keep`, int[N].
+  """
   size = 480 if len(rows) == 1 else 240
   masks = [
     figures.overlay_mask(image_io.load(row["image"]), row["keep"], size=size)
@@ -151,24 +156,26 @@ def _add_caption(subparsers) -> None:
     subparsers,
     "caption",
     _caption,
-    "say what is in images",
+    "describe images",
     """\
     examples:
       lavit caption photo.jpg
       lavit caption *.png --json
       lavit caption photo.jpg --prompt "a photo of" --beams 5
-      lavit caption photo.jpg --beams 5 --count 3     the three best, scored
+      lavit caption photo.jpg --beams 5 --count 3    the best three, scored
     """,
     compiles=True,
   )
   common.add_model(parser)
   common.add_images(parser)
-  parser.add_argument("--prompt", metavar="TEXT", help="how a caption begins")
+  parser.add_argument(
+    "--prompt", metavar="TEXT", help="how every caption begins"
+  )
   parser.add_argument(
     "--count",
     type=int,
     metavar="N",
-    help="the N best texts of the beams, uncut, with their scores",
+    help="print the N best texts of the beams, uncut, with their scores",
   )
   common.add_writing(parser)
 
@@ -178,11 +185,11 @@ def _caption(args: argparse.Namespace) -> None:
   common.require_text("--prompt", [args.prompt or ""], "Give words.")
   common.note_scenes(args, args.images)
   lavit = common.load(args)
-  options = common.given(args, *common.WRITING)
+  options = common.chosen(args, *common.WRITING)
   if args.count is not None:
     _caption_scored(args, lavit, options)
     return
-  options |= common.given(args, "prompt")
+  options |= common.chosen(args, "prompt")
   captions = lavit.caption(args.images, **options)
   rows = [
     {"image": path, "caption": caption}
@@ -197,13 +204,13 @@ def _caption(args: argparse.Namespace) -> None:
 
 
 def _caption_scored(args, lavit, options) -> None:
-  """Several texts an image, the best first."""
-  begin = [args.prompt] if args.prompt else []
-  prompts = [[files.place(path), *begin] for path in args.images]
-  written = lavit.write(prompts, count=args.count, **options)
+  """Prints several texts for each image, the best first."""
+  prefix = [args.prompt] if args.prompt else []
+  prompts = [[files.input_path(path), *prefix] for path in args.images]
+  texts_by_image = lavit.write(prompts, count=args.count, **options)
   rows = [
     {"image": path, "texts": [dataclasses.asdict(text) for text in texts]}
-    for path, texts in zip(args.images, written, strict=True)
+    for path, texts in zip(args.images, texts_by_image, strict=True)
   ]
   lines = [
     f"{row['image']}: {text['score']:.4f} {text['text']}"
@@ -234,26 +241,27 @@ def _add_answer(subparsers) -> None:
     "--answerable-first",
     action="store_true",
     default=None,
-    help="ask first whether a question can be answered (VizWiz); where it"
-    " cannot, the answer is 'unanswerable'",
+    help="ask first whether a question can be answered (VizWiz); if not, the"
+    " answer is 'unanswerable'",
   )
   parser.add_argument(
     "--lemmatize",
     action="store_true",
     default=None,
-    help="words in their base form (needs the extra 'eval')",
+    help="give words in their base form (needs the extra 'eval')",
   )
   common.add_writing(parser)
 
 
 def _answer(args: argparse.Namespace) -> None:
   common.require_files([args.image])
-  hint = "One image a call: lavit answer IMAGE QUESTION ..."
+  hint = "The command takes one image: lavit answer IMAGE QUESTION ..."
   common.require_text("a question", args.questions, hint)
   if not all(question.strip() for question in args.questions):
     raise errors.UsageError(f"A question is empty: {args.questions}. {hint}")
   common.note_scenes(args, [args.image])
-  options = common.given(args, "answerable_first", "lemmatize", *common.WRITING)
+  names = ("answerable_first", "lemmatize", *common.WRITING)
+  options = common.chosen(args, *names)
   answers = common.load(args).answer(args.image, args.questions, **options)
   rows = [
     {"image": args.image, "question": question, "answer": answer}

@@ -1,14 +1,20 @@
-"""The command that shows how a run went: report."""
+"""The command `lavit report`: a training run on one HTML page."""
 
 import argparse
+from typing import Any
+
+from etils import epy
 
 from lavit_jax.commands import common
 from lavit_jax.core.storage import files
 
+with epy.lazy_imports():
+  from lavit_jax.evaluate.report import run_page
+
 _FILE = "report.html"
 
 
-def add(subparsers) -> None:
+def add(subparsers: Any) -> None:
   """Adds the command of this file to the parser of `lavit`."""
   parser = common.command(
     subparsers,
@@ -16,15 +22,15 @@ def add(subparsers) -> None:
     _report,
     "show how a training run went, on one page",
     """\
-    One HTML file that needs nothing beside it: losses of training and held-out
-    data, where the time went, tokens a second, MFU, goodput, memory,
-    checkpoints, images of evaluations, and the config. It reads files alone,
-    so it can be written while the run goes on.
+    Writes one self-contained HTML file: losses of training and held-out data,
+    where the time went, tokens per second, MFU, goodput, memory, checkpoints,
+    images of evaluations, and the config. The command only reads files, so it
+    can be used while the run is still going.
 
-    MFU is the share of the chips' peak that the model's own products would
-    take, padding and recomputation left out; it is missing on CPUs. Goodput is
-    the share of the time since the first start that went into steps which were
-    kept.
+    MFU is the share of the chips' peak that the model's own matrix products
+    would take, without padding and recomputation; it is missing on CPUs.
+    Goodput is the share of the time since the first start that went into steps
+    which were kept.
 
     examples:
       lavit report runs/tiny/pretrain
@@ -41,17 +47,14 @@ def add(subparsers) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-  from lavit_jax.evaluate.report import run_page
-
-  out = args.out or files.place(args.workdir) / _FILE
-  path = run_page.write(args.workdir, out)
-  found = run_page.report(files.place(args.workdir))
+  workdir = files.input_path(args.workdir)
+  path = run_page.write(args.workdir, args.out or workdir / _FILE)
+  summary = run_page.report(workdir)
+  metrics = {metric.name: metric.value for metric in summary.metrics}
   document = {
     "report": str(path),
-    "facts": dict(found.facts),
-    "metrics": {metric.name: metric.value for metric in found.metrics},
+    "facts": dict(summary.facts),
+    "metrics": metrics,
   }
-  lines = [
-    f"{name}: {value:.4g}" for name, value in document["metrics"].items()
-  ]
+  lines = [f"{name}: {value:.4g}" for name, value in metrics.items()]
   common.print_answer(args, document, [*lines, f"report: {path}"])

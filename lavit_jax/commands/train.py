@@ -1,4 +1,4 @@
-"""Commands that train: quickstart, with options, and train, with a config."""
+"""The commands that train: `lavit quickstart` and `lavit train`."""
 
 import argparse
 import json
@@ -7,14 +7,30 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from etils import epy
 
 from lavit_jax.commands import common
 from lavit_jax.core import compiled_programs, errors
 
+with epy.lazy_imports():
+  import jax
+  from absl import flags
+  from ml_collections import config_flags
+
+  from lavit_jax import configs  # put there by setup.py
+  from lavit_jax.jobs import quickstart
+  from lavit_jax.train import loop
+  from lavit_jax.train.resilience import distributed
+
+if TYPE_CHECKING:
+  import ml_collections
+
 _TRAIN_HELP = """\
 usage: lavit train --config FILE --workdir DIR [--config.FIELD=VALUE ...]
 
-Train one stage as its config file says; go on where DIR was left.
+Train one stage as its config file says; continue what DIR has.
 
   --config FILE          a Python file with get_config(); tiny/pretrain.py
                          finds the one that is shipped here
@@ -26,17 +42,17 @@ examples:
   lavit train --config tiny/tokenizer.py --workdir runs/t --config.steps=100
 
 Interrupt it anywhere and run it again: it resumes with the same batches.
-Data, caches and frozen weights must be those it began with: what differs is
-named, and --config.accept=NAME,NAME goes on with it if that is meant.
-SIGTERM saves the step it comes in and ends with exit status 75. When another
-process of a run of several dies, all end, with status 69 or that of SIGABRT.
+Data, caches and frozen weights must be those the run began with. What differs
+is named; --config.accept=NAME,NAME continues with it if that is intended.
+After SIGTERM the run saves its current step and ends with exit status 75. When
+one of several processes dies, all end, with status 69 or that of SIGABRT.
 
-DIR may be gs://BUCKET/FOLDER; pip install 'lavit_jax[gcs]' for it.
-With several processes compiled programs are kept in DIR/compiled.
+DIR may be gs://BUCKET/FOLDER, which needs pip install 'lavit_jax[gcs]'.
+A run of several processes keeps its compiled programs in DIR/compiled.
 """
 
 
-def add(subparsers) -> None:
+def add(subparsers: Any) -> None:
   """Adds the commands of this file to the parser of `lavit`."""
   parser = common.command(
     subparsers,
@@ -51,7 +67,7 @@ def add(subparsers) -> None:
 
     my.jsonl holds one JSON object a line: {"image": "a.jpg", "caption": "..."},
     paths relative to the file. Interrupt the run anywhere and start it again:
-    it goes on where it was. Results: DIR/report/index.html and metrics.json.
+    it continues where it was. Results: DIR/report/index.html and metrics.json.
     """,
     compiles=True,
   )
@@ -65,7 +81,7 @@ def add(subparsers) -> None:
     "--minutes",
     type=common.number,
     metavar="M",
-    help="fit all stages to this budget",
+    help="fit all stages into so many minutes",
   )
   parser.add_argument(
     "--data", metavar="FILE", help="JSON lines with image and caption"
@@ -77,7 +93,7 @@ def add(subparsers) -> None:
   parser.add_argument(
     "--model", metavar="PATH", help="with --evaluate-only: evaluate this one"
   )
-  # For the list in `lavit --help`; its own words are absl's: see `train`.
+  # For the list in `lavit --help`; `train` prints the help of the command.
   subparsers.add_parser("train", help="train one stage from a config file")
 
 
@@ -93,9 +109,7 @@ def _quickstart(args: argparse.Namespace) -> None:
     )
   common.require_files([args.data] if args.data else [])
   fields = common.data_fields(args)
-  from lavit_jax.jobs import quickstart
-
-  compiled_programs.keep(least=None)
+  common.keep_programs(args, least=None)
   if not args.evaluate_only:
     use_cpu_cores(quickstart.common_batch())
   metrics = quickstart.run(
@@ -111,7 +125,17 @@ def _quickstart(args: argparse.Namespace) -> None:
 
 
 def train(argv: Sequence[str]) -> int:
-  """Reads a config file and its overrides, trains that stage; exit status."""
+  """Trains one stage by a config file with its overrides.
+
+  Args:
+    argv: the words after `lavit train`.
+
+  Returns:
+    The exit status.
+
+  Raises:
+    errors.LavitError: what the user can mend; see `read_config`, `loop.train`.
+  """
   if not argv or {"-h", "--help"} & set(argv):
     print(
       _TRAIN_HELP + compiled_programs.HELP,
@@ -120,9 +144,6 @@ def train(argv: Sequence[str]) -> int:
     )
     return 0 if argv else 2
   config, workdir = read_config(argv)
-  from lavit_jax.train import loop
-  from lavit_jax.train.resilience import distributed
-
   keep_compiled(workdir)
   distributed.initialize()
   if config.mesh.data == -1:
@@ -132,13 +153,11 @@ def train(argv: Sequence[str]) -> int:
 
 
 def keep_compiled(workdir: str) -> None:
-  """Keeps compiled programs between runs, unless JAX was told where or not.
+  """Keeps compiled programs between runs, unless the environment says where.
 
-  With several processes in the workdir: the first writes, and all read. They
-  are still there when preempted machines have been replaced by others.
+  A run of several processes keeps them in its workdir: the first process
+  writes, all read, and machines that replace preempted ones find them.
   """
-  import jax
-
   alone = os.environ.get("LAVIT_DISTRIBUTED") != "1" and (
     "LAVIT_COORDINATOR" not in os.environ
   )
@@ -150,17 +169,20 @@ def keep_compiled(workdir: str) -> None:
 
 
 def use_cpu_cores(batch_size: int) -> None:
-  """Without an accelerator: a CPU device a core, at most 8, sharing a batch.
+  """Makes one CPU device per core, at most 8, which share each batch.
 
-  Two devices of one thread are faster than one device of two threads, most
-  of all where there are convolutions. No effect on TPUs and GPUs, nor where
-  XLA_FLAGS or JAX_NUM_CPU_DEVICES say how many.
+  Two devices of one thread each are faster than one device of two threads,
+  most of all with convolutions. There is no effect on TPUs and GPUs, nor where
+  XLA_FLAGS or JAX_NUM_CPU_DEVICES set the number of devices.
+
+  Args:
+    batch_size: of the run; the number of devices divides it.
   """
-  import jax
-
-  flags = os.environ.get("XLA_FLAGS", "")
-  told = "JAX_NUM_CPU_DEVICES" in os.environ
-  if told or "xla_force_host_platform_device_count" in flags:
+  xla_flags = os.environ.get("XLA_FLAGS", "")
+  if (
+    "JAX_NUM_CPU_DEVICES" in os.environ
+    or "xla_force_host_platform_device_count" in xla_flags
+  ):
     return
   count, cores = 1, min(os.cpu_count() or 1, 8)
   while 2 * count <= cores and batch_size % (2 * count) == 0:
@@ -168,16 +190,18 @@ def use_cpu_cores(batch_size: int) -> None:
   jax.config.update("jax_num_cpu_devices", count)
 
 
-def read_config(argv: Sequence[str]):
-  """The locked ConfigDict of `--config` with its overrides, and `--workdir`.
+def read_config(
+  argv: Sequence[str],
+) -> tuple["ml_collections.ConfigDict", str]:
+  """Reads the flags `--config`, `--config.FIELD` and `--workdir`.
+
+  Returns:
+    (the config with its overrides, locked; the workdir).
 
   Raises:
-    errors.UsageError: a flag is missing or unknown, or a word too many.
+    errors.UsageError: a flag is missing or unknown, or a word is left over.
     errors.ConfigError: no such config file, field or value.
   """
-  from absl import flags
-  from ml_collections import config_flags
-
   argv = ["lavit train", *_find_shipped(argv)]
   values = flags.FlagValues()
   config = config_flags.DEFINE_config_file(
@@ -188,28 +212,29 @@ def read_config(argv: Sequence[str]):
     rest = values(argv)[1:]
   except flags.Error as error:
     raise errors.UsageError(f"{error}. See lavit train --help.") from error
-  except Exception as error:  # whatever the config file itself raises
+  except Exception as error:  # the config file may raise anything
     raise errors.ConfigError(_config_message(error)) from error
-  wrong = [f"cannot use {shlex.join(rest)}"] if rest else []
-  wrong += ["--config FILE is missing"] if config.value is None else []
-  wrong += [] if workdir.value else ["--workdir DIR is missing"]
-  if wrong:
+  problems = [f"cannot use {shlex.join(rest)}"] if rest else []
+  problems += ["--config FILE is missing"] if config.value is None else []
+  problems += [] if workdir.value else ["--workdir DIR is missing"]
+  if problems:
     raise errors.UsageError(
-      f"{'; '.join(wrong)}. Expected: lavit train --config FILE --workdir DIR"
-      " [--config.FIELD=VALUE ...]. See lavit train --help."
+      f"{'; '.join(problems)}. Expected: lavit train --config FILE --workdir"
+      " DIR [--config.FIELD=VALUE ...]. See lavit train --help."
     )
   return config.value, workdir.value
 
 
 def _config_message(error: Exception) -> str:
+  """Returns the message for what a config file, or an override, raised."""
   unknown = isinstance(error, (AttributeError, KeyError))
   while error.args and isinstance(error.args[0], Exception):
     error = error.args[0]  # ml_collections wraps a KeyError
   text = str(error.args[0] if error.args else error).strip()
   last = text.rpartition("Traceback")[2].splitlines() or [""]
   if unknown:
-    named = ". ".join(last).rstrip("?")
-    return f"the config has no field {named}: see the config file."
+    field = ". ".join(last).rstrip("?")
+    return f"the config has no field {field}: see the config file."
   return (
     f"the config file does not load: {type(error).__name__}: {last[-1]}"
     " LAVIT_DEBUG=1 shows where."
@@ -217,7 +242,7 @@ def _config_message(error: Exception) -> str:
 
 
 def _find_shipped(argv: Sequence[str]) -> list[str]:
-  """`argv` with a config path that exists only in the package made whole."""
+  """Returns `argv` with the full path of a config that is shipped here."""
   argv = list(argv)
   for i, word in enumerate(argv):
     name, equals, path = word.lstrip("-").partition("=")
@@ -228,15 +253,13 @@ def _find_shipped(argv: Sequence[str]) -> list[str]:
     file, colon, rest = path.partition(":")
     if not file or pathlib.Path(file).is_file():
       continue
-    found = f"{_shipped_config(file)}{colon}{rest}"
-    argv[at] = f"--config={found}" if equals else found
+    path = f"{_shipped_config(file)}{colon}{rest}"
+    argv[at] = f"--config={path}" if equals else path
   return argv
 
 
 def _shipped_config(name: str) -> pathlib.Path:
-  """The file of `tiny/pretrain.py` or `configs/tiny/pretrain.py`."""
-  from lavit_jax import configs
-
+  """Returns the file of `tiny/pretrain.py` or `configs/tiny/pretrain.py`."""
   root = pathlib.Path(configs.__file__).parent
   path = root / name.removeprefix("configs/")
   if path.is_file():
@@ -248,5 +271,5 @@ def _shipped_config(name: str) -> pathlib.Path:
   )
   raise errors.ConfigError(
     f"no config file {name}, neither in {os.getcwd()} nor among the shipped"
-    f" ones: {', '.join(shipped)}."
+    f" configs: {', '.join(shipped)}."
   )

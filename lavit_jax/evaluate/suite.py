@@ -1,4 +1,4 @@
-"""Every held-out measurement of a whole model, and exhibits for the report."""
+"""Measures a model on held-out data, and collects examples for the report."""
 
 import dataclasses
 import io
@@ -15,16 +15,28 @@ from lavit_jax.data.batching import rows
 from lavit_jax.data.sources import kinds, shapes
 from lavit_jax.evaluate import shapes as shapes_scores
 from lavit_jax.evaluate import tokenizer as tokenizer_scores
+from lavit_jax.infer import pipeline
 
 CODE_IMAGES = 2_000  # images over which the use of codes is counted
 _DRAWING_STEPS = 12  # of the pixel decoder; 20 are 0.01 to 0.02 better
 _EXHIBITS = 12
-_STEPS = 10  # of `_shapes`, for the progress bar
+_STEPS = 10  # of `_evaluate_shapes`, for the progress bar
 
 
 @dataclasses.dataclass
 class Exhibits:
-  """What the report shows of a model's work, a list entry an image."""
+  """Examples for the report; an entry for each image.
+
+  Attributes:
+    images: uint8[H, W, 3].
+    keeps: bool[N], the kept patches of each image.
+    redrawn: PIL images decoded from the visual tokens.
+    captions: (image, reference, caption).
+    answers: (image, question, right answer, answer).
+    drawings: (prompt, PIL image).
+    edits: (image, instruction, PIL image).
+    code_patches: some patches uint8[P, P, 3] for each code.
+  """
 
   images: list[np.ndarray] = dataclasses.field(default_factory=list)
   keeps: list[np.ndarray] = dataclasses.field(default_factory=list)
@@ -39,18 +51,22 @@ class Exhibits:
 
 
 def evaluate(
-  lavit, *, data: Mapping[str, Any], scenes: int = 500, quiet: bool = False
-):
-  """Evaluates a `LaVIT` on held-out data.
+  lavit: pipeline.LaVIT,
+  *,
+  data: Mapping[str, Any],
+  scenes: int = 500,
+  quiet: bool = False,
+) -> tuple[dict[str, Any], Exhibits]:
+  """Evaluates a model on held-out data.
 
   Args:
     lavit: a loaded model with all its parts.
     data: config.data of the run.
     scenes: held-out scenes for every score; codes are counted over 2,000.
-    quiet: no progress bar.
+    quiet: show no progress bar.
 
   Returns:
-    (metrics: dict of floats, exhibits: `Exhibits`).
+    (metrics by name, examples for the report).
   """
   exhibits = Exhibits()
   metrics: dict[str, Any] = {"scenes": scenes}
@@ -62,7 +78,7 @@ def evaluate(
   }
   if data["kind"] != "shapes":
     source = kinds.build(data, "held_out")
-    _own_data(lavit, source, metrics, exhibits)
+    _evaluate_user_data(lavit, source, metrics, exhibits)
     return metrics, exhibits
   sized = dict(data) | {"held_out_size": max(scenes, CODE_IMAGES)}
   held_out = kinds.build(sized, "held_out")
@@ -70,15 +86,15 @@ def evaluate(
   with progress.Progress(
     _STEPS, label="evaluate", stream=io.StringIO() if quiet else None
   ) as bar:
-    steps = _shapes(lavit, held_out, never_seen, metrics, exhibits)
+    steps = _evaluate_shapes(lavit, held_out, never_seen, metrics, exhibits)
     for number, name in enumerate(steps, start=1):
       bar.update(number)
       bar.print(f"evaluate: {name} done")
   return metrics, exhibits
 
 
-def _shapes(lavit, held_out, never_seen, metrics, exhibits):
-  """Does the _STEPS of the embedded data one by one, yields their names."""
+def _evaluate_shapes(lavit, held_out, never_seen, metrics, exhibits):
+  """Runs the _STEPS on the embedded data; yields the name of each when done."""
   count = metrics["scenes"]
   _tokenizer(lavit, held_out, metrics, exhibits)
   yield "tokenizer"
@@ -90,6 +106,7 @@ def _shapes(lavit, held_out, never_seen, metrics, exhibits):
 
 
 def _tokenizer(lavit, source, metrics, exhibits):
+  """Measures tokens and reconstructions."""
   indices = range(max(metrics["scenes"], CODE_IMAGES))
   images = np.stack([source.image(i) for i in indices])
   size = source.image_size
@@ -120,44 +137,52 @@ def _tokenizer(lavit, source, metrics, exhibits):
 
 
 def _code_examples(images, tokens, side, exhibits, each: int = 6):
-  """Some patches for every code, for the codebook sheet."""
+  """Collects some patches of every code, for the codebook sheet."""
   size = images.shape[1] // side
   for image, token in zip(images, tokens, strict=False):
-    places = np.flatnonzero(token["keep"])
-    for place, code in zip(places, token["codes"], strict=True):
-      found = exhibits.code_patches.setdefault(int(code), [])
-      if len(found) < each:
-        y, x = (place // side) * size, (place % side) * size
-        found.append(image[y : y + size, x : x + size])
+    positions = np.flatnonzero(token["keep"])
+    for position, code in zip(positions, token["codes"], strict=True):
+      patches = exhibits.code_patches.setdefault(int(code), [])
+      if len(patches) < each:
+        y, x = (position // side) * size, (position % side) * size
+        patches.append(image[y : y + size, x : x + size])
 
 
 def _scenes(lavit, source, count, metrics, exhibits=None, prefix=""):
-  """Captions, answers, drawings and edits of the first `count` scenes.
+  """Measures captions, answers, generated images and edits.
 
-  A generator: yields the name of each when it is done. Scores go to `metrics`
-  under `prefix`; `exhibits` is for the report.
+  Args:
+    lavit: the model.
+    source: of the scenes.
+    count: number of scenes.
+    metrics: takes the scores, their names begin with `prefix`.
+    exhibits: takes examples for the report; None: no examples.
+    prefix: of the metrics.
+
+  Yields:
+    The name of each task when it is done.
   """
   shown = exhibits or Exhibits()
   images = [source.image(i) for i in range(count)]
   objects = [source.scene(i).objects for i in range(count)]
   captions = lavit.caption(images)
   metrics |= shapes_scores.caption_scores(objects, captions, f"{prefix}caption")
-  wanted = [source.captions(i)[0] for i in range(min(_EXHIBITS, count))]
-  shown.captions = list(zip(images, wanted, captions, strict=False))
+  references = [source.captions(i)[0] for i in range(min(_EXHIBITS, count))]
+  shown.captions = list(zip(images, references, captions, strict=False))
   yield "captions"
-  asked = _asked(source, count)
+  questions = _questions(source, count)
   answers = lavit.answer(
-    [images[i] for i, *_ in asked], [question for _, _, question, _ in asked]
+    [images[i] for i, *_ in questions], [text for _, _, text, _ in questions]
   )
   metrics |= shapes_scores.vqa_scores(
-    [kind for _, kind, _, _ in asked],
-    [answer for *_, answer in asked],
+    [kind for _, kind, _, _ in questions],
+    [answer for *_, answer in questions],
     answers,
     f"{prefix}vqa",
   )
   shown.answers = [
-    (images[asked[n][0]], asked[n][2], asked[n][3], answers[n])
-    for n in range(0, min(len(asked), _EXHIBITS * 7), 7)
+    (images[questions[n][0]], *questions[n][2:], answers[n])
+    for n in range(0, min(len(questions), _EXHIBITS * 7), 7)
   ]
   yield "answers"
   prompts = [source.captions(i)[0] for i in range(count)]
@@ -171,12 +196,12 @@ def _scenes(lavit, source, count, metrics, exhibits=None, prefix=""):
   )
   results = [objects for *_, objects in rows]
   metrics |= _drawing_scores(results, drawn, f"{prefix}edit")
-  shown.edits = [(*rows[n][:2], drawn[n]) for n in range(len(wanted))]
+  shown.edits = [(*rows[n][:2], drawn[n]) for n in range(len(references))]
   yield "edits"
 
 
-def _asked(source, count):
-  """(scene, type, question, answer): every second type, by turns."""
+def _questions(source, count):
+  """Returns (scene, type, question, answer), every second type in turn."""
   return [
     (i, *question)
     for i in range(count)
@@ -185,7 +210,7 @@ def _asked(source, count):
 
 
 def _edit_prompt(source, i):
-  """(image, words, objects of the result) of a scene's edit."""
+  """Returns (image, instruction, objects of the result) of a scene's edit."""
   image, words, result = source.example("edit", i).parts
   return (
     source.image(image.image),
@@ -201,7 +226,7 @@ def _drawing_scores(objects, drawn, prefix):
 
 
 def _unguided(lavit, source, count, metrics):
-  """The score of the same drawings without guidance."""
+  """Measures images generated without guidance."""
   prompts = [source.captions(i)[0] for i in range(count)]
   objects = [source.scene(i).objects for i in range(count)]
   drawn = lavit.generate(prompts, guidance_scale=1.0, steps=_DRAWING_STEPS)
@@ -210,7 +235,7 @@ def _unguided(lavit, source, count, metrics):
 
 
 def _readable(source, count):
-  """(indices, uint8[n, H, W, 3]) of the first images that can be read."""
+  """Returns (indices, uint8[n, H, W, 3]) of the first readable images."""
   log = faults.FaultLog(f"images of {source.name}", limit_share=1.0)
   indices, images = [], []
   for i in range(source.num_images):
@@ -228,25 +253,25 @@ def _readable(source, count):
   return indices, np.stack(images)
 
 
-def _own_data(lavit, source, metrics, exhibits):
-  """What can be measured without knowing what is in the images."""
+def _evaluate_user_data(lavit, source, metrics, exhibits):
+  """Measures what needs no knowledge of the objects in the images."""
   indices, images = _readable(source, 100)
-  whole = len(images) // 50 * 50
-  if whole:
-    metrics |= tokenizer_scores.quality(lavit.visual, images[:whole])
+  whole_batches = len(images) // 50 * 50
+  if whole_batches:
+    metrics |= tokenizer_scores.quality(lavit.visual, images[:whole_batches])
   tokens = lavit.tokenize(list(images))
   captions = lavit.caption(list(images))
-  wanted = [source.captions(i) for i in indices]
-  right = [c in w for c, w in zip(captions, wanted, strict=True)]
+  references = [source.captions(i) for i in indices]
+  right = [c in r for c, r in zip(captions, references, strict=True)]
   metrics["caption_exact"] = float(np.mean(right))
   exhibits.images = list(images[:_EXHIBITS])
   exhibits.keeps = [t["keep"] for t in tokens[:_EXHIBITS]]
   exhibits.redrawn = lavit.reconstruct(list(images[:_EXHIBITS]))
   exhibits.captions = [
-    (images[i], (wanted[i] or ["(none)"])[0], captions[i])
+    (images[i], (references[i] or ["(none)"])[0], captions[i])
     for i in range(min(_EXHIBITS, len(images)))
   ]
-  prompts = [w[0] for w in wanted if w][:_EXHIBITS]
+  prompts = [texts[0] for texts in references if texts][:_EXHIBITS]
   if prompts:
     drawn = lavit.generate(prompts)
     exhibits.drawings = list(zip(prompts, drawn, strict=True))

@@ -1,38 +1,45 @@
-"""How good the visual tokenizer is: gain, objects, selection, code use.
+"""Measures a visual tokenizer: reconstruction, selection, use of codes.
 
-`recon_gain` = (cos - cos_mean) / (1 - cos_mean), where cos_mean is what
-predicting each position's mean training feature reaches: on raw features a
-constant scores high, and says nothing.
+`recon_gain` = (cos - cos_mean) / (1 - cos_mean), where cos_mean is the cosine
+of the features with the mean training feature of their position: on raw
+features a constant prediction has a high cosine.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lavit_jax.infer.loading import visual as visual_lib
 from lavit_jax.models.tokenizer import selector
 
 _BATCH = 50
 
 
-def quality(visual, images, object_shares=None, *, seed: int = 0):
-  """Metrics of a tokenizer on images.
+def quality(
+  visual: visual_lib.VisualTokenizer,
+  images: np.ndarray,
+  object_shares: np.ndarray | None = None,
+  *,
+  seed: int = 0,
+) -> dict[str, float]:
+  """Measures a tokenizer on images.
 
   Args:
-    visual: an `infer.visual.VisualTokenizer`.
+    visual: the tokenizer.
     images: uint8[n, H, W, 3], n a multiple of 50.
-    object_shares: float[n, N], the share of object pixels of each patch, for
+    object_shares: float[n, N], the share of object pixels in each patch, for
       the metrics on objects; None leaves them out.
     seed: of the sampled and the random masks.
 
   Returns:
-    dict of floats: `recon_gain`, `recon_gain_objects` (patches with >= 5 %
-    object pixels), `kept_share`, `object_lift`, `codes_used_share`,
-    `perplexity`; the first two also with suffixes `_sampled`, `_random` (a
-    random mask of as many patches) and `_no_codes`.
+    `recon_gain`, `recon_gain_objects` (patches with >= 5 % object pixels),
+    `kept_share`, `object_lift`, `codes_used_share`, `perplexity`; the first two
+    also with suffixes `_sampled`, `_random` (a random mask of as many patches)
+    and `_no_codes`.
   """
   sums = _Sums(visual.feature_mean)
   counts = np.zeros(visual.num_codes)
-  kept = []
+  kept: list[np.ndarray] = []
   for start in range(0, len(images), _BATCH):
     batch = images[start : start + _BATCH]
     objects = None
@@ -42,26 +49,26 @@ def quality(visual, images, object_shares=None, *, seed: int = 0):
     sums.add_mean(features, objects)
     keep = visual.keep_mask(features)
     kept.append(np.asarray(keep))
-    for name, mask in _masks(visual, features, keep, seed + start):
+    for suffix, mask in _masks(visual, features, keep, seed + start):
       ids, valid = visual.encode(features, mask)
       x_rec = visual.decode(ids, valid)
-      sums.add(name, features, x_rec)
-      if name == "":
+      sums.add(suffix, features, x_rec)
+      if not suffix:
         np.add.at(counts, np.asarray(ids)[np.asarray(valid)], 1)
     x_rec = visual.reconstruct_without_codes(features, keep)
     sums.add("_no_codes", features, x_rec)
   metrics = sums.gains() | _code_use(counts)
-  kept = np.concatenate(kept)
-  metrics["kept_share"] = float(kept.mean())
+  all_kept = np.concatenate(kept)
+  metrics["kept_share"] = float(all_kept.mean())
   if object_shares is not None:
     on = object_shares >= 0.05
-    rest = max(float(kept[~on].mean()), 1e-9)
-    metrics["object_lift"] = float(kept[on].mean()) / rest
+    elsewhere = max(float(all_kept[~on].mean()), 1e-9)
+    metrics["object_lift"] = float(all_kept[on].mean()) / elsewhere
   return metrics
 
 
 def _masks(visual, features, keep, seed):
-  """The masks to compare, each as (suffix, bool[B, N])."""
+  """Yields the masks to compare, each as (suffix, bool[B, N])."""
   yield "", keep
   yield "_sampled", visual.keep_mask(features, seed=seed)
   share = np.asarray(keep).mean(1)
@@ -70,7 +77,7 @@ def _masks(visual, features, keep, seed):
 
 
 class _Sums:
-  """Sums of cosines over patches, all and on objects."""
+  """Collects cosines of patches, and which patches are on objects."""
 
   def __init__(self, mean):
     self._mean = np.asarray(mean)
@@ -89,17 +96,17 @@ class _Sums:
     self._rows.setdefault(name, []).append(cosine)
 
   def gains(self):
-    """Gains of every name that was added, over all and over objects."""
-    rows = {name: np.concatenate(r) for name, r in self._rows.items()}
+    """Returns the gain of every suffix, over all patches and over objects."""
+    rows = {suffix: np.concatenate(r) for suffix, r in self._rows.items()}
     base = rows.pop("mean")
-    out = {}
-    for name, row in rows.items():
-      out[f"recon_gain{name}"] = _gain(row.mean(), base.mean())
+    gains = {}
+    for suffix, row in rows.items():
+      gains[f"recon_gain{suffix}"] = _gain(row.mean(), base.mean())
       if self._objects:
         on = np.concatenate(self._objects)
         gain = _gain(row[on].mean(), base[on].mean())
-        out[f"recon_gain_objects{name}"] = gain
-    return out
+        gains[f"recon_gain_objects{suffix}"] = gain
+    return gains
 
 
 def _gain(cosine, base):
@@ -107,7 +114,7 @@ def _gain(cosine, base):
 
 
 def _code_use(counts):
-  """Share of codes used at all, and the perplexity of their use."""
+  """Returns the share of codes in use, and the perplexity of their use."""
   p = counts / max(counts.sum(), 1)
   entropy = -(p[p > 0] * np.log(p[p > 0])).sum()
   return {

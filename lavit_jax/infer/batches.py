@@ -1,6 +1,7 @@
 """Batches padded to a few sizes, so that each shape compiles once."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,12 +9,12 @@ SIZES = (1, 4, 16, 64)
 
 
 def padded_size(count: int, sizes: Sequence[int] = SIZES) -> int:
-  """The smallest of the sizes that holds `count`."""
+  """Returns the smallest of the ascending sizes that holds `count`."""
   return next(size for size in sizes if size >= count)
 
 
-def fill(rows, size: int):
-  """The first `size` rows of a list or array, the last one repeated."""
+def fill(rows: Any, size: int) -> Any:
+  """Returns `size` rows of a list or an array; repeats the last row if few."""
   if isinstance(rows, list):
     return (rows + [rows[-1]] * size)[:size]
   rows = np.asarray(rows)[:size]
@@ -22,17 +23,17 @@ def fill(rows, size: int):
 
 
 def chunks(
-  rows, limit: int = SIZES[-1], sizes: Sequence[int] = SIZES
-) -> Iterator[tuple]:
+  rows: Any, limit: int = SIZES[-1], sizes: Sequence[int] = SIZES
+) -> Iterator[tuple[Any, int, int]]:
   """Cuts a list or an array into padded chunks.
 
   Args:
-    rows: what is cut.
-    limit: rows of a chunk at most, no more than the largest size.
-    sizes: to which chunks are padded, from small to large.
+    rows: a list, or an array with rows on its first axis.
+    limit: largest chunk, at most the largest of the sizes.
+    sizes: to which chunks are padded, ascending.
 
   Yields:
-    (chunk, how many of its rows are real, index of its first row).
+    (chunk, number of rows that are not padding, index of the first row).
   """
   for start in range(0, len(rows), limit):
     chunk = rows[start : start + limit]

@@ -1,15 +1,16 @@
-"""What each task needs: parts, bytes of weights, bytes of cache.
+"""Estimates the needs of each task: parts, bytes of weights and of cache.
 
-Told by the metadata of a model directory; no weight is read. Weights are
-exact: the arrays that class LaVIT loads for the task. The cache of keys and
-values is for usual lengths, which can be given. Activations are not counted,
-nor what XLA casts while a program runs. On a CPU that is much where weights
-are bfloat16, of which it keeps a float32 copy, and little where they are int8:
-the kernel at hand and the head (`working_mb` of benchmarks/int8.py). A small
-machine without accelerator does best with int8 and float32.
+The estimate reads the metadata of a model directory, not the weights. Bytes of
+weights are exact: the arrays that class LaVIT loads for the task. The cache of
+keys and values is for usual lengths, which are arguments. Activations are not
+included, nor the casts of XLA while a program runs. On a CPU these are large
+for bfloat16 weights, of which XLA keeps a float32 copy, and small for int8: the
+current kernel and the head (`working_mb` of benchmarks/int8.py). On a small
+machine without accelerator int8 and float32 need the least.
 """
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,17 +35,17 @@ TASKS = {
   "generate": _WRITES,
   "synthesize": _WRITES,
 }
-_PAINTS = ("reconstruct", "generate", "synthesize")  # a pixel decoder besides
-# Loaded as float32 whatever the dtype: codes are told apart by small
-# differences, and the pixel decoder is small.
+_DECODES = ("reconstruct", "generate", "synthesize")  # need a pixel decoder
+# Loaded as float32 for any dtype: codes differ by small amounts, and the pixel
+# decoder is small.
 _FLOAT32 = ("tokenizer", "pixels", safety.PART)
 _PROMPT_MULTIPLE = 16  # to which prompts are padded
 
 
 def needs(
-  directory,
+  directory: str | os.PathLike,
   *,
-  dtype="float32",
+  dtype: str = "float32",
   quantize: str | None = None,
   batch: int = 1,
   text_tokens: int = 32,
@@ -52,7 +53,7 @@ def needs(
   rules: rules_lib.GenerationPreset | None = None,
   decoder: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-  """What class LaVIT needs for each task with a model directory.
+  """Returns the needs of class LaVIT for each task with a model directory.
 
   Args:
     directory: a model directory.
@@ -60,72 +61,77 @@ def needs(
     quantize: None, or "int8" for the LLM.
     batch: images or prompts at once.
     text_tokens: of the text in a prompt (captions have none).
-    images: in a prompt of `synthesize` and `write_codes`; each is taken to
-      keep all its patches, the most that is possible.
-    rules: how many tokens, beams and streams; by default the model's own.
-    decoder: the pixel decoder, of `painters.NEEDS`; by default the model's.
+    images: in a prompt of `synthesize` and `write_codes`; all their patches
+      are counted as kept, which is the maximum.
+    rules: preset with the numbers of tokens, beams and streams; by default
+      that of the model.
+    decoder: the pixel decoder, of `decoders.NEEDS`; by default the model's.
 
   Returns:
     For each of `TASKS` a dict, ready for JSON: `parts` (names), `missing`
-    (what the directory lacks), `possible` (nothing is missing), `note` (why
-    not, else empty), `weights` (bytes of each part present), `weights_bytes`,
-    `cache_bytes` and `total_bytes`.
+    (names of missing parts and files), `possible` (nothing is missing), `note`
+    (why not, else empty), `weights` (bytes of each part present),
+    `weights_bytes`, `cache_bytes` and `total_bytes`.
 
   Raises:
     errors.UsageError: no such dtype or mode.
     errors.CheckpointError: a part is damaged.
   """
-  dtype = quantize_lib.check_dtype(dtype)
+  float_dtype = quantize_lib.check_dtype(dtype)
   if quantize is not None:
     quantize_lib.check_mode(quantize)
-  directory = files.place(directory)
+  directory = files.input_path(directory)
   stored = {
     name: checkpoints.StoredPart(directory, name)
     for name in checkpoints.parts_in(directory)
   }
   weights = {
-    name: _loaded_bytes(name, part, dtype, quantize)
+    name: _loaded_bytes(name, part, float_dtype, quantize)
     for name, part in stored.items()
   }
-  paints = decoders.NEEDS[decoder or decoders.preferred(stored)]
-  out = {}
+  pixel_parts = decoders.NEEDS[decoder or decoders.preferred(stored)]
+  result = {}
   for task, parts in TASKS.items():
-    if task in _PAINTS:
+    if task in _DECODES:
       checker = (safety.PART,) if safety.PART in stored else ()
-      parts = (*parts, *paints, *checker)
+      parts = (*parts, *pixel_parts, *checker)
     missing = _missing(directory, stored, task, parts)
     slots = _slots(stored, task, rules, text_tokens, images)
-    held = {name: weights[name] for name in parts if name in weights}
-    cache = _cache_bytes(stored, slots, batch, dtype)
-    out[task] = {
+    present = {name: weights[name] for name in parts if name in weights}
+    cache = _cache_bytes(stored, slots, batch, float_dtype)
+    result[task] = {
       "parts": list(parts),
       "missing": missing,
       "possible": not missing,
       "note": _note(missing),
-      "weights": held,
-      "weights_bytes": sum(held.values()),
+      "weights": present,
+      "weights_bytes": sum(present.values()),
       "cache_bytes": cache,
-      "total_bytes": sum(held.values()) + cache,
+      "total_bytes": sum(present.values()) + cache,
     }
-  return out
+  return result
 
 
-def lines(needed: Mapping[str, Mapping[str, Any]]) -> list[str]:
-  """One line a task, such as "caption: 14.2 GB of weights + 0.4 GB cache"."""
-  out = []
-  for task, need in needed.items():
+def lines(needs_by_task: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  """Returns lines such as "caption: 14.2 GB of weights + 0.4 GB cache".
+
+  Args:
+    needs_by_task: from `needs`.
+  """
+  result = []
+  for task, need in needs_by_task.items():
     if need["missing"]:
-      out.append(f"{task}: not possible, {need['note']}")
+      result.append(f"{task}: not possible, {need['note']}")
       continue
     line = f"{task}: {size(need['weights_bytes'])} of weights"
     if need["cache_bytes"]:
       line += f" + {size(need['cache_bytes'])} cache"
-    out.append(line)
-  return out
+    result.append(line)
+  return result
 
 
 def size(count: int) -> str:
-  """Bytes for people: 14_200_000_000 gives "14.2 GB", 95_000 "95.0 kB"."""
+  """Formats bytes: 14_200_000_000 gives "14.2 GB", 95_000 "95.0 kB"."""
   for unit, bytes_each in (("GB", 1e9), ("MB", 1e6)):
     if count >= bytes_each / 10:
       return f"{count / bytes_each:.1f} {unit}"
@@ -137,15 +143,15 @@ def _bytes_of(tree) -> int:
 
 
 def _loaded_bytes(name, part, dtype, quantize) -> int:
-  """Of the arrays that class LaVIT loads of a part."""
+  """Returns the bytes of the arrays that class LaVIT loads from a part."""
   wanted = "float32" if name in _FLOAT32 else dtype
   mode = quantize if name == "llm" else None
   shapes = functools.partial(quantize_lib.loaded_shapes, mode=mode)
   if "vae" not in part.meta:
     return _bytes_of(shapes(part.arrays, wanted))
   config = vae.VaeConfig(**part.meta["vae"] | {"dtype": wanted})
-  branch = lambda vae: {
-    k: v for k, v in part.arrays.items() if k.startswith("vae/") == vae
+  branch = lambda of_vae: {
+    k: v for k, v in part.arrays.items() if k.startswith("vae/") == of_vae
   }
   return _bytes_of(shapes(branch(False), wanted)) + _bytes_of(
     shapes(branch(True), config.compute_dtype)
@@ -153,7 +159,7 @@ def _loaded_bytes(name, part, dtype, quantize) -> int:
 
 
 def _missing(directory, stored, task, parts) -> list[str]:
-  """What the directory lacks for a task: parts, files, branches of parts."""
+  """Returns missing parts, files and branches of parts for a task."""
   missing = [name for name in parts if name not in stored]
   if "llm" not in parts:
     return missing
@@ -167,12 +173,12 @@ def _missing(directory, stored, task, parts) -> list[str]:
 
 
 def _note(missing: Sequence[str]) -> str:
-  """Why a task is not possible, in words."""
+  """Returns the reason why a task is not possible."""
   return f"the model has no {', '.join(missing)}" if missing else ""
 
 
 def _slots(stored, task, rules, text_tokens, images) -> tuple[int, int]:
-  """(rows of the cache a prompt, slots of a row); (0, 0) without an LLM."""
+  """Returns (cache rows per prompt, slots per row); (0, 0) without an LLM."""
   if "llm" not in TASKS[task] or not {"llm", "tokenizer"} <= set(stored):
     return 0, 0
   rules = rules or rules_lib.rules_of(stored["llm"].meta)
@@ -192,7 +198,7 @@ def _slots(stored, task, rules, text_tokens, images) -> tuple[int, int]:
 
 
 def _cache_bytes(stored, slots, batch, dtype) -> int:
-  """Of keys and values for `batch` prompts."""
+  """Returns the bytes of keys and values for `batch` prompts."""
   rows, length = slots
   if not rows:
     return 0

@@ -34,7 +34,7 @@ def test_a_run_finds_the_program_that_was_compiled_ahead(
   cfg = micro.config("pretrain", root, mesh=sizes)
   elsewhere = micro.assuming(cfg)
   objective = ahead.objective_of(elsewhere)
-  assert objective.stored.outline
+  assert objective.artifacts.is_abstract
   (phase,) = phases.phases_of(cfg)
   with micro.devices(2):
     mesh = sharding.make_mesh(sizes)

@@ -16,11 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import lavit_jax
-import lavit_jax.infer
-import lavit_jax.jobs
-import lavit_jax.train
-from lavit_jax.commands import common, main
+from lavit_jax.commands import common, main, read
 from lavit_jax.commands import train as train_command
 from lavit_jax.core import compiled_programs, errors
 from lavit_jax.infer import text_generation
@@ -103,17 +99,18 @@ class Model:
     }
 
 
-def stand_in(monkeypatch, package, name, **members):
-  """Puts a module with these members in place of package.name."""
+def stand_in(monkeypatch, name, *commands, **members):
+  """Gives command modules another module under the name of an import."""
   module = types.SimpleNamespace(**members)
-  monkeypatch.setitem(sys.modules, f"{package.__name__}.{name}", module)
-  monkeypatch.setattr(package, name, module, raising=False)
+  for command in commands:
+    monkeypatch.setattr(command, name, module)
 
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
   """No command sets up this process's compilation cache."""
   monkeypatch.setattr(compiled_programs, "keep", lambda **unused: None)
+  monkeypatch.setattr(compiled_programs, "keep_none", lambda: None)
 
 
 @pytest.fixture
@@ -126,8 +123,9 @@ def model(monkeypatch, tmp_path):
   model = Model()
   stand_in(
     monkeypatch,
-    lavit_jax.infer,
     "pipeline",
+    common,
+    read,
     LaVIT=model,
     resolve="resolved {}".format,
   )
@@ -155,7 +153,7 @@ def test_help_names_every_command_and_loads_nothing_heavy():
     "import sys; from lavit_jax.commands import main\n"
     "try: main.main(['--help'])\n"
     "except SystemExit as e: assert e.code == 0\n"
-    "heavy = {'jax', 'numpy', 'PIL', 'absl'} & set(sys.modules)\n"
+    "heavy = {'jax', 'flax', 'numpy', 'PIL', 'absl'} & set(sys.modules)\n"
     "assert not heavy, heavy"
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True)
@@ -402,8 +400,8 @@ def tokenized(model, monkeypatch, tmp_path):
 
   stand_in(
     monkeypatch,
-    lavit_jax.jobs,
-    "tokenize",
+    "tokenize_job",
+    read,
     write_cache=write_cache,
     write_caches=write_caches,
   )
@@ -486,7 +484,11 @@ def test_quickstart_hands_on_its_options(model, capsys, monkeypatch, tmp_path):
     return {"caption_exact": 0.5}
 
   stand_in(
-    monkeypatch, lavit_jax.jobs, "quickstart", run=start, common_batch=lambda: 8
+    monkeypatch,
+    "quickstart",
+    train_command,
+    run=start,
+    common_batch=lambda: 8,
   )
   argv = shlex.split("quickstart --workdir d --minutes 2 --data my.jsonl")
   assert run(capsys, *argv, "--allow-absolute") == (0, "", "")
@@ -613,8 +615,8 @@ def test_a_value_error_that_our_code_raises_is_told(model, capsys, monkeypatch):
 def test_control_c_says_how_to_go_on(model, capsys, monkeypatch):
   stand_in(
     monkeypatch,
-    lavit_jax.jobs,
     "quickstart",
+    train_command,
     run=raising(KeyboardInterrupt()),
     common_batch=lambda: 8,
   )
@@ -633,8 +635,8 @@ def trained(model, monkeypatch, tmp_path):
   calls = []
   stand_in(
     monkeypatch,
-    lavit_jax.train,
     "loop",
+    train_command,
     train=lambda config, workdir: calls.append((config, workdir)),
   )
   return calls
@@ -719,7 +721,7 @@ def test_a_model_of_drawn_scenes_says_that_it_knows_nothing_else(
   name, size, options, said, monkeypatch, tmp_path, capsys
 ):
   monkeypatch.chdir(tmp_path)
-  stand_in(monkeypatch, lavit_jax.infer, "pipeline", LaVIT=Model())
+  stand_in(monkeypatch, "pipeline", common, LaVIT=Model())
   Image.new("RGB", (size, size)).save("a.png")
   meta = {"format": 1, "config": {"data": {"kind": "jsonl", "image_size": 48}}}
   pathlib.Path("photographs/encoder").mkdir(parents=True)
@@ -736,6 +738,19 @@ def test_a_model_of_drawn_scenes_says_that_it_knows_nothing_else(
     lines = [line for line in err.splitlines() if "drawn scenes" in line]
     assert (status, len(lines)) == (0, int(said)), command
     assert all("--model DIR" in line for line in lines)
+
+
+def test_no_cache_keeps_no_program(model, capsys, monkeypatch):
+  calls = []
+  monkeypatch.setattr(
+    compiled_programs, "keep", lambda **options: calls.append("keep")
+  )
+  monkeypatch.setattr(
+    compiled_programs, "keep_none", lambda: calls.append("keep_none")
+  )
+  run(capsys, "caption", "a.png")
+  run(capsys, "caption", "a.png", "--no-cache")
+  assert calls == ["keep", "keep_none"]
 
 
 def test_a_prompt_without_images_is_not_warned_of(model, capsys):

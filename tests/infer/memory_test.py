@@ -144,8 +144,8 @@ def test_the_pixel_decoder_there_is_counted_with_its_own_dtypes(copy, tmp_path):
   loaded = decoders.load(copy, "highres", "bfloat16").params
   assert loaded["unet"]["conv_in"]["kernel"].dtype == jnp.bfloat16
   assert loaded["vae"]["quant_conv"]["kernel"].dtype == jnp.float32
-  assert _held(loaded["told"]) == needed["weights"]["highres"]
-  del loaded["told"]
+  assert _held(loaded["semantic"]) == needed["weights"]["highres"]
+  del loaded["semantic"]
   assert _held(loaded) == needed["weights"]["highres_pixels"]
   small = memory.needs(copy, decoder="pixels")["generate"]
   assert small["parts"][-1] == "pixels"

@@ -1,12 +1,22 @@
 """class LaVIT on a micro model: shapes, batches, seeds, bad input."""
 
+import dataclasses
+import functools
+import inspect
+import subprocess
+import sys
+
 import numpy as np
 import PIL.Image
 import pytest
 
 from lavit_jax.core import errors, image_io
+from lavit_jax.core.storage import checkpoints
 from lavit_jax.data.sources import shapes
 from lavit_jax.infer import pipeline
+from lavit_jax.infer.pixels import options
+from lavit_jax.infer.presets import rules
+from lavit_jax.infer.tasks import image_tasks
 
 pytestmark = pytest.mark.optimized
 
@@ -99,9 +109,92 @@ def test_several_drawings_of_a_prompt_take_the_next_seeds(lavit):
   (alone,) = lavit.generate(["a blue ring"], seed=6, **kwargs)
   difference = np.asarray(alone, int) - np.asarray(both[1][1], int)
   assert np.abs(difference).max() <= 1
-  for count, says in ((0, "count=0"), (2, "guidance_scal")):
-    with pytest.raises(errors.UsageError, match=says):
-      lavit.generate("x", count=count, guidance_scales=3.0)
+  with pytest.raises(errors.UsageError, match="count=0"):
+    lavit.generate("x", count=0)
+
+
+@pytest.mark.parametrize(
+  ("method", "configs"),
+  [
+    ("caption", [rules.TextGenerationConfig]),
+    ("answer", [rules.TextGenerationConfig]),
+    ("write", [rules.TextGenerationConfig]),
+    ("write_codes", [rules.ImageGenerationConfig]),
+    ("draw_codes", [options.PixelOptions]),
+    ("reconstruct", [options.PixelOptions]),
+    ("generate", [rules.ImageGenerationConfig, options.PixelOptions]),
+    ("synthesize", [rules.ImageGenerationConfig, options.PixelOptions]),
+    ("synthesize_batch", [rules.ImageGenerationConfig, options.PixelOptions]),
+  ],
+)
+def test_every_option_is_an_argument_whose_default_is_the_preset_s(
+  method, configs
+):
+  """Which an editor shows; `None` leaves it to the preset."""
+  arguments = inspect.signature(getattr(pipeline.LaVIT, method)).parameters
+  for config in configs:
+    for field in dataclasses.fields(config):
+      assert arguments[field.name].default is None
+  kinds = {argument.kind for argument in arguments.values()}
+  assert inspect.Parameter.VAR_KEYWORD not in kinds
+
+
+def test_options_reach_what_generates(lavit, monkeypatch):
+  configs = []
+
+  def write(prompter, inputs, *rest, **unused):
+    configs.extend(x for x in rest if dataclasses.is_dataclass(x))
+    return [np.array([1])] * len(inputs)
+
+  def decode(decoder, visual, codes, seed, settings, **unused):
+    configs.append(settings)
+    return [np.zeros((4, 4, 3))] * len(codes)
+
+  monkeypatch.setattr(image_tasks.image_generation, "write", write)
+  monkeypatch.setattr(image_tasks.decoders, "decode", decode)
+  for call in (
+    functools.partial(lavit.generate, "a ring"),
+    functools.partial(lavit.synthesize, ["a ring"]),
+    functools.partial(lavit.synthesize_batch, [["a ring"]]),
+  ):
+    call(top_k=3, guidance_scale=5.0, steps=7, crop=(1, 2))
+    tokens, pixels = configs
+    assert (tokens.top_k, tokens.mixed_guidance_scale) == (3, 5.0)
+    assert tokens.temperature == lavit.rules.draw.temperature
+    assert (pixels.steps, pixels.crop, pixels.solver) == (7, (1, 2), "ddim")
+    configs.clear()
+
+
+def test_an_unknown_argument_is_named(lavit):
+  with pytest.raises(TypeError, match="guidance_scales"):
+    lavit.generate("x", guidance_scales=3.0)
+  with pytest.raises(TypeError, match="max_batches"):
+    pipeline.LaVIT.load("tiny", max_batches=3)
+
+
+def test_on_a_cpu_the_layers_of_every_network_are_one_loop():
+  lavit = pipeline.LaVIT.load("tiny")
+  meta = checkpoints.read_meta(lavit.directory, "encoder")
+  assert meta["vit"]["unroll"] > 1
+  config = lavit.visual.config
+  networks = (
+    config.vit,
+    config.merger,
+    config.decoder,
+    lavit._llm.model.config,
+  )
+  assert [network.unroll for network in networks] == [1] * 4
+
+
+def test_opening_a_model_imports_no_kernels_and_nothing_of_training():
+  code = (
+    "import sys; from lavit_jax.infer import pipeline\n"
+    "heavy = {'grain', 'optax', 'tensorflow_datasets'} & set(sys.modules)\n"
+    "heavy |= {n for n in sys.modules if 'splash_attention' in n}\n"
+    "assert not heavy, heavy"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+  assert done.returncode == 0, done.stderr.decode()
 
 
 def test_codes_written_are_codes(lavit):
@@ -142,7 +235,7 @@ def test_bad_input_is_named(lavit, images, tmp_path):
     lavit.synthesize([])
   with pytest.raises(errors.UsageError, match="tokens long"):
     lavit.generate("red circle " * 2000)
-  with pytest.raises(errors.UsageError, match="visual words"):
+  with pytest.raises(errors.UsageError, match="visual tokens"):
     lavit.draw_codes([np.zeros(0, np.int32)])
   with pytest.raises(errors.UsageError, match="codes run from 0"):
     lavit.draw_codes([np.array([10_000])])

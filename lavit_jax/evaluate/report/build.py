@@ -1,13 +1,18 @@
-"""The report of a quickstart: what was measured, and images to look at."""
+"""Writes the report of a quickstart: metrics, examples and curves."""
 
 import json
 import math
+import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
+from lavit_jax.evaluate import suite
 from lavit_jax.evaluate.report import figures, page
+from lavit_jax.infer import pipeline
 from lavit_jax.train.telemetry import writers
 
-# The floors that the embedded default is held to (README).
+# Bounds (low, high) that the embedded default must meet (README).
 FLOORS = {
   "caption_attributes": (0.60, None),
   "t2i_attributes": (0.35, None),
@@ -20,17 +25,32 @@ FLOORS = {
 _STAGES = ("encoder", "tokenizer", "pixels", "pretrain")
 
 
-def write(workdir, lavit, metrics, exhibits) -> pathlib.Path:
-  """Writes DIR/report/index.html and metrics.json; returns the folder."""
+def write(
+  workdir: str | os.PathLike,
+  lavit: pipeline.LaVIT,
+  metrics: Mapping[str, Any],
+  exhibits: suite.Exhibits,
+) -> pathlib.Path:
+  """Writes DIR/report/index.html and metrics.json.
+
+  Args:
+    workdir: DIR, of the quickstart.
+    lavit: the model.
+    metrics: from `suite.evaluate`, and "seconds" of each stage if known.
+    exhibits: from `suite.evaluate`.
+
+  Returns:
+    The folder DIR/report.
+  """
   folder = pathlib.Path(workdir) / "report"
   folder.mkdir(parents=True, exist_ok=True)
   text = json.dumps(metrics, indent=1, sort_keys=True)
   (folder / "metrics.json").write_text(text + "\n")
   report = page.Report(
-    title="LaVIT, trained from nothing",
+    title="LaVIT, trained from scratch",
     subtitle=(
-      "Every stage from scratch; all numbers and images below are of"
-      " held-out data with deterministic token selection."
+      "All numbers and images below are of held-out data, with deterministic"
+      " token selection."
     ),
     metrics=_headline(metrics),
     facts={
@@ -83,11 +103,11 @@ def _sections(lavit, metrics, exhibits):
     ],
   )
   yield page.Section(
-    title="Drawings and edits",
-    text="The LLM writes visual words; the pixel decoder paints them.",
+    title="Generated images and edits",
+    text="The LLM generates visual tokens; the pixel decoder decodes them.",
     blocks=[
-      *_gallery(exhibits.drawings, ("prompt", "drawn")),
-      *_gallery(exhibits.edits, ("image", "instruction", "drawn")),
+      *_gallery(exhibits.drawings, ("prompt", "generated")),
+      *_gallery(exhibits.edits, ("image", "instruction", "generated")),
     ],
   )
   rows = [
@@ -121,7 +141,7 @@ def _tokens_section(lavit, metrics, exhibits):
         exhibits.images, exhibits.keeps, exhibits.redrawn, strict=True
       )
     ]
-    labels = ("image", "kept patches", "redrawn from its words")
+    labels = ("image", "kept patches", "decoded from its tokens")
     blocks.append(page.Gallery(rows=rows, labels=labels))
   if "recon_gain_random" in metrics:
     names = {
@@ -148,18 +168,18 @@ def _tokens_section(lavit, metrics, exhibits):
       page.Figure(
         image=figures.codebook_sheet(dict(sorted(common))),
         title="Codebook",
-        caption="Patches that were given the same visual word.",
+        caption="Patches with the same visual token.",
       )
     )
   return page.Section(
-    title="Images to visual words",
+    title="Images to visual tokens",
     text="Bright patches are kept; the others are merged into them.",
     blocks=blocks,
   )
 
 
 def _curves(workdir):
-  """Stage -> metric -> points, from each stage's metrics.jsonl."""
+  """Returns points by stage and metric, from each stage's metrics.jsonl."""
   curves = {}
   for stage in _STAGES:
     path = workdir / stage / "metrics.jsonl"

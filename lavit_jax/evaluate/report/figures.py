@@ -1,8 +1,8 @@
-"""Images of what a model sees and makes: masks, sheets, codebooks.
+"""Figures of a model's work: kept patches, contact sheets, codebooks.
 
-Images are uint8[H, W, 3] arrays or PIL images; every function returns a PIL
-image in RGB on white. Small images are enlarged without smoothing, so that
-their own pixels stay visible.
+Images are uint8[H, W, 3] arrays or PIL images; every function returns an RGB
+PIL image on white. Small images are enlarged without smoothing, so that their
+pixels stay visible.
 """
 
 import math
@@ -23,10 +23,10 @@ _SMALL = 128  # px; below it an image is enlarged pixel by pixel
 
 
 def to_pil(image: ImageLike) -> Image.Image:
-  """A PIL image in RGB of uint8[H, W, 3], uint8[H, W] or a PIL image.
+  """Converts uint8[H, W, 3], uint8[H, W] or a PIL image to an RGB PIL image.
 
   Raises:
-    ValueError: for an array of another dtype or shape.
+    ValueError: an array of another dtype or shape.
   """
   if isinstance(image, Image.Image):
     return image.convert("RGB")
@@ -34,14 +34,14 @@ def to_pil(image: ImageLike) -> Image.Image:
   grey = array.ndim == 2
   if array.dtype != np.uint8 or not (grey or array.shape[2:] == (3,)):
     raise ValueError(
-      f"an image is {array.dtype}{list(array.shape)}; figures take"
-      " uint8[H, W, 3] (or uint8[H, W], or a PIL image)."
+      f"An image is {array.dtype}{list(array.shape)}; figures take"
+      " uint8[H, W, 3], uint8[H, W] or a PIL image. Convert it first."
     )
   return Image.fromarray(array).convert("RGB")
 
 
 def fit(image: ImageLike, size: int) -> Image.Image:
-  """The image with its longer side `size`, shape kept."""
+  """Scales an image to a longer side of `size` pixels."""
   image = to_pil(image)
   scale = size / max(image.size)
   small = max(image.size) < _SMALL and scale > 1
@@ -57,13 +57,13 @@ def overlay_mask(
   size: int = 240,
   grid: tuple[int, int] | None = None,
 ) -> Image.Image:
-  """Shows kept patches bright and framed, dropped ones faded and grey.
+  """Shows kept patches bright and framed, dropped patches faded and grey.
 
   Args:
     image: the image that was tokenized.
     keep: bool[N], patches in raster order.
     size: longer side of the result in pixels.
-    grid: rows and columns of patches; a square is taken when not given.
+    grid: rows and columns of patches; None: a square.
 
   Raises:
     ValueError: N is not rows x columns.
@@ -73,8 +73,8 @@ def overlay_mask(
   rows, columns = grid or (side, side)
   if rows * columns != keep.size:
     raise ValueError(
-      f"a keep mask of {keep.size} patches does not fill {rows} x {columns};"
-      " pass grid=(rows, columns) for an image that is not square."
+      f"A mask of {keep.size} patches does not fill {rows} x {columns}. Give"
+      " grid=(rows, columns) for an image that is not square."
     )
   keep = keep.reshape(rows, columns)
   bright = fit(image, size)
@@ -90,7 +90,7 @@ def overlay_mask(
 
 
 def _draw_grid(image: Image.Image, keep: np.ndarray) -> None:
-  """Faint lines between patches, strong ones where kept meets dropped."""
+  """Draws faint lines between patches, strong ones around kept patches."""
   draw = ImageDraw.Draw(image, "RGBA")
   rows, columns = keep.shape
   xs = [-(-i * image.width // columns) for i in range(columns + 1)]
@@ -120,29 +120,30 @@ def contact_sheet(
   columns: int | None = None,
   cell: int = 144,
 ) -> Image.Image:
-  """Images in rows, each with its label (wrapped) below it.
+  """Arranges images in rows, each with its wrapped label below.
 
   Args:
     images: at least one image; shapes may differ.
-    labels: one text an image, or None.
-    columns: images a row; at most six when not given.
+    labels: a text for each image, or None.
+    columns: images per row; None: at most six.
     cell: longer side of an image in pixels.
 
   Raises:
-    ValueError: no images, or not one label an image.
+    ValueError: there are no images, or not as many labels as images.
   """
   if not images or (labels is not None and len(labels) != len(images)):
-    given = "no" if labels is None else str(len(labels))
+    count = "no" if labels is None else str(len(labels))
     raise ValueError(
-      f"a contact sheet of {len(images)} images with {given} labels: give at"
-      " least one image, and one label an image or none at all."
+      f"A contact sheet of {len(images)} images with {count} labels: give at"
+      " least one image, and a label for each image or none."
     )
   columns = columns or min(len(images), 6)
-  font = ImageFont.load_default(size=max(11, cell // 12))
-  texts = _wrapped(labels or [""] * len(images), cell, font)
+  font_size = max(11, cell // 12)
+  font = ImageFont.load_default(size=font_size)
+  texts = _wrapped(labels or [""] * len(images), cell, font_size)
   firsts = range(0, len(images), columns)
   heights = [
-    cell + _GAP + round(1.3 * font.size) * max(map(len, texts[i : i + columns]))
+    cell + _GAP + round(1.3 * font_size) * max(map(len, texts[i : i + columns]))
     for i in firsts
   ]
   size = (columns * (cell + _GAP) + _GAP, sum(heights) + _GAP)
@@ -154,14 +155,16 @@ def contact_sheet(
     image = fit(image, cell)
     inset = (cell - image.width) // 2, (cell - image.height) // 2
     sheet.paste(image, (left + inset[0], top + inset[1]))
-    place, text = (left, top + cell + 2), "\n".join(texts[i])
-    draw.multiline_text(place, text, fill=_INK, font=font, spacing=2)
+    position, text = (left, top + cell + 2), "\n".join(texts[i])
+    draw.multiline_text(position, text, fill=_INK, font=font, spacing=2)
   return sheet
 
 
-def _wrapped(labels: Sequence[str], width: int, font) -> list[list[str]]:
-  """The lines of each label that fit `width` pixels, about."""
-  characters = max(8, int(width / (font.size * 0.52)))
+def _wrapped(
+  labels: Sequence[str], width: int, font_size: int
+) -> list[list[str]]:
+  """Returns the lines of each label, wrapped to about `width` pixels."""
+  characters = max(8, int(width / (font_size * 0.52)))
   return [textwrap.wrap(label, characters) for label in labels]
 
 
@@ -172,19 +175,21 @@ def codebook_sheet(
   columns: int = 4,
   cell: int = 28,
 ) -> Image.Image:
-  """What each code means: its number and patches that were given it.
+  """Shows each code with patches that were quantized to it.
 
   Args:
-    examples: code → images of patches, in the order to show them.
-    shown: patches a code; missing ones are left blank.
-    columns: codes a row.
+    examples: images of patches by code, in the order to show them.
+    shown: patches per code; missing ones are left blank.
+    columns: codes per row.
     cell: side of a patch in pixels.
 
   Raises:
-    ValueError: no codes.
+    ValueError: there are no codes.
   """
   if not examples:
-    raise ValueError("a codebook sheet of no codes: give code → patches.")
+    raise ValueError(
+      "A codebook sheet of no codes: give patches for at least one code."
+    )
   font = ImageFont.load_default(size=11)
   label = 40
   width, height = label + shown * (cell + 1) + 2 * _GAP, cell + 5
@@ -196,8 +201,8 @@ def codebook_sheet(
     # Down the columns, so that neighbours in the mapping stay neighbours.
     left = _GAP + (i // rows) * width
     top = _GAP + (i % rows) * height
-    place = (left + label - 6, top + cell // 2)
-    draw.text(place, str(code), fill=_FAINT, font=font, anchor="rm")
+    position = (left + label - 6, top + cell // 2)
+    draw.text(position, str(code), fill=_FAINT, font=font, anchor="rm")
     for j, patch in enumerate(patches[:shown]):
       image = to_pil(patch).resize((cell, cell), Image.Resampling.NEAREST)
       sheet.paste(image, (left + label + j * (cell + 1), top))

@@ -1,8 +1,8 @@
-"""The report of a run: one HTML file that needs nothing beside it.
+"""Renders a report as one self-contained HTML file.
 
-The caller says *what* stands in it with the dataclasses below; this module
-says how it looks. Every text is escaped; images are PNG in base64, charts
-are inline SVG, and nothing is fetched from anywhere.
+The dataclasses below are the content, the rest of the module is the layout.
+Texts are escaped, images are PNG in base64, charts are inline SVG; the page
+loads nothing from elsewhere.
 """
 
 import base64
@@ -13,7 +13,7 @@ import numbers
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lavit_jax.evaluate.report import figures, plots
 
@@ -23,7 +23,15 @@ _NUMBER = ' class="number"'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metric:
-  """A headline number; with bounds it is marked as met or missed."""
+  """A headline number; with bounds it is marked as met or missed.
+
+  Attributes:
+    name: of the metric.
+    value: of the metric.
+    low: smallest value that is good; None: no such bound.
+    high: largest value that is good; None: no such bound.
+    note: a text below the number.
+  """
 
   name: str
   value: float
@@ -42,7 +50,14 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-  """Rows of cells (texts, numbers or small images) under column names."""
+  """A table of texts, numbers or small images.
+
+  Attributes:
+    columns: their names.
+    rows: a cell for each column; a dash stands for None.
+    title: above the table.
+    note: below the title.
+  """
 
   columns: Sequence[str]
   rows: Sequence[Sequence[Cell]]
@@ -52,7 +67,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
-  """An image, or a chart from `plots`, with a caption below."""
+  """An image, or a chart from `plots`, with a title and a caption."""
 
   image: figures.ImageLike | str
   title: str = ""
@@ -61,10 +76,15 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gallery:
-  """Cards: each row is images and texts, with a label for each place.
+  """Cards of images and texts.
 
-  `labels=("image", "reference", "model")` fits rows of (image, text, text).
-  `right`, where given, says of each card whether the model was right.
+  Attributes:
+    rows: the entries of each card: images or texts.
+    labels: a label for each entry: ("image", "reference", "model") fits rows
+      of (image, text, text).
+    title: above the cards.
+    note: below the title.
+    right: for each card whether the model was right, or None.
   """
 
   rows: Sequence[Sequence[figures.ImageLike | str]]
@@ -77,13 +97,13 @@ class Gallery:
     for i, row in enumerate(self.rows):
       if len(row) != len(self.labels):
         raise ValueError(
-          f"gallery {self.title!r}: row {i} has {len(row)} places for the"
-          f" {len(self.labels)} labels {list(self.labels)}; give one each."
+          f"gallery {self.title!r}: row {i} has {len(row)} entries for the"
+          f" {len(self.labels)} labels {list(self.labels)}; give one for each."
         )
     if self.right is not None and len(self.right) != len(self.rows):
       raise ValueError(
         f"gallery {self.title!r}: {len(self.right)} marks in `right` for"
-        f" {len(self.rows)} rows; give one each, or None."
+        f" {len(self.rows)} rows; give one for each, or None."
       )
 
 
@@ -92,7 +112,7 @@ Block = Table | Figure | Gallery
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
-  """A heading, a paragraph, and blocks in order."""
+  """A heading, a paragraph and blocks, in this order."""
 
   title: str
   text: str = ""
@@ -101,10 +121,17 @@ class Section:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-  """All that stands on the page, in this order.
+  """The content of a page, in this order.
 
-  `curves` is stage → metric → [(step, value), …]. Metrics that differ only in
-  what stands before the last "/" ("train/loss", "eval/loss") share a chart.
+  Attributes:
+    title: of the page.
+    subtitle: below it.
+    metrics: headline numbers.
+    facts: short values by name.
+    seconds: duration of each stage.
+    sections: the body.
+    curves: points (step, value) by stage and metric. Metrics that differ only
+      before the last "/" ("train/loss", "eval/loss") share a chart.
   """
 
   title: str
@@ -121,7 +148,7 @@ class Report:
 
 
 def build(report: Report, directory: str | os.PathLike) -> pathlib.Path:
-  """Writes `index.html` into `directory` (made if missing); its path."""
+  """Writes `index.html` into a directory, and returns its path."""
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   path = directory / "index.html"
@@ -132,7 +159,7 @@ def build(report: Report, directory: str | os.PathLike) -> pathlib.Path:
 
 
 def render(report: Report) -> str:
-  """The page as text."""
+  """Returns the page as HTML."""
   sections = list(report.sections)
   titles = [section.title for section in sections]
   titles += ["Training"] if report.curves or report.seconds else []
@@ -162,7 +189,7 @@ def _anchor(title: str) -> str:
 
 
 def _number(value) -> str:
-  """Numbers short, everything else as it is."""
+  """Formats a number shortly; other values as text."""
   if isinstance(value, bool) or not isinstance(value, numbers.Real):
     return str(value)
   if isinstance(value, numbers.Integral):
@@ -198,7 +225,11 @@ def _facts(facts: Mapping[str, str | float | int]) -> str:
 
 def _section(section: Section) -> str:
   text = f"<p>{_escape(section.text)}</p>" if section.text else ""
-  renderers = {Table: _table, Figure: _figure, Gallery: _gallery}
+  renderers: dict[type, Callable[..., str]] = {
+    Table: _table,
+    Figure: _figure,
+    Gallery: _gallery,
+  }
   blocks = "\n".join(renderers[type(b)](b) for b in section.blocks)
   head = f'<h2 id="{_anchor(section.title)}">{_escape(section.title)}</h2>'
   return f"<section>{head}{text}{blocks}</section>"
@@ -222,7 +253,7 @@ def _cell(value: Cell) -> str:
     return "<td>–</td>"
   if isinstance(value, numbers.Real):
     return f"<td{_NUMBER}>{_escape(_number(value))}</td>"
-  if isinstance(value, str):
+  if isinstance(value, str | int | float):
     return f"<td>{_escape(value)}</td>"
   return f"<td>{_image(value, '')}</td>"
 
@@ -257,17 +288,17 @@ def _gallery(gallery: Gallery) -> str:
   cards = []
   for i, row in enumerate(gallery.rows):
     images, texts = [], []
-    for label, place in zip(gallery.labels, row, strict=True):
+    for label, entry in zip(gallery.labels, row, strict=True):
       name = f"<small>{_escape(label)}</small>" if label else ""
-      if isinstance(place, str):
-        texts.append(f"<p>{name}{_escape(place)}</p>")
+      if isinstance(entry, str):
+        texts.append(f"<p>{name}{_escape(entry)}</p>")
       else:
-        images.append(f"<span>{_image(place, label)}{name}</span>")
+        images.append(f"<span>{_image(entry, label)}{name}</span>")
     state = ""
     if gallery.right is not None:
       state = " met" if gallery.right[i] else " missed"
-    shown = f'<div class="images">{"".join(images)}</div>'
-    cards.append(f'<div class="card{state}">{shown}{"".join(texts)}</div>')
+    row_html = f'<div class="images">{"".join(images)}</div>'
+    cards.append(f'<div class="card{state}">{row_html}{"".join(texts)}</div>')
   head = _heading(gallery.title, gallery.note)
   return f'{head}<div class="gallery">{"".join(cards)}</div>'
 
@@ -276,7 +307,7 @@ def _training(report: Report) -> str:
   parts = ['<section><h2 id="training">Training</h2>']
   if report.seconds:
     minutes = {stage: s / 60 for stage, s in report.seconds.items()}
-    chart = plots.bar_chart(minutes, title="minutes a stage", unit=" min")
+    chart = plots.bar_chart(minutes, title="minutes per stage", unit=" min")
     parts.append(f'<div class="charts">{chart}</div>')
   for stage, metrics in report.curves.items():
     charts: dict[str, dict[str, plots.Points]] = {}

@@ -1,4 +1,4 @@
-"""Line and bar charts as inline SVG: no plotting library, any screen."""
+"""Line and bar charts as inline SVG, without a plotting library."""
 
 import html
 import math
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 Points = Sequence[tuple[float, float]]
 
 COLORS = ("#2f6fde", "#e8743b", "#19a979", "#945ecf", "#d64550", "#6c8893")
-_POINTS = 240  # a line is averaged down to this many
+_POINTS = 240  # longer lines are averaged down to so many points
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 16, 26, 22
 
 
@@ -19,20 +19,26 @@ def line_chart(
   width: int = 340,
   height: int = 190,
 ) -> str:
-  """One SVG of named lines over a common x; the y axis may be logarithmic.
+  """Returns an SVG of named lines over a common x axis.
 
-  Points are (x, y) in order of x. Long lines are averaged down; y becomes
-  logarithmic when all values are positive and half of them are below a tenth
-  of the largest. A line of no points is left out.
+  The y axis is logarithmic if all values are positive and half of them are
+  below a tenth of the largest. Long lines are averaged down.
+
+  Args:
+    series: points (x, y) in order of x, by name; empty lines are left out.
+    title: above the chart.
+    width: in pixels.
+    height: in pixels.
   """
   lines = {k: _thin(points) for k, points in series.items() if points}
-  every = [point for points in lines.values() for point in points]
-  if not every:
+  all_points = [point for points in lines.values() for point in points]
+  if not all_points:
     return _svg(width, height, title, [_text(width / 2, height / 2, "no data")])
-  values = [y for _, y in every]
+  values = [y for _, y in all_points]
   low, high = min(values), max(values)
   log = low > 0 and statistics.median(values) < 0.1 * high
-  x_range = _widen(min(x for x, _ in every), max(x for x, _ in every))
+  xs = [x for x, _ in all_points]
+  x_range = _widen(min(xs), max(xs))
   y_range = _widen(low, high, log=log)
 
   def place(x: float, y: float) -> tuple[float, float]:
@@ -68,9 +74,14 @@ def bar_chart(
   width: int = 340,
   left: int = 110,
 ) -> str:
-  """One SVG of horizontal bars, a name at the left and a value at the end.
+  """Returns an SVG of horizontal bars, with names left and values right.
 
-  `left` is how wide the names are.
+  Args:
+    values: by name.
+    title: above the chart.
+    unit: after each value.
+    width: in pixels.
+    left: width of the names in pixels.
   """
   row, right = 22, 70
   height = _TOP + row * max(len(values), 1) + 6
@@ -89,7 +100,7 @@ def bar_chart(
 
 
 def tick(value: float) -> str:
-  """A number for an axis: 0.25, 1500 → "1.5k", 0.00001 → "1e-5"."""
+  """Formats a number for an axis: 1500 gives "1.5k", 0.00001 "1e-5"."""
   if value == 0:
     return "0"
   size = abs(value)
@@ -100,7 +111,7 @@ def tick(value: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-  """Round numbers within [low, high], about `count` of them."""
+  """Returns about `count` round numbers within [low, high]."""
   step = 10.0 ** math.floor(math.log10((high - low) / count))
   factor = next(f for f in (1, 2, 5, 10) if (high - low) / (f * step) <= count)
   step *= factor
@@ -109,7 +120,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def _thin(points: Points) -> list[tuple[float, float]]:
-  """Means of runs of neighbours, `_POINTS` at most, the last point as is."""
+  """Averages runs of neighbours, so that at most _POINTS are left."""
   run = -(-len(points) // _POINTS)
   if run == 1:
     return list(points)
@@ -125,7 +136,7 @@ def _scale(y: float, log: bool) -> float:
 
 
 def _widen(low: float, high: float, *, log: bool = False):
-  """The scaled range; one that has no extent gets some around its value."""
+  """Returns the scaled range; an empty range is widened around its value."""
   low, high = _scale(low, log), _scale(high, log)
   if high > low:
     return low, high
@@ -134,7 +145,7 @@ def _widen(low: float, high: float, *, log: bool = False):
 
 
 def _axes(place, x_range, y_range, log, width, height) -> list[str]:
-  """Grid lines with their numbers; `place` maps values to the image."""
+  """Returns grid lines with numbers; `place` maps values to pixels."""
   parts = []
   y_values = _log_ticks(*y_range) if log else ticks(*y_range)
   for value in y_values:
@@ -152,7 +163,7 @@ def _axes(place, x_range, y_range, log, width, height) -> list[str]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-  """Powers of ten in the range, thinned to at most five."""
+  """Returns at most five powers of ten in the range."""
   first, last = math.ceil(low - 1e-9), math.floor(high + 1e-9)
   skip = max(1, -(-(last - first + 1) // 5))
   return [10.0**e for e in range(first, last + 1, skip)]

@@ -1,8 +1,9 @@
-"""The report of one run: what its workdir says, on one page."""
+"""Writes the report of one run from the files of its workdir."""
 
 import datetime
 import io
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,15 +17,15 @@ from lavit_jax.evaluate.report import page, plots
 from lavit_jax.train.resilience import run_checkpoints
 from lavit_jax.train.telemetry import writers
 
-_IMAGES = 4  # shown at most
-# Metric of metrics.jsonl -> what it is called: series, then chart.
+_IMAGES = 4  # largest number of evaluation images
+# Metric of metrics.jsonl -> its label: series, then chart.
 _SPEED = {
-  "time/step_s": "step/seconds a step",
-  "time/data_wait_s": "waiting for data/seconds a step",
-  "tokens_per_second": "tokens a second",
-  "tokens_per_second_per_chip": "tokens a second and chip",
-  "examples_per_second": "examples a second",
-  "steps_per_second": "steps a second",
+  "time/step_s": "step/seconds per step",
+  "time/data_wait_s": "waiting for data/seconds per step",
+  "tokens_per_second": "tokens per second",
+  "tokens_per_second_per_chip": "tokens per second and chip",
+  "examples_per_second": "examples per second",
+  "steps_per_second": "steps per second",
   "mfu": "MFU",
   "goodput": "goodput",
   "time/compile_s": "seconds of compilation",
@@ -33,16 +34,16 @@ _SPEED = {
 }
 _MEMORY = {
   "memory/device_gb": "in use/device GB",
-  "memory/device_peak_gb": "most so far/device GB",
-  "memory/device_limit_gb": "there/device GB",
+  "memory/device_peak_gb": "peak/device GB",
+  "memory/device_limit_gb": "available/device GB",
   "memory/host_gb": "host GB",
 }
 _HIDDEN = {"data_wait_share"}
 _CARDS = {
   "loss": "loss, last",
   "held_out/loss": "held-out loss, last",
-  "tokens_per_second_per_chip": "tokens a second and chip",
-  "time/step_s": "seconds a step",
+  "tokens_per_second_per_chip": "tokens per second and chip",
+  "time/step_s": "seconds per step",
   "mfu": "MFU",
   "goodput": "goodput",
 }
@@ -56,33 +57,43 @@ _ACTIVITIES = {
 }
 
 
-def write(workdir, out) -> pathlib.Path:
-  """Writes the page of a workdir to the file `out`; its path.
+def write(
+  workdir: str | os.PathLike, out: str | os.PathLike
+) -> os.PathLike[str]:
+  """Writes the page of a workdir to a file.
+
+  Args:
+    workdir: of a training run.
+    out: the file.
+
+  Returns:
+    The path of the file.
 
   Raises:
     errors.UsageError: `workdir` is not one, or `out` is a folder.
   """
-  workdir, out = files.place(workdir), files.path_of(out)
-  if out.is_dir():
+  path = files.path_of(out)
+  if path.is_dir():
     raise errors.UsageError(
-      f"--out {out} is a folder; expected a file to write. Try --out"
-      f" {out / 'report.html'}."
+      f"--out {path} is a folder; expected a file to write. Try --out"
+      f" {path / 'report.html'}."
     )
-  text = page.render(report(workdir))
-  out.parent.mkdir(parents=True, exist_ok=True)
-  files.write_whole(out, text.encode())
-  return out
+  text = page.render(report(files.input_path(workdir)))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  files.write_whole(path, text.encode())
+  return path
 
 
 def report(workdir: pathlib.Path) -> page.Report:
-  """What stands on the page of a workdir; see `write`."""
+  """Returns the content of the page of a workdir; see `write`."""
   config = _config(workdir)
-  rows = _read(workdir / "metrics.jsonl")
+  # The first line holds the config.
+  rows = [row for row in _read(workdir / "metrics.jsonl") if "step" in row]
   if not rows:
     raise errors.UsageError(
-      f"{workdir} has no metrics yet: the first stand in metrics.jsonl after"
-      f" {config.get('log', {}).get('every', 'some')} steps of the run. Try"
-      " again later."
+      f"{workdir} has no metrics yet: a run writes the first to metrics.jsonl"
+      f" after {config.get('log', {}).get('every', 'some')} steps. Try again"
+      " later."
     )
   found, kept = writers.curves(rows), _read(workdir / writers.GOODPUT)
   sections = [_time(kept), _checkpoints(workdir, found), _images(workdir)]
@@ -104,7 +115,7 @@ def report(workdir: pathlib.Path) -> page.Report:
 
 
 def _config(workdir: pathlib.Path) -> Mapping[str, Any]:
-  """The config of a run; raises UsageError where there is none."""
+  """Reads the config of a run; raises UsageError if there is none."""
   path = workdir / "config.json"
   if path.exists():
     return json.loads(path.read_text())
@@ -114,7 +125,7 @@ def _config(workdir: pathlib.Path) -> Mapping[str, Any]:
     )
   folders = sorted(p for p in workdir.iterdir() if p.is_dir())
   inside = [p.name for p in folders if (p / "config.json").exists()]
-  hint = f"It holds those of {', '.join(inside)}: give one." if inside else ""
+  hint = f"Give one of the runs in it: {', '.join(inside)}." if inside else ""
   raise errors.UsageError(
     f"{workdir} is no workdir of a run: it has no config.json."
     f" {hint or 'Give the --workdir of a `lavit train`.'}"
@@ -126,7 +137,7 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _facts(config, rows, kept) -> dict[str, Any]:
-  """What a run is, in short."""
+  """Returns short facts about a run."""
   last = rows[-1]
   facts = {
     "step": max(row.get("step", 0) for row in rows),
@@ -154,27 +165,27 @@ def _moment(seconds: float) -> str:
 
 
 def _curves(found) -> dict[str, dict[str, plots.Points]]:
-  """Groups of charts: losses first, then speed, then the rest."""
+  """Returns groups of charts: losses, speed, memory, other metrics."""
   known = set(_SPEED) | set(_MEMORY) | _HIDDEN
   names = [name for name in found if name not in known]
   losses = [name for name in names if name.rpartition("/")[2].endswith("loss")]
   rate = [name for name in names if "learning_rate" in name]
   rest = [name for name in names if name not in {*losses, *rate}]
-  order = lambda chosen: {name: found[name] for name in sorted(chosen)}
+  in_order = lambda chosen: {name: found[name] for name in sorted(chosen)}
   renamed = lambda table: {
     label: found[name] for name, label in table.items() if name in found
   }
   groups = {
-    "Losses": order(losses) | order(rate),
+    "Losses": in_order(losses) | in_order(rate),
     "Speed": renamed(_SPEED),
     "Memory": renamed(_MEMORY),
-    "Other metrics": order(rest),
+    "Other metrics": in_order(rest),
   }
   return {title: charts for title, charts in groups.items() if charts}
 
 
 def _time(kept: Sequence[Mapping[str, Any]]) -> page.Section | None:
-  """Where all the wall-clock time went, and when the run was started."""
+  """Returns a chart of the wall-clock time, and a table of the starts."""
   if not kept:
     return None
   last = kept[-1]
@@ -185,17 +196,17 @@ def _time(kept: Sequence[Mapping[str, Any]]) -> page.Section | None:
   wall = (last["time"] - last["first_start"]) / 60
   spent["lost or stopped"] = max(wall - sum(spent.values()), 0.0)
   chart = plots.bar_chart(spent, unit=" min", width=560, left=150)
-  starts, seen = [], 0
+  starts: list[list[page.Cell]] = []
+  count = 0
   for row in kept:
-    if row["starts"] > seen:
-      seen = row["starts"]
-      starts.append([int(seen), int(row["step"]), _moment(row["time"])])
+    if row["starts"] > count:
+      count = row["starts"]
+      starts.append([int(count), int(row["step"]), _moment(row["time"])])
   return page.Section(
     title="Where the time went",
     text=(
-      "Minutes since the first start, as of the last checkpoint. Lost: steps"
-      " after the checkpoint that a kill went back to, and the time in which"
-      " nothing ran."
+      "Minutes from the first start to the last checkpoint. Lost: steps that a"
+      " killed run had to repeat, and the time in which nothing ran."
     ),
     blocks=[
       page.Figure(image=chart),
@@ -205,7 +216,7 @@ def _time(kept: Sequence[Mapping[str, Any]]) -> page.Section | None:
 
 
 def _checkpoints(workdir, found) -> page.Section | None:
-  """Checkpoints that are there, and the held-out metrics of their steps."""
+  """Returns a table of the checkpoints with their held-out metrics."""
   folder = workdir / "checkpoints"
   names = [path.name for path in folder.iterdir()] if folder.exists() else []
   steps = sorted(int(name) for name in names if name.isdecimal())
@@ -213,7 +224,7 @@ def _checkpoints(workdir, found) -> page.Section | None:
     return None
   names = [name for name in sorted(found) if name.startswith("held_out/")][:6]
   held_out = {name: dict(found[name]) for name in names}
-  rows = [
+  rows: list[list[page.Cell]] = [
     [step, _megabytes(folder / str(step))]
     + [held_out[name].get(step) for name in names]
     for step in steps
@@ -229,24 +240,23 @@ def _megabytes(folder: pathlib.Path) -> float:
 
 
 def _images(workdir) -> page.Section | None:
-  """Some of the images of evaluations, the first and the last among them."""
+  """Returns some evaluation images, with the first and the last."""
   folder = workdir / "pictures"
-  there = folder.iterdir() if folder.exists() else ()
-  paths = sorted(path for path in there if path.suffix == ".png")
+  entries = folder.iterdir() if folder.exists() else ()
+  paths = sorted(path for path in entries if path.suffix == ".png")
   if not paths:
     return None
-  places = np.linspace(0, len(paths) - 1, min(len(paths), _IMAGES))
+  indices = np.linspace(0, len(paths) - 1, min(len(paths), _IMAGES))
   blocks = []
-  for place in places.round().astype(int):
-    with Image.open(io.BytesIO(paths[place].read_bytes())) as image:
-      image = image.convert("RGB")
-    caption = f"step {int(paths[place].stem)}"
-    blocks.append(page.Figure(image=image, caption=caption))
+  for path in (paths[i] for i in indices.round().astype(int)):
+    with Image.open(io.BytesIO(path.read_bytes())) as file:
+      image = file.convert("RGB")
+    blocks.append(page.Figure(image=image, caption=f"step {int(path.stem)}"))
   return page.Section(title="Evaluation images", blocks=blocks)
 
 
 def _settings(config) -> page.Section:
-  """Every field of the config."""
+  """Returns a table of all fields of the config."""
   rows = [[name, value] for name, value in _flat(config)]
   return page.Section(
     title="Config", blocks=[page.Table(columns=("field", "value"), rows=rows)]
@@ -254,7 +264,7 @@ def _settings(config) -> page.Section:
 
 
 def _flat(value, prefix=""):
-  """(dotted name, text) of every leaf of nested dictionaries."""
+  """Yields (dotted name, text) of every leaf of nested dictionaries."""
   if isinstance(value, Mapping) and value:
     for key in sorted(value):
       yield from _flat(value[key], f"{prefix}{key}.")

@@ -1,24 +1,24 @@
 """Beam search with the rules of Hugging Face's `generate`, under one jit.
 
 A step: log_softmax over the whole vocabulary; the eos is ruled out before
-`min_new_tokens`, suppressed ids are ruled out, and nothing is normalised
-again; the sum of the beam is added; the 2 * num_beams best of all beams are
-the *candidates*. One that ends with eos becomes a finished hypothesis if its
-rank is below num_beams, else it is dropped; the best num_beams of the others
-run on. A prompt keeps its num_beams best hypotheses by the score
+`min_new_tokens`, suppressed ids are ruled out, without normalising again; the
+sum of the beam is added; the 2 * num_beams best of all beams are the
+*candidates*. A candidate that ends with eos becomes a finished hypothesis if
+its rank is below num_beams, else it is dropped; the best num_beams of the other
+candidates continue. A prompt keeps its num_beams best hypotheses by the score
 
   sum of log-probabilities / len ** length_penalty
 
-and is done once num_beams are kept and `early_stopping` is True, or the worst
-of them is at least the bound on what may still come,
+and is done once num_beams are kept and either `early_stopping` is True, or the
+worst of them is at least the bound on future hypotheses,
 
   sum of the best beam / len ** length_penalty.
 
-What is still running after `max_new_tokens` is kept or not by its score, cut.
+Beams still running after `max_new_tokens` are cut, and kept or not by score.
 
-**What `len` counts.** transformers has had two rules. `length_offset` says how
-many tokens that are no new ones count, and so which of them holds; n is the
-number of new tokens so far, the eos among them:
+**The length `len`.** transformers has had two rules. `length_offset`, the
+number of counted tokens that are not new, chooses one of them; n is the number
+of new tokens so far, including the eos:
 
                                         length_offset=0     length_offset=p > 0
   (a) hypothesis that ended with eos    n                   n - 1 + p
@@ -49,33 +49,33 @@ repeated. Where beams change places, only slots that differ are moved.
 
 import functools
 import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lavit_jax.core import errors
-from lavit_jax.infer.decoding import decode
+from lavit_jax.infer.decoding import checks, decode, scoring
 from lavit_jax.models import llama
 
-_FREE = -1e9  # score of a beam or a place that holds nothing yet
-_BLOCK = 8  # slots of the cache that change places together
+_FREE = -1e9  # score of an empty beam or hypothesis
+_BLOCK = 8  # slots of the cache that are reordered together
 
 
 class Beams(typing.NamedTuple):
-  """What `beam_search` returns: R hypotheses a prompt, the best first.
+  """The result of `beam_search`: R hypotheses per prompt, the best first.
 
-  The `step_*` arrays are the candidates of each step, sorted, T steps; they
-  are there if asked for (`trace`), and mean nothing where `step_done`.
+  With `trace`, the `step_*` arrays are the sorted candidates of each of T
+  steps; they are undefined where `step_done`.
 
   Attributes:
     tokens: int32[B, R, max_new_tokens], the eos included, then padding.
-    lengths: int32[B, R], tokens written, the eos included.
+    lengths: int32[B, R], number of generated tokens, the eos included.
     scores: float32[B, R], sum of log-probabilities / len ** length_penalty.
     step_scores: float32[T, B, 2 * num_beams], sums of log-probabilities.
     step_tokens: int32[T, B, 2 * num_beams], their last ids.
     step_beams: int32[T, B, 2 * num_beams], the beam that each continues.
-    step_done: bool[T, B], the prompt was done before the step.
+    step_done: bool[T, B], True if the prompt was done before the step.
   """
 
   tokens: jax.Array
@@ -89,26 +89,26 @@ class Beams(typing.NamedTuple):
 
 def beam_search(
   model: llama.Llama,
-  params,
+  params: decode.Params,
   *,
-  prompt,
+  prompt: decode.Prompt,
   num_beams: int,
   max_new_tokens: int,
-  min_new_tokens=0,
-  length_penalty=1.0,
+  min_new_tokens: int = 0,
+  length_penalty: float = 1.0,
   early_stopping: bool | str = False,
   num_return_sequences: int = 1,
-  suppress=None,
-  eos_id,
-  pad_id=0,
-  length_offset=0,
+  suppress: np.ndarray | None = None,
+  eos_id: int,
+  pad_id: int = 0,
+  length_offset: int = 0,
   trace: bool = False,
-  **others,
+  **others: Any,
 ) -> Beams:
-  """Writes the likeliest continuations of each prompt, ended or cut.
+  """Finds the most probable continuations of each prompt, ended or cut.
 
-  One compile a padded prompt shape, num_beams, max_new_tokens,
-  num_return_sequences and trace; all else may change without one.
+  There is one compilation for each padded prompt shape, num_beams,
+  max_new_tokens, num_return_sequences and trace; the rest may change freely.
 
   Args:
     model: hashable, static under jit.
@@ -118,34 +118,37 @@ def beam_search(
       bool[B, L].
     num_beams: static.
     max_new_tokens: static.
-    min_new_tokens: the eos is not written among the first so many.
+    min_new_tokens: the eos is not among the first so many tokens.
     length_penalty: above 0 prefers long hypotheses, below 0 short ones.
-    early_stopping: True ends a prompt at num_beams hypotheses; False when
-      none looks better (by today's length); "never" when none can be better.
+    early_stopping: True ends a prompt at num_beams hypotheses; False if by its
+      current length none looks better; "never" if none can become better.
     num_return_sequences: R, static, at most num_beams.
-    suppress: bool[V] of ids never written, V at most the padded vocabulary.
+    suppress: bool[V], ids that are never generated; V is at most the padded
+      vocabulary.
     eos_id: ends a hypothesis.
     pad_id: fills a row after its end.
     length_offset: how lengths count, see the head of this module.
     trace: static; return the candidates of every step as well.
-    **others: nothing; arguments of sampling are refused by name.
+    **others: none is allowed; arguments of sampling are refused by name.
 
   Raises:
     errors.UsageError: arguments that do not go together.
   """
-  _check_names(others)
-  _check_search(num_beams, num_return_sequences, early_stopping, length_offset)
+  checks.check_names(others)
+  checks.check_search(
+    num_beams, num_return_sequences, early_stopping, length_offset
+  )
   prompt = decode.arrays_of(prompt)
-  _check_length(model.config, prompt, max_new_tokens)
+  checks.check_length(model.config, prompt, max_new_tokens)
   scalars = {
-    "min_new_tokens": jnp.int32(min_new_tokens),
-    "length_penalty": jnp.float32(length_penalty),
-    "length_offset": jnp.int32(length_offset),
+    "min_new_tokens": np.int32(min_new_tokens),
+    "length_penalty": np.float32(length_penalty),
+    "length_offset": np.int32(length_offset),
     # One beam is greedy decoding in transformers, whatever `early_stopping`.
-    "stop_when_full": jnp.bool_(early_stopping is True or num_beams == 1),
-    "never": jnp.bool_(early_stopping == "never"),
-    "eos_id": jnp.int32(eos_id),
-    "pad_id": jnp.int32(pad_id),
+    "stop_when_full": np.bool_(early_stopping is True or num_beams == 1),
+    "never": np.bool_(early_stopping == "never"),
+    "eos_id": np.int32(eos_id),
+    "pad_id": np.int32(pad_id),
   }
   return _search(
     model,
@@ -154,12 +157,12 @@ def beam_search(
     params,
     prompt,
     scalars,
-    decode.never_written(model.config, suppress),
+    scoring.suppressed_ids(model.config, suppress),
   )
 
 
 class _Sizes(typing.NamedTuple):
-  """What shapes depend on, beside the prompt."""
+  """Static sizes of the search, beside those of the prompt."""
 
   num_beams: int  # K
   max_new_tokens: int  # T
@@ -167,7 +170,7 @@ class _Sizes(typing.NamedTuple):
 
 
 class _Running(typing.NamedTuple):
-  """Beams that go on, the best first."""
+  """Beams that continue, the best first."""
 
   scores: jax.Array  # float32[B, K], sums of log-probabilities
   tokens: jax.Array  # int32[B, K, T]
@@ -177,11 +180,11 @@ class _Running(typing.NamedTuple):
 
 
 class _Kept(typing.NamedTuple):
-  """Hypotheses, the best first; places that hold none come last."""
+  """Finished hypotheses, the best first; empty entries come last."""
 
   scores: jax.Array  # float32[B, K], with the length penalty
   tokens: jax.Array  # int32[B, K, T]
-  lengths: jax.Array  # int32[B, K], 0 at a free place
+  lengths: jax.Array  # int32[B, K], 0 at an empty entry
 
 
 class _Candidates(typing.NamedTuple):
@@ -193,7 +196,7 @@ class _Candidates(typing.NamedTuple):
 
 
 class _State(typing.NamedTuple):
-  """What the loop carries beside the cache."""
+  """The carry of the loop, without the cache."""
 
   step: jax.Array  # int32[], new tokens so far
   running: _Running
@@ -214,10 +217,10 @@ def _search(model, sizes, trace, params, prompt, scalars, ruled_out):
 
   def step(state, logits):
     logprobs = jax.nn.log_softmax(logits)
-    logprobs = decode.process(logprobs, state.step, scalars, ruled_out)
+    logprobs = scoring.process(logprobs, state.step, scalars, ruled_out)
     logprobs = logprobs.reshape(rows, num_beams, -1)  # [B, K, V]
-    found = _candidates(logprobs + state.running.scores[..., None])
-    return _next(state, found, scalars)
+    best = _candidates(logprobs + state.running.scores[..., None])
+    return _next(state, best, scalars)
 
   def body(carry):
     state, cache = carry
@@ -239,14 +242,14 @@ def _search(model, sizes, trace, params, prompt, scalars, ruled_out):
 
 
 def _start(rows, num_beams, max_new_tokens, pad_id, trace):
-  """The state before the first step: one beam a prompt has a score."""
-  place = jnp.broadcast_to(jnp.arange(num_beams), (rows, num_beams))
+  """Returns the state before the first step; one beam per prompt is used."""
+  index = jnp.broadcast_to(jnp.arange(num_beams), (rows, num_beams))
   tokens = jnp.full((rows, num_beams, max_new_tokens), pad_id, jnp.int32)
   running = _Running(
-    jnp.where(place == 0, 0.0, _FREE), tokens, place, place, jnp.int32(0)
+    jnp.where(index == 0, 0.0, _FREE), tokens, index, index, jnp.int32(0)
   )
   kept = _Kept(
-    jnp.full(place.shape, _FREE), tokens, jnp.zeros(place.shape, jnp.int32)
+    jnp.full(index.shape, _FREE), tokens, jnp.zeros(index.shape, jnp.int32)
   )
   arrays = ()
   if trace:
@@ -262,17 +265,17 @@ def _start(rows, num_beams, max_new_tokens, pad_id, trace):
 
 
 def _candidates(scores) -> _Candidates:
-  """The 2 * K best of float32[B, K, V]: first in each beam, then of all."""
+  """Returns the 2 * K best of float32[B, K, V], by beam, then of all."""
   rows, num_beams, vocab = scores.shape
   each = min(2 * num_beams, vocab)
   scores, tokens = jax.lax.top_k(scores, each)  # [B, K, each]
-  scores, place = jax.lax.top_k(scores.reshape(rows, -1), 2 * num_beams)
-  tokens = jnp.take_along_axis(tokens.reshape(rows, -1), place, axis=1)
-  return _Candidates(scores, tokens, place // each)
+  scores, index = jax.lax.top_k(scores.reshape(rows, -1), 2 * num_beams)
+  tokens = jnp.take_along_axis(tokens.reshape(rows, -1), index, axis=1)
+  return _Candidates(scores, tokens, index // each)
 
 
 def _next(state, found, scalars):
-  """The state one step later, given the candidates of the step."""
+  """Returns the state after a step with the candidates `found`."""
   step, offset = state.step, scalars["length_offset"]
   num_beams = state.running.scores.shape[1]
   tokens = _take(state.running.tokens, found.beams)  # [B, 2 * K, T]
@@ -308,7 +311,17 @@ def _next(state, found, scalars):
 
 
 def _keep(kept, finished, sums, tokens, written, length, scalars):
-  """The K best of what is kept and the `finished` bool[B, n] of the new."""
+  """Returns the K best of the kept and the new hypotheses.
+
+  Args:
+    kept: hypotheses so far.
+    finished: bool[B, n], which of the new sequences are hypotheses.
+    sums: float32[B, n], sums of log-probabilities.
+    tokens: int32[B, n, T].
+    written: int, number of new tokens.
+    length: the same as the score counts it.
+    scalars: with length_penalty.
+  """
   scores = sums / _penalty(length, scalars)
   new = _Kept(
     jnp.where(finished, scores, -jnp.inf),
@@ -321,7 +334,7 @@ def _keep(kept, finished, sums, tokens, written, length, scalars):
 
 
 def _is_done(kept, best, written, scalars):
-  """bool[B]: all places are taken and no beam looks like doing better."""
+  """Returns bool[B]: K hypotheses are kept, and no beam can do better."""
   penalty = scalars["length_penalty"]
   limit = kept.tokens.shape[2]
   furthest = jnp.where(scalars["never"] & (penalty > 0), limit, written)
@@ -333,7 +346,7 @@ def _is_done(kept, best, written, scalars):
 
 
 def _cut(state, scalars):
-  """Keeps what still runs, cut, at prompts that are not done."""
+  """Cuts the running beams of prompts that are not done, and keeps the best."""
   running, step, offset = state.running, state.step, scalars["length_offset"]
   finished = (offset > 0) | (running.ranks < running.ranks.shape[1])
   finished &= ~state.done[:, None]
@@ -346,16 +359,16 @@ def _penalty(length, scalars):
 
 
 def _take(x, index):
-  """Of [B, n, ...], the entries `index` int[B, k] of each row."""
+  """Returns [B, k, ...], the entries `index` int[B, k] of [B, n, ...]."""
   return jax.vmap(lambda row, i: row[i])(x, index)
 
 
 def _reorder(cache, state, length):
-  """Gives each beam the slots of its parent, but those that stay the same.
+  """Copies to each beam the slots of its parent that differ from its own.
 
-  The slots of the prompt (`length`) do, and so do those of the new tokens
-  that all beams share with their place's last owner: in practice all but the
-  last few. What is left goes block by block, in place.
+  The slots of the prompt (`length`) are the same, and so are those before the
+  first new token that differs (`moved`): in practice all but the last few. The
+  rest is copied block by block, in place.
   """
   parents = state.running.parents
   split = (cache["k"].shape[0], *parents.shape)
@@ -377,40 +390,3 @@ def _reorder(cache, state, length):
     (cache["k"], cache["v"]),
   )
   return cache | {"k": k, "v": v}
-
-
-def _check_names(others):
-  if others:
-    raise errors.UsageError(
-      f"beam_search takes no {', '.join(sorted(others))}: it draws nothing and"
-      " guides nothing. Leave it out, or sample with decode.generate."
-    )
-
-
-def _check_search(num_beams, num_return_sequences, early_stopping, offset):
-  if num_beams < 1 or not 1 <= num_return_sequences <= num_beams:
-    raise errors.UsageError(
-      f"num_beams={num_beams}, num_return_sequences={num_return_sequences}:"
-      " expected at least one beam, and from one sequence to as many as there"
-      " are beams. Raise num_beams or lower num_return_sequences."
-    )
-  if early_stopping is not True and early_stopping not in (False, "never"):
-    raise errors.UsageError(
-      f"early_stopping={early_stopping!r}: expected True, False or 'never'."
-    )
-  if offset < 0:
-    raise errors.UsageError(
-      f"length_offset={offset}: expected 0 (only new tokens count) or the"
-      " number of tokens that count beside them, 1 for the official code."
-    )
-
-
-def _check_length(config, prompt, max_new_tokens):
-  decode.check_not_empty(prompt, max_new_tokens)
-  longest = int(np.asarray(prompt["mask"]).sum(axis=1).max())
-  if longest + max_new_tokens > config.max_len:
-    raise errors.UsageError(
-      f"A prompt of {longest} tokens and max_new_tokens={max_new_tokens} do"
-      f" not fit max_len={config.max_len} of the model. Shorten the prompt, or"
-      " lower max_new_tokens."
-    )

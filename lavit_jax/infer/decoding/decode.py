@@ -2,34 +2,40 @@
 
 Prefill, then a `lax.while_loop` over a static key-value cache. Guidance runs
 the conditional and the unconditional stream as one batch of twice the rows.
-Shapes are static: one compile a padded prompt shape and `max_new_tokens`.
-The parts (`prefill`, `advance`, `process`) are open to other searches: a beam
-reorders the rows of the cache between two calls of `advance`.
+Shapes are static: there is one compilation for each padded prompt shape and
+`max_new_tokens`. Other searches use the parts `prefill`, `advance` and
+`process`: beam search reorders the rows of the cache between two calls of
+`advance`.
 """
 
 import functools
 import typing
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lavit_jax.core import errors
+from lavit_jax.infer.decoding import checks, scoring
 from lavit_jax.models import llama
 
-_NEVER = -jnp.inf
+Params = Any  # a tree of arrays
+Prompt = checks.Prompt
+Cache = dict[str, jax.Array]  # see `llama.init_cache`
 
 
 class Generation(typing.NamedTuple):
-  """What `generate` returns, a row for each prompt.
+  """The result of `generate`, a row for each prompt.
 
   Attributes:
     tokens: int32[B, max_new_tokens], the eos included, then padding.
-    lengths: int32[B], tokens written, the eos included.
-    done: bool[B], True where the eos came.
-    sum_logprobs: float32[B], log-probability of the tokens written, under
-      the plain conditional model (no guidance, no temperature); NaN where
-      it was not asked for.
+    lengths: int32[B], number of generated tokens, the eos included.
+    done: bool[B], True where the eos was generated.
+    sum_logprobs: float32[B], log-probability of the generated tokens under
+      the plain conditional model (no guidance, no temperature); NaN if it was
+      not requested.
   """
 
   tokens: jax.Array
@@ -38,8 +44,13 @@ class Generation(typing.NamedTuple):
   sum_logprobs: jax.Array
 
 
-def left_pad(rows, length: int | None = None, multiple: int = 1, pad_id=0):
-  """Prompts of different length as one batch, padding on the left.
+def left_pad(
+  rows: Sequence[Sequence[int]],
+  length: int | None = None,
+  multiple: int = 1,
+  pad_id: int = 0,
+) -> dict[str, np.ndarray]:
+  """Pads prompts of different length on the left, to one batch.
 
   left_pad([[5, 6, 7], [8]]) gives tokens [[5, 6, 7], [0, 0, 8]] and mask
   [[1, 1, 1], [0, 0, 1]].
@@ -52,6 +63,9 @@ def left_pad(rows, length: int | None = None, multiple: int = 1, pad_id=0):
 
   Returns:
     dict(tokens int32[B, L], mask bool[B, L]), numpy.
+
+  Raises:
+    errors.UsageError: a row is empty, or longer than `length`.
   """
   longest = max(len(row) for row in rows)
   length = -(-(length or longest) // multiple) * multiple
@@ -71,27 +85,28 @@ def left_pad(rows, length: int | None = None, multiple: int = 1, pad_id=0):
 
 def generate(
   model: llama.Llama,
-  params,
+  params: Params,
   *,
-  prompt,
-  rng=None,
+  prompt: Prompt,
+  rng: jax.Array | None = None,
   max_new_tokens: int,
-  min_new_tokens=0,
-  temperature=1.0,
+  min_new_tokens: int = 0,
+  temperature: float = 1.0,
   top_k: int = 0,
-  top_p=1.0,
-  suppress=None,
-  eos_id,
-  pad_id=0,
-  guidance_scale=1.0,
-  uncond=None,
+  top_p: float = 1.0,
+  suppress: np.ndarray | None = None,
+  eos_id: int,
+  pad_id: int = 0,
+  guidance_scale: jax.typing.ArrayLike = 1.0,
+  uncond: Prompt | None = None,
   logprobs: bool = True,
 ) -> Generation:
-  """Writes up to `max_new_tokens` after each prompt.
+  """Generates up to `max_new_tokens` tokens after each prompt.
 
-  The order of things is the official one: s = log_softmax(conditional), u =
-  log_softmax(unconditional), s = g * (s - u) + u; the eos is ruled out before
-  `min_new_tokens`; suppressed ids are ruled out; temperature; top-k; top-p.
+  The operations follow the order of the official code: s =
+  log_softmax(conditional), u = log_softmax(unconditional), s = g * (s - u) + u;
+  the eos is ruled out before `min_new_tokens`; suppressed ids are ruled out;
+  temperature; top-k; top-p.
 
   Args:
     model: hashable, static under jit.
@@ -99,38 +114,45 @@ def generate(
     prompt: dict of tokens int[B, L], mask bool[B, L] (padding on the left)
       and, for continuous inputs, embeds float[B, L, D] and use_embeds
       bool[B, L].
-    rng: a key, or B keys, one a row: a row's draw then does not depend on
-      its batch. None means greedy.
+    rng: a key, or B keys, one for each row, so that a sample does not depend
+      on the batch. None: greedy.
     max_new_tokens: static.
-    min_new_tokens: the eos is not written among the first so many.
-    temperature: 0 means greedy.
-    top_k: static; keep the k likeliest ids, 0 all.
-    top_p: keep the likeliest ids that hold this probability, 1 all.
-    suppress: bool[V] of ids never written, V at most the padded vocabulary.
+    min_new_tokens: the eos is not among the first so many tokens.
+    temperature: 0: greedy.
+    top_k: static; sample from the k most probable ids, 0: from all.
+    top_p: sample from the most probable ids that together have this
+      probability, 1: from all.
+    suppress: bool[V], ids that are never generated; V is at most the padded
+      vocabulary.
     eos_id: ends a row.
     pad_id: fills a row after its end.
     guidance_scale: g, a scalar or float[B]; 1 is off.
     uncond: the prompt dict of the unconditional stream, B rows or one.
-    logprobs: static; False leaves `sum_logprobs` out. The head is then only
-      multiplied between the first and the last id that may be written, a
-      third of it for images, at the same ids (the sum over the rest of the
-      vocabulary shifts all scores of a row alike).
+    logprobs: static; False leaves `sum_logprobs` out. Then the head is only
+      multiplied between the first and the last id that is allowed, a third of
+      it for images. The ids are the same: the rest of the vocabulary shifts
+      all scores of a row alike.
 
   Raises:
     errors.UsageError: arguments that do not go together.
   """
   guided = uncond is not None and bool(np.any(np.asarray(guidance_scale) != 1))
   sampled = rng is not None and float(temperature) > 0
-  rows = _check(prompt, uncond, guided, guidance_scale, max_new_tokens)
-  _check_sampling(temperature, top_k, top_p)
-  ruled_out = never_written(model.config, suppress)
+  keys = None
+  if rng is not None and sampled:
+    keys = scoring.row_keys(rng, len(prompt["tokens"]))
+  rows = checks.count_rows(
+    prompt, uncond, guided, guidance_scale, max_new_tokens
+  )
+  checks.check_sampling(temperature, top_k, top_p)
+  ruled_out = scoring.suppressed_ids(model.config, suppress)
   scalars = {
-    "min_new_tokens": jnp.int32(min_new_tokens),
-    "temperature": jnp.float32(temperature if sampled else 1.0),
-    "top_p": jnp.float32(top_p),
-    "eos_id": jnp.int32(eos_id),
-    "pad_id": jnp.int32(pad_id),
-    "guidance": jnp.broadcast_to(jnp.float32(guidance_scale), (rows,)),
+    "min_new_tokens": np.int32(min_new_tokens),
+    "temperature": np.float32(temperature if sampled else 1.0),
+    "top_p": np.float32(top_p),
+    "eos_id": np.int32(eos_id),
+    "pad_id": np.int32(pad_id),
+    "guidance": np.full(rows, guidance_scale, np.float32),
   }
   window = None if logprobs else _window(ruled_out)
   first, last = window or (0, model.config.padded_vocab)
@@ -138,8 +160,8 @@ def generate(
     model,
     params,
     arrays_of(prompt),
-    arrays_of(uncond) if guided else None,
-    _row_keys(rng, rows) if sampled else None,
+    None if uncond is None or not guided else arrays_of(uncond),
+    keys,
     scalars,
     ruled_out[first:last],
     max_new_tokens=int(max_new_tokens),
@@ -150,7 +172,7 @@ def generate(
 
 
 def _window(ruled_out) -> tuple[int, int]:
-  """(first, last + 1) of the ids that may be written."""
+  """Returns (first, last + 1) of the ids that are allowed."""
   allowed = np.flatnonzero(~ruled_out)
   return (int(allowed[0]), int(allowed[-1]) + 1) if len(allowed) else (0, 1)
 
@@ -178,20 +200,20 @@ def _generate(
   rows, first = prompt["tokens"].shape[0], window[0] if window else 0
   score = functools.partial(_logits, model, params)
   if window:
-    score = _part_of_head(params, window)
+    score = _windowed_logits(params, window)
   hidden, cache = _read_streams(model, params, prompt, uncond, max_new_tokens)
 
   def choose(logits, step):
-    """float[(1 or 2) * B, V] to the next ids int32[B], log-probs [B]."""
+    """Maps float[(1 or 2) * B, V] to ids int32[B] and log-probs [B]."""
     plain = jax.nn.log_softmax(logits[:rows])
     scores = plain
     if guided:
-      scores = guide(plain, logits[rows:], scalars["guidance"][:, None])
-    scores = process(scores, step, scalars, ruled_out, first)
+      scores = scoring.guide(plain, logits[rows:], scalars["guidance"][:, None])
+    scores = scoring.process(scores, step, scalars, ruled_out, first)
     if keys is None:
       ids = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     else:
-      ids = sample(
+      ids = scoring.sample(
         keys,
         step,
         scores / scalars["temperature"],
@@ -233,8 +255,16 @@ def _generate(
   return Generation(tokens, lengths, done, total)
 
 
-def prefill(model, params, prompt, max_new_tokens: int):
-  """Reads the prompts into a new cache with room for what is to come.
+def prefill(
+  model: llama.Llama, params: Params, prompt: Prompt, max_new_tokens: int
+) -> tuple[jax.Array, Cache]:
+  """Reads the prompts into a new cache.
+
+  Args:
+    model: the language model.
+    params: its parameters.
+    prompt: as `generate` takes it, from `arrays_of`.
+    max_new_tokens: slots of the cache beside those of the prompt.
 
   Returns:
     (logits float32[B, V] after each prompt, the cache).
@@ -243,14 +273,26 @@ def prefill(model, params, prompt, max_new_tokens: int):
   return _logits(model, params, hidden), cache
 
 
-def advance(model, params, ids, cache):
-  """One more token int[B] a row: (logits float32[B, V], the cache)."""
+def advance(
+  model: llama.Llama, params: Params, ids: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+  """Reads one more token for each row.
+
+  Args:
+    model: the language model.
+    params: its parameters.
+    ids: int[B].
+    cache: from `prefill` or the last call.
+
+  Returns:
+    (logits float32[B, V], the cache).
+  """
   hidden, cache = _step(model, params, ids, cache)
   return _logits(model, params, hidden), cache
 
 
 def _read(model, params, prompt, room):
-  """(hidden float[B, 1, D] after each prompt, a cache with `room`)."""
+  """Returns (hidden float[B, 1, D] after each prompt, a new cache)."""
   batch, length = prompt["tokens"].shape
   cache = llama.init_cache(model.config, batch, length + room)
   hidden, cache = model.apply(
@@ -260,16 +302,16 @@ def _read(model, params, prompt, room):
 
 
 def _step(model, params, ids, cache):
-  """(hidden float[B, 1, D] after one more token int[B], the cache)."""
+  """Returns (hidden float[B, 1, D] after one more token int[B], cache)."""
   return model.apply(
     {"params": params}, ids[:, None], cache=cache, return_hidden=True
   )
 
 
 def _read_streams(model, params, prompt, uncond, room):
-  """`_read` of both streams, each at its own length, as one batch.
+  """Reads both streams, each at its own length, and joins them to one batch.
 
-  The unconditional stream may have one row for all, which is read once.
+  An unconditional stream of one row for all is read once.
   """
   hidden, cache = _read(model, params, prompt, room)
   if uncond is None:
@@ -293,8 +335,8 @@ def _read_streams(model, params, prompt, uncond, room):
   return jnp.concatenate([hidden, other]), joined
 
 
-def _part_of_head(params, window):
-  """The function `_logits` for the rows `window` of the head alone."""
+def _windowed_logits(params, window):
+  """Returns a function like `_logits`, for the rows `window` of the head."""
   first, last = window
   head, scale = params["head"][first:last], params.get("head_scale")
   scale = None if scale is None else scale[first:last]
@@ -302,113 +344,16 @@ def _part_of_head(params, window):
 
 
 def _logits(model, params, hidden):
-  """float[B, 1, D] to float32[B, V]."""
+  """Maps hidden float[B, 1, D] to float32[B, V]."""
   return model.apply({"params": params}, hidden, method="logits")[:, 0]
 
 
-def guide(plain, uncond_logits, guidance):
-  """Guided scores g * (s - u) + u of log-probs and logits float32[B, V]."""
-  uncond = jax.nn.log_softmax(uncond_logits)
-  return guidance * (plain - uncond) + uncond
+def arrays_of(prompt: Prompt) -> dict[str, jax.Array | np.ndarray]:
+  """Returns the arrays of a prompt that are not None, and a mask bool[B, L].
 
-
-def never_written(config: llama.LlamaConfig, suppress=None) -> np.ndarray:
-  """bool[V], True at `suppress` bool[<= V] and at the padding of the head."""
-  ruled_out = np.arange(config.padded_vocab) >= config.vocab_size
-  if suppress is not None:
-    suppress = np.asarray(suppress, bool)
-    ruled_out[: len(suppress)] |= suppress
-  return ruled_out
-
-
-def process(scores, step, scalars, ruled_out, first: int = 0):
-  """Rules out the eos too early, then suppressed ids: float32[B, V].
-
-  `first` is the id that the first column stands for.
+  NumPy arrays stay so until a program takes them: each operation on the device
+  would be a program of its own to compile.
   """
-  ids = jnp.arange(scores.shape[-1]) + first
-  early = (ids == scalars["eos_id"]) & (step < scalars["min_new_tokens"])
-  return jnp.where(early | ruled_out, _NEVER, scores)
-
-
-def candidates(scores, top_k: int, top_p=None):
-  """The ids that top-k, then top-p leave, likeliest first.
-
-  Args:
-    scores: float32[B, V], unnormalised log-probabilities.
-    top_k: how many to keep, 0 for all.
-    top_p: keep the smallest set of these that holds the probability `top_p`
-      (the likeliest always stays); None keeps all.
-
-  Returns:
-    (scores float32[B, k], -inf where top-p cut; ids int32[B, k]).
-  """
-  scores, ids = jax.lax.top_k(scores, top_k or scores.shape[-1])
-  if top_p is not None:
-    probs = jax.nn.softmax(scores)
-    before = jnp.cumsum(probs, axis=-1) - probs  # held by likelier ids
-    before = before.at[:, 0].set(-1.0)
-    scores = jnp.where(before < top_p, scores, _NEVER)
-  return scores, ids
-
-
-def sample(keys, step, scores, top_k: int = 0, top_p=None):
-  """Draws int32[B] from scores float32[B, V], with a key for each row."""
-  keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-  draw = jax.vmap(jax.random.categorical)
-  if not top_k and top_p is None:
-    return draw(keys, scores).astype(jnp.int32)
-  scores, ids = candidates(scores, top_k, top_p)
-  place = draw(keys, scores)
-  return jnp.take_along_axis(ids, place[:, None], axis=1)[:, 0]
-
-
-def _row_keys(rng, rows):
-  """B keys from one key, or the B keys given."""
-  if rng.ndim == (0 if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else 1):
-    return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(rows))
-  return rng
-
-
-def arrays_of(prompt) -> dict[str, jax.Array]:
-  """A prompt dict as arrays, with a mask bool[B, L]; what is None falls out."""
-  prompt = {k: jnp.asarray(v) for k, v in prompt.items() if v is not None}
-  if "mask" not in prompt:
-    prompt["mask"] = jnp.ones(prompt["tokens"].shape, bool)
-  return prompt | {"mask": prompt["mask"].astype(bool)}
-
-
-def check_not_empty(prompt, max_new_tokens):
-  """UsageError unless there is something to read and to write."""
-  length = prompt["tokens"].shape[1]
-  if length < 1 or max_new_tokens < 1:
-    raise errors.UsageError(
-      f"A prompt of {length} tokens and max_new_tokens={max_new_tokens}: both"
-      " must be at least 1. Start an empty prompt with [IMG] or a word."
-    )
-
-
-def _check(prompt, uncond, guided, guidance_scale, max_new_tokens):
-  """The number of rows; UsageError where the prompts do not go together."""
-  rows = prompt["tokens"].shape[0]
-  check_not_empty(prompt, max_new_tokens)
-  if uncond is None and np.any(np.asarray(guidance_scale) != 1):
-    raise errors.UsageError(
-      f"guidance_scale={guidance_scale} needs the prompt of the unconditional"
-      " stream. Give uncond (for images: [IMG] alone), or guidance_scale=1."
-    )
-  if guided and uncond["tokens"].shape[0] not in (1, rows):
-    raise errors.UsageError(
-      f"uncond has {uncond['tokens'].shape[0]} rows, the prompt {rows}: give"
-      f" one row for all, or {rows}."
-    )
-  return rows
-
-
-def _check_sampling(temperature, top_k, top_p):
-  if float(temperature) < 0 or int(top_k) < 0 or not 0 < float(top_p) <= 1:
-    raise errors.UsageError(
-      f"temperature={temperature}, top_k={top_k}, top_p={top_p}: expected"
-      " temperature >= 0 (0 is greedy), top_k >= 0 (0 is all), and top_p in"
-      " (0, 1] (1 is all)."
-    )
+  arrays = {k: v for k, v in prompt.items() if v is not None}
+  mask = arrays.get("mask", np.ones(arrays["tokens"].shape, bool))
+  return arrays | {"mask": mask.astype(bool)}

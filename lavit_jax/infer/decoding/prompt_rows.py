@@ -1,6 +1,6 @@
-"""Prompts of ids and continuous tokens, as rows and as padded arrays."""
+"""Builds prompts of ids and continuous tokens: rows, then padded arrays."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,17 @@ def rows_of(
   prompts: Sequence[Sequence],
   images: Iterator[Any],
   *,
-  encode,
-  marks: Sequence[int] | None,
+  encode: Callable[[str, str], Sequence[int]],
+  marks: tuple[Sequence[int], Sequence[int]] | None,
   end: Sequence[int] = (),
 ) -> list[list]:
-  """Each prompt as a row of ids and float[k, W] continuous tokens.
+  """Returns each prompt as a row of ids and float[k, W] continuous tokens.
 
   Args:
-    prompts: rows of parts, str or anything else for an image.
-    images: gives for every image, in order, its float[k, W] or its ids.
-    encode: maps a str, and the one right before it or "", to ids.
-    marks: the ids before and after an image; None for none.
+    prompts: lists of parts: a str is text, anything else an image.
+    images: yields for each image, in order, float[k, W] or ids.
+    encode: maps a text, and the text right before it or "", to ids.
+    marks: the ids before and after an image; None: no ids.
     end: ids after the last part.
   """
   before, after = marks or ((), ())
@@ -45,7 +45,7 @@ def rows_of(
 
 
 def length_of(row: Sequence) -> int:
-  """Places that a row takes."""
+  """Returns the number of positions of a row."""
   return sum(len(p) if getattr(p, "ndim", 0) == 2 else 1 for p in row)
 
 
@@ -57,37 +57,37 @@ def padded(
   multiple: int = 1,
   pad_id: int = vocabulary.UNK_ID,
 ) -> dict[str, np.ndarray]:
-  """Rows of ids and float[k, W] continuous tokens, padded on the left.
+  """Pads rows of ids and float[k, W] continuous tokens on the left.
 
   Args:
-    rows: see `rows_of`; none empty.
+    rows: from `rows_of`; none is empty.
     width: W.
     length: of the result; by default the longest row.
     multiple: the length is rounded up to it.
     pad_id: the id at padding.
 
   Returns:
-    dict(tokens int32[B, L], mask bool[B, L]) and, where any row has
-    continuous tokens, embeds float32[B, L, W] and use_embeds bool[B, L].
+    dict(tokens int32[B, L], mask bool[B, L]) and, if any row has continuous
+    tokens, embeds float32[B, L, W] and use_embeds bool[B, L].
   """
-  ids, places = [], []
+  ids: list[list[int]] = []
+  inserts: list[list[tuple[int, Any]]] = []  # (position, continuous tokens)
   for row in rows:
-    line, where = [], []
+    ids.append([])
+    inserts.append([])
     for part in row:
       if getattr(part, "ndim", 0) == 2:
-        where.append((len(line), part))
-        line += [vocabulary.UNK_ID] * len(part)  # replaced by the embeddings
+        inserts[-1].append((len(ids[-1]), part))
+        ids[-1] += [vocabulary.UNK_ID] * len(part)  # replaced by embeddings
       else:
-        line.append(int(part))
-    ids.append(line)
-    places.append(where)
+        ids[-1].append(int(part))
   prompt = decode.left_pad(ids, length, multiple, pad_id)
-  if not any(places):
+  if not any(inserts):
     return prompt
   shape = prompt["tokens"].shape
   embeds, use = np.zeros((*shape, width), np.float32), np.zeros(shape, bool)
-  for i, where in enumerate(places):
-    for start, part in where:
+  for i, row_inserts in enumerate(inserts):
+    for start, part in row_inserts:
       start += shape[1] - len(ids[i])
       embeds[i, start : start + len(part)] = part
       use[i, start : start + len(part)] = True

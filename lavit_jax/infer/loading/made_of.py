@@ -1,50 +1,53 @@
-"""Whether the parts of a model directory were trained with one another.
+"""Checks that the parts of a model directory were trained together.
 
-A part's `made_of` has the fingerprints of what it was trained with. Weights of
-the right shapes load whatever they are; words of a tokenizer that was trained
-since mean nothing to an LLM.
+The metadata field `made_of` of a part has the fingerprints of the parts that it
+was trained with. Weights of the right shapes always load, but the codes of a
+tokenizer that was trained again mean nothing to an LLM.
 """
+
+import os
 
 from lavit_jax.core import agreement, errors
 from lavit_jax.core.storage import checkpoints, files, fingerprints
 
 _PRINTS = {
   "encoder": lambda folder: fingerprints.of_part(folder, "encoder"),
-  "tokenizer": fingerprints.of_words,  # of both, as caches know them
+  "tokenizer": fingerprints.of_tokenizer,  # of both, as caches know them
 }
-# What each part stands on; an LLM's text is held to it by `parts.py`.
+# The parts that each part depends on, if not all of _PRINTS. `parts.py` checks
+# the text tokenizer of an LLM.
 _NEEDS = {"tokenizer": ("encoder",)}
 
 
-def check_made_of(directory, name: str) -> None:
-  """Refuses a part that was trained with another encoder or tokenizer.
+def check_made_of(directory: str | os.PathLike, name: str) -> None:
+  """Checks that a part was trained with the encoder and tokenizer beside it.
 
-  A part that does not tell passes, and costs no reading; so does what is not
-  in the directory.
+  A part without `made_of` passes, and nothing is read for it. Parts that the
+  directory does not have are not compared.
 
   Args:
     directory: a model directory.
-    name: of checkpoints.PARTS, there.
+    name: of a part in it, of checkpoints.PARTS.
 
   Raises:
-    errors.CheckpointError: what it was trained with is not what is there.
+    errors.CheckpointError: a fingerprint differs.
   """
-  told = checkpoints.read_meta(directory, name).get("made_of", {})
-  there = checkpoints.parts_in(directory)
-  found = {
+  recorded = checkpoints.read_meta(directory, name).get("made_of", {})
+  parts = set(checkpoints.parts_in(directory))
+  current = {
     other: _PRINTS[other](directory)
     for other in _NEEDS.get(name, tuple(_PRINTS))
-    if other in told and {"encoder", other} <= set(there)
+    if other in recorded and {"encoder", other} <= parts
   }
-  differ = agreement.prints(told, found, "")
-  if not differ:
+  differences = agreement.fingerprints(recorded, current, "")
+  if not differences:
     return
-  others = " and ".join(one.name for one in differ)
-  path = files.place(directory) / name / "part.json"
+  others = " and ".join(one.name for one in differences)
+  path = files.input_path(directory) / name / "part.json"
   raise errors.CheckpointError(
     f"{directory}: the part {name} was trained with another {others}:"
-    f" {'; '.join(map(str, differ))}. Their words differ, so that what it makes"
-    f" would mean nothing. Train {name} again on what is there, or put back the"
-    f" {others} that it was trained with. If the difference is meant, take"
-    f" {others} out of made_of in {path}."
+    f" {'; '.join(map(str, differences))}. Their visual tokens differ, so that"
+    f" its output would mean nothing. Train {name} again with this {others}, or"
+    f" restore the {others} that it was trained with. If the difference is"
+    f" intended, remove {others} from made_of in {path}."
   )

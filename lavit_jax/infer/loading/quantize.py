@@ -1,9 +1,9 @@
 """int8 weights for the LLM: a quarter of float32, half of bfloat16.
 
-Weights only. Each output channel of a layer's kernel, and each row of the
-embedding and the head, is rounded to int8 on a scale of its own, max |w| / 127
-(float32). `models/llama.py` casts a kernel back where it is used, one layer at
-a time, and multiplies by the scale after the product. Norms, merger,
+Only weights are quantized. Each output channel of a layer's kernel, and each
+row of the embedding and the head, is rounded to int8 with its own scale, max
+|w| / 127 (float32). `models/llama.py` casts a kernel back where it is used, one
+layer at a time, and multiplies by the scale after the product. Norms, merger,
 projection and selector stay float. This saves memory, not time: a CPU decodes
 slower than with large float32 weights (benchmarks/int8.py).
 
@@ -14,7 +14,9 @@ bfloat16 scan into float32; and the `jnp.take` of an embedding stays float.
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import flax.traverse_util
 import jax
@@ -25,16 +27,20 @@ from lavit_jax.core import errors
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.models import llama
 
+Params = Any  # a tree of arrays
+
 MODES = ("int8",)
 DTYPES = ("float32", "bfloat16", "float16")
-_LARGEST = 127  # -128 is left out: the same steps on both sides of zero
+_LARGEST = 127  # -128 is not used, so that the range is symmetric
 _INPUTS = 1  # kernels are [layers, D, F], tables are [V, D]
 _TABLES = ("llm/embedding", "llm/head")
-_PIECE = 1 << 24  # numbers that are float32 at once
+_PIECE = 1 << 24  # elements cast to float32 at once
 
 
-def quantize(model: llama.Llama, params, mode: str = "int8"):
-  """The same language model with int8 weights.
+def quantize(
+  model: llama.Llama, params: Params, mode: str = "int8"
+) -> tuple[llama.Llama, Params]:
+  """Returns the same language model with int8 weights.
 
   Args:
     model: the language model.
@@ -43,22 +49,22 @@ def quantize(model: llama.Llama, params, mode: str = "int8"):
     mode: one of `MODES`.
 
   Returns:
-    (model, params) for `decode.generate` and `beam.beam_search`. Of the model
-    only `unroll` changes, to 1: layers unrolled would all be cast back at
-    once.
+    (model, params) for `decode.generate` and `beam.beam_search`. The config
+    of the model differs in `unroll`, which is 1: unrolled layers would all be
+    cast back at once.
 
   Raises:
-    errors.UsageError: no such mode, or params that are something else.
+    errors.UsageError: no such mode, or not the params of an LLM.
     errors.CheckpointError: a weight is not finite.
   """
   check_mode(mode)
   flat = flax.traverse_util.flatten_dict({"llm": params}, sep="/")
   _check_arrays(flat)
-  out = {}
+  out: dict[str, Any] = {}
   for path, array in flat.items():
     if _is_rounded(path):
-      everything = (slice(None),) * array.ndim
-      out |= _int8(path, array.shape, [(everything, np.asarray(array))])
+      all_of_it = (slice(None),) * array.ndim
+      out |= _int8(path, array.shape, [(all_of_it, np.asarray(array))])
     else:
       out[path] = array
   config = dataclasses.replace(model.config, unroll=1)
@@ -67,38 +73,38 @@ def quantize(model: llama.Llama, params, mode: str = "int8"):
 
 
 def load_part(
-  directory, *, mode: str = "int8", dtype: str = "float32"
+  directory: str | os.PathLike, *, mode: str = "int8", dtype: str = "float32"
 ) -> checkpoints.Part:
   """Reads the part `llm` of a model directory with int8 weights.
 
-  Array by array and piece by piece, as they lie on disk: beside the result,
-  memory holds about one piece (32 MiB of an imported checkpoint, a whole
-  array of one that was trained on one device) and twice the int8 of the
+  Arrays are read piece by piece, as they are chunked on disk. Beside the
+  result, memory holds about one piece (32 MiB of an imported checkpoint, a
+  whole array of one that was trained on one device) and twice the int8 of the
   largest array.
 
   Args:
     directory: a model directory.
     mode: one of `MODES`.
-    dtype: of what stays float.
+    dtype: of the arrays that stay float.
 
   Returns:
-    As `checkpoints.load_part`, but for the int8 kernels and their scales
-    under "llm", and `unroll` of the config, which is 1 (see `quantize`).
+    As `checkpoints.load_part`, with int8 kernels and their scales under "llm",
+    and with `unroll` 1 in the config (see `quantize`).
 
   Raises:
     errors.CheckpointError: the part is missing, damaged, or not finite.
     errors.UsageError: no such mode or dtype.
   """
   check_mode(mode)
-  dtype = check_dtype(dtype)
+  float_dtype = check_dtype(dtype)
   stored = checkpoints.StoredPart(directory, "llm")
   _check_arrays(stored.arrays)
-  out = {}
+  out: dict[str, Any] = {}
   for path, array in stored.arrays.items():
     if _is_rounded(path):
       out |= _int8(path, array.shape, stored.blocks(path, whole=_INPUTS))
     else:
-      wanted = checkpoints.cast_dtype(array.dtype, dtype)
+      wanted = checkpoints.cast_dtype(array.dtype, float_dtype)
       out[path] = _on_device(stored.read(path).astype(wanted))
   config = stored.meta["llama"] | {"unroll": 1}
   tree = flax.traverse_util.unflatten_dict(out, sep="/")
@@ -106,9 +112,11 @@ def load_part(
 
 
 def loaded_shapes(
-  arrays: Mapping[str, jax.ShapeDtypeStruct], dtype, mode: str | None = "int8"
+  arrays: Mapping[str, jax.ShapeDtypeStruct],
+  dtype: jax.typing.DTypeLike,
+  mode: str | None = "int8",
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """What arrays of a part become when they are loaded, int8 or not.
+  """Returns shapes and dtypes of the arrays of a part after loading.
 
   Args:
     arrays: of `checkpoints.StoredPart`, by path.
@@ -127,32 +135,32 @@ def loaded_shapes(
   return out
 
 
-def check_mode(mode) -> None:
-  """UsageError for a mode that does not exist."""
+def check_mode(mode: Any) -> None:
+  """Raises UsageError for a mode that does not exist."""
   if mode not in MODES:
     raise errors.UsageError(
       f"quantize={mode!r}: expected {' or '.join(map(repr, MODES))}, or None"
-      " for weights as they are."
+      " for weights that are not quantized."
     )
 
 
-def check_dtype(dtype) -> jnp.dtype:
-  """The dtype of what stays float; UsageError for one not of `DTYPES`."""
+def check_dtype(dtype: Any) -> jnp.dtype:
+  """Returns the dtype of float arrays; UsageError if it is not of DTYPES."""
   try:
     name = jnp.dtype(dtype).name
   except TypeError:
     name = None
   if name not in DTYPES:
     raise errors.UsageError(
-      f"dtype={dtype!r}: expected {', '.join(map(repr, DTYPES))}, also where"
-      " quantize='int8': it is the dtype of the computation and of what stays"
-      " float."
+      f"dtype={dtype!r}: expected {', '.join(map(repr, DTYPES))}, with"
+      " quantize='int8' too: it is the dtype of the computation and of the"
+      " arrays that are not quantized."
     )
   return jnp.dtype(name)
 
 
 def _check_arrays(arrays):
-  """UsageError unless these are the float arrays of a language model."""
+  """Raises UsageError unless these are float arrays of a language model."""
   missing = [path for path in _TABLES if path not in arrays]
   if missing:
     raise errors.UsageError(
@@ -163,7 +171,7 @@ def _check_arrays(arrays):
     if _is_rounded(path) and not jnp.issubdtype(array.dtype, jnp.floating):
       raise errors.UsageError(
         f"{path} is {array.dtype}, not float: these weights are quantized"
-        " already. Use them as they are, or start from the float ones."
+        " already. Use them without quantize, or start from float weights."
       )
 
 
@@ -183,7 +191,7 @@ def _scale_shape(shape):
 
 
 def _int8(path, shape, blocks: Iterable[tuple[tuple, np.ndarray]]):
-  """int8 array and scale, by path, of the pieces of a float array."""
+  """Returns the int8 array and its scale, by path, from float pieces."""
   rounded = np.empty(shape, np.int8)
   scale = np.empty(_scale_shape(shape), np.float32)
   for index, block in blocks:
@@ -192,7 +200,7 @@ def _int8(path, shape, blocks: Iterable[tuple[tuple, np.ndarray]]):
 
 
 def _round(path, block):
-  """(int8 of the block's shape, float32 scale); a few rows at a time."""
+  """Returns (int8 of the block's shape, float32 scale)."""
   rounded = np.empty(block.shape, np.int8)
   scales = []
   rows = max(1, _PIECE // block[:1].size)

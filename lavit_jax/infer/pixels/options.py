@@ -1,32 +1,32 @@
-"""How an image is painted: the options that all pixel decoders share."""
+"""Options of decoding an image, shared by all pixel decoders."""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from lavit_jax.core import errors
 from lavit_jax.diffusion import solvers
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # takes (steps done, steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PixelOptions:
-  """Options of painting; None is what the pixel decoder does by default.
+  """Options of decoding; None is the default of the pixel decoder.
 
   Attributes:
     decoder: "highres", "lowres" or "pixels", see `pixels/decoders.py`.
-    steps: of denoising (25 in latents, 20 without).
+    steps: denoising steps (25 in latents, 20 without).
     solver: "ddim", or "dpm++" for few steps (10 to 20).
-    decoder_guidance_scale: how closely pixels follow the visual words; 1 is
+    decoder_guidance_scale: how closely pixels follow the visual tokens; 1 is
       off and takes half the time (highres 7, lowres 5, pixels 1).
-    ratio: a name of `latents.RATIOS`, width to height.
-    size: height and width, instead of a ratio; multiples of the pixels of a
-      latent place (8).
-    original_size: height and width that a highres decoder is told the image
-      had before it was scaled; by default its own.
-    crop: top and left that it is told were cut off.
-    tile: decode latents in tiles with so many pixels a side, in less memory.
+    ratio: width to height, a name of `stable_diffusion.RATIOS`.
+    size: height and width in pixels, instead of a ratio; multiples of the
+      pixels per latent position (8).
+    original_size: conditions a highres decoder on the height and width of the
+      image before scaling; by default those of the image itself.
+    crop: conditions a highres decoder on the pixels cut at the top and left.
+    tile: decode latents in tiles of so many pixels a side, in less memory.
   """
 
   decoder: str | None = None
@@ -45,26 +45,34 @@ class PixelOptions:
       raise errors.UsageError(f"steps={self.steps}: expected 1 or more.")
     if self.ratio is not None and self.size is not None:
       raise errors.UsageError(
-        f"ratio={self.ratio!r} and size={self.size} were both given: a ratio"
-        " tells the size. Leave one of them out."
+        f"ratio={self.ratio!r} and size={self.size}: a ratio already sets the"
+        " size. Leave one of them out."
       )
     for name in ("size", "original_size", "crop"):
       if (value := getattr(self, name)) is not None:
         object.__setattr__(self, name, _pair(name, value))
 
-  def only_for(self, kind: str, takes: tuple[str, ...]) -> None:
-    """UsageError where an option is given that a decoder does not take."""
+  def require_only(self, kind: str, names: Collection[str]) -> None:
+    """Checks that no other options are set than those of a decoder.
+
+    Args:
+      kind: of the decoder.
+      names: of the options that it takes.
+
+    Raises:
+      errors.UsageError: another option differs from its default.
+    """
     for field in dataclasses.fields(self):
-      given = getattr(self, field.name)
-      if field.name not in takes and given != field.default:
+      value = getattr(self, field.name)
+      if field.name not in names and value != field.default:
         raise errors.UsageError(
-          f"{field.name}={given!r}: the pixel decoder {kind!r} does not take"
-          f" it. It takes {', '.join(takes)}."
+          f"{field.name}={value!r}: the pixel decoder {kind!r} does not take"
+          f" this option. It takes {', '.join(names)}."
         )
 
 
 def _pair(name, value) -> tuple[int, int]:
-  """Two whole numbers; UsageError for anything else."""
+  """Returns two integers, or raises UsageError."""
   least = 0 if name == "crop" else 1
   try:
     first, second = (int(number) for number in value)
@@ -79,24 +87,26 @@ def _pair(name, value) -> tuple[int, int]:
 
 
 class Listener:
-  """A fixed callable that compiled programs call; it tells who listens now.
+  """A callback that stays the same object while its target changes.
 
-  A program is compiled for one callable. This one stays the same, whoever
-  wants to know how far a drawing is.
+  A program is compiled for one callback. This one forwards to whoever wants
+  to know the progress of a call.
   """
 
-  def __init__(self):
-    self._tell: Progress | None = None
+  def __init__(self) -> None:
+    """Makes a callback without a target."""
+    self._target: Progress | None = None
 
   def __call__(self, done: int, steps: int) -> None:
-    if self._tell is not None:
-      self._tell(done, steps)
+    """Forwards the progress to the target, if there is one."""
+    if self._target is not None:
+      self._target(done, steps)
 
   @contextlib.contextmanager
-  def telling(self, tell: Progress | None) -> Iterator[Progress | None]:
-    """Gives what a program shall call, None where nobody listens."""
-    self._tell = tell
+  def forwarding(self, target: Progress | None) -> Iterator[Progress | None]:
+    """Forwards to a target; yields the callback of a program, or None."""
+    self._target = target
     try:
-      yield None if tell is None else self
+      yield None if target is None else self
     finally:
-      self._tell = None
+      self._target = None

@@ -1,5 +1,6 @@
-"""The pixel decoder that is trained here without latents."""
+"""The pixel decoder that is trained here without latents, kind `pixels`."""
 
+import os
 from collections.abc import Sequence
 
 import jax
@@ -8,12 +9,13 @@ import numpy as np
 from lavit_jax.core import errors
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.diffusion import sampling, schedules, solvers
-from lavit_jax.infer import visual
+from lavit_jax.infer.loading import visual
 from lavit_jax.infer.pixels import options
 from lavit_jax.models.pixels import pixel_decoder
 
 STEPS = 20
-_TAKES = (
+# The options of `PixelOptions` that it takes.
+_OPTIONS = (
   "decoder",
   "steps",
   "solver",
@@ -24,12 +26,17 @@ _TAKES = (
 
 
 class PixelSpaceDecoder:
-  """The part `pixels`: squares from reconstructed features, in float32."""
+  """Decodes square images from reconstructed features, in float32."""
 
   kind = "pixels"
   batch_sizes = (1, 4, 16, 64)
 
-  def __init__(self, directory):
+  def __init__(self, directory: str | os.PathLike):
+    """Reads the part `pixels` of a model directory.
+
+    Raises:
+      errors.CheckpointError: it is missing or damaged.
+    """
     part = checkpoints.load_part(directory, "pixels")
     config = pixel_decoder.PixelDecoderConfig(**part.meta["pixels"])
     self._decoder = pixel_decoder.PixelDecoder(config)
@@ -37,38 +44,39 @@ class PixelSpaceDecoder:
     self._variables = {"params": part.params}
     self._listener = options.Listener()
 
-  def check(self, how: options.PixelOptions) -> None:
-    """UsageError for options that it cannot follow."""
-    how.only_for(self.kind, _TAKES)
+  def check(self, settings: options.PixelOptions) -> None:
+    """Raises UsageError for options that the decoder does not take."""
+    settings.require_only(self.kind, _OPTIONS)
+    ratio, size = settings.ratio, settings.size
     side = self._decoder.config.image_size
-    if how.ratio not in (None, "1:1") or how.size not in (None, (side, side)):
+    if ratio not in (None, "1:1") or size not in (None, (side, side)):
       raise errors.UsageError(
-        f"The pixel decoder of this model draws squares of {side} pixels:"
-        f" leave out ratio={how.ratio!r} and size={how.size}."
+        f"The pixel decoder of this model makes squares of {side} pixels:"
+        f" leave out ratio={ratio!r} and size={size}."
       )
 
-  def paint(
+  def decode(
     self,
     tokens: visual.VisualTokenizer,
     codes: Sequence[np.ndarray],
     seeds: np.ndarray,
-    how: options.PixelOptions,
+    settings: options.PixelOptions,
     progress: options.Progress | None = None,
   ) -> np.ndarray:
-    """float32[B, H, W, 3] in [0, 1]; see `pixels/decoders.py`."""
-    guidance = how.decoder_guidance_scale
-    with self._listener.telling(progress) as tell:
+    """Returns float32[B, H, W, 3] in [0, 1]; see `decoders.PixelDecoder`."""
+    guidance = settings.decoder_guidance_scale
+    with self._listener.forwarding(progress) as callback:
       images = sampling.draw(
         self._decoder,
         self._schedule,
         self._variables,
         tokens.features_of(codes),
         seeds,
-        steps=how.steps or STEPS,
-        solver=solvers.named(how.solver, official=False),
+        steps=settings.steps or STEPS,
+        solver=solvers.named(settings.solver, official=False),
         guide=guidance not in (None, 1),
         guidance=1.0 if guidance is None else guidance,
-        progress=tell,
+        progress=callback,
       )
       images = np.asarray(images)
       jax.effects_barrier()

@@ -1,6 +1,7 @@
-"""Drawings held to the safety checker that came with a model."""
+"""Runs the safety checker that came with a model on generated images."""
 
 import functools
+import os
 from collections.abc import Sequence
 
 import jax
@@ -17,10 +18,14 @@ MARK = "withheld"  # key of an image's `info`
 
 
 class Checker:
-  """The part `safety`: Stable Diffusion's own checker."""
+  """The safety checker of Stable Diffusion, part `safety`."""
 
-  def __init__(self, directory):
-    """Reads the part; CheckpointError if it is damaged."""
+  def __init__(self, directory: str | os.PathLike):
+    """Reads the part of a model directory.
+
+    Raises:
+      errors.CheckpointError: it is missing or damaged.
+    """
     part = checkpoints.load_part(directory, PART)
     self._config = safety.SafetyConfig(**part.meta["safety"])
     self._params = part.params
@@ -36,7 +41,7 @@ class Checker:
     return jax.jit(withheld)
 
   def check(self, images: Sequence[PIL.Image.Image]) -> list[PIL.Image.Image]:
-    """The images, those withheld black and with `info["withheld"]` True."""
+    """Returns the images; those withheld are black, see `is_withheld`."""
     size = self._config.image_size
     small = np.stack([clip_square(image, size) for image in images])
     flags = []
@@ -49,12 +54,12 @@ class Checker:
 
 
 def is_withheld(image: PIL.Image.Image) -> bool:
-  """Whether the checker put this black image in place of a drawing."""
+  """Whether the checker put this black image in place of another."""
   return bool(image.info.get(MARK))
 
 
 def clip_square(image: PIL.Image.Image, size: int) -> np.ndarray:
-  """uint8[size, size, 3] as CLIP sees it: shorter side scaled, middle cut."""
+  """Scales the shorter side and crops the centre: uint8[size, size, 3]."""
   width, height = image.size
   short = min(width, height)
   scaled = image.resize(

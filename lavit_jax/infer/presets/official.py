@@ -1,22 +1,22 @@
-"""The official release's rules of inference, to the letter.
+"""Inference exactly as in the official release.
 
-What `lavit port verify` holds a checkpoint to. The text rules are those of the
+`lavit port verify` compares checkpoints with it. Texts are treated as in the
 official understanding and generation classes (jy0205/LaVIT at commit 8cde9b4),
-the settings those of their defaults. Quirks that are kept here, and not
-elsewhere:
+and the settings are their defaults. These quirks exist here alone:
 
   - "3.14" is cut to "3": captions and answers end at the first ".";
   - a transparent image loses its transparency, whatever colour lies under
-    it, and no orientation is heeded;
-  - </s>, <s>, <unk> in a prompt are taken for the special tokens;
-  - while drawing, ids 0, 1, 2 and [IMG] stay allowed (a weak model may write
-    them into an image), and a negative prompt gets no [IMG];
-  - a prompt of tokens makes its own length the longest image.
+    it, and the orientation of an image is ignored;
+  - </s>, <s>, <unk> in a prompt are the special tokens;
+  - while an image is generated, ids 0, 1, 2 and [IMG] stay allowed (a weak
+    model may put them into an image), and a negative prompt gets no [IMG];
+  - a prompt with images limits an image to the length of the prompt.
 """
 
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,11 @@ from lavit_jax.infer.decoding import prompt_rows
 from lavit_jax.models import llama, unified
 from lavit_jax.models.tokenizer import merger, selector, tokenizer
 
+Array = jax.Array | np.ndarray
+
 QUESTION = "Question: {} Answer:"
-# Beam search; one bos that the model never reads counts in a length.
-CAPTION = {
+# Beam search; a length counts one bos, which the model never reads.
+CAPTION: dict[str, Any] = {
   "num_beams": 2,
   "min_new_tokens": 8,
   "max_new_tokens": 36,
@@ -37,7 +39,7 @@ CAPTION = {
   "early_stopping": False,
   "length_offset": 1,
 }
-ANSWER = {
+ANSWER: dict[str, Any] = {
   "num_beams": 5,
   "min_new_tokens": 2,
   "max_new_tokens": 10,
@@ -55,12 +57,12 @@ _SPECIAL = {
 
 
 def clean_caption(decoded: str) -> str:
-  """The first sentence: " a dog. a cat" gives "a dog"."""
+  """Returns the first sentence: " a dog. a cat" gives "a dog"."""
   return decoded.strip().split(".")[0]
 
 
 def clean_answer(decoded: str) -> str:
-  """The answer before lemmatisation: "red, or blue" gives "red"."""
+  """Returns the answer without lemmas: "red, or blue" gives "red"."""
   answer = decoded.strip()
   for end in ("\n", "question:", "Long answer:", ",", "."):
     answer = answer.split(end)[0]
@@ -68,21 +70,21 @@ def clean_answer(decoded: str) -> str:
 
 
 def clean_question(question: str, max_words: int = 50) -> str:
-  """A question as the prompt wants it: "Is it 3:30?!" gives "is it 330?"."""
+  """Cleans a question for the prompt: "Is it 3:30?!" gives "is it 330?"."""
   question = re.sub(r"([.!\"()*#:;~])", "", question.lower()).rstrip(" ")
   words = question.split(" ")
   return " ".join(words[:max_words]) if len(words) > max_words else question
 
 
-def preprocess(path, size: int) -> np.ndarray:
-  """float32[size, size, 3], CLIP-normalised, of an image of our own."""
+def preprocess(path: Any, size: int) -> np.ndarray:
+  """Loads an image, CLIP-normalised: float32[size, size, 3]."""
   image = image_io.load(path, plain=True)
   return image_io.normalize(image_io.to_uint8(image, size))
 
 
 def encode(text: vocabulary.TextTokenizer, words: str) -> list[int]:
-  """Ids of a text, special tokens read as such, no <s> added."""
-  ids = []
+  """Returns the ids of a text with its special tokens; adds no <s>."""
+  ids: list[int] = []
   for piece in re.split(r"(<unk>|</?s>)", words):
     if piece:
       ids += [_SPECIAL[piece]] if piece in _SPECIAL else text.encode(piece)
@@ -90,12 +92,12 @@ def encode(text: vocabulary.TextTokenizer, words: str) -> list[int]:
 
 
 def suppress_for_text(vocab: vocabulary.Vocabulary) -> np.ndarray:
-  """bool[size]: image marks and codes; rows of padding stay allowed."""
+  """Returns bool[size]: image marks and codes, but no padding rows."""
   return vocab.suppress_for_text()[: vocab.size]
 
 
 def suppress_for_image(vocab: vocabulary.Vocabulary) -> np.ndarray:
-  """bool[size]: text pieces but 0, 1 and 2; rows of padding stay allowed."""
+  """Returns bool[size]: text pieces but 0, 1, 2; and no padding rows."""
   return vocab.suppress_for_image(official=True)[: vocab.size]
 
 
@@ -104,10 +106,13 @@ class Model:
   """The networks of an imported checkpoint, with their parameters.
 
   Attributes:
+    config: of encoder and visual tokenizer.
+    llama_config: of the LLM.
+    vocab: the id layout of the LLM.
     encoder: params of the ViT.
-    visual: variables of the tokenizer that writes ids (its stage-1 weights).
-    language: params `llm`, `merger`, `projection` and, where the overlay for
-      understanding has one, `selector`.
+    visual: variables of the tokenizer (its stage-1 weights).
+    language: params `llm`, `merger`, `projection` and, if the weights for
+      understanding have one, `selector`.
     text: the SentencePiece model.
   """
 
@@ -124,26 +129,43 @@ class Model:
     """The language model, hashable."""
     return llama.Llama(self.llama_config)
 
-  def features(self, pixels) -> jax.Array:
-    """float[B, N, D] of float[B, H, W, 3], CLIP-normalised."""
-    return tokenizer.encode_images(self.config, self.encoder, pixels)
+  def features(self, pixels: Array) -> jax.Array:
+    """Encodes float[B, H, W, 3], CLIP-normalised, to float[B, N, D]."""
+    return tokenizer.encode_images(
+      self.config, self.encoder, jnp.asarray(pixels)
+    )
 
-  def log_probs(self, features, reading: bool = False) -> jax.Array:
-    """Selector's log-probabilities float[B, N, 2], of the branch that reads."""
+  def log_probs(self, features: Array, reading: bool = False) -> jax.Array:
+    """Returns log-probabilities of keep and drop, float[B, N, 2].
+
+    Args:
+      features: float[B, N, D].
+      reading: with the selector for understanding, if there is one.
+    """
     params = self.visual["params"]
     if reading and "selector" in self.language:
       params = self.language
-    net = selector.TokenSelector(self.config.selector)
+    net: Any = selector.TokenSelector(self.config.selector)
     return net.apply({"params": params["selector"]}, features)
 
-  def merged(self, features, mask, reading: bool = False) -> jax.Array:
-    """The merger at all positions, float[B, N, D]; mask float[B, N]."""
+  def merged(
+    self, features: Array, mask: Array, reading: bool = False
+  ) -> jax.Array:
+    """Applies the merger at all positions: float[B, N, D].
+
+    Args:
+      features: float[B, N, D].
+      mask: float[B, N], 1 at kept patches.
+      reading: with the merger for understanding.
+    """
     params = self.language if reading else self.visual["params"]
-    net = merger.TokenMerger(self.config.merger)
+    net: Any = merger.TokenMerger(self.config.merger)
     return net.apply({"params": params["merger"]}, features, mask)
 
-  def codes(self, pixels, gumbel):
-    """Ids of images under given noise, all rows as long as there are patches.
+  def codes(
+    self, pixels: Array, gumbel: Array
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids of images, selected with recorded noise.
 
     Args:
       pixels: float[B, H, W, 3].
@@ -153,8 +175,9 @@ class Model:
       (ids int[B, N] of the vocabulary, valid bool[B, N]).
     """
     features = self.features(pixels)
-    keep = selector.mask_from_noise(self.log_probs(features), gumbel)
-    net = tokenizer.DynamicVisualTokenizer(self.config)
+    log_probs = self.log_probs(features)
+    keep = selector.mask_from_noise(log_probs, jnp.asarray(gumbel))
+    net: Any = tokenizer.DynamicVisualTokenizer(self.config)
     _, codes, valid = net.apply(
       self.visual,
       features,
@@ -164,26 +187,44 @@ class Model:
     )
     return np.asarray(codes) + self.vocab.code_offset, np.asarray(valid)
 
-  def read(self, pixels, gumbel):
-    """Continuous tokens float[B, N, W] of images, and valid bool[B, N]."""
+  def read(self, pixels: Array, gumbel: Array) -> tuple[jax.Array, jax.Array]:
+    """Returns continuous tokens float[B, N, W] and valid bool[B, N].
+
+    Args:
+      pixels: float[B, H, W, 3].
+      gumbel: float[B, N, 2], as for `codes`.
+    """
     features = self.features(pixels)
     log_probs = self.log_probs(features, reading=True)
-    keep = selector.mask_from_noise(log_probs, gumbel).astype(bool)
-    net = unified.UnifiedModel(
+    keep = selector.mask_from_noise(log_probs, jnp.asarray(gumbel))
+    net: Any = unified.UnifiedModel(
       self.llama_config, self.config, self.config.num_patches
     )
     params = {k: v for k, v in self.language.items() if k != "selector"}
-    return net.apply({"params": params}, features, keep, method="read")
+    return net.apply(
+      {"params": params}, features, keep.astype(bool), method="read"
+    )
 
   def prompt(
     self, rows: Sequence[Sequence], length: int | None = None
   ) -> dict[str, np.ndarray]:
-    """Left-padded prompt of rows of ids and float[k, W] continuous tokens."""
+    """Pads rows of ids and float[k, W] continuous tokens on the left."""
     width, eos = self.llama_config.width, vocabulary.EOS_ID
     return prompt_rows.padded(rows, width, length=length, pad_id=eos)
 
-  def reading_rows(self, pixels, gumbel, words=None) -> list[list]:
-    """Rows [IMG] image [/IMG] ids of words, an image a row."""
+  def reading_rows(
+    self,
+    pixels: Array,
+    gumbel: Array,
+    words: Sequence[Sequence[int]] | None = None,
+  ) -> list[list]:
+    """Returns a row [IMG] image [/IMG] words for each image.
+
+    Args:
+      pixels: float[B, H, W, 3].
+      gumbel: float[B, N, 2], as for `codes`.
+      words: ids of the text after each image.
+    """
     tokens, valid = (np.asarray(x) for x in self.read(pixels, gumbel))
     rows = []
     for i in range(len(tokens)):
@@ -192,9 +233,10 @@ class Model:
       rows.append(row + list(words[i] if words else []))
     return rows
 
-  def embedded(self, prompt) -> jax.Array:
-    """What the language model takes a prompt as, float[B, L, W]."""
-    return self.llm.apply(
+  def embedded(self, prompt: Mapping[str, Array]) -> jax.Array:
+    """Returns the input embeddings of a padded prompt, float[B, L, W]."""
+    net: Any = self.llm
+    return net.apply(
       {"params": self.language["llm"]},
       jnp.asarray(prompt["tokens"]),
       prompt.get("embeds"),

@@ -1,4 +1,4 @@
-"""The official release's rules of images from images, to the letter.
+"""Reads images exactly as the official detokenizer does.
 
 `LaVITDetokenizer` of jy0205/LaVIT (commit 8cde9b4) reads images as
 `official.preprocess` does not: they are scaled by bicubic interpolation
@@ -13,7 +13,7 @@ _SHARP = -0.75  # PyTorch's `a` of the cubic convolution
 
 
 def clip_pixels(images: np.ndarray, size: int) -> np.ndarray:
-  """Images as the official detokenizer shows them to the encoder.
+  """Prepares images for the encoder as the official detokenizer does.
 
   Args:
     images: float[B, H, W, 3] in [0, 1].
@@ -26,11 +26,11 @@ def clip_pixels(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def bicubic(images: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
-  """F.interpolate(mode="bicubic") of torch: no antialias.
+  """Scales images as torch's F.interpolate(mode="bicubic"), not antialiased.
 
   Args:
     images: float[B, H, W, C].
-    sides: H' and W'.
+    sides: H' and W', the new height and width.
 
   Returns:
     float32[B, H', W', C].
@@ -44,19 +44,22 @@ def bicubic(images: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
 
 
 def _weights(before: int, after: int) -> np.ndarray:
-  """float64[after, before]: what each pixel is made of, edges repeated."""
-  place = (np.arange(after) + 0.5) * before / after - 0.5
-  first = np.floor(place).astype(int)
+  """Returns the weight of each old pixel in each new: float64[after, before].
+
+  Pixels at the edges are repeated.
+  """
+  position = (np.arange(after) + 0.5) * before / after - 0.5
+  first = np.floor(position).astype(int)
   table = np.zeros((after, before))
   for offset in range(-1, 3):
     source = np.clip(first + offset, 0, before - 1)
-    distance = np.abs(place - first - offset)
+    distance = np.abs(position - first - offset)
     np.add.at(table, (np.arange(after), source), _cubic(distance))
   return table
 
 
 def _cubic(x: np.ndarray) -> np.ndarray:
-  """The kernel of cubic convolution (Keys, 1981) at distances 0 <= x <= 2."""
+  """Evaluates the cubic convolution kernel (Keys, 1981) at 0 <= x <= 2."""
   near = ((_SHARP + 2) * x - (_SHARP + 3)) * x * x + 1
   far = _SHARP * (((x - 5) * x + 8) * x - 4)
   return np.where(x <= 1, near, far)

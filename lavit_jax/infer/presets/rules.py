@@ -1,9 +1,9 @@
-"""How a model writes and draws, unless a call says otherwise.
+"""Presets: how a model generates unless a call says otherwise.
 
-Two sets: `OURS`, for models trained here, and `OFFICIAL`, the defaults of the
-official release (LaVIT's understanding and generation classes), for imported
-ones. A model directory tells which it wants (`rules_of`). The quirks of the
-official code are not in here: `parity=True` of class LaVIT adds them
+There are two: `OURS` for models trained here, and `OFFICIAL`, the defaults of
+the official release (LaVIT's understanding and generation classes), for
+imported ones. `rules_of` says which one a model has. The presets do not contain
+the quirks of the official code, which `parity=True` of class LaVIT adds
 (`official.py` lists them).
 """
 
@@ -14,21 +14,21 @@ from typing import Any, TypeVar
 from lavit_jax.core import errors
 from lavit_jax.infer.presets import official
 
-_Rule = TypeVar("_Rule")
+_Config = TypeVar("_Config")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextGenerationConfig:
-  """How a text is written; the fields are those of `beam.beam_search`.
+  """How a text is generated; the fields are those of `beam.beam_search`.
 
   Attributes:
     num_beams: 1 is greedy decoding.
-    min_new_tokens: the text does not end before.
-    max_new_tokens: it is cut there.
+    min_new_tokens: fewest tokens before the end of the text.
+    max_new_tokens: the text is cut after so many.
     length_penalty: of beams; above 0 prefers long texts.
     early_stopping: of beams: True, False or "never".
     length_offset: how beams count their length (head of `beam.py`): 1 as the
-      official code does, 0 as today's transformers does.
+      official code, 0 as transformers 5.
   """
 
   num_beams: int = 1
@@ -41,16 +41,17 @@ class TextGenerationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageGenerationConfig:
-  """How visual words are drawn.
+  """How visual tokens are generated.
 
   Attributes:
     guidance_scale: of the LLM, for prompts of text alone; 1 is off.
-    mixed_guidance_scale: for prompts with an image.
+    mixed_guidance_scale: the same for prompts with an image.
     temperature: 0 is greedy.
-    top_k: keep the likeliest k words, 0 all.
-    top_p: keep the likeliest words that hold this probability, 1 all.
-    min_new_tokens: words at least; at most one a patch in any case.
-    max_new_tokens: words at most, [/IMG] counted; None: one a patch.
+    top_k: sample from the k most probable tokens, 0: from all.
+    top_p: sample from the most probable tokens that together have this
+      probability, 1: from all.
+    min_new_tokens: fewest tokens; never more than one per patch.
+    max_new_tokens: most tokens, [/IMG] included; None: one per patch.
   """
 
   guidance_scale: float = 1.0
@@ -64,16 +65,16 @@ class ImageGenerationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationPreset:
-  """Everything that differs between models trained here and official ones.
+  """Defaults that differ between models trained here and official ones.
 
   Attributes:
     caption: see `TextGenerationConfig`.
     answer: see `TextGenerationConfig`.
     draw: see `ImageGenerationConfig`.
     short: cut captions to a sentence and answers to their first words.
-    picture_prompts: how an image in a prompt to draw from enters the LLM:
-      "continuous", as the paper trains it and as images are read
-      everywhere else, or "codes", as the official generation class does.
+    picture_prompts: how an image in a prompt enters the LLM when an image is
+      generated: "continuous", as the paper trains it and as images are read
+      in all other tasks, or "codes", as in the official generation class.
   """
 
   caption: TextGenerationConfig
@@ -108,33 +109,26 @@ BY_NAME = {"ours": OURS, "official": OFFICIAL}
 
 
 def rules_of(meta: Mapping[str, Any]) -> GenerationPreset:
-  """The rules for an `llm` part, by its description."""
+  """Returns the preset of a model by the metadata of its part `llm`."""
   imported = meta.get("port", {}).get("source") == "lavit"
   return OFFICIAL if imported else OURS
 
 
-def changed(rule: _Rule, options: Mapping[str, Any]) -> _Rule:
-  """`rule` with the options of a call, those that are not None.
+def changed(config: _Config, options: Mapping[str, Any]) -> _Config:
+  """Returns a config with those options of a call that are not None.
+
+  Args:
+    config: a dataclass.
+    options: values of its fields.
 
   Raises:
-    errors.UsageError: an option that the rule does not have.
+    errors.UsageError: an option is not a field of the config.
   """
-  (options,) = split(options, type(rule))
-  given = {name: v for name, v in options.items() if v is not None}
-  return dataclasses.replace(rule, **given)
-
-
-def split(options: Mapping[str, Any], *kinds: type) -> list[dict[str, Any]]:
-  """Options for each of several dataclasses, by the names of their fields.
-
-  Raises:
-    errors.UsageError: an option that none of them has.
-  """
-  names = [[f.name for f in dataclasses.fields(kind)] for kind in kinds]
-  known = [name for listed in names for name in listed]
-  if unknown := sorted(set(options) - set(known)):
+  fields = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]  # a dataclass
+  if unknown := sorted(set(options) - set(fields)):
     raise errors.UsageError(
       f"Unknown option {', '.join(unknown)}: expected one of"
-      f" {', '.join(known)}."
+      f" {', '.join(fields)}."
     )
-  return [{n: v for n, v in options.items() if n in some} for some in names]
+  values = {name: v for name, v in options.items() if v is not None}
+  return dataclasses.replace(config, **values)  # type: ignore[type-var]  # likewise

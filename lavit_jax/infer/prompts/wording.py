@@ -1,8 +1,8 @@
-"""From decoded text to a caption or an answer, and questions about questions.
+"""Cuts decoded text to a caption or an answer; phrases questions.
 
 The official code cuts at every "." and ","; here a number ("3.14", "1,000"),
 an initial ("U.S.") and an abbreviation ("Dr. Pepper", "No. 5") stay whole.
-`official.py` has the other form, which `parity=True` takes.
+`presets/official.py` has the official form, for `parity=True`.
 """
 
 import functools
@@ -19,7 +19,7 @@ def _words(text: str) -> frozenset[str]:
 # Where a text may break: a "." only before a space or the end.
 _SENTENCE_BREAK = re.compile(r"\.(?=\s|$)")
 _ANSWER_BREAK = re.compile(r"\n|question:|Long answer:|,(?!\d)|\.(?=\s|$)")
-# Abbreviations, by what must follow their "." for the sentence to go on.
+# Abbreviations, by the word that must follow for the sentence to go on.
 _BEFORE_ALL = _words("vs approx ca cf e.g i.e eg ie incl viz")
 _BEFORE_NAMES = _words(
   "dr mr mrs ms mx prof st ste mt ft gen col capt cpt lt sgt rev gov sen"
@@ -41,31 +41,32 @@ UNANSWERABLE = "unanswerable"
 
 
 def first_sentence(text: str) -> str:
-  """The first sentence, without its "."; "It is 3.14 m. Yes" gives "It is…m".
+  """Returns the first sentence: "It is 3.14 m. Yes" gives "It is 3.14 m".
 
-  Captions run on after the sentence that was asked for; the official
-  evaluation keeps the first.
+  Captions may run on after the first sentence; the official evaluation keeps
+  that sentence alone.
   """
   return _up_to(_SENTENCE_BREAK, text.strip())
 
 
 def short_answer(text: str) -> str:
-  """The words before the first break: "red, or blue" gives "red"."""
+  """Returns the text before the first break: "red, or blue" gives "red"."""
   return _up_to(_ANSWER_BREAK, text.strip())
 
 
 def _up_to(breaks: re.Pattern, text: str) -> str:
-  """The text before the first break that is no "." of an abbreviation."""
-  for found in breaks.finditer(text):
-    before, after = text[: found.start()], text[found.end() :]
-    if found[0] != "." or not _goes_on(before, after):
+  """Returns the text before the first break that ends a sentence."""
+  for match in breaks.finditer(text):
+    before, after = text[: match.start()], text[match.end() :]
+    if match[0] != "." or not _goes_on(before, after):
       return before.strip()
   return text
 
 
 def _goes_on(before: str, after: str) -> bool:
   """Whether a sentence goes on after the "." between two texts."""
-  word = re.search(r"[^\s(\"']*$", before)[0]
+  # The pattern matches the empty string too, so there is always a match.
+  word = re.findall(r"[^\s(\"']*$", before)[0]
   following = after.lstrip()
   if re.search(r"\b[A-Z]$", word):  # an initial: "U.S. flag"
     return True
@@ -79,28 +80,28 @@ def _goes_on(before: str, after: str) -> bool:
   if word in _BEFORE_NAMES and begins.isupper():
     if re.match(r"[A-Z]\.", following):  # an initial: "Dr. A. Smith"
       return True
-    return re.match(r"\w*", following)[0].lower() not in _BEGINNINGS
+    return re.findall(r"^\w*", following)[0].lower() not in _BEGINNINGS
   if word in _BEFORE_NAMES | _BEFORE_SMALL:
     return begins.islower() or begins.isdigit()
   return False
 
 
 def question_prompt(question: str) -> str:
-  """The prompt in which a question is asked, as in training."""
+  """Returns the prompt of a question, as in training."""
   return examples.QUESTION.format(question.strip())
 
 
 def answerable_prompt(question: str) -> str:
-  """The prompt that asks whether a question can be answered (VizWiz)."""
+  """Returns the prompt that asks if a question can be answered (VizWiz)."""
   question = question.strip()
   return question_prompt(f'Is the question: "{question}" answerable?')
 
 
 def lemmatize(answer: str) -> str:
-  """Every word in its base form: "two dogs running" gives "two dog run".
+  """Puts each word in its base form: "two dogs running" gives "two dog run".
 
-  By simplemma's tables. The official code has spaCy do it, for nouns and
-  verbs as spaCy tags them; the two differ where a word is both.
+  Uses the tables of simplemma. The official code uses spaCy, on the words that
+  spaCy tags as nouns and verbs; the two differ where a word may be both.
 
   Raises:
     errors.UsageError: simplemma is not installed.
@@ -111,7 +112,7 @@ def lemmatize(answer: str) -> str:
 @functools.lru_cache(maxsize=4096)
 def _lemma(word):
   try:
-    import simplemma
+    import simplemma  # optional extra
   except ImportError as e:
     raise errors.UsageError(
       "Lemmas need simplemma: pip install 'lavit_jax[eval]'."

@@ -165,7 +165,7 @@ def test_build_writes_one_file_and_overwrites_it(tmp_path):
 
 def test_a_gallery_row_that_fits_no_labels_is_refused():
   with pytest.raises(
-    ValueError, match=r"'edits': row 1 has 1 places.*2 labels"
+    ValueError, match=r"'edits': row 1 has 1 entries.*2 labels"
   ):
     page.Gallery(title="edits", labels=("a", "b"), rows=[("x", "y"), ("z",)])
   with pytest.raises(ValueError, match="1 marks"):

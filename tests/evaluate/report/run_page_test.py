@@ -102,7 +102,7 @@ def test_the_page_says_how_the_run_went(workdir, tmp_path):
     "MFU",
     "0.610",
     "125.000",
-    "seconds a step",
+    "seconds per step",
     "host GB",
     "loss",
     "learning_rate",
@@ -141,7 +141,7 @@ def test_training_and_held_out_loss_share_a_chart(workdir):
     "learning_rate",
   ]
   assert len(curves["Losses"]["loss"]) == 6
-  assert set(curves["Speed"]) >= {"step/seconds a step", "MFU", "goodput"}
+  assert set(curves["Speed"]) >= {"step/seconds per step", "MFU", "goodput"}
   assert "Other metrics" not in curves
 
 
@@ -159,7 +159,7 @@ def test_a_folder_that_is_no_workdir_says_what_is(workdir, tmp_path, capsys):
   assert main.main(["report", str(tmp_path), "--out", str(out)]) == 2
   said = capsys.readouterr().err
   assert "no config.json" in said
-  assert "It holds those of run" in said
+  assert "Give one of the runs in it: run." in said
   with pytest.raises(errors.UsageError, match="nowhere is no directory"):
     run_page.write(tmp_path / "nowhere", out)
   with pytest.raises(errors.UsageError, match=r"--out .* is a folder"):
@@ -174,5 +174,5 @@ def test_a_workdir_of_a_real_run_is_read(micro_runs, tmp_path):
   workdir = micro_runs / "pretrain"
   text = run_page.write(workdir, tmp_path / "page.html").read_text()
   words = set(_Words(text).words)
-  assert {"Where the time went", "seconds a step", "visual_loss"} <= words
+  assert {"Where the time went", "seconds per step", "visual_loss"} <= words
   assert micro.config("pretrain", micro_runs).stage in text

@@ -60,7 +60,7 @@ def judge():
 @pytest.fixture(scope="module")
 def params(judge):
   tensors = {k: v.numpy() for k, v in judge.state_dict().items()}
-  return jax.tree.map(jnp.asarray, names.to_ours(names.LLM, tensors))
+  return jax.tree.map(jnp.asarray, names.to_flax(names.LLM, tensors))
 
 
 def _prompts(seed):
@@ -412,7 +412,7 @@ def official():
     num_kv_heads=4,
     mlp_dim=86,
   )
-  params = jax.tree.map(jnp.asarray, names.to_ours(names.LLM, tensors))
+  params = jax.tree.map(jnp.asarray, names.to_flax(names.LLM, tensors))
   return root, llama.Llama(config), params
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.core import errors, vocabulary
-from lavit_jax.infer.decoding import decode
+from lavit_jax.infer.decoding import decode, scoring
 from lavit_jax.models import llama
 from lavit_jax.port.tables import names
 
@@ -194,7 +194,7 @@ def _scatter(scores, ids, vocab):
 def test_filters_are_the_official_ones(name, temperature, top_k, top_p):
   with np.load(_WARPED) as file:
     logits, expected = file["in_warp_logits"], file[f"out_warp_{name}"]
-  ours = decode.candidates(jnp.asarray(logits) / temperature, top_k, top_p)
+  ours = scoring.candidates(jnp.asarray(logits) / temperature, top_k, top_p)
   ours = _scatter(*ours, logits.shape[1])
   np.testing.assert_array_equal(np.isinf(ours), np.isinf(expected))
   kept = np.isfinite(expected)
@@ -203,7 +203,7 @@ def test_filters_are_the_official_ones(name, temperature, top_k, top_p):
 
 def test_the_likeliest_id_survives_any_top_p():
   scores = jnp.array([[0.0, 9.0, 1.0]])
-  kept, ids = decode.candidates(scores, 0, 1e-9)
+  kept, ids = scoring.candidates(scores, 0, 1e-9)
   assert ids[0, 0] == 1
   assert np.isfinite(kept).sum() == 1
 
@@ -217,7 +217,7 @@ def test_draws_have_the_frequencies_of_the_filtered_softmax():
     (3, None, [4 / 9, 3 / 9, 2 / 9, 0]),
     (0, 0.6, [4 / 7, 3 / 7, 0, 0]),
   ):
-    ids = np.asarray(decode.sample(keys, 0, rows, top_k, top_p))
+    ids = np.asarray(scoring.sample(keys, 0, rows, top_k, top_p))
     share = np.bincount(ids, minlength=4) / 4000
     np.testing.assert_allclose(share, expected, atol=0.04)
     assert not share[np.array(expected) == 0].any()
@@ -304,7 +304,7 @@ def official():
   with zipfile.ZipFile(path) as archive:
     name = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
     tensors = _Tensors(archive, name).load()
-  params = jax.tree.map(jnp.asarray, names.to_ours(names.LLM, tensors))
+  params = jax.tree.map(jnp.asarray, names.to_flax(names.LLM, tensors))
   config = llama.LlamaConfig(
     vocab_size=48386,
     width=32,
@@ -373,8 +373,8 @@ def test_guided_scores_are_the_official_ones(official):
   logits, cache = prefill(model, params, prompt, 5)
   for step in range(5):
     plain = jax.nn.log_softmax(logits[:2])
-    scores = decode.guide(plain, logits[2:], 4.0)
-    scores = decode.process(scores, step, scalars, suppress)
+    scores = scoring.guide(plain, logits[2:], 4.0)
+    scores = scoring.process(scores, step, scalars, suppress)
     ours = np.asarray(scores)[:, data["in_cols"]]
     theirs = data["out_scores5"][step]
     np.testing.assert_array_equal(np.isinf(ours), np.isinf(theirs))

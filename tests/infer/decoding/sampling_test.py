@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.infer.decoding import decode
+from lavit_jax.infer.decoding import scoring
 
 torch = pytest.importorskip("torch", reason="transformers is the judge here")
 transformers = pytest.importorskip("transformers", reason="it is the judge")
@@ -33,11 +33,11 @@ def _theirs(scores, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def _ours(scores, temperature=1.0, top_k=0, top_p=1.0):
-  """The same by `decode.candidates`, as `decode.generate` calls it."""
+  """The same by `scoring.candidates`, as `decode.generate` calls it."""
   scores = jnp.asarray(scores) / jnp.float32(temperature)
   top_k = min(top_k, scores.shape[1])
   nucleus = jnp.float32(top_p) if top_p < 1 else None
-  kept, ids = decode.candidates(scores, top_k, nucleus)
+  kept, ids = scoring.candidates(scores, top_k, nucleus)
   out = np.full(scores.shape, -np.inf, np.float32)
   np.put_along_axis(out, np.asarray(ids), np.asarray(kept), axis=1)
   return out
@@ -48,11 +48,11 @@ def _softmax(scores):
 
 
 def _draws(scores, count=20000, seed=0, **filters):
-  """Shares float[V] of the ids that `decode.sample` draws."""
+  """Shares float[V] of the ids that `scoring.sample` draws."""
   temperature = filters.pop("temperature", 1.0)
   rows = jnp.tile(jnp.asarray(scores) / temperature, (count, 1))
   keys = jax.random.split(jax.random.key(seed), count)
-  ids = np.asarray(decode.sample(keys, 3, rows, **filters))
+  ids = np.asarray(scoring.sample(keys, 3, rows, **filters))
   return np.bincount(ids, minlength=len(scores))
 
 

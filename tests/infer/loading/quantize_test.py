@@ -14,9 +14,8 @@ from lavit_jax.core import errors, vocabulary
 from lavit_jax.core.storage import checkpoints, mapped_arrays
 from lavit_jax.data import sequences
 from lavit_jax.data.sources import shapes
-from lavit_jax.infer import visual
 from lavit_jax.infer.decoding import beam, decode, prompt_rows
-from lavit_jax.infer.loading import parts, quantize
+from lavit_jax.infer.loading import parts, quantize, visual
 from lavit_jax.models import llama
 
 pytestmark = pytest.mark.optimized
