@@ -1,50 +1,58 @@
-"""Checkpoints of others become a model directory: `lavit port import`.
+"""Imports PyTorch checkpoints as a model directory: `lavit port import`.
 
-A source is recognised by what it is: a directory in the official layout
-(`official.py`), a Hugging Face LLaMA folder, an EVA-CLIP file or a folder of
-Stable Diffusion (`starts.py`), or the id of a model on the Hugging Face hub
-(`hub.py`). All of it is checked before anything is written. Then each tensor
-is read from its mapped file and put into a mapped file of the stacked array,
-and Orbax stores these: anonymous memory holds about one array at a time
-(`benchmarks/import_memory.py`).
+The source is a directory in the official layout (`official.py`), a Hugging Face
+LLaMA folder, an EVA-CLIP file or a folder of Stable Diffusion
+(`pretrained.py`), or the id of a model on the Hugging Face hub (`hub.py`). All
+of it is checked before anything is written. Then each tensor is copied from its
+mapped file to a mapped file of the stacked array, and Orbax stores the arrays:
+anonymous memory holds about one at a time (`benchmarks/import_memory.py`).
 """
 
 import collections
 import io
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from lavit_jax.core import errors, progress
 from lavit_jax.core.storage import checkpoints, files, fingerprints
-from lavit_jax.port.formats import folder, tensor_files, tensors
+from lavit_jax.port.formats import (
+  folder,
+  official_layout,
+  tensor_files,
+  tensors,
+)
 from lavit_jax.port.reading import (
   hub,
-  looks,
   official,
-  pixel_folders,
   plan,
-  starts,
+  pretrained,
+  unsupported,
 )
-from lavit_jax.port.tables import names
+from lavit_jax.port.tables import rows
 
 DTYPES = ("keep", *tensors.DTYPES)
-_ARRAYS = ".arrays"  # scratch, inside the folder that is being built
 DEFAULT_CODES = 16384
-# What parts of one checkpoint were trained with: part.json says so.
-_WORDS = ("encoder", "tokenizer")
+_SCRATCH = ".arrays"  # folder inside the one that is being built
+# The parts that parts of one checkpoint were trained with, for part.json.
+_VISUAL = ("encoder", "tokenizer")
 _TRAINED_WITH = {
   "tokenizer": ("encoder",),
-  "llm": ("text_tokenizer", *_WORDS),
-  **dict.fromkeys(("lowres", "highres", *pixel_folders.FOLDERS), _WORDS),
+  "llm": ("text_tokenizer", *_VISUAL),
+  "lowres": _VISUAL,
+  "highres": _VISUAL,
+  "lowres_pixels": _VISUAL,
+  "highres_pixels": _VISUAL,
 }
 
 
 def run(
-  source,
-  destination,
+  source: str | os.PathLike,
+  destination: str | os.PathLike,
   *,
   only: Sequence[str] | None = None,
   dtype: str = "keep",
@@ -58,22 +66,23 @@ def run(
 
   Args:
     source: a path, or the id of a model on the hub ("owner/name").
-    destination: the model directory; new, or without the parts imported.
-    only: some of `official.ALL_PARTS`; None: all the source has.
-    dtype: "keep" what the files hold, or one of DTYPES to cast to.
+    destination: a new directory, or a model directory without these parts.
+    only: some of `official_layout.ALL_PARTS`; None for all in the source.
+    dtype: "keep" for those of the files, or another of DTYPES to cast to.
     heads: attention heads of the visual networks, see `official.make_plan`.
     allow_missing: official names that may be missing; biases become 0 and
-      scales of norms 1, other tensors have no such value and are refused.
+      scales of norms 1, other tensors are refused.
     codes: visual codes by which a plain LLaMA's vocabulary grows.
-    seed: of the rows that a plain LLaMA grows.
-    quiet: show no progress.
+    seed: of the new rows of a plain LLaMA.
+    quiet: whether to hide the progress.
 
   Returns:
-    JSON-able: source, destination, parts (parameters, bytes, dtypes), notes.
+    A JSON object: source, directory, parts (parameters, bytes, dtypes), notes.
 
   Raises:
-    errors.UsageError: arguments that do not fit, `destination` is taken.
-    errors.CheckpointError: a source that does not fit; nothing was written.
+    errors.UsageError: arguments are invalid, or `destination` has other
+      content.
+    errors.CheckpointError: the source cannot be imported; nothing was written.
   """
   if dtype not in DTYPES:
     raise errors.UsageError(
@@ -82,65 +91,55 @@ def run(
   _check_only(only)
   files.require_local(destination, "an imported model")
   files.check_arrays_folder(destination, write=True)
-  place = hub.resolve(source, only)
-  made = _plan(place, only, heads, allow_missing, codes, seed)
-  chosen = [part.name for part in made.parts]
-  words = made.files.get(official.WORDS)
-  folder.require_free(destination, chosen, words)
-  total = sum(len(a.sources) for p in made.parts for a in p.arrays)
-  stream = io.StringIO() if quiet else None
-  report = {}
-  with folder.building(destination) as partial:
-    bar = progress.Progress(total, label="import", stream=stream)
-    with bar:
-      writer = _Writer(partial, dtype, bar)
-      for part in made.parts:
-        with_what = _made_of(partial, part.name, words)
-        report[part.name] = writer.write(part, with_what)
-    _write_files(partial, made)
+  path = hub.resolve(source, only)
+  import_plan = _plan(path, only, heads, allow_missing, codes, seed)
+  text_model = import_plan.files.get(official_layout.TOKENIZER_MODEL)
+  folder.require_free(
+    destination, [p.name for p in import_plan.parts], text_model
+  )
   return {
-    "source": made.source,
+    "source": import_plan.source,
     "directory": str(destination),
-    "parts": report,
-    "notes": list(made.notes),
+    "parts": _write(import_plan, destination, dtype, quiet),
+    "notes": list(import_plan.notes),
   }
 
 
 def _check_only(only):
-  known = official.ALL_PARTS
+  known = official_layout.ALL_PARTS
   for part in [""] if only is not None and not only else only or ():
     if part not in known:
       raise errors.UsageError(
-        f"--only {part}: expected parts among {', '.join(known)}, with commas"
-        " between them."
+        f"--only {part}: expected parts among {', '.join(known)}, separated by"
+        " commas."
       )
 
 
-def _plan(place, only, heads, allow, codes, seed) -> plan.ImportPlan:
-  """The plan of import of a path, by what lies there."""
-  if place.is_dir() and official.is_layout(place):
+def _plan(path, only, heads, allow, codes, seed) -> plan.ImportPlan:
+  """Returns the plan for a path, which depends on its content."""
+  if path.is_dir() and official_layout.is_layout(path):
     if codes is not None:
       raise errors.UsageError(
-        f"--codes is for a plain LLaMA; {place} has a visual tokenizer, which"
-        " tells its own number. Leave it out."
+        f"--codes is for a plain LLaMA; {path} has a visual tokenizer with a"
+        " number of codes of its own. Omit the option."
       )
-    return official.make_plan(place, only, heads=heads, allow=allow)
-  if place.is_dir() and starts.is_diffusers(place):
-    return starts.diffusers_plan(place, only, allow=allow)
-  if place.is_dir() and (place / "config.json").is_file():
-    starts.require_only(only, "llm", place)
+    return official.make_plan(path, only, heads=heads, allow=allow)
+  if path.is_dir() and pretrained.is_diffusers(path):
+    return pretrained.diffusers_plan(path, only, allow=allow)
+  if path.is_dir() and (path / "config.json").is_file():
+    pretrained.require_only(only, "llm", path)
     codes = DEFAULT_CODES if codes is None else codes
-    return starts.llama_plan(place, codes=codes, seed=seed, allow=allow)
-  if place.is_file() and place.suffix in tensors.SUFFIXES:
-    starts.require_only(only, "encoder", place)
-    return starts.encoder_plan(place, heads=heads, allow=allow)
+    return pretrained.llama_plan(path, codes=codes, seed=seed, allow=allow)
+  if path.is_file() and path.suffix in tensors.SUFFIXES:
+    pretrained.require_only(only, "encoder", path)
+    return pretrained.encoder_plan(path, heads=heads, allow=allow)
   hint = ""
-  if place.is_dir() and official.is_layout(place / "checkpoint"):
-    hint = f" Did you mean {place / 'checkpoint'}?"
-  elif said := looks.of_path(place):
-    hint = f" It looks like {said}."
+  if path.is_dir() and official_layout.is_layout(path / "checkpoint"):
+    hint = f" Did you mean {path / 'checkpoint'}?"
+  elif description := unsupported.describe_path(path):
+    hint = f" It looks like {description}."
   raise errors.CheckpointError(
-    f"{place} is no checkpoint that can be imported: expected a directory with"
+    f"{path} is no checkpoint that can be imported: expected a directory with"
     " visual_tokenizer/ and language_model/ (official layout), a Hugging Face"
     " LLaMA folder with config.json, a folder of Stable Diffusion with unet/"
     " and vae/ in diffusers' format, or an EVA-CLIP file"
@@ -148,49 +147,72 @@ def _plan(place, only, heads, allow, codes, seed) -> plan.ImportPlan:
   )
 
 
-def _made_of(partial, name: str, words: bytes | None) -> dict[str, str]:
-  """Fingerprints of what a part was trained with, of what is imported here.
+def _write(import_plan, destination, dtype, quiet) -> dict[str, Any]:
+  """Writes everything; returns the report by part."""
+  total = sum(len(a.sources) for p in import_plan.parts for a in p.arrays)
+  stream = io.StringIO() if quiet else None
+  text_model = import_plan.files.get(official_layout.TOKENIZER_MODEL)
+  report = {}
+  with folder.building(destination) as partial:
+    with progress.Progress(total, label="import", stream=stream) as bar:
+      writer = _Writer(partial, dtype, bar)
+      for part in import_plan.parts:
+        made_of = _made_of(partial, part.name, text_model)
+        report[part.name] = writer.write(part, made_of)
+    folder.write_files(partial, import_plan.files)
+    _write_kept(partial, import_plan.kept)
+  return report
 
-  Encoder and tokenizer, which come first, are read back for it: a small part
-  of what is imported, and in the computer's memory still.
+
+def _made_of(partial, name: str, text_model: bytes | None) -> dict[str, str]:
+  """Returns fingerprints of the imported parts that a part was trained with.
+
+  Encoder and tokenizer come first and are read back for it: they are a small
+  share of the import, and their files still in the page cache.
   """
-  there = checkpoints.parts_in(partial)
-  found = {}
-  if words is not None:
-    found["text_tokenizer"] = fingerprints.of_bytes(words)
-  wanted = _TRAINED_WITH.get(name, ())
-  if "encoder" in wanted and "encoder" in there:
-    found["encoder"] = fingerprints.of_part(partial, "encoder")
-  if "tokenizer" in wanted and set(_WORDS) <= set(there):
-    found["tokenizer"] = fingerprints.of_words(partial)
-  return {n: print_ for n, print_ in found.items() if n in wanted}
+  present = checkpoints.parts_in(partial)
+  trained_with = _TRAINED_WITH.get(name, ())
+  prints = {}
+  if text_model is not None and "text_tokenizer" in trained_with:
+    prints["text_tokenizer"] = fingerprints.of_bytes(text_model)
+  if "encoder" in trained_with and "encoder" in present:
+    prints["encoder"] = fingerprints.of_part(partial, "encoder")
+  if "tokenizer" in trained_with and set(_VISUAL) <= set(present):
+    prints["tokenizer"] = fingerprints.of_tokenizer(partial)
+  return prints
 
 
-def _write_files(partial, made):
-  for name, data in made.files.items():
-    path = partial / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-  for part, kept in made.kept.items():
-    path = partial / official.OFFICIAL / tensor_files.KEPT.format(part)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensor_files.save_tensors(path, list(kept.items()))
+def _write_kept(partial, kept):
+  """Writes the tensors that only an export needs."""
+  root = partial / official_layout.KEPT_FOLDER
+  for part, by_name in kept.items():
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / official_layout.KEPT_TENSORS.format(part)
+    tensor_files.save_tensors(path, list(by_name.items()))
 
 
 class _Writer:
   """Writes parts, array by array."""
 
-  def __init__(self, partial: pathlib.Path, dtype: str, bar):
+  def __init__(self, partial: pathlib.Path, dtype: str, bar: progress.Progress):
     self._partial = partial
     self._cast = None if dtype == "keep" else tensors.DTYPES[dtype]
     self._bar = bar
     self._done = 0
 
-  def write(self, part: plan.Part, made_of) -> dict[str, Any]:
-    """Writes one part; what it holds, for the report."""
-    scratch = self._partial / _ARRAYS
+  def write(
+    self, part: plan.Part, made_of: Mapping[str, str]
+  ) -> dict[str, Any]:
+    """Writes one part and returns its entry of the report.
+
+    Args:
+      part: to write.
+      made_of: fingerprints of the parts that it was trained with.
+    """
+    scratch = self._partial / _SCRATCH
     scratch.mkdir()
-    flat, exceptions = {}, {}
+    flat: dict[str, np.ndarray] = {}
+    exceptions: dict[str, str] = {}
     count = sum(_scalars(array, part.meta) for array in part.arrays)
     for number, array in enumerate(part.arrays):
       stored = self._stored_dtype(array)
@@ -204,7 +226,8 @@ class _Writer:
         }
     meta = _with_port(part.meta, dtypes=exceptions) | {"parameters": count}
     meta |= {"made_of": made_of} if made_of else {}
-    checkpoints.save_part(self._partial, part.name, names.unflatten(flat), meta)
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    checkpoints.save_part(self._partial, part.name, params, meta)
     report = _summary(flat, count)
     self._bar.print(f"import: {part.name} is written")
     flat.clear()
@@ -212,34 +235,34 @@ class _Writer:
     return report
 
   def _stored_dtype(self, array):
-    """What an array is stored as: the files' own type, if it is one."""
-    found = {tensor.dtype for tensor in array.sources}
+    """Returns the dtype to store: that of the files, or float32 for several."""
     if self._cast is not None:
       return self._cast
-    if wrong := found - set(tensors.DTYPES.values()):
+    dtypes = {tensor.dtype for tensor in array.sources}
+    if wrong := dtypes - set(tensors.DTYPES.values()):
       raise errors.CheckpointError(
         f"{array.sources[0].file} holds {array.sources[0].name} as"
-        f" {', '.join(d.name for d in wrong)}, which JAX would not keep. Give"
-        " --dtype float32 to cast it."
+        f" {', '.join(d.name for d in wrong)}, which JAX would not keep. Cast"
+        " it with --dtype float32."
       )
-    return found.pop() if len(found) == 1 else np.dtype(np.float32)
+    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
   def _fill(self, array, out):
     for i, tensor in enumerate(array.sources):
-      _place(array, tensor, out[i] if array.stacked else out)
+      _copy(array, tensor, out[i] if array.stacked else out)
       self._done += 1
       self._bar.update(self._done)
     if array.finish is not None:
       array.finish(out)
 
 
-def _place(array, tensor, out):
-  """Puts one tensor into its place, as `names.TRANSFORMS` says."""
+def _copy(array, tensor, out):
+  """Transforms a tensor and copies it to its part of the array."""
   values = tensor.read()
   if array.transform == "rows":  # rows of padding are zero already
     out, values = out[: len(values)], values[: len(out)]
   else:
-    values = names.TRANSFORMS[array.transform].forward(values)
+    values = rows.TRANSFORMS[array.transform].forward(values)
   with np.errstate(over="ignore"):
     out[...] = values
   if out.dtype.itemsize < values.dtype.itemsize:
@@ -252,7 +275,7 @@ def _place(array, tensor, out):
 
 
 def _scalars(array, meta) -> int:
-  """Numbers in an array, rows of padding not counted."""
+  """Returns the numbers in an array without rows of padding."""
   shape = list(array.shape)
   if array.transform == "rows":
     shape[0] = meta["llama"]["vocab_size"]
@@ -260,11 +283,13 @@ def _scalars(array, meta) -> int:
 
 
 def _with_port(meta: Mapping[str, Any], **more) -> dict[str, Any]:
+  """Returns meta with more fields in its `port`."""
   return dict(meta) | {"port": dict(meta["port"]) | more}
 
 
 def _summary(flat, count):
-  dtypes = collections.Counter()
+  """Returns the report of a part from its flat arrays."""
+  dtypes: collections.Counter[str] = collections.Counter()
   for array in flat.values():
     dtypes[array.dtype.name] += array.nbytes
   return {

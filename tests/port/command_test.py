@@ -21,12 +21,12 @@ def test_import_and_export_report_what_they_did(tmp_path, capsys):
   assert report["parts"]["encoder"]["parameters"] == size
   export = ["port", "export", model, back, "--format", "official"]
   assert main.main(export) == 0
-  said = capsys.readouterr().out
-  assert "visual_tokenizer/eva_vitg_psz14.bin" in said
-  assert back in said
+  message = capsys.readouterr().out
+  assert "visual_tokenizer/eva_vitg_psz14.bin" in message
+  assert back in message
 
 
-def test_a_source_that_does_not_fit_is_one_paragraph_and_status_2(
+def test_a_source_that_cannot_be_imported_is_one_paragraph_and_status_2(
   tmp_path, capsys
 ):
   state = sources.state()
@@ -34,11 +34,11 @@ def test_a_source_that_does_not_fit_is_one_paragraph_and_status_2(
   source = sources.write(tmp_path / "source", state)
   arguments = [str(source), str(tmp_path / "model"), "--only", "encoder"]
   assert main.main(["port", "import", *arguments]) == 2
-  said = capsys.readouterr()
-  assert said.err.count("\n") == 1
-  assert said.err.startswith("lavit: ")
-  assert "cls_token" in said.err
-  assert not said.out
+  message = capsys.readouterr()
+  assert message.err.count("\n") == 1
+  assert message.err.startswith("lavit: ")
+  assert "cls_token" in message.err
+  assert not message.out
   assert not (tmp_path / "model").exists()
 
 

@@ -18,7 +18,6 @@ from lavit_jax.infer import pipeline
 from lavit_jax.models import llama
 from lavit_jax.port import exporting, importing
 from lavit_jax.port.formats import tensor_files
-from lavit_jax.port.tables import names
 from lavit_jax.port.writing import official_files
 from tests.golden import load
 from tests.port import sources
@@ -36,7 +35,7 @@ def exported(model, target, format):
 
 
 def assert_comes_back(source, target):
-  """Every file of a source that is not a pixel decoder's, bit for bit."""
+  """Checks every file of a source that is no pixel decoder, bit for bit."""
   for folder in ("visual_tokenizer", "language_model"):
     wanted = sorted(p.name for p in (source / folder).iterdir())
     assert sorted(p.name for p in (target / folder).iterdir()) == wanted
@@ -49,7 +48,7 @@ def assert_comes_back(source, target):
 
 
 def odd_state():
-  """Half precision here and there, and all that a source may have besides."""
+  """Returns tensors of mixed precision, with all optional tensors."""
   state = sources.state()
   half = {
     name: torch.from_numpy(value).to(torch.float16)
@@ -80,7 +79,7 @@ def odd_state():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-  """(source, model) of a small checkpoint with every oddity."""
+  """Returns (source, model) of a small checkpoint with every oddity."""
   root = tmp_path_factory.mktemp("small")
   source = sources.write(root / "source", odd_state(), heads=None)
   return source, imported(source, root / "model", heads=sources.HEADS)
@@ -101,7 +100,7 @@ def test_parts_imported_one_by_one_come_back_too(small, tmp_path):
 
 
 def test_weights_of_the_recorded_release_come_back(tmp_path):
-  """The official modules' own files, with a language model of their width."""
+  """Files of the official modules, with a language model of their width."""
   files = {
     FILES[name]: load.official(name)
     for name in ("encoder", "tokenizer", "lowres", "highres")
@@ -127,7 +126,7 @@ def _fields(config):
   return {key: content[key] for key in content if key != "architectures"}
 
 
-def test_large_language_models_are_cut_as_hugging_face_cuts_them(
+def test_large_language_models_are_sharded_as_by_hugging_face(
   small, tmp_path, monkeypatch
 ):
   source, model = small
@@ -195,7 +194,7 @@ def test_transformers_computes_the_same_logits(
   assert load.error(ours[..., : config.vocab_size], wanted) <= 1e-5
 
 
-def test_the_exported_tokenizer_reads_as_ours(tmp_path):
+def test_the_exported_tokenizer_gives_the_same_ids(tmp_path):
   exported("tiny", tmp_path / "hf", "huggingface")
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf" / "llm")
   ours = pipeline.LaVIT.load("tiny").text
@@ -207,11 +206,11 @@ def test_the_exported_tokenizer_reads_as_ours(tmp_path):
   assert theirs.eos_token_id == 2
 
 
-def test_visual_files_of_a_model_trained_here_hold_all_of_it(tmp_path):
+def test_visual_files_of_a_model_trained_here_are_complete(tmp_path):
   exported("tiny", tmp_path / "hf", "huggingface")
   found = safe.load_file(tmp_path / "hf" / "visual_tokenizer.safetensors")
   model = pipeline.resolve("tiny")
-  flat = lambda part: names.flatten(
+  flat = lambda part: sources.flatten(
     checkpoints.load_part(model, part, dtype=None).params
   )
   size = lambda tree: sum(int(np.prod(x.shape)) for x in tree.values())
@@ -292,7 +291,7 @@ def test_a_damaged_part_is_named(small, tmp_path):
 
 
 def test_a_model_trained_here_fills_the_official_layout(tmp_path):
-  """No norm and head of the encoder, no vit_proj, no files of an import."""
+  """It has no norm and head in the encoder, no vit_proj and no kept files."""
   source = sources.write(tmp_path / "source")
   model = imported(source, tmp_path / "model")
   trained = tmp_path / "trained"

@@ -1,4 +1,4 @@
-"""class LaVIT against the recordings: `parity=True` and what it changes."""
+"""The class LaVIT with `parity=True`, compared with the recordings."""
 
 import json
 import os
@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("torch", reason="imports PyTorch files")
 
-from lavit_jax.infer import batches, pipeline, visual
+from lavit_jax.infer import batches, pipeline
+from lavit_jax.infer.loading import visual
 from lavit_jax.infer.presets import official
 from lavit_jax.models.tokenizer import tokenizer
 from lavit_jax.port import importing
@@ -39,7 +40,7 @@ def lavit(golden, tmp_path_factory):
 
 @pytest.fixture
 def feed(lavit, monkeypatch):
-  """Feeds recorded pixels and noise in, which no image file holds."""
+  """Replaces pixels and noise by recorded ones."""
 
   def feed(gumbel, pixels=None):
     monkeypatch.setattr(
@@ -99,7 +100,7 @@ def assert_same(ours, theirs):
     np.testing.assert_array_equal(a, b)
 
 
-def test_visual_words_are_the_official_ones(lavit, golden, feed):
+def test_visual_tokens_are_the_official_ones(lavit, golden, feed):
   arrays, wanted = recorded(golden, "t2i_tokens")
   prompts = wanted["prompts"]
   greedy = {"temperature": 0, "parity": True}
@@ -120,7 +121,7 @@ def test_visual_words_are_the_official_ones(lavit, golden, feed):
 
 
 def test_negative_prompts_are_the_official_ones(lavit, golden, monkeypatch):
-  """Without [IMG], as recorded; with it, the image is another."""
+  """Recorded without [IMG]; with it the image differs."""
   arrays, wanted = recorded(golden, "t2i_tokens")
   # The last three ids of each prompt, which begin in the middle of a word.
   ids = dict(zip("ab", arrays["out_prompt_ids"][:, -3:].tolist(), strict=True))

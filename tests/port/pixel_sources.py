@@ -1,4 +1,4 @@
-"""Small pixel decoders in diffusers' format, beside those of `sources.py`."""
+"""Small pixel decoders in diffusers' format that fit `sources.py`."""
 
 import json
 
@@ -9,12 +9,12 @@ from safetensors import torch as safe
 from lavit_jax.diffusion import schedules
 from lavit_jax.models.pixels import unet, vae
 from lavit_jax.port.diffusers import config as config_lib
-from lavit_jax.port.diffusers import scheduler_config
-from lavit_jax.port.reading import pixel_folders
-from lavit_jax.port.tables import names
+from lavit_jax.port.diffusers import scheduler_config, weight_files
+from lavit_jax.port.formats import official_layout
+from lavit_jax.port.tables import names, pixel_names
 
-FOLDERS = pixel_folders.FOLDERS
-STEM = pixel_folders.STEM
+FOLDERS = official_layout.PIXEL_FOLDERS
+STEM = weight_files.STEM
 SHAPE = {
   "in_channels": 4,
   "out_channels": 4,
@@ -51,18 +51,18 @@ UNCOND = np.linspace(-1, 1, 30, dtype=np.float32).reshape(1, 3, 10)
 
 
 def config(part, kind):
-  """Sizes of a network."""
+  """Returns the sizes of a network."""
   return UNETS[part] if kind == "unet" else VAE
 
 
 def state(part, kind, generation="to_q", dtype=torch.float32):
-  """Random tensors of a network by official name."""
+  """Returns random tensors of a network by official name."""
   if kind == "unet":
     tree = config_lib.abstract_unet(UNETS[part])
   else:
     tree = config_lib.abstract_vae(VAE)
   rng = np.random.default_rng([len(part), len(kind)])
-  table = pixel_folders.table_of(config(part, kind), generation)
+  table = pixel_names.table_of(config(part, kind), generation)
   return {
     name: torch.from_numpy(
       rng.normal(size=value.shape, scale=0.3).astype(np.float32)
@@ -72,7 +72,7 @@ def state(part, kind, generation="to_q", dtype=torch.float32):
 
 
 def save(path, tensors):
-  """Writes a state_dict as the suffix says."""
+  """Writes a state_dict in the format of the suffix."""
   path.parent.mkdir(parents=True, exist_ok=True)
   if path.suffix == ".bin":
     torch.save(tensors, path)
@@ -81,14 +81,14 @@ def save(path, tensors):
 
 
 def load(path):
-  """A state_dict, or a bare tensor, under whatever suffix."""
+  """Returns the state_dict or bare tensor of a file."""
   if path.suffix == ".bin":
     return torch.load(path, weights_only=True)
   return safe.load_file(path)
 
 
 def shard(path, count):
-  """Cuts a file of weights into shards with an index; the index's path."""
+  """Splits a file of weights into shards and returns their index's path."""
   tensors, weight_map = load(path), {}
   path.unlink()
   for i in range(count):
@@ -112,7 +112,7 @@ def write(
   files=(f"{STEM}.bin", f"{STEM}.safetensors"),
   uncond=None,
 ):
-  """Writes unet/, vae/, scheduler/ (and uncond, an array) and returns it."""
+  """Writes unet/, vae/, scheduler/ (and uncond) and returns the folder."""
   fields = {
     "unet": config_lib.unet_fields(UNETS[part]),
     "vae": config_lib.vae_fields(VAE),
@@ -129,12 +129,12 @@ def write(
   content |= {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
   (scheduler / scheduler_config.FILE).write_text(json.dumps(content))
   if uncond is not None:
-    torch.save(torch.from_numpy(uncond), folder / pixel_folders.UNCOND)
+    torch.save(torch.from_numpy(uncond), folder / official_layout.UNCOND)
   return folder
 
 
 def write_official(root, part="lowres_pixels", **kwargs):
-  """The folder of a part in the official layout; gives the root."""
+  """Writes the folder of a part in the official layout; returns the root."""
   if part == "lowres_pixels":
     kwargs = {"uncond": UNCOND} | kwargs
   write(root / FOLDERS[part], part, **kwargs)

@@ -1,4 +1,4 @@
-"""Small checkpoints in the official layout, of sizes that no recording has."""
+"""Small checkpoints in the official layout, with sizes of no recording."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import torch
+from flax import traverse_util
 
 from lavit_jax.infer.loading import parts
 from lavit_jax.models import llama
@@ -17,8 +18,7 @@ from lavit_jax.models.tokenizer import (
   selector,
   tokenizer,
 )
-from lavit_jax.port.formats import llama_folder
-from lavit_jax.port.reading import official
+from lavit_jax.port.formats import llama_folder, official_layout
 from lavit_jax.port.tables import names, sizes
 
 WORDS = (parts.resolve("tiny") / "tokenizer.model").read_bytes()
@@ -64,22 +64,22 @@ LLAMA = llama.LlamaConfig(
   max_len=64,
 )
 LLM = "language_model/pytorch_model.bin"
-FILES = official.FILES
+FILES = official_layout.FILES
 
 
-def random(table, tree, seed, rows=None):
-  """Official float32 tensors of a table, shaped as an abstract tree."""
+def random(table, tree, seed, vocab_size=None):
+  """Returns random float32 tensors of a table, by official name."""
   rng = np.random.default_rng(seed)
   return {
     name: rng.normal(size=value.shape, scale=0.2).astype(np.float32)
-    for name, value in names.to_official(table, tree, rows=rows).items()
+    for name, value in names.to_official(table, tree, vocab_size).items()
   }
 
 
 def random_llama(config=LLAMA, seed=6):
-  """Tensors of a LlamaForCausalLM."""
+  """Returns random tensors of a LlamaForCausalLM."""
   tree = sizes.abstract_llama(config)
-  return random(names.LLM, tree, seed, rows=config.vocab_size)
+  return random(names.LLM, tree, seed, vocab_size=config.vocab_size)
 
 
 @functools.cache
@@ -107,7 +107,7 @@ def _made():
 
 
 def state():
-  """{file: {official name: array}} of a whole checkpoint, to be changed."""
+  """Returns {file: {official name: array}} of a checkpoint, to be modified."""
   return {
     file: {name: value.copy() for name, value in tensors.items()}
     for file, tensors in _made().items()
@@ -122,7 +122,7 @@ def save(path, tensors):
 
 
 def config_json(config=LLAMA, **fields):
-  """The bytes of a config.json."""
+  """Returns the bytes of a config.json."""
   content = llama_folder.config_json(config, "float32") | fields
   return json.dumps(content).encode()
 
@@ -131,11 +131,11 @@ def write(folder, tensors=None, *, heads=HEADS, **config_fields):
   """Writes a checkpoint in the official layout and returns its folder."""
   for file, content in (state() if tensors is None else tensors).items():
     save(folder / file, content)
-  language_model = folder / official.LLM_FOLDER
+  language_model = folder / official_layout.LLM_FOLDER
   language_model.mkdir(parents=True, exist_ok=True)
   (language_model / "config.json").write_bytes(config_json(**config_fields))
   (language_model / "generation_config.json").write_text('{"eos_token_id": 2}')
-  (language_model / official.WORDS).write_bytes(WORDS)
+  (language_model / official_layout.TOKENIZER_MODEL).write_bytes(WORDS)
   if heads:
     (folder / "variant_config.json").write_text(json.dumps({"heads": heads}))
   return folder
@@ -145,23 +145,28 @@ def write_llama(folder, config=LLAMA, tensors=None, **config_fields):
   """Writes a plain Hugging Face LLaMA folder and returns it."""
   save(folder / "pytorch_model.bin", tensors or random_llama(config))
   (folder / "config.json").write_bytes(config_json(config, **config_fields))
-  (folder / official.WORDS).write_bytes(WORDS)
+  (folder / official_layout.TOKENIZER_MODEL).write_bytes(WORDS)
   return folder
 
 
+def flatten(tree):
+  """Returns {path with slashes: leaf} of nested dicts."""
+  return traverse_util.flatten_dict(tree, sep="/")
+
+
 def load(path):
-  """A .bin file as torch tensors."""
+  """Returns the torch tensors of a .bin file."""
   return torch.load(path, weights_only=True)
 
 
 def _bits(tensor):
-  """Of a tensor, so that equal means equal to the last bit."""
+  """Returns a tensor as integers, which are equal only bit for bit."""
   kinds = {2: torch.int16, 4: torch.int32}
   return tensor.contiguous().view(kinds[tensor.element_size()])
 
 
 def assert_same_state(found, wanted):
-  """Names, dtypes and numbers of two state_dicts, to the last bit."""
+  """Checks that two state_dicts have the same names, dtypes and bits."""
   assert set(found) == set(wanted)
   for name, value in wanted.items():
     assert found[name].dtype == value.dtype, name

@@ -16,7 +16,7 @@ SELECTOR = "token_predictor."
 
 
 def load(root, overlay=None):
-  """A LaVIT of the small official checkpoint, more laid over its tokenizer."""
+  """Loads a small official checkpoint, with more tensors in its overlay."""
   state = sources.state()
   state[sources.FILES["overlay"]] |= overlay or {}
   source = sources.write(root / "source", state)
@@ -43,8 +43,8 @@ def test_an_imported_model_tokenizes_captions_and_answers(lavit, images):
   assert isinstance(lavit.answer(images[0], "what is it?"), str)
 
 
-def test_parity_samples_and_a_seed_alone_does_too(lavit, images):
-  """With the same seed the selection is the same in both."""
+def test_selection_is_sampled_in_parity_or_with_a_seed(lavit, images):
+  """The same seed gives the same selection in both cases."""
   seeded = lavit.tokenize(images, seed=5)
   quirky = lavit.tokenize(images, seed=5, parity=True)
   for a, b in zip(seeded, quirky, strict=True):
@@ -60,7 +60,7 @@ def rows(lavit, prompt, **how):
   return prompter.rows([prompter.parse(prompt)], **how)[0]
 
 
-def test_codes_of_a_prompt_stand_between_marks_unless_in_parity(lavit, images):
+def test_codes_in_a_prompt_are_between_marks_except_in_parity(lavit, images):
   codes = lavit.tokenize(images[0])["codes"] + 32002
   text = lavit.text.encode("a dog")
   prompt = [images[0], "a dog"]
@@ -126,8 +126,8 @@ def test_greedy_scores_count_lengths_as_beams_do(lavit, images, offset):
     np.testing.assert_allclose(greedy.score, one.scores[0, 0], rtol=1e-4)
 
 
-def test_what_cannot_be_answered_is_said_so(lavit, images, monkeypatch):
-  """The first answer decides; the second is asked of the rest alone."""
+def test_unanswerable_questions_are_answered_so(lavit, images, monkeypatch):
+  """The first answer decides for which questions the second is asked."""
   asked = []
 
   def write(prompter, rows, *args, **options):
@@ -147,7 +147,7 @@ def test_what_cannot_be_answered_is_said_so(lavit, images, monkeypatch):
   assert asked[1] == ["Question: b? Answer:"]
 
 
-def test_a_image_where_text_belongs_is_named(lavit, images):
+def test_an_image_in_place_of_text_is_refused(lavit, images):
   image = PIL.Image.fromarray(images[0])
   for call in (
     lambda: lavit.answer(images[0], image),
@@ -213,13 +213,13 @@ def test_int8_weights_read_and_write(lavit, images):
   assert after < before / 2
 
 
-def test_an_imported_model_writes_visual_words(lavit, images):
+def test_an_imported_model_generates_visual_tokens(lavit, images):
   (codes,) = lavit.write_codes([[images[0], "a dog"]], max_new_tokens=4)
   assert 1 <= len(codes) <= 4
   assert codes.max() < sources.CODES
 
 
-def test_what_needs_the_u_nets_is_refused(lavit, images):
+def test_pixels_are_refused_without_pixel_parts(lavit, images):
   for draw in (
     lambda: lavit.reconstruct(images[0]),
     lambda: lavit.generate("a dog", max_new_tokens=2),
@@ -230,8 +230,10 @@ def test_what_needs_the_u_nets_is_refused(lavit, images):
     _ = lavit.visual.feature_mean
 
 
-def test_the_selector_for_reading_is_the_overlay_s(lavit, images, tmp_path):
-  """The other one keeps all; ids still come from the tokenizer's own."""
+def test_the_selector_for_reading_comes_from_the_overlay(
+  lavit, images, tmp_path
+):
+  """The overlay's selector keeps all patches; ids use the tokenizer's."""
   state = sources.state()[sources.FILES["tokenizer"]]
   overlay = {n: v for n, v in state.items() if n.startswith(SELECTOR)}
   overlay[f"{SELECTOR}out_conv.4.bias"] = np.array([99.0, -99.0], np.float32)

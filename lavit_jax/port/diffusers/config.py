@@ -1,28 +1,29 @@
-"""Topology of U-Nets and autoencoders: diffusers' config.json <-> ours.
+"""Sizes of U-Nets and autoencoders in diffusers' config.json, read and written.
 
-Every field of a file is either used or known to be at a value that the
-networks here have; any other value, and any field that is not diffusers', is
-an error that names it. Fields that a file lacks have diffusers' defaults.
+Every field of a file is either used or must have the value that the networks
+here have; any other value, and any field unknown to diffusers, is an error
+that names it. Fields that a file lacks have diffusers' defaults.
 
   fields = json.loads((folder / "config.json").read_text())
-  config = diffusers_config.unet_config(fields, "unet/config.json")
-  table = names_pixels.unet(config)
-  tree = diffusers_config.abstract_unet(config)
+  config = unet_config(fields, "unet/config.json")
+  table = pixel_names.unet(config)
+  tree = abstract_unet(config)
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from lavit_jax.core import errors
 from lavit_jax.models.pixels import unet, vae
+from lavit_jax.port.diffusers import network_fields
 from lavit_jax.port.formats import config_fields
+from lavit_jax.port.tables import sizes
 
 _CROSS_DOWN, _DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 _CROSS_UP, _UP = "CrossAttnUpBlock2D", "UpBlock2D"
+_VAE_DOWN, _VAE_UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 _ANY = config_fields.ANY
 
 # Fields that are used, with diffusers' defaults.
@@ -46,9 +47,9 @@ _UNET_USED = {
   "addition_time_embed_dim": None,
   "projection_class_embeddings_input_dim": None,
 }
-# Fields that must be at one of these values. Lists must be so in each entry.
+# Fields that must have one of these values, lists in each entry.
 _UNET_FIXED = {
-  "sample_size": _ANY,  # only the size that pipelines draw by default
+  "sample_size": _ANY,  # the default size of images; no weight depends on it
   "center_input_sample": (False,),
   "mid_block_type": ("UNetMidBlock2DCrossAttn",),
   "only_cross_attention": (False,),
@@ -62,7 +63,7 @@ _UNET_FIXED = {
   "dual_cross_attention": (False,),
   "class_embed_type": (None,),
   "num_class_embeds": (None,),
-  "upcast_attention": _ANY,  # softmax is in float32 here anyway
+  "upcast_attention": _ANY,  # the softmax here is in float32 anyway
   "resnet_time_scale_shift": ("default",),
   "resnet_skip_time_act": (False,),
   "resnet_out_scale_factor": (1,),
@@ -82,8 +83,8 @@ _UNET_FIXED = {
 _VAE_USED = {
   "in_channels": 3,
   "out_channels": 3,
-  "down_block_types": ("DownEncoderBlock2D",),
-  "up_block_types": ("UpDecoderBlock2D",),
+  "down_block_types": (_VAE_DOWN,),
+  "up_block_types": (_VAE_UP,),
   "block_out_channels": (64,),
   "layers_per_block": 1,
   "latent_channels": 4,
@@ -109,7 +110,7 @@ def unet_config(
   *,
   dtype: str = "float32",
 ) -> unet.UNetConfig:
-  """Sizes of a U-Net from the fields of its config.json.
+  """Returns the sizes of a U-Net from the fields of its config.json.
 
   Args:
     fields: the content of the file.
@@ -117,13 +118,25 @@ def unet_config(
     dtype: of the computation.
 
   Raises:
-    errors.CheckpointError: fields that are unknown, or at values that the
-      U-Net here cannot have: all of them at once.
+    errors.CheckpointError: fields are unknown, or have values that the U-Net
+      here does not implement; the error lists all.
   """
-  file = config_fields.File(
+  file = network_fields.NetworkFields(
     label, fields, "UNet2DConditionModel", _UNET_USED, _UNET_FIXED
   )
-  widths = file.numbers("block_out_channels")
+  values = _unet_levels(file) | {
+    "in_channels": file.positive_int("in_channels"),
+    "out_channels": file.positive_int("out_channels"),
+    "groups": file.positive_int("norm_num_groups"),
+    "dtype": dtype,
+    "details": _quirks(file),
+  }
+  return file.build(lambda: unet.UNetConfig(**values))
+
+
+def _unet_levels(file: network_fields.NetworkFields) -> dict[str, Any]:
+  """Returns the arguments of UNetConfig that differ between levels."""
+  widths = file.positive_ints("block_out_channels")
   levels = len(widths)
   attention = _attention(file, levels)
   heads = "num_attention_heads"
@@ -134,34 +147,35 @@ def unet_config(
   cross = file.per_level("cross_attention_dim", levels)
   if len(set(cross)) > 1:
     file.wrong("cross_attention_dim", "one width for all levels")
-  added_dim, added_time_dim = _added(file)
-  values = {
-    "in_channels": file.whole("in_channels"),
-    "out_channels": file.whole("out_channels"),
+  return {
     "channels": widths,
     "layers_per_block": depths[0] if len(set(depths)) == 1 else depths,
     "attention": attention,
     "transformer_layers": layers,
     "num_heads": file.per_level(heads, levels),
     "cross_dim": cross[0],
-    "groups": file.whole("norm_num_groups"),
-    "dtype": dtype,
-    "details": {
-      "norm_eps": file.real("norm_eps"),
-      "cosines_first": file.flag("flip_sin_to_cos"),
-      "freq_shift": file.real("freq_shift", least=0),
-      "linear_projection": file.flag("use_linear_projection"),
-      "mask_bias": unet.MASK_BIAS,
-      "added_dim": added_dim,
-      "added_time_dim": added_time_dim,
-    },
   }
-  return file.made(lambda: unet.UNetConfig(**values))
 
 
-def _attention(file: config_fields.File, levels: int) -> tuple[bool, ...]:
-  """Which levels have transformers, the same ones down and up."""
-  down, up = file.words("down_block_types"), file.words("up_block_types")
+def _quirks(file: network_fields.NetworkFields) -> dict[str, Any]:
+  """Returns the arguments of DiffusersQuirks."""
+  added_dim, added_time_dim = _added(file)
+  return {
+    "norm_eps": file.positive_number("norm_eps"),
+    "cosines_first": file.boolean("flip_sin_to_cos"),
+    "freq_shift": file.positive_number("freq_shift", least=0),
+    "linear_projection": file.boolean("use_linear_projection"),
+    "mask_bias": unet.MASK_BIAS,
+    "added_dim": added_dim,
+    "added_time_dim": added_time_dim,
+  }
+
+
+def _attention(
+  file: network_fields.NetworkFields, levels: int
+) -> tuple[bool, ...]:
+  """Returns which levels have transformers, on the way down and up alike."""
+  down, up = file.strings("down_block_types"), file.strings("up_block_types")
   kinds = {_CROSS_DOWN: True, _DOWN: False}
   if len(down) != levels or set(down) - set(kinds):
     file.wrong("down_block_types", f"{levels} of {' and '.join(kinds)}")
@@ -169,20 +183,22 @@ def _attention(file: config_fields.File, levels: int) -> tuple[bool, ...]:
   attention = tuple(kinds[name] for name in down)
   mirrored = [_CROSS_UP if crossed else _UP for crossed in attention[::-1]]
   if up != mirrored:
-    file.wrong("up_block_types", f"those of the way down: {mirrored}")
+    file.wrong("up_block_types", f"those that mirror the way down: {mirrored}")
   return attention
 
 
-def _added(file: config_fields.File) -> tuple[int, int]:
-  """Widths of SDXL's additional embedding: all of it, and a size's."""
+def _added(file: network_fields.NetworkFields) -> tuple[int, int]:
+  """Returns the widths of SDXL's additional embedding: in all, and a size's."""
   kind = file.value("addition_embed_type")
   if kind is None:
     return 0, 0
   if kind != "text_time":
-    file.wrong("addition_embed_type", "'text_time' or None")
+    file.wrong("addition_embed_type", "'text_time' or null")
     return 0, 0
-  names = ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
-  return tuple(file.whole(name) for name in names)
+  return (
+    file.positive_int("projection_class_embeddings_input_dim"),
+    file.positive_int("addition_time_embed_dim"),
+  )
 
 
 def vae_config(
@@ -191,54 +207,50 @@ def vae_config(
   *,
   dtype: str = "float32",
 ) -> vae.VaeConfig:
-  """Sizes of an autoencoder from the fields of its config.json.
+  """Returns the sizes of an autoencoder from the fields of its config.json.
 
   Args:
     fields: the content of the file.
     label: how messages name the file.
-    dtype: of the computation, unless the file says `force_upcast`.
+    dtype: of the computation, unless the file sets `force_upcast`.
 
   Raises:
     errors.CheckpointError: as `unet_config`.
   """
-  file = config_fields.File(
+  file = network_fields.NetworkFields(
     label, fields, "AutoencoderKL", _VAE_USED, _VAE_FIXED
   )
-  widths = file.numbers("block_out_channels")
-  for name in ("down_block_types", "up_block_types"):
-    wanted = [_VAE_USED[name][0]] * len(widths)
-    if file.words(name) != wanted:
-      file.wrong(name, f"{wanted}, one for each width")
-  values = {
-    "in_channels": file.whole("in_channels"),
-    "out_channels": file.whole("out_channels"),
+  widths = file.positive_ints("block_out_channels")
+  for name, block in (
+    ("down_block_types", _VAE_DOWN),
+    ("up_block_types", _VAE_UP),
+  ):
+    expected = [block] * len(widths)
+    if file.strings(name) != expected:
+      file.wrong(name, f"{expected}, one for each width")
+  values: dict[str, Any] = {
+    "in_channels": file.positive_int("in_channels"),
+    "out_channels": file.positive_int("out_channels"),
     "channels": widths,
-    "layers_per_block": file.whole("layers_per_block"),
-    "latent_channels": file.whole("latent_channels"),
-    "groups": file.whole("norm_num_groups"),
-    "sample_size": file.whole("sample_size"),
-    "scaling_factor": file.real("scaling_factor"),
-    "force_upcast": file.flag("force_upcast"),
+    "layers_per_block": file.positive_int("layers_per_block"),
+    "latent_channels": file.positive_int("latent_channels"),
+    "groups": file.positive_int("norm_num_groups"),
+    "sample_size": file.positive_int("sample_size"),
+    "scaling_factor": file.positive_number("scaling_factor"),
+    "force_upcast": file.boolean("force_upcast"),
     "dtype": dtype,
   }
-  return file.made(lambda: vae.VaeConfig(**values))
+  return file.build(lambda: vae.VaeConfig(**values))
 
 
 def unet_fields(config: unet.UNetConfig) -> dict[str, Any]:
-  """The fields of a config.json from which diffusers makes this U-Net.
+  """Returns the fields of a config.json from which diffusers makes a U-Net.
 
   Raises:
     errors.ConfigError: diffusers has no such U-Net.
   """
+  _require_diffusers_unet(config)
   details = config.details
-  wanted = {"ff_mult": 4, "mid_attention": True}
-  if other := [n for n, v in wanted.items() if getattr(config, n) != v]:
-    raise errors.ConfigError(
-      f"A U-Net with {', '.join(f'{n}={getattr(config, n)}' for n in other)}"
-      " cannot be written for diffusers, whose U-Nets have"
-      f" {', '.join(f'{n}={wanted[n]}' for n in other)}."
-    )
-  added = bool(details.added_dim)
   return {
     "_class_name": "UNet2DConditionModel",
     "in_channels": config.in_channels,
@@ -261,20 +273,30 @@ def unet_fields(config: unet.UNetConfig) -> dict[str, Any]:
     "transformer_layers_per_block": list(config.transformer_layers),
     "attention_head_dim": list(config.num_heads),
     "use_linear_projection": details.linear_projection,
-    "addition_embed_type": "text_time" if added else None,
+    "addition_embed_type": "text_time" if details.added_dim else None,
     "addition_time_embed_dim": details.added_time_dim or None,
     "projection_class_embeddings_input_dim": details.added_dim or None,
   }
 
 
+def _require_diffusers_unet(config):
+  fixed = {"ff_mult": 4, "mid_attention": True}
+  if other := [n for n, v in fixed.items() if getattr(config, n) != v]:
+    raise errors.ConfigError(
+      f"A U-Net with {', '.join(f'{n}={getattr(config, n)}' for n in other)}"
+      " cannot be written for diffusers, whose U-Nets have"
+      f" {', '.join(f'{n}={fixed[n]}' for n in other)}."
+    )
+
+
 def vae_fields(config: vae.VaeConfig) -> dict[str, Any]:
-  """The fields of a config.json from which diffusers makes this autoencoder."""
+  """Returns the fields from which diffusers makes an autoencoder."""
   levels = len(config.channels)
   return {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
     "block_out_channels": list(config.channels),
-    "down_block_types": ["DownEncoderBlock2D"] * levels,
+    "down_block_types": [_VAE_DOWN] * levels,
     "force_upcast": config.force_upcast,
     "in_channels": config.in_channels,
     "latent_channels": config.latent_channels,
@@ -283,31 +305,49 @@ def vae_fields(config: vae.VaeConfig) -> dict[str, Any]:
     "out_channels": config.out_channels,
     "sample_size": config.sample_size,
     "scaling_factor": config.scaling_factor,
-    "up_block_types": ["UpDecoderBlock2D"] * levels,
+    "up_block_types": [_VAE_UP] * levels,
   }
 
 
 def abstract_unet(config: unet.UNetConfig) -> dict[str, Any]:
-  """Abstract params of `unet.UNet`."""
+  """Returns the abstract params of `unet.UNet`."""
   side = 2 ** (len(config.channels) - 1)
-  inputs = [
+  inputs: list[Any] = [
     jnp.zeros((1, side, side, config.in_channels)),
     jnp.zeros(1, jnp.int32),
     jnp.zeros((1, 1, config.cross_dim)),
   ]
   details = config.details
-  if details.added_dim:  # any split of the width gives the same parameters
+  if details.added_dim:  # every split of the width has the same parameters
     pooled = jnp.zeros((1, details.added_dim - details.added_time_dim))
     inputs += [None, pooled, jnp.zeros((1, 1))]
-  return _abstract(unet.UNet(config), *inputs)
+  return sizes.abstract_variables(unet.UNet(config), *inputs)["params"]
 
 
 def abstract_vae(config: vae.VaeConfig) -> dict[str, Any]:
-  """Abstract params of `vae.AutoencoderKL`."""
+  """Returns the abstract params of `vae.AutoencoderKL`."""
   shape = (1, config.scale, config.scale, config.in_channels)
-  return _abstract(vae.AutoencoderKL(config), jnp.zeros(shape))
+  module = vae.AutoencoderKL(config)
+  return sizes.abstract_variables(module, jnp.zeros(shape))["params"]
 
 
-def _abstract(module, *args):
-  make = lambda: module.init(jax.random.key(0), *args)
-  return nn.meta.unbox(jax.eval_shape(make))["params"]
+class Kind(NamedTuple):
+  """One of the two networks of a pixel decoder in diffusers' format.
+
+  Attributes:
+    config: class of its sizes.
+    read: makes them from the fields of a config.json and a label.
+    fields: makes these fields from them.
+    abstract: makes the abstract params.
+  """
+
+  config: Callable[..., Any]
+  read: Callable[..., Any]
+  fields: Callable[[Any], dict[str, Any]]
+  abstract: Callable[[Any], dict[str, Any]]
+
+
+KINDS = {
+  "unet": Kind(unet.UNetConfig, unet_config, unet_fields, abstract_unet),
+  "vae": Kind(vae.VaeConfig, vae_config, vae_fields, abstract_vae),
+}

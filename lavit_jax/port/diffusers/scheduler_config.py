@@ -1,24 +1,25 @@
-"""diffusers' scheduler_config.json and our `Schedule`, both ways.
+"""diffusers' scheduler_config.json, read and written as a `NoiseSchedule`.
 
-Officially the file is loaded as a DDIMScheduler, whichever scheduler it names:
-fields that DDIM does not have are ignored (`skip_prk_steps` of a PNDM file,
-`interpolation_type` of an Euler file), and those that are missing, or listed
-under `_use_default_values`, take DDIM's defaults, `clip_sample` true among
-them. So it is here, but for fields that tell of a U-Net with which DDIM cannot
-do anything (those of flows, of continuous steps, of learned variances).
+The official code loads the file as a DDIMScheduler, whichever scheduler it
+names. Fields that DDIM does not have are ignored (`skip_prk_steps` of a PNDM
+file, `interpolation_type` of an Euler file). Fields that are missing or listed
+under `_use_default_values` have DDIM's defaults, such as `clip_sample` true.
+This module does the same, except that it refuses fields of a U-Net that DDIM
+cannot use: of flows, of continuous steps, of learned variances.
 """
 
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from lavit_jax.core import errors
 from lavit_jax.diffusion import schedules
-from lavit_jax.port.formats import config_fields, llama_folder
+from lavit_jax.port.formats import config_fields, small_files
 
 FILE = "scheduler_config.json"
 _DDIM = "DDIMScheduler"
-# Those that diffusers counts as compatible with DDIM and that share its betas.
+# Schedulers that diffusers lists as compatible with DDIM, with the same betas.
 CLASSES = (
   _DDIM,
   "DDPMScheduler",
@@ -52,8 +53,8 @@ DEFAULTS = {  # DDIMScheduler's
   "timestep_spacing": "leading",
   "rescale_betas_zero_snr": False,
 }
-# Fields of the other schedulers that tell what the U-Net was trained for, at
-# the only values that DDIM, which has none of them, computes.
+# Fields of the other schedulers that state what the U-Net was trained for, with
+# the values that DDIM, which has none of these fields, computes.
 _FIXED = {
   "use_flow_sigmas": (None, False),
   "use_dynamic_shifting": (None, False),
@@ -86,30 +87,35 @@ _NAMES = {
 }
 
 
-def load(path) -> schedules.NoiseSchedule:
-  """The schedule of a scheduler folder, or of its file.
+def _read(path) -> tuple[dict[str, Any], str]:
+  """Returns the fields of a folder's file or of a file, and its label."""
+  path = pathlib.Path(path)
+  file = path if path.suffix == ".json" else path / FILE
+  label = "/".join(file.parts[-3:])
+  return small_files.read_json(file, label), label
+
+
+def load(path: str | os.PathLike) -> schedules.NoiseSchedule:
+  """Returns the schedule of a scheduler's folder, or of its file.
 
   Raises:
     errors.CheckpointError: there is no such file, or see `parse`.
   """
-  path = pathlib.Path(path)
-  file = path if path.suffix == ".json" else path / FILE
-  label = "/".join(file.parts[-3:])
-  return parse(llama_folder.read_json(file, label), label)
+  return parse(*_read(path))
 
 
 def parse(
   content: Mapping[str, Any], label: str = FILE
 ) -> schedules.NoiseSchedule:
-  """The schedule that a scheduler_config.json describes.
+  """Returns the schedule that a scheduler_config.json describes.
 
   Args:
     content: its fields.
-    label: what to call it in errors.
+    label: how messages name it.
 
   Raises:
-    errors.CheckpointError: it names an unknown scheduler, or a field has a
-      value that is not known or not of its kind.
+    errors.CheckpointError: it names an unknown scheduler, or a field has an
+      unknown value or a wrong type.
   """
   name = content.get("_class_name", _DDIM)
   if name not in CLASSES:
@@ -139,37 +145,35 @@ def parse(
     raise errors.CheckpointError(f"{label} cannot be used. {e}") from e
 
 
-def notes(path) -> list[str]:
-  """One sentence on fields that no scheduler of CLASSES has, if any.
+def notes(path: str | os.PathLike) -> list[str]:
+  """Returns one sentence on fields that no scheduler of CLASSES has, if any.
 
   Args:
     path: as `load` takes it.
   """
-  path = pathlib.Path(path)
-  file = path if path.suffix == ".json" else path / FILE
-  label = "/".join(file.parts[-3:])
+  content, label = _read(path)
   known = {*DEFAULTS, *_FIXED, *_SOLVERS.split()}
   unknown = [
     f"{name}={value!r}"[:100]
-    for name, value in sorted(llama_folder.read_json(file, label).items())
+    for name, value in sorted(content.items())
     if name not in known and not name.startswith("_")
   ]
   if not unknown:
     return []
   return [
-    f"{label} has fields that lavit_jax does not know and left:"
+    f"{label} has fields that lavit_jax does not know and ignored:"
     f" {', '.join(unknown)}"
   ]
 
 
 def _fields(content, label):
-  """All of DDIM's fields, each checked."""
+  """Returns all of DDIM's fields, each checked."""
   for name, allowed in _FIXED.items():
     if content.get(name) not in allowed:
       raise errors.CheckpointError(
         f"{label} has {name}={content[name]!r}: expected"
         f" {' or '.join(repr(a) for a in allowed if a is not None) or 'null'}."
-        " Its U-Net was trained for another kind of steps than DDIM's."
+        " Its U-Net was trained for other steps than those of DDIM."
       )
   absent = content.get("_use_default_values")
   absent = [] if absent is None else absent
@@ -180,10 +184,10 @@ def _fields(content, label):
       f"{label} has _use_default_values={absent!r}: expected a list of names,"
       " or null."
     )
-  given = {k: v for k, v in content.items() if k not in absent}
-  fields = {k: given.get(k, default) for k, default in DEFAULTS.items()}
+  present = {k: v for k, v in content.items() if k not in absent}
+  fields = {k: present.get(k, default) for k, default in DEFAULTS.items()}
   for name, value in fields.items():
-    if expected := _unfit(name, value):
+    if expected := _expected(name, value):
       raise errors.CheckpointError(
         f"{label} has {name}={value!r}: expected {expected}."
       )
@@ -192,28 +196,28 @@ def _fields(content, label):
   return fields
 
 
-def _unfit(name, value):
-  """What the field should be where it is not, else None."""
+def _expected(name, value):
+  """Returns a description of valid values where a value is wrong, else None."""
   default = DEFAULTS[name]
   if name in _NAMES:
     return (
       None if value in _NAMES[name] else f"one of {', '.join(_NAMES[name])}"
     )
   if name == "trained_betas":
-    good = isinstance(value, list | tuple) and all(
+    valid = isinstance(value, list | tuple) and all(
       map(config_fields.is_number, value)
     )
-    return None if value is None or good else "a list of numbers, or null"
+    return None if value is None or valid else "a list of numbers, or null"
   if isinstance(default, bool):
     return None if isinstance(value, bool) else "true or false"
   if isinstance(default, int):
-    whole = isinstance(value, int) and config_fields.is_number(value)
-    return None if whole else "a whole number"
+    valid = isinstance(value, int) and config_fields.is_number(value)
+    return None if valid else "a whole number"
   return None if config_fields.is_number(value) else "a number"
 
 
 def unparse(schedule: schedules.NoiseSchedule) -> dict[str, Any]:
-  """The fields of a DDIMScheduler's file; `parse` gives the schedule back.
+  """Returns the fields of a DDIMScheduler's file, inversely to `parse`.
 
   Raises:
     errors.UsageError: diffusers has no such schedule.
@@ -223,25 +227,25 @@ def unparse(schedule: schedules.NoiseSchedule) -> dict[str, Any]:
       f"A schedule of kind {schedule.kind!r} cannot be written as {FILE}:"
       f" diffusers knows {', '.join(_NAMES['beta_schedule'])}."
     )
-  theirs = {ours: name for name, ours in _PREDICTIONS.items()}
-  dynamic = isinstance(schedule.clip, tuple)
+  predictions = {here: name for name, here in _PREDICTIONS.items()}
+  clip = schedule.clip
+  dynamic = isinstance(clip, tuple)
   fields = DEFAULTS | {
     "num_train_timesteps": schedule.num_steps,
     "beta_start": schedule.beta_start,
     "beta_end": schedule.beta_end,
     "beta_schedule": schedule.kind,
     "trained_betas": schedule.betas and list(schedule.betas),
-    "clip_sample": schedule.clip is not None and not dynamic,
+    "clip_sample": clip is not None and not dynamic,
     "set_alpha_to_one": schedule.alpha_to_one,
     "steps_offset": schedule.steps_offset,
-    "prediction_type": theirs[schedule.prediction],
+    "prediction_type": predictions[schedule.prediction],
     "thresholding": dynamic,
     "timestep_spacing": schedule.spacing,
     "rescale_betas_zero_snr": schedule.zero_snr,
   }
-  if dynamic:
-    names = ("dynamic_thresholding_ratio", "sample_max_value")
-    fields |= dict(zip(names, schedule.clip, strict=True))
-  elif schedule.clip is not None:
-    fields["clip_sample_range"] = schedule.clip
+  if isinstance(clip, tuple):
+    fields["dynamic_thresholding_ratio"], fields["sample_max_value"] = clip
+  elif clip is not None:
+    fields["clip_sample_range"] = clip
   return {"_class_name": _DDIM} | dict(sorted(fields.items()))

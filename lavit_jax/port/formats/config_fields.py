@@ -1,103 +1,87 @@
-"""Reads the fields of diffusers' config files, every one of them accounted for.
+"""Fields of the config.json files of published networks, each one checked.
 
-A field is used, or known to be at a value that is supported, or an error that
-names it; see `diffusers_config.py` for the fields themselves.
+`Fields` reads values of a required type and collects every problem of a file,
+so that one error can list all of them.
 """
 
-import difflib
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from lavit_jax.core import errors
+_MAX_INT = 2**31 - 1
+ABSENT = object()  # value of a field that has neither a value nor a default
+ANY = object()  # the allowed values of a field that may have any
 
-_LARGEST = 2**31 - 1
-ANY = object()  # every value of a field will do
 
+class Fields:
+  """The fields of one file; `problems` collects everything wrong with them.
 
-class File:
-  """The fields of a config.json; `made` raises all that was wrong.
-
-  A method that finds a wrong value notes it and gives one that will do until
-  then.
+  A method that finds a wrong value records the problem and returns a valid
+  placeholder, so that reading continues with the next field.
   """
 
   def __init__(
     self,
-    label: str,
-    fields: Mapping[str, Any],
-    kind: str,
-    used: Mapping[str, Any],
-    fixed: Mapping[str, Any],
+    content: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
   ):
-    """Notes unknown fields, and fixed ones at other values.
+    """Stores the content.
 
     Args:
-      label: how messages name the file.
-      fields: its content; names that begin with an underscore only tell
-        which class and version wrote it.
-      kind: the class.
-      used: fields that are read, with the defaults of those the file lacks.
-      fixed: fields that must be at one of a tuple of values (lists: in each
-        entry), or at any, with ANY.
+      content: the JSON object of the file.
+      defaults: values of fields that the file may omit.
     """
-    self._label = label
-    self._problems: list[str] = []
-    given = {n: v for n, v in fields.items() if not n.startswith("_")}
-    self._fields = {**used, **given}
-    if fields.get("_class_name", kind) != kind:
-      self._problems.append(
-        f"_class_name is {fields['_class_name']!r}, expected {kind!r}"
-      )
-    for name, value in given.items():
-      if name in fixed:
-        self._check_fixed(name, value, fixed[name])
-      elif name not in used:
-        near = difflib.get_close_matches(name, (*used, *fixed), 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        self._problems.append(f"{name} is no field of {kind}{hint}")
+    self.problems: list[str] = []
+    self._content = {**(defaults or {}), **content}
 
-  def _check_fixed(self, name, value, allowed):
-    if allowed is ANY:
+  def value(self, name: str) -> Any:
+    """Returns a field as it is, its default, or ABSENT.
+
+    Args:
+      name: of the field; "outer.inner" for a field of a nested object.
+    """
+    if name in self._content:
+      return self._content[name]
+    outer, _, inner = name.partition(".")
+    value = self._content.get(outer, ABSENT)
+    return value.get(inner, ABSENT) if inner else value
+
+  def wrong(self, name: str, expected: str) -> None:
+    """Records that a field has a value that is not supported."""
+    self.problems.append(
+      f"{name} is {shown(self.value(name))}, expected {expected}"
+    )
+
+  def check_fixed(self, name: str, allowed: Any) -> None:
+    """Checks that a field has one of the allowed values, if it is there.
+
+    Args:
+      name: of the field. Every entry of a list is checked.
+      allowed: a tuple of values, or ANY.
+    """
+    value = self.value(name)
+    if value is ABSENT or allowed is ANY:
       return
     values = value if isinstance(value, list | tuple) and value else [value]
     if any(v not in allowed for v in values):
-      self.wrong(name, " or ".join(repr(a) for a in allowed))
+      options = " or ".join(shown(a) for a in allowed if a is not None)
+      self.wrong(name, options or "null")
 
-  def value(self, name: str) -> Any:
-    """A field as it is, or diffusers' default."""
-    return self._fields[name]
-
-  def wrong(self, name: str, expected: str) -> None:
-    """Notes that a field has a value that cannot be."""
-    self._problems.append(
-      f"{name} is {self.value(name)!r}, expected {expected}"
-    )
-
-  def made(self, make):
-    """What `make` makes, if nothing was wrong."""
-    found = "; ".join(self._problems)
-    if not found:
-      try:
-        return make()
-      except errors.ConfigError as e:
-        found = str(e)
-    raise errors.CheckpointError(
-      f"{self._label} describes a network that cannot be made here: {found}."
-      " Check that the file belongs to Stable Diffusion 1 or 2, SDXL, or a"
-      " network of their kind."
-    )
-
-  def whole(self, name: str) -> int:
-    """A whole number, at least 1."""
+  def positive_int(self, name: str) -> int:
+    """Returns a whole number of at least 1."""
     value = self.value(name)
-    if is_whole(value):
+    if is_positive_int(value):
       return value
-    self.wrong(name, "a positive whole number")
+    self.wrong(name, "a whole number of at least 1")
     return 1
 
-  def real(self, name: str, least: float | None = None) -> float:
-    """A number above 0, or at least `least`."""
+  def optional_int(self, name: str) -> int | None:
+    """Returns a whole number of at least 1, or None where the file has null."""
+    return None if self.value(name) is None else self.positive_int(name)
+
+  def positive_number(self, name: str, least: float | None = None) -> float:
+    """Returns a number above 0, or of at least `least` where that is given."""
     value = self.value(name)
     if is_number(value) and (value > 0 if least is None else value >= least):
       return value
@@ -105,56 +89,34 @@ class File:
     self.wrong(name, f"a number {limit}")
     return 1.0
 
-  def flag(self, name: str) -> bool:
-    """A bool."""
+  def boolean(self, name: str) -> bool:
+    """Returns true or false."""
     value = self.value(name)
     if not isinstance(value, bool):
       self.wrong(name, "true or false")
     return bool(value)
 
-  def numbers(self, name: str) -> tuple[int, ...]:
-    """A list of whole numbers, at least one."""
-    value = self.value(name)
-    if _is_list(value, is_whole):
-      return tuple(value)
-    self.wrong(name, "a list of positive whole numbers")
-    return (1,)
 
-  def words(self, name: str) -> list[str]:
-    """A list of strings, at least one."""
-    value = self.value(name)
-    if _is_list(value, lambda v: isinstance(v, str)):
-      return list(value)
-    self.wrong(name, "a list of names")
-    return []
-
-  def per_level(self, name: str, levels: int) -> tuple[int, ...]:
-    """One number for all levels or a list, as a number a level."""
-    if is_whole(self.value(name)):
-      return (self.value(name),) * levels
-    found = self.numbers(name)
-    if len(found) == levels:
-      return found
-    self.wrong(name, f"a number, or {levels} of them, one a level")
-    return (1,) * levels
+def shown(value: Any) -> str:
+  """Returns a value as messages show it: JSON's constants, at most 80 chars."""
+  if value is ABSENT:
+    return "missing"
+  if value is None or isinstance(value, bool):
+    return {None: "null", True: "true", False: "false"}[value]
+  return re.sub(r"\s+", " ", repr(value))[:80]
 
 
 def is_number(value: Any) -> bool:
-  """Whether a value of a JSON file is a number that a float can be."""
+  """Returns whether a JSON value is a finite number, not a bool."""
   if not isinstance(value, int | float) or isinstance(value, bool):
     return False
   try:
     return math.isfinite(value)
-  except OverflowError:  # a whole number of hundreds of digits
+  except OverflowError:  # an integer of hundreds of digits
     return False
 
 
-def is_whole(value: Any) -> bool:
-  """Whether it is a whole number from 1 that an array's size can be."""
+def is_positive_int(value: Any) -> bool:
+  """Returns whether a JSON value is an integer that can be an array's size."""
   is_int = isinstance(value, int) and not isinstance(value, bool)
-  return is_int and 0 < value <= _LARGEST
-
-
-def _is_list(value: Any, fits) -> bool:
-  is_list = isinstance(value, Sequence) and not isinstance(value, str)
-  return bool(is_list and value and all(fits(v) for v in value))
+  return is_int and 0 < value <= _MAX_INT

@@ -1,46 +1,46 @@
-"""A directory that appears whole, or not at all."""
+"""Destination folders, which appear complete or not at all."""
 
 import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from lavit_jax.core import errors
 from lavit_jax.core.storage import checkpoints
 
 
 def partial_of(destination: pathlib.Path) -> pathlib.Path:
-  """Where a directory is built before it gets its name."""
+  """Returns the folder in which a destination is built."""
   return destination.with_name(f".{destination.name}.partial")
 
 
 @contextlib.contextmanager
-def building(destination) -> Iterator[pathlib.Path]:
-  """A new folder beside `destination`, which takes its place at the end.
+def building(destination: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yields a new folder, which becomes `destination` when the block ends.
 
-  What an interrupted call left there is removed first. After an error inside
-  nothing remains. A `destination` that is there already must be a folder: the
-  entries built are moved into it one by one, each whole, and an entry of the
-  same name is never replaced.
+  Leftovers of an interrupted call are removed first. After an error inside
+  nothing remains. Where `destination` exists already, the entries of the new
+  folder are moved into it one by one, each of them complete; an existing entry
+  is never replaced.
 
   Raises:
-    errors.CheckpointError: the disk is full or the place not writable.
+    errors.CheckpointError: the disk is full or the folder not writable.
   """
-  destination = pathlib.Path(destination).absolute()
-  partial = partial_of(destination)
+  path = pathlib.Path(destination).absolute()
+  partial = partial_of(path)
   try:
     if partial.exists():
       shutil.rmtree(partial)
     partial.mkdir(parents=True)
     yield partial
-    _publish(partial, destination)
+    _publish(partial, path)
   except OSError as e:
     if isinstance(e, FileNotFoundError):
       raise
     raise errors.CheckpointError(
-      f"{destination} could not be written: {e}. Make room or choose another"
-      " place, then give the same command again."
+      f"{path} could not be written: {e}. Free some space or choose another"
+      " folder, then run the same command again."
     ) from e
   finally:
     shutil.rmtree(partial, ignore_errors=True)
@@ -54,7 +54,7 @@ def _publish(partial, destination):
     return
   moved = []
   try:
-    # Parts last: when one is there, what it needs is there too.
+    # Parts come last: once a part is there, the files that it needs are too.
     for path in sorted(partial.iterdir(), key=_is_part):
       moved += _move(path, destination / path.name)
   except BaseException:
@@ -68,12 +68,17 @@ def _is_part(path):
 
 
 def _move(path, target):
-  """Moves an entry to where none is; folders that are no part are joined."""
+  """Moves an entry unless the target exists; merges folders that are no part.
+
+  Returns:
+    The new paths.
+  """
   if target.is_dir() and path.is_dir() and not _is_part(path):
     return [m for p in path.iterdir() for m in _move(p, target / p.name)]
   if _is_part(path) and target.exists():
     raise errors.UsageError(
-      f"{target} has appeared meanwhile: another import writes there too."
+      f"{target} has appeared in the meantime: another import is writing to"
+      " the same folder."
     )
   if target.exists():  # a small file, the same for every part
     return []
@@ -88,54 +93,74 @@ def _remove(path):
     path.unlink(missing_ok=True)
 
 
-def require_free(
-  destination, parts: Collection[str], words: bytes | None
-) -> None:
-  """Refuses a model directory that import would have to overwrite.
+def write_files(directory: pathlib.Path, contents: Mapping[str, bytes]) -> None:
+  """Writes files, making their folders.
 
   Args:
-    destination: where the model directory is to be.
-    parts: those that are to be made.
-    words: tokenizer.model that comes with them, or None.
+    directory: the root.
+    contents: by path under the root.
+  """
+  for name, data in contents.items():
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def require_free(
+  destination: str | os.PathLike,
+  parts: Collection[str],
+  tokenizer_model: bytes | None,
+) -> None:
+  """Checks that an import would not have to overwrite anything.
+
+  Args:
+    destination: the future model directory.
+    parts: those to be written.
+    tokenizer_model: the tokenizer.model that comes with them, or None.
 
   Raises:
-    errors.UsageError: it has one of the parts, is something else, or has
-      another tokenizer.model.
+    errors.UsageError: the destination has one of the parts or another
+      tokenizer.model, or is no model directory.
   """
   destination = pathlib.Path(destination)
   if not destination.exists():
     return
   if not destination.is_dir():
     raise errors.UsageError(
-      f"{destination} is a file; expected a directory that is new or a model"
+      f"{destination} is a file; expected a new directory or a model"
       " directory. Choose another name."
     )
-  have = checkpoints.parts_in(destination)
-  if twice := [part for part in parts if part in have]:
+  present = checkpoints.parts_in(destination)
+  if twice := [part for part in parts if part in present]:
     raise errors.UsageError(
       f"{destination} already has {', '.join(twice)}. Choose another"
-      " directory, or import only parts that it lacks with --only."
+      " directory, or import only parts that it does not have with --only."
     )
-  if any(destination.iterdir()) and not have:
+  if any(destination.iterdir()) and not present:
     raise errors.UsageError(
       f"{destination} is not empty and is no model directory. Choose another"
       " name."
     )
-  there = destination / "tokenizer.model"
-  if words is not None and there.is_file() and there.read_bytes() != words:
+  existing = destination / "tokenizer.model"
+  if (
+    tokenizer_model is not None
+    and existing.is_file()
+    and existing.read_bytes() != tokenizer_model
+  ):
     raise errors.UsageError(
-      f"{there} differs from the tokenizer.model of the language model to be"
-      " imported: its ids would be other words. Choose another directory."
+      f"{existing} differs from the tokenizer.model of the language model to"
+      " be imported: the same ids would stand for other text. Choose another"
+      " directory."
     )
 
 
-def require_new(destination) -> None:
-  """UsageError unless nothing, or an empty folder, is there."""
+def require_new(destination: str | os.PathLike) -> None:
+  """Raises UsageError unless the path is free or an empty folder."""
   destination = pathlib.Path(destination)
   if destination.exists() and (
     not destination.is_dir() or any(destination.iterdir())
   ):
     raise errors.UsageError(
-      f"{destination} exists and is not an empty directory; nothing is"
+      f"{destination} exists and is not an empty directory, and nothing is"
       " overwritten. Choose another name."
     )

@@ -1,23 +1,21 @@
-"""The config.json of a Hugging Face LLaMA: every field accounted for.
+"""The config.json of a Hugging Face LLaMA, every field accounted for.
 
-A field is read; or refused unless it is at the value that `models/llama.py`
-computes; or known to change nothing that is computed; or, where nobody here
-knows what it does, named in a note. What a file may leave out has
-transformers' defaults.
+A field is read, or refused unless it has the value that `models/llama.py`
+computes, or known to have no effect, or named in a note because its effect is
+unknown. Fields that a file lacks have transformers' defaults.
 """
 
 import dataclasses
-import re
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from lavit_jax.core import errors
-from lavit_jax.port.formats import config_fields, llama_folder
+from lavit_jax.port.formats import config_fields, small_files
 
-_ABSENT = object()
 _OFF = (None, False)
 _ONE = (None, 1)
-# Fields that must be at one of these values: each changes what is computed.
+# Fields with the values that `models/llama.py` computes; a file may lack them.
 _FIXED = {
   "attention_bias": _OFF,
   "mlp_bias": _OFF,
@@ -46,7 +44,7 @@ _FIXED = {
   "rope_interleave": _OFF,
   "partial_rotary_factor": _ONE,
   "rotary_pct": _ONE,
-  "attention_multiplier": (None,),  # instead of 1/sqrt(width of a head)
+  "attention_multiplier": (None,),  # replaces 1/sqrt(head width)
   "query_pre_attn_scalar": (None,),
   "attn_logit_softcapping": (None,),
   "final_logit_softcapping": (None,),
@@ -66,9 +64,9 @@ _FIXED = {
   "pruned_heads": (None, {}),
   "quantization_config": (None,),
 }
-# Fields that change no number here: ids of tokens, what training drew with,
-# how transformers runs and labels a model, and settings of its `generate`.
-# Not auto_map: it names code, which may do anything.
+# Fields that change no number here: ids of tokens, settings of training, how
+# transformers runs and labels a model, and settings of its `generate`. Not
+# auto_map: it names code, which may do anything.
 _WITHOUT_EFFECT = """
   architectures attention_dropout attn_implementation bad_words_ids
   begin_suppress_tokens bos_token_id chunk_size_feed_forward cls_token_id
@@ -93,19 +91,26 @@ _READ = """
   rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings
   use_sliding_window vocab_size
 """
-_FACTORS = ("partial_rotary_factor", "factor", "attention_factor")
-_ROPE = {"rope_type", "type", "rope_theta", *_FACTORS}
+_ROPE_FACTORS = ("partial_rotary_factor", "factor", "attention_factor")
+_ROPE_SETTINGS = {"rope_type", "type", "rope_theta", *_ROPE_FACTORS}
+_DEFAULTS = {
+  "max_position_embeddings": 2048,
+  "num_key_value_heads": None,
+  "rms_norm_eps": 1e-6,
+  "tie_word_embeddings": None,
+  "vocab_size": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What a config.json says of a network.
+  """The network that a config.json describes.
 
   Attributes:
-    fields: of `llama.LlamaConfig`, less vocab_size.
-    vocab_size: rows that the file speaks of; None where it does not.
+    fields: arguments of `llama.LlamaConfig`, without vocab_size.
+    vocab_size: rows of the embedding; None where the file does not say.
     tied: whether the head is the embedding.
-    notes: sentences for the user, on fields that nothing here knows.
+    notes: sentences for the user about fields with an unknown effect.
   """
 
   fields: dict[str, Any]
@@ -114,187 +119,150 @@ class Config:
   notes: tuple[str, ...]
 
 
-def read(path, label: str) -> Config:
-  """What the config.json at `path` says; `label` names it in messages.
+def read(path: str | os.PathLike, label: str) -> Config:
+  """Reads a config.json.
+
+  Args:
+    path: of the file.
+    label: how messages name it.
 
   Raises:
-    errors.CheckpointError: there is no such file, or it is of a network that
-      `models/llama.py` does not compute, or of none; every field that is
-      missing, of a wrong kind or at another value is named.
+    errors.CheckpointError: there is no such file, or it describes a network
+      that `models/llama.py` does not compute; every field that is missing, of
+      a wrong type or at an unsupported value is named.
   """
-  content = llama_folder.read_json(path, label)
+  content = small_files.read_json(path, label)
   if content.get("model_type", "llama") != "llama":
-    raise _wrong(label, [f"model_type is {content['model_type']!r}"])
-  file = _File(content)
-  width = file.whole("hidden_size")
-  heads = file.whole("num_attention_heads")
+    raise _unsupported(label, [f"model_type is {content['model_type']!r}"])
+  file = _LlamaFields(content)
+  width = file.positive_int("hidden_size")
+  heads = file.positive_int("num_attention_heads")
   fields = {
     "width": width,
-    "depth": file.whole("num_hidden_layers"),
+    "depth": file.positive_int("num_hidden_layers"),
     "num_heads": heads,
-    "mlp_dim": file.whole("intermediate_size"),
-    "num_kv_heads": file.whole("num_key_value_heads", None) or heads,
-    "norm_eps": file.real("rms_norm_eps", 1e-6),
-    "max_len": file.whole("max_position_embeddings", 2048),
+    "mlp_dim": file.positive_int("intermediate_size"),
+    "num_kv_heads": file.optional_int("num_key_value_heads") or heads,
+    "norm_eps": float(file.positive_number("rms_norm_eps")),
+    "max_len": file.positive_int("max_position_embeddings"),
   }
-  file.check_heads(width, heads, fields["num_kv_heads"])
+  file.check_heads(width, heads, int(fields["num_kv_heads"]))
   file.check_window()
-  file.check_fixed()
+  for name, allowed in _FIXED.items():
+    file.check_fixed(name, allowed)
   fields["rope_theta"] = file.rope_theta()
-  size = file.whole("vocab_size", None)
-  tied = file.flag("tie_word_embeddings")
+  vocab_size = file.optional_int("vocab_size")
+  tied = file.value("tie_word_embeddings") is not None and file.boolean(
+    "tie_word_embeddings"
+  )
   if file.problems:
-    raise _wrong(label, file.problems)
-  return Config(fields, size, tied, file.notes(label))
+    raise _unsupported(label, file.problems)
+  return Config(fields, vocab_size, tied, file.notes(label))
 
 
-def _wrong(label, problems):
+def _unsupported(label, problems):
   return errors.CheckpointError(
     f"{label} does not describe a LLaMA that lavit_jax computes:"
     f" {'; '.join(problems)}. Expected the config.json of a LlamaForCausalLM:"
-    " Llama 1 and 2 and models of their form (silu, no biases, plain rotary)."
+    " Llama 1 and 2 and models of their form (silu, no biases, unscaled rotary"
+    " positions)."
   )
 
 
-class _File:
-  """The fields of one file; `problems` gathers all that is wrong.
-
-  A method that finds a wrong value notes it and gives one that will do until
-  then.
-  """
+class _LlamaFields(config_fields.Fields):
+  """The fields of one file, and those of them that are unknown."""
 
   def __init__(self, content: Mapping[str, Any]):
-    self._content = content
+    super().__init__(content, _DEFAULTS)
     known = {*_READ.split(), *_WITHOUT_EFFECT.split(), *_FIXED}
     self._unknown = [
       name for name in content if name not in known and not name.startswith("_")
     ]
-    self.problems: list[str] = []
 
   def notes(self, label: str) -> tuple[str, ...]:
-    """One sentence on the fields whose effect is not known here, if any."""
+    """Returns one sentence on the unknown fields, if there are any."""
     if not self._unknown:
       return ()
     listed = ", ".join(
-      f"{name}={_short(self._value(name))}" for name in sorted(self._unknown)
+      f"{name}={config_fields.shown(self.value(name))}"
+      for name in sorted(self._unknown)
     )
     return (
-      f"{label} has fields that lavit_jax does not know and left:"
-      f" {listed}. If one changes what the model computes, it is another"
-      " network here",
+      f"{label} has fields that lavit_jax does not know and ignored: {listed}."
+      " If one of them changes what the model computes, the imported model"
+      " computes something else",
     )
 
-  def _value(self, name):
-    """A field; one in `rope_parameters.factor`'s form is of an object."""
-    outer, _, inner = name.partition(".")
-    value = self._content.get(outer, _ABSENT)
-    return value.get(inner, _ABSENT) if inner else value
-
-  def _is_wrong(self, name, expected):
-    value = self._value(name)
-    said = "missing" if value is _ABSENT else _short(value)
-    self.problems.append(f"{name} is {said}, expected {expected}")
-
-  def whole(self, name: str, default: Any = _ABSENT) -> int:
-    """A whole number of at least 1; null where the default is None."""
-    value = self._content.get(name, default)
-    if config_fields.is_whole(value) or (value is None and default is None):
-      return value
-    self._is_wrong(name, "a whole number, 1 or more")
-    return 1
-
-  def real(self, name: str, default: Any = _ABSENT) -> float:
-    """A finite number above 0."""
-    value = self._value(name)
-    value = default if value is _ABSENT else value
-    if config_fields.is_number(value) and value > 0:
-      return float(value)
-    self._is_wrong(name, "a number above 0")
-    return 1.0
-
-  def flag(self, name: str) -> bool:
-    """True or false; false where it is null or missing."""
-    value = self._content.get(name)
-    if not isinstance(value, bool | None):
-      self._is_wrong(name, "true or false")
-    return bool(value)
-
-  def check_heads(self, width: int, heads: int, groups: int) -> None:
-    """Whether heads are as wide as the model is over their number."""
+  def check_heads(self, width: int, heads: int, kv_heads: int) -> None:
+    """Checks that the heads divide the width into even, equal parts."""
     if self.problems:
       return
     if width % heads or (width // heads) % 2:
-      self._is_wrong(
+      self.wrong(
         "num_attention_heads",
-        f"a number that cuts hidden_size={width} into heads of one even width",
+        f"a number that divides hidden_size={width} into heads of one even"
+        " width",
       )
-    elif self._content.get("head_dim") not in (None, width // heads):
-      self._is_wrong(
-        "head_dim", f"{width // heads}, hidden_size over num_attention_heads"
+    elif self.value("head_dim") not in (
+      config_fields.ABSENT,
+      None,
+      width // heads,
+    ):
+      self.wrong(
+        "head_dim",
+        f"{width // heads}, which is hidden_size over num_attention_heads",
       )
-    if heads % groups:
-      self._is_wrong("num_key_value_heads", f"a divisor of {heads}")
+    if heads % kv_heads:
+      self.wrong("num_key_value_heads", f"a divisor of {heads}")
 
   def check_window(self) -> None:
-    """No sliding window, unless it is said not to be used."""
-    used = self._content.get("use_sliding_window") is not False
-    if used and self._content.get("sliding_window") is not None:
-      self._is_wrong("sliding_window", "null: all positions are attended to")
-
-  def check_fixed(self) -> None:
-    """The fields that must be at one value."""
-    for name, allowed in _FIXED.items():
-      value = self._content.get(name, _ABSENT)
-      values = value if isinstance(value, list) and value else [value]
-      if value is not _ABSENT and any(v not in allowed for v in values):
-        shown = " or ".join(_short(a) for a in allowed if a is not None)
-        self._is_wrong(name, shown or "null")
+    """Checks that there is no sliding window, or that it is not used."""
+    used = self.value("use_sliding_window") is not False
+    window = self.value("sliding_window")
+    if used and window not in (config_fields.ABSENT, None):
+      self.wrong("sliding_window", "null: attention to all positions")
 
   def rope_theta(self) -> float:
-    """The base of plain rotary positions; every other kind is wrong.
+    """Returns the base of the rotary positions, which must be unscaled.
 
-    transformers 5 has them in rope_parameters, 4 in rope_theta beside
-    rope_scaling; where a file has both, the versions read different ones.
+    transformers 5 writes rope_parameters, transformers 4 rope_theta and
+    rope_scaling. Where a file has both, the versions read different ones, so
+    they must agree.
     """
-    places = [n for n in ("rope_parameters", "rope_scaling") if self._rope(n)]
-    if len(places) == 2 and len({str(self._content[n]) for n in places}) == 2:
-      self._is_wrong("rope_scaling", "the same as rope_parameters, or null")
-    told = ["rope_theta"] if "rope_theta" in self._content else []
-    told += [
-      f"{n}.rope_theta" for n in places if "rope_theta" in self._content[n]
+    objects = [
+      name
+      for name in ("rope_parameters", "rope_scaling")
+      if self._is_rope_object(name)
     ]
-    wrong = len(self.problems)
-    found = {name: self.real(name) for name in told}
-    if wrong == len(self.problems) and len(set(found.values())) > 1:
-      listed = ", ".join(
-        f"{name} is {value:g}" for name, value in found.items()
-      )
+    if len(objects) == 2 and len({str(self.value(n)) for n in objects}) == 2:
+      self.wrong("rope_scaling", "the same as rope_parameters, or null")
+    names = ["rope_theta", *(f"{name}.rope_theta" for name in objects)]
+    names = [n for n in names if self.value(n) is not config_fields.ABSENT]
+    problems_before = len(self.problems)
+    bases = {name: float(self.positive_number(name)) for name in names}
+    valid = problems_before == len(self.problems)
+    if valid and len(set(bases.values())) > 1:
+      listed = ", ".join(f"{name} is {base:g}" for name, base in bases.items())
       self.problems.append(f"{listed}: expected one value")
-    return next(iter(found.values()), 10000.0)
+    return next(iter(bases.values()), 10000.0)
 
-  def _rope(self, place) -> bool:
-    """Whether an object of rotary settings is there; notes what is wrong."""
-    settings = self._content.get(place)
-    if settings is None or settings == {}:
+  def _is_rope_object(self, field) -> bool:
+    """Returns whether a field holds rotary settings; records wrong ones."""
+    settings = self.value(field)
+    if settings in (config_fields.ABSENT, None, {}):
       return False
     if not isinstance(settings, Mapping):
-      self._is_wrong(place, "an object, or null")
+      self.wrong(field, "an object, or null")
       return False
     for name in ("rope_type", "type"):
       if settings.get(name, "default") != "default":
-        self._is_wrong(f"{place}.{name}", "'default': no scaled positions")
-    for name in _FACTORS:
+        self.wrong(f"{field}.{name}", "'default': positions without scaling")
+    for name in _ROPE_FACTORS:
       if settings.get(name) not in _ONE:
-        self._is_wrong(f"{place}.{name}", "1")
-    for name in [n for n in settings if n not in _ROPE]:
+        self.wrong(f"{field}.{name}", "1")
+    for name in [n for n in settings if n not in _ROPE_SETTINGS]:
       if isinstance(settings[name], Mapping):  # settings by kind of layer
-        self._is_wrong(f"{place}.{name}", "one setting for all layers")
+        self.wrong(f"{field}.{name}", "the same settings for all layers")
       else:
-        self._unknown.append(f"{place}.{name}")
+        self._unknown.append(f"{field}.{name}")
     return True
-
-
-def _short(value) -> str:
-  if value is None or isinstance(value, bool):
-    return {None: "null", True: "true", False: "false"}[value]
-  return re.sub(r"\s+", " ", repr(value))[:80]

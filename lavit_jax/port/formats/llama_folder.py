@@ -1,75 +1,43 @@
-"""The small files of a Hugging Face LLaMA folder, read and written.
+"""A Hugging Face LLaMA folder: tied weights, and its config and token files.
 
-What its config.json says is read in `llama_config.py`.
+`llama_config.py` reads the config.json.
 """
 
 import dataclasses
-import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from lavit_jax.core import errors
 from lavit_jax.models import llama
-from lavit_jax.port.formats import tensors
+from lavit_jax.port.formats import small_files, tensors
 
-# Weights and their indices; every other file of such a folder is small.
-_WEIGHTS = (".bin", ".safetensors", ".index.json", ".pt", ".pth", ".gguf")
-_SMALL = 1 << 25  # bytes
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def read_json(path, label: str) -> dict[str, Any]:
-  """A JSON object; CheckpointError where there is none."""
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise errors.CheckpointError(
-      f"{label} is missing: expected a file at {path}."
-    )
-  try:
-    content = json.loads(path.read_text())
-  except ValueError as e:
-    raise errors.CheckpointError(f"{label} is not valid JSON: {e}.") from e
-  if not isinstance(content, dict):
-    raise errors.CheckpointError(f"{label} is not a JSON object.")
-  return content
-
-
-def tie(found: tensors.Tensors, label: str) -> None:
-  """Makes embedding and head one array, whichever of the two is there.
+def tie(by_name: tensors.Tensors, label: str) -> None:
+  """Makes embedding and head one tensor, whichever of the two is there.
 
   Args:
-    found: the tensors of the folder, changed.
+    by_name: the tensors of the folder, changed in place.
     label: how messages name it.
 
   Raises:
-    errors.CheckpointError: both are, and they differ.
+    errors.CheckpointError: both are there and differ.
   """
   pair = EMBEDDING, HEAD
-  there = [name for name in pair if name in found]
-  if len(there) == 2 and not tensors.same(*(found[name] for name in pair)):
+  present = [name for name in pair if name in by_name]
+  if len(present) == 2 and not tensors.same(*(by_name[name] for name in pair)):
     raise errors.CheckpointError(
-      f"{label} says tie_word_embeddings, but {EMBEDDING} and {HEAD} differ."
-      " Set the field to false if the head is one of its own."
+      f"The config.json of {label} sets tie_word_embeddings, but {EMBEDDING}"
+      f" and {HEAD} differ. Set the field to false if the head has weights of"
+      " its own."
     )
-  for name in pair if there else ():
-    found[name] = dataclasses.replace(found[there[0]], name=name)
-
-
-def small_files(folder) -> dict[str, bytes]:
-  """Every small file of a folder by name, weights left out."""
-  return {
-    path.name: path.read_bytes()
-    for path in sorted(pathlib.Path(folder).iterdir())
-    if path.is_file()
-    and not path.name.endswith(_WEIGHTS)
-    and not path.name.startswith(".")
-    and path.stat().st_size < _SMALL
-  }
+  for name in pair if present else ():
+    by_name[name] = dataclasses.replace(by_name[present[0]], name=name)
 
 
 def config_json(config: llama.LlamaConfig, dtype: str) -> dict[str, Any]:
-  """config.json of a LlamaForCausalLM of these sizes."""
+  """Returns the config.json of a LlamaForCausalLM of these sizes."""
   return {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -98,19 +66,26 @@ def config_json(config: llama.LlamaConfig, dtype: str) -> dict[str, Any]:
 def default_files(
   config: llama.LlamaConfig, dtype: str, kept: Mapping[str, bytes]
 ) -> dict[str, bytes]:
-  """The small files beside the weights, tokenizer.model excepted.
+  """Returns the small files beside the weights, except tokenizer.model.
 
   Args:
     config: of the model.
-    dtype: of the weights, such as "bfloat16".
-    kept: files that the model was imported with; they win, but for
-      config.json, which must tell the sizes of these weights.
+    dtype: name of the weights' dtype, such as "bfloat16".
+    kept: files of the import, which take precedence; except config.json,
+      which must describe these weights.
+
+  Returns:
+    Contents by file name.
   """
-  marks = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-  made = {
+  special_tokens = {
+    "unk_token": "<unk>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+  }
+  defaults = {
     "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2},
-    "special_tokens_map.json": marks,
-    "tokenizer_config.json": marks
+    "special_tokens_map.json": special_tokens,
+    "tokenizer_config.json": special_tokens
     | {
       "add_bos_token": True,
       "add_eos_token": False,
@@ -121,12 +96,7 @@ def default_files(
       "tokenizer_class": "LlamaTokenizer",
     },
   }
-  text = {name: to_json(content) for name, content in made.items()}
-  return (
-    text | dict(kept) | {"config.json": to_json(config_json(config, dtype))}
-  )
-
-
-def to_json(content) -> bytes:
-  """JSON as Hugging Face writes it, two spaces a level."""
-  return (json.dumps(content, indent=2) + "\n").encode()
+  files = {n: small_files.to_json(content) for n, content in defaults.items()}
+  files |= kept
+  files["config.json"] = small_files.to_json(config_json(config, dtype))
+  return files

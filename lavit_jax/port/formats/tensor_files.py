@@ -1,22 +1,23 @@
 """Files of tensors, written through mapped memory.
 
-`map_safetensors` lays out a safetensors file and gives its tensors as arrays
-over the file, to be filled one by one: nothing is gathered in memory.
+`map_safetensors` lays out a safetensors file and returns arrays that are mapped
+to it, to be filled one by one. So memory never holds the complete file.
 """
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from lavit_jax.port.formats import tensors
 
-KEPT = "kept.{}.safetensors"  # of a part
-_SAFE_NAMES = {
+_SAFE_DTYPES = {
   "float32": "F32",
   "float16": "F16",
   "bfloat16": "BF16",
@@ -40,19 +41,29 @@ class Spec:
 
 
 def map_safetensors(
-  path, specs: Sequence[Spec], metadata: Mapping[str, str] | None = None
+  path: str | os.PathLike,
+  specs: Sequence[Spec],
+  metadata: Mapping[str, str] | None = None,
 ) -> dict[str, np.ndarray]:
-  """Makes a safetensors file of zeros; arrays over it, by name.
+  """Makes a safetensors file of zeros.
 
-  The format: the header's length as eight little-endian bytes, a JSON header
-  of dtype, shape and offsets, and the tensors' bytes in that order.
+  The format is the header's length as eight little-endian bytes, a JSON header
+  of dtypes, shapes and offsets, and the tensors' bytes in that order.
+
+  Args:
+    path: of the new file.
+    specs: of its tensors, in order.
+    metadata: of the header; by default that of PyTorch's writer.
+
+  Returns:
+    Arrays mapped to the file, by name.
   """
-  header = {"__metadata__": dict(metadata or {"format": "pt"})}
+  header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
   end = 0
   for spec in specs:
     start, end = end, end + spec.nbytes
     header[spec.name] = {
-      "dtype": _SAFE_NAMES[spec.dtype.name],
+      "dtype": _SAFE_DTYPES[spec.dtype.name],
       "shape": list(spec.shape),
       "data_offsets": [start, end],
     }
@@ -64,8 +75,10 @@ def map_safetensors(
   return _views(path, specs, 8 + len(text))
 
 
-def map_scratch(path, specs: Sequence[Spec]) -> dict[str, np.ndarray]:
-  """Arrays over a new file that holds nothing else, by name."""
+def map_scratch(
+  path: str | os.PathLike, specs: Sequence[Spec]
+) -> dict[str, np.ndarray]:
+  """Makes a file of nothing but arrays, and returns these by name."""
   with open(path, "wb") as file:
     file.truncate(sum(spec.nbytes for spec in specs))
   return _views(path, specs, 0)
@@ -83,23 +96,29 @@ def _views(path, specs, offset):
   return views
 
 
-def save_tensors(path, items: Sequence[tuple[str, tensors.Tensor]]) -> None:
-  """Writes tensors of other files to a safetensors file."""
+def save_tensors(
+  path: str | os.PathLike, items: Sequence[tuple[str, tensors.Tensor]]
+) -> None:
+  """Copies tensors of other files, under new names, to a safetensors file."""
   specs = [Spec(name, t.shape, t.dtype) for name, t in items]
   views = map_safetensors(path, specs)
   for name, tensor in items:
     views[name][...] = tensor.read()
 
 
-def save_arrays(path, arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes a state_dict of these arrays as safetensors."""
+def save_arrays(
+  path: str | os.PathLike, arrays: Mapping[str, np.ndarray]
+) -> None:
+  """Writes arrays by name as a safetensors file."""
   specs = [Spec(name, x.shape, x.dtype) for name, x in arrays.items()]
   for name, view in map_safetensors(path, specs).items():
     view[...] = arrays[name]
 
 
-def save_torch(path, content: Mapping[str, np.ndarray] | np.ndarray) -> None:
-  """Writes a state_dict, or one array alone, by torch.save, without copies."""
+def save_torch(
+  path: str | os.PathLike, content: Mapping[str, np.ndarray] | np.ndarray
+) -> None:
+  """Writes a state_dict, or one bare array, by torch.save, without copies."""
   torch = tensors.require("torch", "Writing .bin files")
   if isinstance(content, np.ndarray):
     torch.save(_tensor(torch, content), path)
@@ -117,19 +136,20 @@ def _tensor(torch, array):
 def shards(
   specs: Sequence[Spec], limit: int, stem: str, suffix: str
 ) -> dict[str, list[Spec]]:
-  """Tensors by file name, as Hugging Face cuts them.
+  """Splits tensors into files as Hugging Face does.
 
   Args:
     specs: in the order in which they are written.
-    limit: bytes a file; one tensor may be larger.
+    limit: bytes a file; a file with a single tensor may be larger.
     stem: of the file names, such as "pytorch_model".
     suffix: of the file names, such as ".bin".
 
   Returns:
-    {"pytorch_model.bin": specs}, or "pytorch_model-00001-of-00002.bin" and
-    so on where one file would be larger than `limit`.
+    {"pytorch_model.bin": specs}; or "pytorch_model-00001-of-00002.bin" and so
+    on, where one file would be larger than `limit`.
   """
-  groups, size = [[]], 0
+  groups: list[list[Spec]] = [[]]
+  size = 0
   for spec in specs:
     if groups[-1] and size + spec.nbytes > limit:
       groups.append([])
@@ -146,7 +166,7 @@ def shards(
 
 
 def index_json(files: Mapping[str, Sequence[Spec]]) -> bytes:
-  """The .index.json of shards."""
+  """Returns the content of the .index.json of shards."""
   specs = [spec for group in files.values() for spec in group]
   content = {
     "metadata": {"total_size": sum(spec.nbytes for spec in specs)},

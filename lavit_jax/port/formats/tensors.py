@@ -1,16 +1,18 @@
 """Files of PyTorch tensors, read one tensor at a time.
 
-`open_file` maps a `.bin`, `.pt`, `.pth` or `.safetensors` file into memory;
-`open_shards` does so with a Hugging Face folder of one or several of them,
-`open_index` with the shards that an index names.
-Nothing is read before `Tensor.read`, and what is read comes from the file's
-pages, not from anonymous memory. Pickles are opened with `weights_only=True`:
-they can name no code to run. Buffers that only count positions are left out.
+`open_file` maps a `.bin`, `.pt`, `.pth` or `.safetensors` file into memory,
+`open_shards` the one or several files of a Hugging Face folder, and
+`open_index` the shards that an index names. Values are read by `Tensor.read`
+alone, from the pages of the file and not into anonymous memory. Pickles are
+opened with `weights_only=True`, so that they cannot run code. `position_ids`,
+buffers that count from 0, are left out.
 """
 
 import collections
 import dataclasses
+import importlib
 import json
+import os
 import pathlib
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -30,23 +32,24 @@ DTYPES = {
 }
 _FLOATS = {**DTYPES, "float64": np.dtype(np.float64)}
 _WRAPPERS = ("model", "module", "state_dict")
-# What wrappers of PyTorch put into names: anywhere, or before all of them.
+# Prefixes that PyTorch's wrappers add: inside names, or before all of them.
 _INSIDE = re.compile(
   r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _BEFORE = ("module.", "_forward_module.")
-_COUNTS = ".position_ids"  # integers from 0 on, of older transformers
+_POSITION_IDS = ".position_ids"  # integers from 0 on, of older transformers
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """One tensor of a file: what it is, and how to get it.
+  """One tensor of a file, not read yet.
 
   Attributes:
     name: its official name.
-    file: the file it lies in, as messages name it.
-    dtype: numpy's; bfloat16 is ml_dtypes'.
-    read: gives the array, mapped from the file where that is possible.
+    file: the file that holds it, as messages name it.
+    shape: of the tensor.
+    dtype: numpy's, or ml_dtypes' bfloat16.
+    read: returns the array, mapped from the file where possible.
   """
 
   name: str
@@ -60,13 +63,17 @@ Tensors = dict[str, Tensor]
 
 
 def require(module: str, purpose: str) -> Any:
-  """Imports an optional package, or says which extra brings it.
+  """Imports an optional package.
+
+  Args:
+    module: its name.
+    purpose: the beginning of the error's sentence, "... needs the package".
 
   Raises:
     errors.UsageError: the package is not installed.
   """
   try:
-    return __import__(module, fromlist=["_"])
+    return importlib.import_module(module)  # optional extra
   except ImportError as e:
     raise errors.UsageError(
       f"{purpose} needs the package {module.split('.')[0]}, which is not"
@@ -75,62 +82,67 @@ def require(module: str, purpose: str) -> Any:
 
 
 def open_file(
-  path,
+  path: str | os.PathLike,
   label: str | None = None,
   unwrap: bool = False,
   bare: bool = False,
 ) -> Tensors:
-  """The tensors of one file, by name.
+  """Opens one file and returns its tensors by name.
 
   Args:
-    path: a file that ends in one of SUFFIXES.
+    path: a file with one of SUFFIXES.
     label: how messages name the file; its name by default.
-    unwrap: take the dict under "model", "module" or "state_dict" where the
-      file has one; what lies beside it (a step, an optimizer) is left.
-    bare: the file is a pickle of one tensor, not of a dict; its name is "".
+    unwrap: whether to take the dict under "model", "module" or "state_dict"
+      where the file has one, and to ignore the rest (a step, an optimizer).
+    bare: whether the file is a pickle of one tensor and not of a dict. The
+      tensor then has the name "".
 
   Raises:
-    errors.CheckpointError: missing, truncated, or not only float tensors.
+    errors.CheckpointError: the file is missing or truncated, or holds other
+      values than float tensors.
   """
   path = pathlib.Path(path)
   label = label or path.name
   if not path.is_file():
     raise errors.CheckpointError(
-      f"{label} is missing: expected a file at {path}. Give the whole folder"
-      " as it was published, or choose the parts you have with --only."
+      f"{label} is missing: expected a file at {path}. Give the complete folder"
+      " as it was published, or choose the parts that you have with --only."
     )
   if path.suffix == ".safetensors":
-    found = _open_safetensors(path, label)
+    by_name = _open_safetensors(path, label)
   else:
-    found = _open_pickle(path, label, unwrap, bare)
-  return _unwrapped(found, label)
+    by_name = _open_pickle(path, label, unwrap, bare)
+  return _unwrapped(by_name, label)
 
 
 def bare_names(names: Collection[str]) -> dict[str, str]:
-  """{name: the same without what PyTorch's wrappers have put into it}.
+  """Removes the prefixes of PyTorch's wrappers from names.
 
-  torch.compile and FSDP put a word of their own before the names of what they
-  wrap, anywhere; DistributedDataParallel and DeepSpeed one before all names.
+  torch.compile and FSDP add a prefix to the modules that they wrap, anywhere
+  in a name; DistributedDataParallel and DeepSpeed add one to all names.
+
+  Returns:
+    The new name by the old one.
   """
-  made = {name: _INSIDE.sub("", name) for name in names}
+  bare = {name: _INSIDE.sub("", name) for name in names}
   for prefix in _BEFORE:
-    while made and all(name.startswith(prefix) for name in made.values()):
-      made = {old: name.removeprefix(prefix) for old, name in made.items()}
-  return made
+    while bare and all(name.startswith(prefix) for name in bare.values()):
+      bare = {old: name.removeprefix(prefix) for old, name in bare.items()}
+  return bare
 
 
-def _unwrapped(found, label):
-  """The tensors under their names without wrappers."""
-  renamed = bare_names(found)
+def _unwrapped(by_name, label):
+  """Returns the tensors under their names without wrappers' prefixes."""
+  renamed = bare_names(by_name)
   twice = [n for n, c in collections.Counter(renamed.values()).items() if c > 1]
   if twice:
     raise errors.CheckpointError(
-      f"{label} has names with and without a wrapper's prefix: the same twice"
-      f" are {', '.join(twice)}. Which is meant cannot be told; save the"
+      f"{label} has tensors both with and without a wrapper's prefix:"
+      f" {', '.join(twice)}. It is ambiguous which to use; save the"
       " state_dict() of the model inside the wrapper."
     )
   return {
-    name: dataclasses.replace(found[old], name=name)
+    name: dataclasses.replace(by_name[old], name=name)
     for old, name in renamed.items()
   }
 
@@ -143,20 +155,20 @@ def _open_safetensors(path, label):
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
   except (safetensors.SafetensorError, OSError, ValueError) as e:
     raise errors.CheckpointError(
-      f"{label} cannot be read as safetensors ({pickles.line(e)}):"
-      f" {pickles.what_it_is(path)}"
+      f"{label} cannot be read as safetensors ({pickles.one_line(e)}):"
+      f" {pickles.diagnose(path)}"
     ) from e
-  found = {}
+  by_name = {}
   for name, part in slices.items():
-    if name.endswith(_COUNTS):
+    if name.endswith(_POSITION_IDS):
       continue
     dtype = _SAFE_DTYPES.get(part.get_dtype())
     if dtype is None:
       raise _not_float(label, name, part.get_dtype())
     read = lambda name=name: _numpy(torch, file.get_tensor(name))
     shape = tuple(part.get_shape())
-    found[name] = Tensor(name, label, shape, dtype, read)
-  return found
+    by_name[name] = Tensor(name, label, shape, dtype, read)
+  return by_name
 
 
 _SAFE_DTYPES = {
@@ -184,15 +196,15 @@ def _open_pickle(path, label, unwrap, bare):
       f"{label} holds a {type(content).__name__}; expected a dict of tensors"
       " by name (a state_dict)."
     )
-  found = {}
+  by_name = {}
   for name, value in content.items():
     if not isinstance(value, torch.Tensor) or not isinstance(name, str):
       raise errors.CheckpointError(
-        f"{label} is not only tensors: {name!r} is a {type(value).__name__}."
-        " Expected a dict of tensors by name; save the model's state_dict()"
-        " alone."
+        f"{label} holds more than tensors: {name!r} is a"
+        f" {type(value).__name__}. Expected a dict of tensors by name; save the"
+        " model's state_dict() alone."
       )
-    if name.endswith(_COUNTS):
+    if name.endswith(_POSITION_IDS):
       continue
     if value.layout != torch.strided or value.is_quantized:
       raise _not_float(label, name, f"{value.dtype}, {value.layout}")
@@ -200,38 +212,39 @@ def _open_pickle(path, label, unwrap, bare):
     if dtype is None:
       raise _not_float(label, name, value.dtype)
     read = lambda value=value: _numpy(torch, value)
-    found[name] = Tensor(name, label, tuple(value.shape), dtype, read)
-  return found
+    by_name[name] = Tensor(name, label, tuple(value.shape), dtype, read)
+  return by_name
 
 
 def _not_float(label, name, dtype):
   return errors.CheckpointError(
     f"{label} holds {name} as {dtype}; expected a dense tensor of float32,"
-    " float16 or bfloat16. Quantized checkpoints must be dequantized first."
+    " float16 or bfloat16. Dequantize a quantized checkpoint first."
   )
 
 
 def _numpy(torch, tensor) -> np.ndarray:
-  """The tensor's memory as an array, bfloat16 too."""
+  """Returns the tensor's memory as an array, also of bfloat16."""
   tensor = tensor.detach()
   if tensor.dtype == torch.bfloat16:
     return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
   return tensor.numpy()
 
 
-def open_shards(folder, label: str = "") -> Tensors:
-  """The tensors of a Hugging Face folder, of one file or of several.
+def open_shards(folder: str | os.PathLike, label: str = "") -> Tensors:
+  """Opens the weights of a Hugging Face folder, in one file or in several.
 
   The order of preference is transformers': model.safetensors, its index,
   pytorch_model.bin, its index.
 
   Args:
     folder: a directory.
-    label: how messages name it.
+    label: how messages name it; its name by default.
 
   Raises:
-    errors.CheckpointError: no weights, a shard that is missing, a name that
-      is in no shard or in two that differ, an index that leaves the folder.
+    errors.CheckpointError: there are no weights, a shard is missing, a tensor
+      is in no shard or differs between two, or the index names a file outside
+      the folder.
   """
   folder = pathlib.Path(folder)
   label = label or folder.name
@@ -243,7 +256,7 @@ def open_shards(folder, label: str = "") -> Tensors:
       return open_index(index, label)
     stem, suffix = name.split(".")
     if shards := sorted(folder.glob(f"{stem}-*-of-*.{suffix}")):
-      files = _complete([s.name for s in shards], label)
+      files = _all_shards([s.name for s in shards], label)
       return _merge(folder, label, files)
   raise errors.CheckpointError(
     f"{label} has no weights: expected model.safetensors or pytorch_model.bin,"
@@ -251,26 +264,26 @@ def open_shards(folder, label: str = "") -> Tensors:
   )
 
 
-def _complete(files, label):
-  """The files, if all of the -00001-of-0000N that they count are there."""
+def _all_shards(files, label):
+  """Returns the files -00001-of-0000N to -0000N-of-0000N, all of them there."""
   total = re.search(r"-of-(\d+)\.", files[0])
   pattern = re.sub(r"-\d+-of-\d+", "-{:0{w}d}-of-" + total[1], files[0])
-  wanted = [
+  expected = [
     pattern.format(i + 1, w=len(total[1])) for i in range(int(total[1]))
   ]
-  if missing := sorted(set(wanted) - set(files)):
+  if missing := sorted(set(expected) - set(files)):
     raise errors.CheckpointError(
-      f"{label} lacks {', '.join(missing)} of its {len(wanted)} shards. Copy"
+      f"{label} lacks {', '.join(missing)} of its {len(expected)} shards. Copy"
       " or download them."
     )
-  return wanted
+  return expected
 
 
-def open_index(path, label: str) -> Tensors:
-  """The tensors of the shards that an index names.
+def open_index(path: str | os.PathLike, label: str) -> Tensors:
+  """Opens the shards that an index names and returns their tensors.
 
   Args:
-    path: of the index; the shards lie beside it.
+    path: of the index, which is in the folder of the shards.
     label: how messages name the folder.
 
   Raises:
@@ -284,31 +297,35 @@ def open_index(path, label: str) -> Tensors:
     if pathlib.PurePath(file).name != file or not file.endswith(SUFFIXES):
       raise errors.CheckpointError(
         f"{label}/{path.name} names the file {file!r}: expected plain names of"
-        f" {' or '.join(SUFFIXES)} files that lie beside it. The index was"
-        " tampered with or is of another tool."
+        f" {' or '.join(SUFFIXES)} files in the same folder. The index was"
+        " tampered with or was written by another tool."
       )
   if missing := [f for f in files if not (folder / f).is_file()]:
     raise errors.CheckpointError(
-      f"{label} lacks {', '.join(missing)}, of {len(files)} shards that"
+      f"{label} lacks {', '.join(missing)} of the {len(files)} shards that"
       f" {path.name} names. Copy or download them."
     )
-  found = _merge(folder, label, files)
-  absent = sorted(set(bare_names(weight_map).values()) - set(found))
+  by_name = _merge(folder, label, files)
+  absent = sorted(set(bare_names(weight_map).values()) - set(by_name))
   if absent:
     raise errors.CheckpointError(
-      f"{label}/{path.name} names tensors that no shard has:"
-      f" {', '.join(absent)}. A shard is from another checkpoint."
+      f"{label}/{path.name} names tensors that are in no shard:"
+      f" {', '.join(absent)}. A shard belongs to another checkpoint."
     )
-  return found
+  return by_name
 
 
-def read_index(path, label: str) -> dict[str, str]:
-  """The weight_map of an index, the file of every tensor; no name twice.
+def read_index(path: pathlib.Path, label: str) -> dict[str, str]:
+  """Reads the weight_map of an index: the file of every tensor.
+
+  Args:
+    path: of the index.
+    label: how messages name it.
 
   Raises:
-    errors.CheckpointError: it is no index of shards.
+    errors.CheckpointError: it is no index of shards, or names a tensor twice.
   """
-  repeated = []
+  repeated: list[str] = []
 
   def pairs(items):
     counts = collections.Counter(name for name, _ in items)
@@ -322,8 +339,8 @@ def read_index(path, label: str) -> dict[str, str]:
     strings = all(isinstance(v, str) for v in weight_map.values())
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise errors.CheckpointError(
-      f"{label} is no index of shards ({pickles.line(e)}): expected JSON with a"
-      ' "weight_map" of tensor names to file names.'
+      f"{label} is no index of shards ({pickles.one_line(e)}): expected JSON"
+      ' with a "weight_map" of tensor names to file names.'
     ) from e
   if repeated or not strings or not weight_map:
     raise errors.CheckpointError(
@@ -337,24 +354,25 @@ def read_index(path, label: str) -> dict[str, str]:
 
 
 def _merge(folder, label, files) -> Tensors:
-  """Tensors of several files; equal copies of a name are one."""
-  found, conflicts = {}, []
+  """Returns the tensors of several files; equal copies become one."""
+  by_name: Tensors = {}
+  conflicts = []
   for file in files:
     for name, tensor in open_file(folder / file, f"{label}/{file}").items():
-      if name in found and not same(found[name], tensor):
-        conflicts.append(f"{name} ({found[name].file}, {tensor.file})")
-      found.setdefault(name, tensor)
+      if name in by_name and not same(by_name[name], tensor):
+        conflicts.append(f"{name} ({by_name[name].file}, {tensor.file})")
+      by_name.setdefault(name, tensor)
   if conflicts:
     raise errors.CheckpointError(
       f"{label} has tensors twice, with different values:"
-      f" {', '.join(conflicts)}. Which is meant cannot be told; remove the"
+      f" {', '.join(conflicts)}. It is ambiguous which to use; remove the"
       " shards of the other checkpoint."
     )
-  return found
+  return by_name
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-  """Whether two tensors have one shape and, in the coarser dtype, values."""
+  """Returns whether two tensors are equal, compared in the coarser dtype."""
   if a.shape != b.shape:
     return False
   x, y = a.read(), b.read()

@@ -3,15 +3,11 @@
   lowres_pixels    pixel_decoding/
   highres_pixels   highres_pixel_decoding/
 
-Each folder has unet/ and vae/ (config.json and weights) and
-scheduler/scheduler_config.json, as a plain Stable Diffusion has; that of
-lowres uncond_embeddings.bin besides.
-Weights are diffusion_pytorch_model.bin or .safetensors, whole or in shards
-with their index, or where neither is there those of the variant `fp16`. Where
-there are several, the official classes' choice is taken: the .bin of a U-Net,
-the .safetensors of an autoencoder.
+Each folder has unet/ and vae/ (config.json and weights, see `weight_files.py`)
+and scheduler/scheduler_config.json, as a plain Stable Diffusion has; the folder
+of lowres also has uncond_embeddings.bin.
 
-The params of a part are {"unet", "vae"} and for lowres {"uncond"} too; its
+The params of a part are {"unet", "vae"}, and for lowres also {"uncond"}. Its
 meta has the configs of both networks and the schedule.
 """
 
@@ -24,104 +20,38 @@ from typing import Any
 from lavit_jax.core import errors
 from lavit_jax.models.pixels import unet, vae
 from lavit_jax.port.diffusers import config as config_lib
-from lavit_jax.port.diffusers import scheduler_config
-from lavit_jax.port.formats import llama_folder, tensors
+from lavit_jax.port.diffusers import scheduler_config, weight_files
+from lavit_jax.port.formats import official_layout, small_files, tensors
 from lavit_jax.port.reading import plan
-from lavit_jax.port.tables import names, pixel_names
+from lavit_jax.port.tables import names, pixel_names, rows
 
-FOLDERS = {
-  "lowres_pixels": "pixel_decoding",
-  "highres_pixels": "highres_pixel_decoding",
-}
-UNCOND = "uncond_embeddings.bin"
 CONFIG = "config.json"
 SCHEDULER = f"scheduler/{scheduler_config.FILE}"
-STEM = "diffusion_pytorch_model"
-_SUFFIXES = {"unet": (".bin", ".safetensors"), "vae": (".safetensors", ".bin")}
-VARIANT = "fp16"
-_SIZE_NUMBERS = 6  # that SDXL is told
+_SIZE_NUMBERS = 6  # numbers about sizes in the condition of SDXL
 
 
 def present(folder: pathlib.Path) -> list[str]:
-  """The parts whose folders are there."""
-  return [part for part, name in FOLDERS.items() if (folder / name).is_dir()]
+  """Returns the pixel parts whose folders are in a checkpoint."""
+  folders = official_layout.PIXEL_FOLDERS
+  return [part for part, name in folders.items() if (folder / name).is_dir()]
 
 
-def official_places(parts: Collection[str]) -> list[tuple[str, bool, str]]:
-  """(folder, whether it has unconditional embeddings, part) of pixel parts."""
-  return [
-    (name, part == "lowres_pixels", part)
-    for part, name in FOLDERS.items()
-    if part in parts
-  ]
-
-
-def weight_files(kind: str) -> list[str]:
-  """Names of weights, or of their index, in order of preference.
-
-  Args:
-    kind: "unet" or "vae".
-  """
-  found = []
-  for variant in ("", f".{VARIANT}"):
-    for suffix in _SUFFIXES[kind]:
-      found += [
-        f"{STEM}{variant}{suffix}",
-        f"{STEM}{suffix}.index{variant}.json",
-      ]
-  return found
-
-
-def is_index(file: str) -> bool:
-  """Whether a file name is that of an index of shards."""
-  return ".index." in file and file.endswith(".json")
-
-
-def other_weights(files: Collection[str], folder: str, kind: str) -> list[str]:
-  """Weights in a folder that are not read, as another choice is preferred.
-
-  Args:
-    files: paths of all files there are.
-    folder: path of a network's folder.
-    kind: "unet" or "vae".
-  """
-  here = [f for f in files if f.rpartition("/")[0] == folder]
-  chosen = [n for n in weight_files(kind) if f"{folder}/{n}" in here][:1]
-  if not chosen:
-    return []
-  sharded, half = is_index(chosen[0]), VARIANT in chosen[0]
-  suffix = next(end for end in _SUFFIXES[kind] if end in chosen[0])
-
-  def is_read(name):
-    if not sharded:
-      return name == chosen[0]
-    same = (VARIANT in name) == half and name.endswith(suffix)
-    return name.startswith(STEM) and "-of-" in name and same
-
-  return [
-    path
-    for path in here
-    if path.endswith(tensors.SUFFIXES) and not is_read(path.rpartition("/")[2])
-  ]
-
-
-def missing(folder: pathlib.Path, label: str, uncond: bool) -> list[str]:
-  """Files of a pixel decoder that are not there, as messages name them.
+def missing(folder: pathlib.Path, label: str, with_uncond: bool) -> list[str]:
+  """Returns the missing files of a pixel decoder, as messages name them.
 
   Args:
     folder: with unet/, vae/ and scheduler/.
     label: how messages name it.
-    uncond: whether unconditional embeddings belong to it.
+    with_uncond: whether it must have unconditional embeddings.
   """
-  wanted = [f"{kind}/{CONFIG}" for kind in _SUFFIXES] + [SCHEDULER]
-  if uncond:
-    wanted.append(UNCOND)
-  found = [file for file in wanted if not (folder / file).is_file()]
-  for kind in _SUFFIXES:
-    files = weight_files(kind)
-    if not any((folder / kind / file).is_file() for file in files):
-      found.append(f"{kind}/{files[0]}")
-  return [f"{label}/{file}" for file in found]
+  expected = [f"{kind}/{CONFIG}" for kind in config_lib.KINDS] + [SCHEDULER]
+  if with_uncond:
+    expected.append(official_layout.UNCOND)
+  absent = [file for file in expected if not (folder / file).is_file()]
+  for kind in config_lib.KINDS:
+    if not weight_files.present(folder / kind, kind):
+      absent.append(f"{kind}/{weight_files.candidates(kind)[0]}")
+  return [f"{label}/{file}" for file in absent]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,60 +61,49 @@ class Network:
   Attributes:
     kind: "unet" or "vae".
     label: how messages name the folder.
-    file: the name of the weights, or of their index.
-    left: names of other weights in the folder, which are not read.
-    found: the tensors.
-    generation: of names, see `names_pixels.GENERATIONS`.
+    file: name of the weights, or of their index.
+    not_read: names of other weights in the folder.
+    config: its sizes.
+    tensors: by official name.
+    generation: of names, see `pixel_names.GENERATIONS`.
   """
 
   kind: str
   label: str
   file: str
-  left: tuple[str, ...]
+  not_read: tuple[str, ...]
   config: unet.UNetConfig | vae.VaeConfig
-  found: tensors.Tensors
+  tensors: tensors.Tensors
   generation: str
 
   @functools.cached_property
-  def table(self) -> names.Table:
-    """Official names and paths in the network's params."""
-    return table_of(self.config, self.generation)
+  def table(self) -> rows.Table:
+    """Official names, and paths in the network's params."""
+    return pixel_names.table_of(self.config, self.generation)
 
   @functools.cached_property
   def tree(self) -> dict[str, Any]:
     """Abstract params."""
-    if self.kind == "unet":
-      return config_lib.abstract_unet(self.config)
-    return config_lib.abstract_vae(self.config)
+    return config_lib.KINDS[self.kind].abstract(self.config)
 
   def arrays(
-    self, problems: plan.Problems, allow: Collection[str] = (), root: str = ""
+    self, problems: plan.Problems, allow: Collection[str] = ()
   ) -> list[plan.Array]:
-    """Its arrays; what does not fit goes to `problems`.
+    """Plans its arrays, under its kind as the root.
 
     Args:
-      problems: takes all of it.
+      problems: receives what does not fit.
       allow: official names that may be missing.
-      root: put before every path, such as "unet/".
     """
     return plan.arrays_of(
       self.table,
-      self.found,
+      self.tensors,
       self.tree,
       problems,
       label=f"{self.label}/{self.file}",
       allow=allow,
-      ours=lambda path: root + path,
+      root=f"{self.kind}/",
     )
-
-
-def table_of(
-  config: unet.UNetConfig | vae.VaeConfig, generation: str
-) -> names.Table:
-  """The table of a network; `generation` is for autoencoders alone."""
-  if isinstance(config, vae.VaeConfig):
-    return pixel_names.vae(config, generation)
-  return pixel_names.unet(config)
 
 
 def open_network(folder: pathlib.Path, kind: str, label: str) -> Network:
@@ -196,169 +115,180 @@ def open_network(folder: pathlib.Path, kind: str, label: str) -> Network:
     label: how messages name it.
 
   Raises:
-    errors.CheckpointError: a file is missing or damaged, or the config is of
-      a network that cannot be made here.
+    errors.CheckpointError: a file is missing or damaged, or the config
+      describes a network that is not implemented here.
   """
-  fields = llama_folder.read_json(folder / CONFIG, f"{label}/{CONFIG}")
-  read = {
-    "unet": config_lib.unet_config,
-    "vae": config_lib.vae_config,
-  }
-  config = read[kind](fields, f"{label}/{CONFIG}")
-  files = weight_files(kind)
-  have = [file for file in files if (folder / file).is_file()]
-  if not have:
+  fields = small_files.read_json(folder / CONFIG, f"{label}/{CONFIG}")
+  config = config_lib.KINDS[kind].read(fields, f"{label}/{CONFIG}")
+  files = weight_files.present(folder, kind)
+  if not files:
     raise errors.CheckpointError(
-      f"{label} has no weights: expected one of {', '.join(files)} in it."
+      f"{label} has no weights: expected one of"
+      f" {', '.join(weight_files.candidates(kind))} in it."
     )
-  file = have[0]
-  if is_index(file):
-    found = tensors.open_index(folder / file, label)
+  file, *others = files
+  if weight_files.is_index(file):
+    opened = tensors.open_index(folder / file, label)
   else:
-    found = tensors.open_file(folder / file, f"{label}/{file}")
-  generation = pixel_names.vae_generation(found)
-  return Network(kind, label, file, tuple(have[1:]), config, found, generation)
+    opened = tensors.open_file(folder / file, f"{label}/{file}")
+  generation = pixel_names.vae_generation(opened)
+  return Network(kind, label, file, tuple(others), config, opened, generation)
 
 
 class Reader:
-  """One folder of U-Net, autoencoder and scheduler, opened."""
+  """One opened folder of U-Net, autoencoder and scheduler."""
 
   def __init__(
-    self, folder: pathlib.Path, label: str, part: str, uncond: bool = False
+    self, folder: pathlib.Path, label: str, part: str, with_uncond: bool
   ):
-    """Opens it.
+    """Opens the folder.
 
     Args:
-      folder: none of whose files is `missing`.
+      folder: without `missing` files.
       label: how messages name it.
-      part: that it becomes, a key of FOLDERS.
-      uncond: whether unconditional embeddings belong to it.
+      part: "lowres_pixels" or "highres_pixels".
+      with_uncond: whether it has unconditional embeddings.
 
     Raises:
       errors.CheckpointError: as `open_network`, or a scheduler or an
         embedding that cannot be read.
     """
-    self.part, self._name, self._folder = part, label, folder
-    self.networks = {
+    self.part, self._label, self._folder = part, label, folder
+    self._networks = {
       kind: open_network(folder / kind, kind, f"{label}/{kind}")
-      for kind in _SUFFIXES
+      for kind in config_lib.KINDS
     }
     self._schedule = scheduler_config.load(folder / SCHEDULER)
-    self.uncond = None
-    if uncond:
-      opened = tensors.open_file(
-        folder / UNCOND, f"{label}/{UNCOND}", bare=True
-      )
-      (self.uncond,) = opened.values()
+    self._uncond: tensors.Tensor | None = None
+    if with_uncond:
+      file = official_layout.UNCOND
+      opened = tensors.open_file(folder / file, f"{label}/{file}", bare=True)
+      (self._uncond,) = opened.values()
 
   @property
-  def tables(self) -> list[names.Table]:
-    """Of both networks."""
-    return [network.table for network in self.networks.values()]
+  def tables(self) -> list[rows.Table]:
+    """The tables of both networks."""
+    return [network.table for network in self._networks.values()]
 
   def read(
     self, problems: plan.Problems, allow: Collection[str] = ()
   ) -> plan.Part:
-    """The part; what does not fit goes to `problems`."""
-    arrays = []
-    for kind, network in self.networks.items():
-      arrays += network.arrays(problems, allow, f"{kind}/")
-    if self.uncond is not None:
-      tensor, (row,) = self.uncond, names.UNCOND
-      shape = tensor.shape
-      arrays.append(plan.Array(row.ours, "same", (tensor,), False, shape))
-    meta = {
-      kind: dataclasses.asdict(network.config)
-      for kind, network in self.networks.items()
-    }
+    """Returns the part.
+
+    Args:
+      problems: receives what does not fit.
+      allow: official names that may be missing.
+    """
+    arrays: list[plan.Array] = []
+    meta: dict[str, Any] = {}
+    for kind, network in self._networks.items():
+      arrays += network.arrays(problems, allow)
+      meta[kind] = dataclasses.asdict(network.config)
+    if self._uncond is not None:
+      (row,) = names.UNCOND
+      tensor = self._uncond
+      arrays.append(
+        plan.Array(row.path, "same", (tensor,), False, tensor.shape)
+      )
     meta["schedule"] = dataclasses.asdict(self._schedule)
-    files = {kind: network.file for kind, network in self.networks.items()}
-    generation = self.networks["vae"].generation
+    files = {kind: network.file for kind, network in self._networks.items()}
+    generation = self._networks["vae"].generation
     meta["port"] = {"weights": files, "vae_names": generation}
     self._check(problems)
     return plan.Part(self.part, tuple(arrays), meta)
 
   def _check(self, problems):
-    """Whether the networks of the folder belong together."""
-    net, latent = self.networks["unet"].config, self.networks["vae"].config
-    told = net.details.added_dim > 0
+    """Checks that the networks of the folder belong together."""
+    net, latent = (self._networks[kind].config for kind in ("unet", "vae"))
     channels = (net.in_channels, net.out_channels)
     if channels != (latent.latent_channels,) * 2:
       problems.add(
         "networks that do not fit",
-        f"{self._name}/unet takes and gives {channels[0]} and {channels[1]}"
-        f" channels, the latents of {self._name}/vae have"
+        f"{self._label}/unet has {channels[0]} input and {channels[1]} output"
+        f" channels, the latents of {self._label}/vae have"
         f" {latent.latent_channels}",
       )
-    if told != (self.part == "highres_pixels"):
-      kind = "with" if told else "without"
+    has_added = net.details.added_dim > 0
+    if has_added != (self.part == "highres_pixels"):
+      kind = "with" if has_added else "without"
       problems.add(
         "network of another kind",
-        f"{self._name}/unet is a U-Net {kind} SDXL's additional embedding",
+        f"{self._label}/unet is a U-Net {kind} SDXL's additional embedding",
       )
-    if self.uncond is None:
+    if self._uncond is None:
       return
-    shape = self.uncond.shape
+    shape = self._uncond.shape
     if len(shape) != 3 or (shape[0], shape[2]) != (1, net.cross_dim):
       problems.add(
         "wrong shape",
-        f"{self._name}/{UNCOND} {list(shape)} instead of"
+        f"{self._label}/{official_layout.UNCOND} {list(shape)} instead of"
         f" [1, any, {net.cross_dim}]",
       )
 
   def small_files(self) -> dict[str, bytes]:
-    """What export gives back, by path in the folder."""
-    found = {}
-    for place in ("", *self.networks, "scheduler"):
-      kept = llama_folder.small_files(self._folder / place)
-      kept = {name: kept[name] for name in kept if not is_index(name)}
-      network = self.networks.get(place)
-      if network is not None and is_index(network.file):
-        kept[network.file] = (self._folder / place / network.file).read_bytes()
-      found |= {
-        f"{place}/{name}" if place else name: data
-        for name, data in kept.items()
+    """Returns what an export restores, by path in the folder."""
+    contents: dict[str, bytes] = {}
+    for subfolder in ("", *self._networks, "scheduler"):
+      files = {
+        name: data
+        for name, data in small_files.read_all(self._folder / subfolder).items()
+        if not weight_files.is_index(name)
       }
-    return found
+      network = self._networks.get(subfolder)
+      if network is not None and weight_files.is_index(network.file):
+        index = self._folder / subfolder / network.file
+        files[network.file] = index.read_bytes()
+      root = f"{subfolder}/" if subfolder else ""
+      contents |= {f"{root}{name}": data for name, data in files.items()}
+    return contents
 
   def notes(self) -> list[str]:
-    """What the user should know."""
-    found = []
-    for network in self.networks.values():
-      if network.left:
-        left = ", ".join(network.left)
-        found.append(f"{network.label}: {network.file} taken, {left} left")
-      elif VARIANT in network.file:
-        found.append(f"{network.label}: {network.file}, as no other is there")
-    return found + scheduler_config.notes(self._folder / SCHEDULER)
+    """Returns sentences for the user."""
+    sentences = []
+    for network in self._networks.values():
+      if network.not_read:
+        others = ", ".join(network.not_read)
+        sentences.append(
+          f"{network.label}: {network.file} read, {others} ignored"
+        )
+      elif weight_files.VARIANT in network.file:
+        sentences.append(
+          f"{network.label}: {network.file}, as there is no other"
+        )
+    return sentences + scheduler_config.notes(self._folder / SCHEDULER)
 
 
 def check_conditions(
   parts: Mapping[str, plan.Part], problems: plan.Problems
 ) -> None:
-  """Whether semantic decoders give what the U-Nets beside them take."""
-  for part, name in FOLDERS.items():
+  """Checks that the semantic decoders fit the U-Nets that they condition.
+
+  Args:
+    parts: of the import, by name.
+    problems: receives what does not fit.
+  """
+  for part, folder in official_layout.PIXEL_FOLDERS.items():
     semantic = parts.get(part.removesuffix("_pixels"))
     if part not in parts or semantic is None:
       continue
     net, meta = parts[part].meta["unet"], semantic.meta
     details = net["details"]
-    width = sum(meta.get("condition_dims") or [meta.get("condition_dim")])
+    width = sum(meta.get("condition_dims") or [meta["condition_dim"]])
     added = meta.get("pooled_dim", 0)
     if added:
       added += _SIZE_NUMBERS * details["added_time_dim"]
-    given, taken = (width, added), (net["cross_dim"], details["added_dim"])
-    if given != taken:
+    if (width, added) != (net["cross_dim"], details["added_dim"]):
       problems.add(
         "decoders that do not fit",
-        f"{semantic.name} gives conditions {width} wide and {added} numbers"
-        f" beside them, {name}/unet takes {taken[0]} and {taken[1]}",
+        f"{semantic.name} makes conditions of width {width} and an additional"
+        f" {added} numbers, {folder}/unet expects {net['cross_dim']} and"
+        f" {details['added_dim']}",
       )
     uncond = next((a for a in parts[part].arrays if a.path == "uncond"), None)
     patches = meta["decoder"]["num_patches"]
     if uncond is not None and uncond.shape[-2:-1] > (patches,):
       problems.add(
         "decoders that do not fit",
-        f"{name}/{UNCOND} has {uncond.shape[-2]} tokens, more than the"
-        f" {patches} of {semantic.name}",
+        f"{folder}/{official_layout.UNCOND} has {uncond.shape[-2]} tokens, more"
+        f" than the {patches} of {semantic.name}",
       )

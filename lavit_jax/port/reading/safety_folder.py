@@ -2,9 +2,9 @@
 
   safety   safety_checker/, at the root or in one of the pixel decoders' folders
 
-It may be missing. What is kept besides (config.json, the feature extractor's
-settings) is given back by an export. A pickle's `position_ids`, a buffer that
-counts from 0, is passed over, as newer versions of transformers do.
+It may be missing. An export restores its other files (config.json, settings of
+the feature extractor). A pickle's `position_ids`, a buffer that counts from 0,
+is ignored, as newer versions of transformers do.
 """
 
 import dataclasses
@@ -12,22 +12,28 @@ import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lavit_jax.core import errors, image_io
 from lavit_jax.models.pixels import safety
-from lavit_jax.port.formats import config_fields, llama_folder, tensors
-from lavit_jax.port.reading import pixel_folders, plan
-from lavit_jax.port.tables import safety_names
+from lavit_jax.port.diffusers import weight_files
+from lavit_jax.port.formats import (
+  config_fields,
+  official_layout,
+  small_files,
+  tensors,
+)
+from lavit_jax.port.reading import plan
+from lavit_jax.port.tables import safety_names, sizes
 
-PART = "safety"
 NAME = "safety_checker"
+FOLDERS = (  # in which it may be
+  NAME,
+  *(f"{f}/{NAME}" for f in official_layout.PIXEL_FOLDERS.values()),
+)
 _EXTRACTOR, _IMAGES = "feature_extractor", "preprocessor_config.json"
-_DONE = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-PLACES = (NAME, *(f"{f}/{NAME}" for f in pixel_folders.FOLDERS.values()))
+_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 _DEFAULTS = {  # of transformers' CLIPVisionConfig
   "image_size": 224,
   "patch_size": 32,
@@ -37,7 +43,7 @@ _DEFAULTS = {  # of transformers' CLIPVisionConfig
   "intermediate_size": 3072,
   "layer_norm_eps": 1e-5,
 }
-_FIELDS = {  # names here
+_FIELDS = {  # transformers' names, and those of SafetyConfig
   "image_size": "image_size",
   "patch_size": "patch_size",
   "hidden_size": "width",
@@ -49,116 +55,122 @@ _FIELDS = {  # names here
 
 
 def find(folder: pathlib.Path) -> str | None:
-  """Where in a checkpoint the checker is, or None."""
-  found = [place for place in PLACES if (folder / place).is_dir()]
-  return found[0] if found else None
+  """Returns which of FOLDERS a checkpoint has; None if it has none."""
+  return next((name for name in FOLDERS if (folder / name).is_dir()), None)
 
 
 def read(
-  folder: pathlib.Path,
-  place: str,
+  root: pathlib.Path,
+  folder: str,
   problems: plan.Problems,
   allow: Collection[str] = (),
 ) -> tuple[plan.Part, dict[str, bytes]]:
-  """The part, and the small files of the folder.
+  """Returns the part, and the small files of the folder by name.
 
   Args:
-    folder: of the checkpoint.
-    place: of PLACES, what `find` gave.
-    problems: takes what does not fit.
+    root: of the checkpoint.
+    folder: of the checker, as `find` returned it.
+    problems: receives what does not fit.
     allow: official names that may be missing.
 
   Raises:
-    errors.CheckpointError: a file is missing or damaged, or the config is of
-      another network.
+    errors.CheckpointError: a file is missing or damaged, or the config
+      describes another network.
   """
-  path = folder / place / "config.json"
-  if not path.is_file():
-    raise errors.CheckpointError(
-      f"{place}/config.json is missing: expected the folder of Stable"
-      " Diffusion's safety checker. Copy it whole, or remove the folder."
-    )
-  fields = llama_folder.read_json(path, f"{place}/config.json")
-  found = tensors.open_shards(folder / place, place)
-  config = _config(fields, found, f"{place}/config.json")
-  for beside in (place, f"{place.removesuffix(NAME)}{_EXTRACTOR}"):
-    if (folder / beside / _IMAGES).is_file():
-      _check_images(folder, f"{beside}/{_IMAGES}", config.image_size)
-  net = safety.SafetyChecker(config)
-  side = config.image_size
-  made = jax.eval_shape(
-    net.init, jax.random.key(0), jnp.zeros((1, side, side, 3))
-  )
-  generation = safety_names.generation(found)
+  by_name, config = _open(root, folder)
+  generation = safety_names.generation(by_name)
+  images = jnp.zeros((1, config.image_size, config.image_size, 3))
+  tree = sizes.abstract_variables(safety.SafetyChecker(config), images)
   arrays = plan.arrays_of(
     safety_names.table(generation),
-    found,
-    nn.meta.unbox(made["params"]),
+    by_name,
+    tree["params"],
     problems,
-    label=place,
+    label=folder,
     allow=allow,
   )
-  file = sorted({tensor.file for tensor in found.values()})
+  file = min(tensor.file for tensor in by_name.values())
   meta = {
     "safety": dataclasses.asdict(config),
     "port": {
-      "place": place,
+      "place": folder,
       "names": generation,
-      "suffix": pathlib.PurePath(file[0]).suffix,
+      "suffix": pathlib.PurePath(file).suffix,
     },
   }
-  small = llama_folder.small_files(folder / place)
-  small = {n: d for n, d in small.items() if not pixel_folders.is_index(n)}
-  return plan.Part(PART, tuple(arrays), meta), small
+  files = {
+    name: data
+    for name, data in small_files.read_all(root / folder).items()
+    if not weight_files.is_index(name)
+  }
+  return plan.Part(official_layout.SAFETY_PART, tuple(arrays), meta), files
 
 
-def _check_images(folder, file, size):
-  """Whether the checker is shown images as `infer/safety.py` does it.
+def _open(root, folder) -> tuple[tensors.Tensors, safety.SafetyConfig]:
+  """Returns the tensors and the config, with the image settings checked."""
+  label = f"{folder}/config.json"
+  path = root / folder / "config.json"
+  if not path.is_file():
+    raise errors.CheckpointError(
+      f"{label} is missing: expected the folder of Stable Diffusion's safety"
+      " checker. Copy the complete folder, or remove it."
+    )
+  fields = small_files.read_json(path, label)
+  by_name = tensors.open_shards(root / folder, folder)
+  config = _config(fields, by_name, label)
+  for parent in (folder, f"{folder.removesuffix(NAME)}{_EXTRACTOR}"):
+    if (root / parent / _IMAGES).is_file():
+      _check_images(root, f"{parent}/{_IMAGES}", config.image_size)
+  return by_name, config
+
+
+def _check_images(root, file, size):
+  """Checks that images are prepared as `infer/pixels/safety.py` does.
 
   Raises:
-    errors.CheckpointError: a setting of the file is another; it is named.
+    errors.CheckpointError: a setting of the file differs; it is named.
   """
-  fields = llama_folder.read_json(folder / file, file)
-  wanted = {
+  fields = small_files.read_json(root / file, file)
+  expected = {
     "image_mean": [round(float(x), 8) for x in image_io.MEAN],
     "image_std": [round(float(x), 8) for x in image_io.STD],
     "resample": 3,  # bicubic
     "size": size,
     "crop_size": size,
     "rescale_factor": 1 / 255,
-    **dict.fromkeys(_DONE, True),
+    **dict.fromkeys(_STEPS, True),
   }
   wrong = [
     f"{name} is {fields[name]!r}, expected {value!r}"
-    for name, value in wanted.items()
-    if name in fields and not _is_setting(fields[name], value)
+    for name, value in expected.items()
+    if name in fields and not _same_setting(fields[name], value)
   ]
   if wrong:
     raise errors.CheckpointError(
-      f"{file} prepares images otherwise than is done here:"
-      f" {'; '.join(wrong)}. Expected the settings of CLIP, as Stable"
-      " Diffusion's safety checker has them."
+      f"{file} prepares images in another way than lavit_jax:"
+      f" {'; '.join(wrong)}. Expected the settings of CLIP, as in Stable"
+      " Diffusion's safety checker."
     )
 
 
-def _is_setting(given, wanted) -> bool:
-  """Whether a setting is one; sizes also as {"shortest_edge": 224}."""
-  if isinstance(given, Mapping):
-    return bool(given) and all(v == wanted for v in given.values())
-  if isinstance(wanted, list | float):
+def _same_setting(value, expected) -> bool:
+  """Compares a setting; a size may also be {"shortest_edge": 224}."""
+  if isinstance(value, Mapping):
+    return bool(value) and all(v == expected for v in value.values())
+  if isinstance(expected, list | float):
     try:
-      return np.allclose(np.asarray(given, float), wanted, rtol=0, atol=1e-6)
+      return np.allclose(np.asarray(value, float), expected, rtol=0, atol=1e-6)
     except (TypeError, ValueError, OverflowError):
       return False
-  return given == wanted
+  return value == expected
 
 
-def _config(fields: Mapping[str, Any], found, label) -> safety.SafetyConfig:
-  """Sizes from config.json, the numbers of concepts from the tensors."""
+def _config(fields: Mapping[str, Any], by_name, label) -> safety.SafetyConfig:
+  """Returns sizes from config.json, numbers of concepts from the tensors."""
   tower = {**_DEFAULTS, **(fields.get("vision_config") or {})}
   activation = tower.get("hidden_act", "quick_gelu")
   counts = [
-    found[name].shape[0] if name in found else 1
+    by_name[name].shape[0] if name in by_name else 1
     for name in ("concept_embeds", "special_care_embeds")
   ]
   dim = fields.get("projection_dim", 512)
@@ -166,20 +178,19 @@ def _config(fields: Mapping[str, Any], found, label) -> safety.SafetyConfig:
     if activation != "quick_gelu":
       raise ValueError(f"hidden_act is {activation!r}, expected 'quick_gelu'")
     for name, value in {**tower, "projection_dim": dim}.items():
-      whole = config_fields.is_whole(value)
-      number = config_fields.is_number(value) and value > 0
-      number = number and name == "layer_norm_eps"
-      if name in (*_FIELDS, "projection_dim") and not (whole or number):
+      valid = config_fields.is_positive_int(value)
+      if name == "layer_norm_eps":
+        valid = config_fields.is_number(value) and value > 0
+      if name in (*_FIELDS, "projection_dim") and not valid:
         raise ValueError(f"{name} is {value!r}, expected a positive number")
-    sizes = {ours: tower[theirs] for theirs, ours in _FIELDS.items()}
     return safety.SafetyConfig(
-      **sizes,
+      **{argument: tower[name] for name, argument in _FIELDS.items()},
       projection_dim=dim,
       concepts=counts[0],
       special=counts[1],
     )
   except (errors.ConfigError, TypeError, ValueError) as e:
     raise errors.CheckpointError(
-      f"{label} describes a network that cannot be made here: {e}. Expected"
-      " Stable Diffusion's safety checker."
+      f"{label} describes a network that lavit_jax does not implement: {e}."
+      " Expected Stable Diffusion's safety checker."
     ) from e

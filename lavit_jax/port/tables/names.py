@@ -1,349 +1,246 @@
-"""The explicit table: every tensor of the official release and its place here.
+"""Name tables: every tensor of the official release and its path here.
 
-One table a file of `rain1011/LaVIT-7B-v2`, with rows of (official name, path
-here, transform). `{i}` in an official name is the layer; here layers are
-stacked on a first axis. The trees that the paths lead into:
+There is one table for each file of `rain1011/LaVIT-7B-v2`; `rows.py` explains
+the rows. The paths lead into these trees:
 
   ENCODER            params of `vision.EvaVit`
-  TOKENIZER          variables of `tokenizer.DynamicVisualTokenizer`, less its
-                     `params/decoder`
-  UNDERSTANDING      params of `unified.UnifiedModel`, less `llm`
+  TOKENIZER          variables of `tokenizer.DynamicVisualTokenizer`, without
+                     its `params/decoder`
+  UNDERSTANDING      params of `unified.UnifiedModel`, without `llm`
   LOWRES, HIGHRES    params of `decoder.LowresDecoder`, `HighresDecoder`; the
                      `decoder` in each fits the tokenizer's
   DECODER            that `decoder` alone
   LLM                params of `llama.Llama`
-  UNCOND             the part `lowres_pixels`
+  UNCOND             the unconditional embeddings in the part `lowres_pixels`
 
-Those of the U-Nets and their autoencoders are made by `names_pixels.py`.
+`pixel_names.py` has the tables of U-Nets and autoencoders, `safety_names.py`
+that of the safety checker. `to_flax` and `to_official` convert whole files.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from lavit_jax.core import errors
+from lavit_jax.port.tables import rows
 
-ROW_MULTIPLE = 128  # rows of embedding and head are padded to it
-
-
-class Row(NamedTuple):
-  """One parameter: its official name, its path here, how to get here."""
-
-  official: str
-  ours: str
-  transform: str = "same"
-
-
-Table = tuple[Row, ...]
-
-
-class Transform(NamedTuple):
-  """An array's way here and back. numpy arrays in and out."""
-
-  forward: Callable[[np.ndarray], np.ndarray]
-  backward: Callable[[np.ndarray], np.ndarray]
-
-
-def _unpatch(x):
-  size = round((x.shape[0] // 3) ** 0.5)
-  return x.reshape(size, size, 3, -1).transpose(3, 2, 0, 1)
-
-
-def _pad_rows(x):
-  missing = -x.shape[0] % ROW_MULTIPLE
-  return np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
-
-
-TRANSFORMS = {
-  "same": Transform(lambda x: x, lambda x: x),
-  # torch's Linear [out, in] to a kernel [in, out].
-  "linear": Transform(lambda x: x.T, lambda x: x.T),
-  # Fused [3 * D, D] to [D, 3, D], and its bias [3 * D] to [3, D].
-  "qkv": Transform(
-    lambda x: x.reshape(3, -1, x.shape[1]).transpose(2, 0, 1),
-    lambda x: x.transpose(1, 2, 0).reshape(-1, x.shape[0]),
-  ),
-  "qkv_bias": Transform(lambda x: x.reshape(3, -1), lambda x: x.reshape(-1)),
-  # A convolution [D, 3, P, P] to the kernel [P * P * 3, D] over patches.
-  "patch": Transform(
-    lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]), _unpatch
-  ),
-  # torch's Conv2d [out, in, h, w] to a kernel [h, w, in, out], and one of
-  # 1 x 1 to a kernel [in, out].
-  "conv": Transform(
-    lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)
-  ),
-  "pointwise": Transform(
-    lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]
-  ),
-  # Rows of the vocabulary; `to_official` trims them.
-  "rows": Transform(_pad_rows, lambda x: x),
-}
-
-ENCODER: Table = (
-  Row("cls_token", "cls_token"),
-  Row("pos_embed", "pos_embed"),
-  Row("patch_embed.proj.weight", "patch_embed/kernel", "patch"),
-  Row("patch_embed.proj.bias", "patch_embed/bias"),
-  Row("blocks.{i}.norm1.weight", "blocks/norm1/scale"),
-  Row("blocks.{i}.norm1.bias", "blocks/norm1/bias"),
-  Row("blocks.{i}.attn.q_bias", "blocks/attn/q_bias"),
-  Row("blocks.{i}.attn.v_bias", "blocks/attn/v_bias"),
-  Row("blocks.{i}.attn.qkv.weight", "blocks/attn/qkv_kernel", "qkv"),
-  Row("blocks.{i}.attn.proj.weight", "blocks/attn/proj/kernel", "linear"),
-  Row("blocks.{i}.attn.proj.bias", "blocks/attn/proj/bias"),
-  Row("blocks.{i}.norm2.weight", "blocks/norm2/scale"),
-  Row("blocks.{i}.norm2.bias", "blocks/norm2/bias"),
-  Row("blocks.{i}.mlp.fc1.weight", "blocks/mlp/fc1/kernel", "linear"),
-  Row("blocks.{i}.mlp.fc1.bias", "blocks/mlp/fc1/bias"),
-  Row("blocks.{i}.mlp.fc2.weight", "blocks/mlp/fc2/kernel", "linear"),
-  Row("blocks.{i}.mlp.fc2.bias", "blocks/mlp/fc2/bias"),
-  Row("norm.weight", "norm/scale"),
-  Row("norm.bias", "norm/bias"),
-  Row("head.weight", "head/kernel", "linear"),
-  Row("head.bias", "head/bias"),
+ENCODER: rows.Table = (
+  rows.Row("cls_token", "cls_token"),
+  rows.Row("pos_embed", "pos_embed"),
+  *rows.layer("patch_embed.proj", "patch_embed", "patch"),
+  *rows.norm("blocks.{i}.norm1", "blocks/norm1"),
+  rows.Row("blocks.{i}.attn.q_bias", "blocks/attn/q_bias"),
+  rows.Row("blocks.{i}.attn.v_bias", "blocks/attn/v_bias"),
+  rows.Row("blocks.{i}.attn.qkv.weight", "blocks/attn/qkv_kernel", "qkv"),
+  *rows.layer("blocks.{i}.attn.proj", "blocks/attn/proj"),
+  *rows.norm("blocks.{i}.norm2", "blocks/norm2"),
+  *rows.layer("blocks.{i}.mlp.fc1", "blocks/mlp/fc1"),
+  *rows.layer("blocks.{i}.mlp.fc2", "blocks/mlp/fc2"),
+  *rows.norm("norm", "norm"),
+  *rows.layer("head", "head"),
 )
 
-_SELECTOR: Table = (
-  Row("in_conv.0.weight", "norm/scale"),
-  Row("in_conv.0.bias", "norm/bias"),
-  Row("in_conv.1.weight", "in_proj/kernel", "linear"),
-  Row("in_conv.1.bias", "in_proj/bias"),
-  Row("out_conv.0.weight", "fc1/kernel", "linear"),
-  Row("out_conv.0.bias", "fc1/bias"),
-  Row("out_conv.2.weight", "fc2/kernel", "linear"),
-  Row("out_conv.2.bias", "fc2/bias"),
-  Row("out_conv.4.weight", "fc3/kernel", "linear"),
-  Row("out_conv.4.bias", "fc3/bias"),
+_SELECTOR: rows.Table = (
+  *rows.norm("in_conv.0", "norm"),
+  *rows.layer("in_conv.1", "in_proj"),
+  *rows.layer("out_conv.0", "fc1"),
+  *rows.layer("out_conv.2", "fc2"),
+  *rows.layer("out_conv.4", "fc3"),
 )
 
 
-def _attention_block(own: str, cross: str) -> Table:
-  """A block of merger or decoder; `own` and `cross` name its attentions."""
+def _attention_block(self_attn: str, cross_attn: str) -> rows.Table:
+  """Returns a block of merger or decoder.
+
+  Args:
+    self_attn: name of its self-attention.
+    cross_attn: name of its cross-attention.
+  """
+  block = "blocks.{i}."
   return (
-    Row("blocks.{i}.norm0.weight", "blocks/norm0/scale"),
-    Row("blocks.{i}.norm0.bias", "blocks/norm0/bias"),
-    Row(f"blocks.{{i}}.{own}.qkv.weight", f"blocks/{own}/qkv_kernel", "qkv"),
-    Row(f"blocks.{{i}}.{own}.qkv.bias", f"blocks/{own}/qkv_bias", "qkv_bias"),
-    Row(
-      f"blocks.{{i}}.{own}.proj.weight", f"blocks/{own}/proj/kernel", "linear"
+    *rows.norm(block + "norm0", "blocks/norm0"),
+    rows.Row(
+      f"{block}{self_attn}.qkv.weight", f"blocks/{self_attn}/qkv_kernel", "qkv"
     ),
-    Row(f"blocks.{{i}}.{own}.proj.bias", f"blocks/{own}/proj/bias"),
-    Row("blocks.{i}.norm1.weight", "blocks/norm1/scale"),
-    Row("blocks.{i}.norm1.bias", "blocks/norm1/bias"),
-    *(
-      row
-      for name in ("query", "key", "value", "proj")
-      for row in (
-        Row(
-          f"blocks.{{i}}.{cross}.{name}.weight",
-          f"blocks/{cross}/{name}/kernel",
-          "linear",
-        ),
-        Row(f"blocks.{{i}}.{cross}.{name}.bias", f"blocks/{cross}/{name}/bias"),
-      )
+    rows.Row(
+      f"{block}{self_attn}.qkv.bias", f"blocks/{self_attn}/qkv_bias", "qkv_bias"
     ),
-    Row("blocks.{i}.norm2.weight", "blocks/norm2/scale"),
-    Row("blocks.{i}.norm2.bias", "blocks/norm2/bias"),
-    Row("blocks.{i}.mlp.fc1.weight", "blocks/mlp/fc1/kernel", "linear"),
-    Row("blocks.{i}.mlp.fc1.bias", "blocks/mlp/fc1/bias"),
-    Row("blocks.{i}.mlp.fc2.weight", "blocks/mlp/fc2/kernel", "linear"),
-    Row("blocks.{i}.mlp.fc2.bias", "blocks/mlp/fc2/bias"),
+    *rows.layer(f"{block}{self_attn}.proj", f"blocks/{self_attn}/proj"),
+    *rows.norm(block + "norm1", "blocks/norm1"),
+    *rows.layer(f"{block}{cross_attn}.query", f"blocks/{cross_attn}/query"),
+    *rows.layer(f"{block}{cross_attn}.key", f"blocks/{cross_attn}/key"),
+    *rows.layer(f"{block}{cross_attn}.value", f"blocks/{cross_attn}/value"),
+    *rows.layer(f"{block}{cross_attn}.proj", f"blocks/{cross_attn}/proj"),
+    *rows.norm(block + "norm2", "blocks/norm2"),
+    *rows.layer(block + "mlp.fc1", "blocks/mlp/fc1"),
+    *rows.layer(block + "mlp.fc2", "blocks/mlp/fc2"),
   )
 
 
-_MERGER: Table = (
-  Row("ln_vision.weight", "ln_vision/scale"),
-  Row("ln_vision.bias", "ln_vision/bias"),
+_MERGER: rows.Table = (
+  *rows.norm("ln_vision", "ln_vision"),
   *_attention_block("token_causal_attn", "token_cross_attn"),
-  Row("norm.weight", "norm/scale"),
-  Row("norm.bias", "norm/bias"),
+  *rows.norm("norm", "norm"),
 )
 
-DECODER: Table = (
-  Row("pos_embed", "pos_embed"),
-  Row("query_embed", "query_embed"),
-  Row("in_proj.weight", "in_proj/kernel", "linear"),
-  Row("in_proj.bias", "in_proj/bias"),
+DECODER: rows.Table = (
+  rows.Row("pos_embed", "pos_embed"),
+  rows.Row("query_embed", "query_embed"),
+  *rows.layer("in_proj", "in_proj"),
   *_attention_block("self_attn", "cross_attn"),
-  Row("norm.weight", "norm/scale"),
-  Row("norm.bias", "norm/bias"),
-  Row("decode_task_layer.0.weight", "fc1/kernel", "linear"),
-  Row("decode_task_layer.0.bias", "fc1/bias"),
-  Row("decode_task_layer.2.weight", "fc2/kernel", "linear"),
-  Row("decode_task_layer.2.bias", "fc2/bias"),
+  *rows.norm("norm", "norm"),
+  *rows.layer("decode_task_layer.0", "fc1"),
+  *rows.layer("decode_task_layer.2", "fc2"),
 )
 
-
-def under(official: str, ours: str, table: Table) -> Table:
-  """The table with both kinds of name under a prefix."""
-  return tuple(
-    Row(official + row.official, ours + row.ours, row.transform)
-    for row in table
-  )
-
-
-TOKENIZER: Table = (
-  *under("token_predictor.", "params/selector/", _SELECTOR),
-  *under("causal_encoder.", "params/merger/", _MERGER),
-  Row("encode_task_layer.0.weight", "params/quantizer/fc1/kernel", "linear"),
-  Row("encode_task_layer.0.bias", "params/quantizer/fc1/bias"),
-  Row("encode_task_layer.2.weight", "params/quantizer/fc2/kernel", "linear"),
-  Row("encode_task_layer.2.bias", "params/quantizer/fc2/bias"),
-  Row("quantize.embedding.weight", "codebook/codes"),
-  Row("vit_proj.weight", "params/llm_proj/kernel", "linear"),
-  Row("vit_proj.bias", "params/llm_proj/bias"),
+TOKENIZER: rows.Table = (
+  *rows.under("token_predictor.", "params/selector/", _SELECTOR),
+  *rows.under("causal_encoder.", "params/merger/", _MERGER),
+  *rows.layer("encode_task_layer.0", "params/quantizer/fc1"),
+  *rows.layer("encode_task_layer.2", "params/quantizer/fc2"),
+  rows.Row("quantize.embedding.weight", "codebook/codes"),
+  *rows.layer("vit_proj", "params/llm_proj"),
 )
 
-UNDERSTANDING: Table = (
-  *under("causal_encoder.", "merger/", _MERGER),
-  Row("vit_proj.weight", "projection/kernel", "linear"),
-  Row("vit_proj.bias", "projection/bias"),
+PROJECTION: rows.Table = rows.layer("vit_proj", "projection")
+UNDERSTANDING: rows.Table = (
+  *rows.under("causal_encoder.", "merger/", _MERGER),
+  *PROJECTION,
 )
-
-# Only where the overlay of the official understanding model has it.
-UNDERSTANDING_SELECTOR: Table = under(
+# Only in overlays that have a selector of their own.
+UNDERSTANDING_SELECTOR: rows.Table = rows.under(
   "token_predictor.", "selector/", _SELECTOR
 )
 
-LOWRES: Table = (
-  *under("", "decoder/", DECODER),
-  Row("unet_proj.weight", "unet_proj/kernel", "linear"),
-  Row("unet_proj.bias", "unet_proj/bias"),
+LOWRES: rows.Table = (
+  *rows.under("", "decoder/", DECODER),
+  *rows.layer("unet_proj", "unet_proj"),
 )
 
-HIGHRES: Table = (
-  *under("", "decoder/", DECODER),
-  Row("unet_proj_1.weight", "unet_proj_1/kernel", "linear"),
-  Row("unet_proj_1.bias", "unet_proj_1/bias"),
-  Row("unet_proj_2.weight", "unet_proj_2/kernel", "linear"),
-  Row("unet_proj_2.bias", "unet_proj_2/bias"),
-  Row(
+HIGHRES: rows.Table = (
+  *rows.under("", "decoder/", DECODER),
+  *rows.layer("unet_proj_1", "unet_proj_1"),
+  *rows.layer("unet_proj_2", "unet_proj_2"),
+  rows.Row(
     "unet_attnpool.positional_embedding", "unet_attnpool/positional_embedding"
   ),
-  *(
-    row
-    for name in ("k_proj", "q_proj", "v_proj", "c_proj")
-    for row in (
-      Row(
-        f"unet_attnpool.{name}.weight", f"unet_attnpool/{name}/kernel", "linear"
-      ),
-      Row(f"unet_attnpool.{name}.bias", f"unet_attnpool/{name}/bias"),
-    )
-  ),
+  *rows.layer("unet_attnpool.k_proj", "unet_attnpool/k_proj"),
+  *rows.layer("unet_attnpool.q_proj", "unet_attnpool/q_proj"),
+  *rows.layer("unet_attnpool.v_proj", "unet_attnpool/v_proj"),
+  *rows.layer("unet_attnpool.c_proj", "unet_attnpool/c_proj"),
 )
+SEMANTIC_DECODERS = {"lowres": LOWRES, "highres": HIGHRES}  # by part
 
 _LAYER = "model.layers.{i}."
 
-LLM: Table = (
-  Row("model.embed_tokens.weight", "embedding", "rows"),
-  Row(
-    _LAYER + "self_attn.q_proj.weight",
-    "layers/attention/query/kernel",
-    "linear",
-  ),
-  Row(
-    _LAYER + "self_attn.k_proj.weight", "layers/attention/key/kernel", "linear"
-  ),
-  Row(
-    _LAYER + "self_attn.v_proj.weight",
-    "layers/attention/value/kernel",
-    "linear",
-  ),
-  Row(
-    _LAYER + "self_attn.o_proj.weight", "layers/attention/out/kernel", "linear"
-  ),
-  Row(_LAYER + "mlp.gate_proj.weight", "layers/mlp/gate/kernel", "linear"),
-  Row(_LAYER + "mlp.up_proj.weight", "layers/mlp/up/kernel", "linear"),
-  Row(_LAYER + "mlp.down_proj.weight", "layers/mlp/down/kernel", "linear"),
-  Row(_LAYER + "input_layernorm.weight", "layers/attention_norm/scale"),
-  Row(_LAYER + "post_attention_layernorm.weight", "layers/mlp_norm/scale"),
-  Row("model.norm.weight", "norm/scale"),
-  Row("lm_head.weight", "head", "rows"),
+LLM: rows.Table = (
+  rows.Row("model.embed_tokens.weight", "embedding", "rows"),
+  rows.kernel(_LAYER + "self_attn.q_proj", "layers/attention/query"),
+  rows.kernel(_LAYER + "self_attn.k_proj", "layers/attention/key"),
+  rows.kernel(_LAYER + "self_attn.v_proj", "layers/attention/value"),
+  rows.kernel(_LAYER + "self_attn.o_proj", "layers/attention/out"),
+  rows.kernel(_LAYER + "mlp.gate_proj", "layers/mlp/gate"),
+  rows.kernel(_LAYER + "mlp.up_proj", "layers/mlp/up"),
+  rows.kernel(_LAYER + "mlp.down_proj", "layers/mlp/down"),
+  rows.Row(_LAYER + "input_layernorm.weight", "layers/attention_norm/scale"),
+  rows.Row(_LAYER + "post_attention_layernorm.weight", "layers/mlp_norm/scale"),
+  rows.Row("model.norm.weight", "norm/scale"),
+  rows.Row("lm_head.weight", "head", "rows"),
 )
 
-# uncond_embeddings.bin is one tensor alone, which has no name.
-UNCOND: Table = (Row("", "uncond"),)
+# uncond_embeddings.bin is a single tensor, which has no name.
+UNCOND: rows.Table = (rows.Row("", "uncond"),)
 
-# What official files may hold and nothing here needs.
+# Tensors that official files may hold and that nothing here needs.
 _UNUSED = {
   id(TOKENIZER): r"encoder\.",
   id(LLM): r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$",
 }
 
 
-def to_ours(table: Table, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """Official tensors as a tree of numpy arrays for the modules here.
+def is_unused(table: rows.Table, name: str) -> bool:
+  """Returns whether the official file may hold a name that nothing needs."""
+  pattern = _UNUSED.get(id(table))
+  return bool(pattern and re.match(pattern, name))
+
+
+def to_flax(
+  table: rows.Table, tensors: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+  """Converts official tensors to the tree of a module here.
 
   Args:
     table: one of the tables above.
-    tensors: by official name, all layers; the table tells how many.
+    tensors: by official name, of all layers.
 
   Returns:
-    Nested dicts of arrays, layers stacked, rows of the vocabulary padded.
+    Nested dicts of arrays, with layers stacked and rows of the vocabulary
+    padded.
 
   Raises:
-    errors.CheckpointError: names that are missing, or that nothing here
-      needs: all of them at once.
+    errors.CheckpointError: names are missing, or nothing here needs them; the
+      error lists all.
   """
-  given = {
+  used = {
     name: np.asarray(value)
     for name, value in tensors.items()
     if not is_unused(table, name)
   }
-  depth = depth_of(table, given)
-  names = [name for row in table for name in names_of(row, depth)]
-  missing = sorted(set(names) - set(given))
-  unknown = sorted(set(given) - set(names))
+  depth = rows.depth_of(table, used)
+  expected = {n for row in table for n in rows.official_names(row, depth)}
+  missing = sorted(expected - set(used))
+  unknown = sorted(set(used) - expected)
   if missing or unknown:
     raise errors.CheckpointError(
-      f"These {len(given)} tensors are not those of the official file: missing"
+      f"These {len(used)} tensors are not those of the official file: missing"
       f" {missing or 'none'}, unknown {unknown or 'none'}. Check that the file"
-      " is the one meant and complete."
+      " is complete and the right one."
     )
   flat = {}
   for row in table:
-    forward = TRANSFORMS[row.transform].forward
-    arrays = [forward(given[name]) for name in names_of(row, depth)]
-    flat[row.ours] = np.stack(arrays) if is_stacked(row) else arrays[0]
-  return unflatten(flat)
+    forward = rows.TRANSFORMS[row.transform].forward
+    arrays = [forward(used[name]) for name in rows.official_names(row, depth)]
+    flat[row.path] = np.stack(arrays) if rows.is_stacked(row) else arrays[0]
+  return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def to_official(
-  table: Table, tree: Mapping[str, Any], rows: int | None = None
+  table: rows.Table, tree: Mapping[str, Any], vocab_size: int | None = None
 ) -> dict[str, np.ndarray]:
-  """The inverse of `to_ours`.
+  """Converts the tree of a module to official tensors, as `to_flax` inversely.
 
   Args:
     table: one of the tables above.
-    tree: nested dicts of arrays, or of anything with a `shape`, in whose
-      place an array of zeros that takes no memory is returned.
-    rows: size of the vocabulary, to which padded rows are cut; None: all.
+    tree: nested dicts of arrays, or of jax.ShapeDtypeStruct. These become
+      arrays of zeros that take no memory.
+    vocab_size: number to which the padded rows of the vocabulary are cut;
+      None keeps all.
+
+  Returns:
+    Arrays by official name.
 
   Raises:
-    errors.CheckpointError: paths of the tree the table lacks or the reverse.
+    errors.CheckpointError: the tree lacks a path of the table or has another.
   """
-  flat = flatten(tree)
-  paths = [row.ours for row in table]
-  missing, unknown = (
-    sorted(set(paths) - set(flat)),
-    sorted(set(flat) - set(paths)),
-  )
+  flat = traverse_util.flatten_dict(tree, sep="/")
+  paths = {row.path for row in table}
+  missing, unknown = sorted(paths - set(flat)), sorted(set(flat) - paths)
   if missing or unknown:
     raise errors.CheckpointError(
       f"This tree does not fit the table: missing {missing or 'none'}, unknown"
-      f" {unknown or 'none'}. Was it made by another module or config?"
+      f" {unknown or 'none'}. Does it belong to another module or config?"
     )
-  tensors = {}
+  tensors: dict[str, np.ndarray] = {}
   for row in table:
-    backward = TRANSFORMS[row.transform].backward
-    array = _array(flat[row.ours])
-    array = array[:rows] if row.transform == "rows" else array
-    layers = list(array) if is_stacked(row) else [array]
-    names = names_of(row, len(layers))
+    backward = rows.TRANSFORMS[row.transform].backward
+    array = _array(flat[row.path])
+    array = array[:vocab_size] if row.transform == "rows" else array
+    layers = list(array) if rows.is_stacked(row) else [array]
+    names = rows.official_names(row, len(layers))
     tensors |= {n: backward(x) for n, x in zip(names, layers, strict=True)}
   return tensors
 
@@ -352,57 +249,3 @@ def _array(leaf):
   if isinstance(leaf, jax.ShapeDtypeStruct):
     return np.broadcast_to(np.zeros((), np.float32), leaf.shape)
   return np.asarray(leaf)
-
-
-def is_unused(table: Table, name: str) -> bool:
-  """Whether the official file may hold this name and nothing needs it."""
-  pattern = _UNUSED.get(id(table))
-  return bool(pattern and re.match(pattern, name))
-
-
-def is_stacked(row: Row) -> bool:
-  """Whether the row is one tensor a layer, stacked here."""
-  return "{i}" in row.official
-
-
-def names_of(row: Row, depth: int) -> list[str]:
-  """Official names of one row, a name a layer."""
-  if not is_stacked(row):
-    return [row.official]
-  return [row.official.replace("{i}", str(i)) for i in range(depth)]
-
-
-def depth_of(table: Table, tensors) -> int:
-  """How many layers the names have, by the highest number that occurs.
-
-  0 for a table with no stacked rows, such as those of the U-Nets.
-  """
-  stacked = next((row.official for row in table if is_stacked(row)), None)
-  if stacked is None:
-    return 0
-  pattern = re.escape(stacked.split("{i}")[0]) + r"(\d+)\."
-  found = [re.match(pattern, name) for name in tensors]
-  return max((int(m[1]) + 1 for m in found if m), default=0)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Nested dicts to paths: {"a": {"b": x}} gives {"a/b": x}."""
-  flat = {}
-  for name, value in tree.items():
-    if isinstance(value, Mapping):
-      flat |= flatten(value, f"{prefix}{name}/")
-    else:
-      flat[prefix + name] = value
-  return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The inverse of `flatten`."""
-  tree = {}
-  for path, value in flat.items():
-    *parents, name = path.split("/")
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = value
-  return tree

@@ -1,26 +1,30 @@
-"""What is made of the recorded captions, answers and drawings; see `verify.py`.
+"""Checks of recorded captions, answers and generated images; see `verify.py`.
 
-Prompts are built, embedded, searched and drawn from as the official code does
-(`infer/official.py`), so that the ids, beams and scores must come out again.
+Prompts are built, embedded, searched and sampled from as in the official code
+(`infer/presets/official.py`), so that ids, beams and scores must be the same.
 
-How long a search or a drawing ran, and of how many beams, is told by the sizes
-of its recorded arrays: what ended before the longest length that was allowed,
-or was given another, stops at the same step here. What no size tells is read
-from the .json beside the arrays (`_SAID`), and is the release's default else.
+The sizes of the recorded arrays show how many steps a search ran and with how
+many beams. It runs as many here, also where it ended before the maximum length
+or was recorded with another one. Settings that no size shows are read from the
+.json of the same name (`_SETTINGS`); the release's defaults replace missing
+ones.
 """
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lavit_jax.core import vocabulary
-from lavit_jax.infer.decoding import beam, decode
+from lavit_jax.infer.decoding import beam, decode, scoring
 from lavit_jax.infer.presets import official
+from lavit_jax.port.verify import results
 
 _EOS, _BOS = vocabulary.EOS_ID, vocabulary.BOS_ID
-_SAID = {  # names of the official classes' arguments
+_SETTINGS = {  # arguments of the official classes, and their names here
   "num_beams": "num_beams",
   "min_length": "min_new_tokens",
   "max_length": "max_new_tokens",
@@ -28,64 +32,71 @@ _SAID = {  # names of the official classes' arguments
 }
 
 
-def caption(a, parts):
-  """Two images described, without a prompt and with one."""
+def _caption(arrays, parts) -> results.Results:
+  """Checks captions of two images, without a prompt and with one."""
   model = parts.model
-  pixels, gumbel = _nhwc(a["in_pixels"]), a["in_gumbel"]
-  recorded = json.loads((a.folder / "caption.json").read_text("utf-8"))
+  pixels, gumbel = results.nhwc(arrays["in_pixels"]), arrays["in_gumbel"]
+  recorded = json.loads((arrays.folder / "caption.json").read_text("utf-8"))
   image = model.prompt(model.reading_rows(pixels, gumbel))
-  made = {
-    "out_image_embeds": (model.embedded(image), "float"),
-    "out_image_attns": (image["mask"], "exact"),
-  }
+  checked = results.floats(image_embeds=model.embedded(image))
+  checked |= results.exact(image_attns=image["mask"])
   for name, row in recorded.items():  # "caption", "caption_prompt"
     suffix = name.removeprefix("caption")
     ids = [official.encode(model.text, row["prompt"])] * len(pixels)
     rows = model.reading_rows(pixels, gumbel, ids)
-    settings = _settings(a, suffix, row, official.CAPTION)
-    made |= _searched(a, model, rows, suffix, settings)
+    settings = _settings(arrays, suffix, row, official.CAPTION)
+    checked |= _search(arrays, model, rows, suffix, settings)
     if suffix:
-      made["out_prompt_ids"] = np.array(ids), "exact"
-  return made
+      checked |= results.exact(prompt_ids=np.array(ids))
+  return checked
 
 
-def answer(a, parts):
-  """A question about each of two images answered."""
+def _answer(arrays, parts) -> results.Results:
+  """Checks answers to a question about each of two images."""
   model = parts.model
-  recorded = json.loads((a.folder / "vqa.json").read_text("utf-8"))
-  words = [recorded["prompt"].format(q) for q in recorded["questions"]]
-  ids = [official.encode(model.text, text) for text in words]
+  recorded = json.loads((arrays.folder / "vqa.json").read_text("utf-8"))
+  prompts = [recorded["prompt"].format(q) for q in recorded["questions"]]
+  ids = [official.encode(model.text, prompt) for prompt in prompts]
   padded = decode.left_pad(ids, pad_id=_EOS)
-  pixels, gumbel = _nhwc(a["in_pixels"]), a["in_gumbel"]
+  pixels, gumbel = results.nhwc(arrays["in_pixels"]), arrays["in_gumbel"]
   rows = model.reading_rows(pixels, gumbel, ids)
-  # Images and questions are padded apart, so that rows are longer than any.
-  alone = model.prompt(model.reading_rows(pixels, gumbel))
-  length = alone["tokens"].shape[1] + padded["tokens"].shape[1]
-  settings = _settings(a, "", recorded, official.ANSWER)
-  return _searched(a, model, rows, "", settings, length) | {
-    "out_prompt_ids": (padded["tokens"], "exact"),
-    "out_prompt_mask": (padded["mask"], "exact"),
+  # The official code pads images and questions apart: rows are longer than any.
+  image = model.prompt(model.reading_rows(pixels, gumbel))
+  length = image["tokens"].shape[1] + padded["tokens"].shape[1]
+  settings = _settings(arrays, "", recorded, official.ANSWER)
+  checked = _search(arrays, model, rows, "", settings, length)
+  return checked | results.exact(
+    prompt_ids=padded["tokens"], prompt_mask=padded["mask"]
+  )
+
+
+def _settings(arrays, suffix, described, defaults):
+  """Returns the settings of a recorded beam search.
+
+  Args:
+    arrays: recorded; their sizes take precedence.
+    suffix: of the arrays' names.
+    described: settings in the .json, which come next.
+    defaults: of the release.
+  """
+  settings = defaults | {
+    here: described[name]
+    for name, here in _SETTINGS.items()
+    if name in described
   }
-
-
-def _nhwc(recorded):
-  return jnp.asarray(recorded.transpose(0, 2, 3, 1))
-
-
-def _settings(a, suffix, said, usual):
-  """Of a beam search: as recorded, else as `said`, else as usual."""
-  found = usual | {_SAID[n]: said[n] for n in _SAID if n in said}
-  steps = a.get(f"out_step_scores{suffix}")
+  steps = arrays.get(f"out_step_scores{suffix}")
   if steps is not None:
-    found |= {"max_new_tokens": len(steps), "num_beams": steps.shape[2] // 2}
-  longest = found["max_new_tokens"]
-  return found | {"min_new_tokens": min(found["min_new_tokens"], longest)}
+    settings |= {"max_new_tokens": len(steps), "num_beams": steps.shape[2] // 2}
+  least, most = settings["min_new_tokens"], settings["max_new_tokens"]
+  return settings | {"min_new_tokens": min(least, most)}
 
 
-def _searched(a, model, rows, suffix, settings, length=None):
-  """Prompt, sequences, scores and the candidates of every step."""
+def _search(
+  arrays, model, rows, suffix, settings, length=None
+) -> results.Results:
+  """Checks prompt, sequences, scores and the candidates of every step."""
   prompt = model.prompt(rows, length)
-  found = beam.beam_search(
+  output = beam.beam_search(
     model.llm,
     model.language["llm"],
     prompt=prompt,
@@ -95,85 +106,93 @@ def _searched(a, model, rows, suffix, settings, length=None):
     trace=True,
     **settings,
   )
-  done = np.asarray(found.step_done)
-  made = {
+  done = np.asarray(output.step_done)
+  checked = {
     "inputs_embeds": (model.embedded(prompt), "float"),
     "attention_mask": (prompt["mask"], "exact"),
-    "sequences": (_sequences(a, f"sequences{suffix}", found, _BOS), "exact"),
-    "sequences_scores": (found.scores[:, 0], "score"),
+    "sequences": (
+      _sequences(arrays, f"sequences{suffix}", output, _BOS),
+      "exact",
+    ),
+    "sequences_scores": (output.scores[:, 0], "score"),
     "step_done": (done, "exact"),
   }
   for name, kind in (("scores", "float"), ("tokens", "exact")):
-    made[f"step_{name}"] = _steps(a, suffix, found, name, done), kind
-  made["step_beams"] = _steps(a, suffix, found, "beams", done), "exact"
-  return {f"out_{name}{suffix}": value for name, value in made.items()}
+    checked[f"step_{name}"] = _steps(arrays, suffix, output, name, done), kind
+  checked["step_beams"] = _steps(arrays, suffix, output, "beams", done), "exact"
+  return {f"out_{name}{suffix}": value for name, value in checked.items()}
 
 
-def _steps(a, suffix, found, name, done):
-  """Candidates of every step; those of a prompt that is done mean nothing."""
-  ours = np.asarray(getattr(found, f"step_{name}"))
-  theirs = a.get(f"out_step_{name}{suffix}")
-  if theirs is None or ours.shape != theirs.shape:
-    return ours
-  return np.where(done[..., None], theirs, ours)
+def _steps(arrays, suffix, output, name, done):
+  """Returns the candidates of every step.
 
-
-def _sequences(a, name, found, first):
-  """Written ids behind a first column, cut to the recorded length.
-
-  What is cut is padding; if it is not, nothing is cut, and shapes differ.
+  Those of a prompt that is done have no meaning, so the recorded ones are
+  returned.
   """
-  tokens = np.asarray(found.tokens)
+  here = np.asarray(getattr(output, f"step_{name}"))
+  recorded = arrays.get(f"out_step_{name}{suffix}")
+  if recorded is None or here.shape != recorded.shape:
+    return here
+  return np.where(done[..., None], recorded, here)
+
+
+def _sequences(arrays, name, output, first):
+  """Returns generated ids after a first column, cut to the recorded length.
+
+  Only padding is cut; otherwise nothing is, so that shapes differ.
+  """
+  tokens = np.asarray(output.tokens)
   tokens = tokens[:, 0] if tokens.ndim == 3 else tokens
   tokens = np.insert(tokens, 0, first, axis=1)
-  length = dict.__getitem__(a, f"out_{name}").shape[1]
-  padding = (tokens[:, length:] == _EOS).all()
-  return tokens[:, :length] if padding else tokens
+  length = arrays[f"out_{name}"].shape[1]
+  is_padding = (tokens[:, length:] == _EOS).all()
+  return tokens[:, :length] if is_padding else tokens
 
 
-def draw(a, parts):
-  """Ids of images, guided and not, from texts and from token prompts."""
+def _image_ids(arrays, parts) -> results.Results:
+  """Checks ids of images, guided and not, from texts and token prompts."""
   model = parts.model
-  recorded = json.loads((a.folder / "t2i_tokens.json").read_text("utf-8"))
+  recorded = json.loads((arrays.folder / "t2i_tokens.json").read_text("utf-8"))
   texts = [official.encode(model.text, text) for text in recorded["prompts"]]
   padded = decode.left_pad(texts, pad_id=_EOS)
-  made = {
-    "out_prompt_ids": (padded["tokens"], "exact"),
-    "out_prompt_mask": (padded["mask"], "exact"),
-  }
-  mixed = []
-  if "in_mm_gumbel" in a:
-    mixed = _mixed_prompt(a, model, recorded)
-    made |= {
-      "out_mm_ids": (np.array(mixed), "exact"),
-      "out_mm_max_new_tokens": (np.array(len(mixed)), "exact"),
-    }
-  shortest = drawing_defaults(recorded)["min_length"]
-  for suffix, (rows, settings) in _cases(a, model, recorded, mixed).items():
+  checked = results.exact(
+    prompt_ids=padded["tokens"], prompt_mask=padded["mask"]
+  )
+  mixed: list[int] = []
+  if "in_mm_gumbel" in arrays:
+    mixed = _mixed_prompt(arrays, model, recorded)
+    checked |= results.exact(
+      mm_ids=np.array(mixed), mm_max_new_tokens=np.array(len(mixed))
+    )
+  least = image_defaults(recorded)["min_length"]
+  cases = _cases(arrays, model, recorded, mixed)
+  for suffix, (rows, settings) in cases.items():
     rows = [[*row, model.vocab.image_begin] for row in rows]
-    made |= _drawn(a, model, rows, suffix, shortest=shortest, **settings)
-  return made | _warped(a)
+    checked |= _check_case(
+      arrays, model, rows, suffix, min_new_tokens=least, **settings
+    )
+  return checked | _warped(arrays)
 
 
-def drawing_defaults(recorded) -> dict:
-  """Least length and guidance of what was drawn, by their official names.
+def image_defaults(recorded: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns minimum length and guidance of images, by their official names.
 
   Args:
-    recorded: the content of t2i_tokens.json; the release's where it says
-      nothing.
+    recorded: the content of t2i_tokens.json. The release's defaults replace
+      missing fields.
   """
-  usual = {
+  defaults = {
     "min_length": official.DRAW["min_new_tokens"],
     "guidance_scale_for_llm": official.GUIDANCE_MULTIMODAL,
   }
-  return usual | recorded.get("mm_defaults", {})
+  return defaults | recorded.get("mm_defaults", {})
 
 
-def _cases(a, model, recorded, mixed):
-  """{suffix: (prompts, guidance and what guides)} of what was recorded."""
+def _cases(arrays, model, recorded, mixed):
+  """Returns {suffix: (prompts, settings of guidance)} of what was recorded."""
   texts = [official.encode(model.text, text) for text in recorded["prompts"]]
   guided = {"guidance": official.GUIDANCE_TEXT}
-  by_tokens = {"guidance": drawing_defaults(recorded)["guidance_scale_for_llm"]}
+  by_tokens = {"guidance": image_defaults(recorded)["guidance_scale_for_llm"]}
   cases = {
     "": (texts, guided),
     "_single": (texts[1:], guided),
@@ -183,31 +202,30 @@ def _cases(a, model, recorded, mixed):
     "_mm60": ([mixed], by_tokens),
     "_tok": (None, guided),
   }
-  found = {n: cases[n] for n in cases if f"out_sequences{n}" in a}
-  if "_tok" in found:
-    found["_tok"] = _prompts_of(a, model, "tok"), guided
-  return found
+  recorded_cases = {n: cases[n] for n in cases if f"out_sequences{n}" in arrays}
+  if "_tok" in recorded_cases:
+    recorded_cases["_tok"] = _token_prompts(arrays, model, "tok"), guided
+  return recorded_cases
 
 
-def _mixed_prompt(a, model, recorded):
-  """An image as codes, then text, without any mark between them."""
+def _mixed_prompt(arrays, model, recorded):
+  """Returns ids of an image, then of a text, without a mark between them."""
   size = model.config.vit.image_size
-  pixels = official.preprocess(a.folder / recorded["mm_image"], size)
-  ids, valid = model.codes(pixels[None], a["in_mm_gumbel"])
-  words = official.encode(model.text, recorded["mm_text"])
-  return [*ids[0][valid[0]].tolist(), *words]
+  pixels = official.preprocess(arrays.folder / recorded["mm_image"], size)
+  ids, valid = model.codes(pixels[None], arrays["in_mm_gumbel"])
+  text_ids = official.encode(model.text, recorded["mm_text"])
+  return [*ids[0][valid[0]].tolist(), *text_ids]
 
 
-def _prompts_of(a, model, name):
-  """Token prompts that are recorded only as what they are embedded to."""
-  embeds = dict.__getitem__(a, f"out_inputs_embeds_{name}")
-  mask = dict.__getitem__(a, f"out_attention_mask_{name}").astype(bool)
+def _token_prompts(arrays, model, name):
+  """Returns ids of prompts that are recorded only as embeddings."""
+  embeds = arrays[f"out_inputs_embeds_{name}"]
+  mask = arrays[f"out_attention_mask_{name}"].astype(bool)
   table = np.asarray(model.language["llm"]["embedding"])
   table = table[: model.llama_config.vocab_size]
   rows = []
-  for line, used in zip(embeds, mask, strict=True):
-    line = line[used][:-1]  # less [IMG]
-    product = line @ table.T
+  for row, used in zip(embeds, mask, strict=True):
+    product = row[used][:-1] @ table.T  # without [IMG]
     distance = np.square(table).sum(1) - 2.0 * product
     rows.append(distance.argmin(1).tolist())
   return rows
@@ -218,46 +236,58 @@ def _uncond(model, uncond, count):
   return decode.left_pad(rows, pad_id=_EOS)
 
 
-def _written(a, model, rows, suffix, *, guidance, shortest, uncond=None):
-  """Greedy ids after each prompt, behind a column of [IMG].
+def _generate(
+  arrays, model, rows, suffix, *, guidance, min_new_tokens, uncond=None
+):
+  """Returns greedy ids after each prompt, with a first column of [IMG].
 
-  As many as were recorded: rows that had ended by then go on as padding, and
-  those that had not were cut there.
+  They are as many as were recorded: ended rows continue with padding, and the
+  others are cut there.
   """
-  longest = a.get(f"out_sequences{suffix}").shape[1] - 1
-  found = decode.generate(
+  longest = arrays[f"out_sequences{suffix}"].shape[1] - 1
+  output = decode.generate(
     model.llm,
     model.language["llm"],
     prompt=decode.left_pad(rows, pad_id=_EOS),
     uncond=_uncond(model, uncond, len(rows)),
     guidance_scale=guidance,
-    min_new_tokens=min(shortest, longest),
+    min_new_tokens=min(min_new_tokens, longest),
     max_new_tokens=longest,
     suppress=official.suppress_for_image(model.vocab),
     eos_id=model.vocab.image_end,
     pad_id=_EOS,
   )
-  return _sequences(a, f"sequences{suffix}", found, model.vocab.image_begin)
+  return _sequences(
+    arrays, f"sequences{suffix}", output, model.vocab.image_begin
+  )
 
 
-def _drawn(a, model, rows, suffix, **settings):
-  """Prompt, ids, and processed scores of the first steps of one case."""
+def _check_case(arrays, model, rows, suffix, **settings) -> results.Results:
+  """Checks prompt, ids, and processed scores of the first steps of a case."""
   prompt = decode.left_pad(rows, pad_id=_EOS)
-  ids = _written(a, model, rows, suffix, **settings)
-  made = {
+  ids = _generate(arrays, model, rows, suffix, **settings)
+  checked = {
     "attention_mask": (prompt["mask"], "exact"),
     "inputs_embeds": (model.embedded(prompt), "float"),
     "sequences": (ids, "exact"),
   }
-  recorded = a.get(f"out_scores5{suffix}")
+  recorded = arrays.get(f"out_scores5{suffix}")
   if recorded is not None:
     scores = _scores(model, rows, ids[:, 1:], len(recorded), settings)
-    made["scores5"] = scores[..., a["in_cols"]], "float"
-  return {f"out_{name}{suffix}": value for name, value in made.items()}
+    checked["scores5"] = scores[..., arrays["in_cols"]], "float"
+  return {f"out_{name}{suffix}": value for name, value in checked.items()}
 
 
 def _scores(model, rows, written, steps, settings):
-  """Processed scores float[steps, B, rows of the head] under written ids."""
+  """Returns processed scores float[steps, B, V] before each of the ids.
+
+  Args:
+    model: official networks.
+    rows: ids of the prompts.
+    written: int[B, L] ids after the prompts.
+    steps: number of ids to score.
+    settings: of the case.
+  """
   params, guidance = model.language["llm"], settings["guidance"]
   uncond = _uncond(model, settings.get("uncond"), len(rows))
   streams = [decode.left_pad(rows, pad_id=_EOS), uncond]
@@ -267,9 +297,9 @@ def _scores(model, rows, written, steps, settings):
   ]
   scalars = {
     "eos_id": model.vocab.image_end,
-    "min_new_tokens": settings["shortest"],
+    "min_new_tokens": settings["min_new_tokens"],
   }
-  ruled_out = decode.never_written(
+  ruled_out = scoring.suppressed_ids(
     model.llama_config, official.suppress_for_image(model.vocab)
   )
   out = []
@@ -277,10 +307,10 @@ def _scores(model, rows, written, steps, settings):
     plain, other = (logits for logits, _ in streams)
     scores = jax.nn.log_softmax(plain)
     if guidance != 1:
-      scores = decode.guide(scores, other, guidance)
+      scores = scoring.guide(scores, other, guidance)
     else:
-      scores = plain  # nothing is normalised where nothing guides
-    out.append(decode.process(scores, step, scalars, ruled_out))
+      scores = plain  # the official code normalizes only with guidance
+    out.append(scoring.process(scores, step, scalars, ruled_out))
     ids = jnp.asarray(written[:, step])
     streams = [
       decode.advance(model.llm, params, ids, cache) for _, cache in streams
@@ -288,22 +318,29 @@ def _scores(model, rows, written, steps, settings):
   return np.stack(out)
 
 
-def _warped(a):
-  """Logits after the filters of sampling, what they cut at -inf."""
-  if "in_warp_logits" not in a:
+def _warped(arrays):
+  """Checks logits after the filters of sampling, with -inf where they cut."""
+  if "in_warp_logits" not in arrays:
     return {}
-  logits = a["in_warp_logits"]
+  logits = arrays["in_warp_logits"]
   cases = {
     "topk50": (1.0, 50, None),
     "topp09": (1.0, 0, 0.9),
     "t07_k50_p09": (0.7, 50, 0.9),
   }
-  made = {}
+  checked: results.Results = {}
   for name, (temperature, top_k, top_p) in cases.items():
-    scores, ids = decode.candidates(
+    scores, ids = scoring.candidates(
       jnp.asarray(logits) / np.float32(temperature), top_k, top_p
     )
     full = np.full(logits.shape, -np.inf, np.float32)
     np.put_along_axis(full, np.asarray(ids), np.asarray(scores), axis=1)
-    made[f"out_warp_{name}"] = full, "float"
-  return made
+    checked[f"out_warp_{name}"] = full, "float"
+  return checked
+
+
+CHECKS = {
+  "caption": _caption,
+  "vqa": _answer,
+  "t2i_tokens": _image_ids,
+}

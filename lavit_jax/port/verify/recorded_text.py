@@ -1,8 +1,10 @@
-"""What is made of the strings of a directory of recordings; see `verify.py`.
+"""Checks of the recorded strings; see `verify.py`.
 
-Every check takes (the parsed .json, the directory, the parts of the model) and
-gives {name: (our list, the recorded list)}.
+Each check takes the parsed .json, the directory and the parts of the model, and
+returns {name: (our list, the recorded list)}.
 """
+
+from typing import Any
 
 import numpy as np
 
@@ -12,19 +14,22 @@ from lavit_jax.infer.presets import official
 _SPECIAL_NAMES = ("<unk>", "<s>", "</s>")
 
 
-def _questions(recorded, folder, parts):
+_Lists = dict[str, tuple[list[Any], list[Any]]]
+
+
+def _questions(recorded, folder, parts) -> _Lists:
   del folder, parts
-  made = {}
+  checked: _Lists = {}
   for name, rows in recorded.items():  # "max_words_50"
-    words = int(name.rsplit("_", 1)[1])
-    made[name] = (
-      [official.clean_question(row["input"], words) for row in rows],
+    max_words = int(name.rsplit("_", 1)[1])
+    checked[name] = (
+      [official.clean_question(row["input"], max_words) for row in rows],
       [row["output"] for row in rows],
     )
-  return made
+  return checked
 
 
-def _postprocess(recorded, folder, parts):
+def _postprocess(recorded, folder, parts) -> _Lists:
   del folder, parts
   rules = {
     "caption": official.clean_caption,
@@ -39,13 +44,13 @@ def _postprocess(recorded, folder, parts):
   }
 
 
-def _tokenizer(recorded, folder, parts):
-  """Encoding with and without <s>, decoding, padding on the left."""
+def _tokenizer(recorded, folder, parts) -> _Lists:
+  """Checks encoding with and without <s>, decoding, and left padding."""
   del folder
   text = parts.text
   encoded, decoded = recorded["encode"], recorded["decode"]
   padded = recorded["left_padded"]
-  rows = [official.encode(text, words) for words in padded["texts"]]
+  rows = [official.encode(text, string) for string in padded["texts"]]
   longest = max(map(len, rows))
   pads = [longest - len(row) for row in rows]
   eos, bos = vocabulary.EOS_ID, vocabulary.BOS_ID
@@ -76,7 +81,7 @@ def _tokenizer(recorded, folder, parts):
 
 
 def _with_special(text, ids):
-  """Decoded text with special tokens by name, each followed by a space."""
+  """Decodes ids, with special tokens by name and a space before a run."""
   out, run = "", []
   for i in [*ids, None]:
     if i is not None and i > vocabulary.EOS_ID:
@@ -90,41 +95,44 @@ def _with_special(text, ids):
   return out
 
 
-def written(sequences, text) -> list[str]:
-  """Recorded sequences int[B, L], the bos column first, as texts."""
+def _decoded(sequences, text) -> list[str]:
+  """Decodes recorded sequences int[B, L], whose first column is <s>."""
   return [text.decode([int(i) for i in row[1:]]) for row in sequences]
 
 
-def _caption(recorded, folder, parts):
-  """The strings that the recorded sequences, which we reach, decode to."""
-  made = {}
+def _caption(recorded, folder, parts) -> _Lists:
+  """Checks the strings that the recorded sequences decode to.
+
+  `recorded_search` checks the sequences themselves.
+  """
+  checked: _Lists = {}
   with np.load(folder / "caption.npz") as arrays:
     for name, row in recorded.items():  # "caption", "caption_prompt"
       suffix = name.removeprefix("caption")
-      decoded = written(arrays[f"out_sequences{suffix}"], parts.text)
-      made[f"{name} decoded"] = decoded, row["decoded"]
-      made[f"{name} caption"] = (
-        [official.clean_caption(words) for words in decoded],
+      decoded = _decoded(arrays[f"out_sequences{suffix}"], parts.text)
+      checked[f"{name} decoded"] = decoded, row["decoded"]
+      checked[f"{name} caption"] = (
+        [official.clean_caption(string) for string in decoded],
         row["caption"],
       )
-  return made
+  return checked
 
 
-def _vqa(recorded, folder, parts):
+def _vqa(recorded, folder, parts) -> _Lists:
   with np.load(folder / "vqa.npz") as arrays:
-    decoded = written(arrays["out_sequences"], parts.text)
+    decoded = _decoded(arrays["out_sequences"], parts.text)
   return {
     "decoded": (decoded, recorded["decoded"]),
     "answers_before_lemmatisation": (
-      [official.clean_answer(words) for words in decoded],
+      [official.clean_answer(string) for string in decoded],
       recorded["answers_before_lemmatisation"],
     ),
     "prompt": ([official.QUESTION], [recorded["prompt"]]),
   }
 
 
-def _t2i_tokens(recorded, folder, parts):
-  """Nothing: prompts and settings, by which `recorded_search` draws."""
+def _t2i_tokens(recorded, folder, parts) -> _Lists:
+  """Checks nothing: the file has prompts and settings of `recorded_search`."""
   del recorded, folder, parts
   return {}
 

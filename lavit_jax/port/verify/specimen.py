@@ -1,14 +1,16 @@
 """A small checkpoint in the official layout, its weights random.
 
-The same files, names and rules as those of the release, 28 MB instead of
-42 GB, so that an import and an export can be tried anywhere in seconds. What
-such a model writes and draws is nonsense. The U-Nets draw 32 x 32 pixels.
+It has the files, names and rules of the release, but 28 MB instead of 42 GB, so
+that an import and an export can be tried anywhere in seconds. The texts and
+images of such a model are nonsense; its U-Nets generate 32 x 32 pixels.
 """
 
 import functools
 import json
+import os
 import pathlib
 import zlib
+from typing import Any
 
 import numpy as np
 
@@ -24,17 +26,24 @@ from lavit_jax.models.tokenizer import (
   selector,
   tokenizer,
 )
-from lavit_jax.port.diffusers import config, scheduler_config
-from lavit_jax.port.formats import folder, llama_folder, tensor_files, tensors
-from lavit_jax.port.reading import official, pixel_folders
-from lavit_jax.port.tables import names, sizes
+from lavit_jax.port.diffusers import config, scheduler_config, weight_files
+from lavit_jax.port.formats import (
+  folder,
+  llama_folder,
+  official_layout,
+  small_files,
+  tensor_files,
+  tensors,
+)
+from lavit_jax.port.reading import pixel_folders
+from lavit_jax.port.tables import names, pixel_names, rows, sizes
 
-# As large as the recordings' checkpoint (tests/golden): images of 56 x 56
-# pixels, 16 patches. Codes and text ids are as many as in the release.
+# Sizes of the recordings' checkpoint (tests/golden): images of 56 x 56 pixels,
+# 16 patches. The numbers of codes and text ids are those of the release.
 _HEADS, _WIDTH, _HIDDEN, _PATCHES, _CODE_DIM = 4, 64, 279, 16, 32
 _NUM_CODES, _LLM_WIDTH = 16384, 32
 _UNET_DIM, _UNET_DIMS, _POOLED_DIM, _SIZE_DIM = 48, (24, 40), 40, 8
-_BLOCKS = {
+_BLOCKS: dict[str, Any] = {
   "width": _WIDTH,
   "depth": 2,
   "num_heads": _HEADS,
@@ -58,7 +67,7 @@ _TOKENIZER = tokenizer.TokenizerConfig(
   llm_width=_LLM_WIDTH,
 )
 _LLAMA = llama.LlamaConfig(
-  vocab_size=official.TEXT_SIZE + 2 + _NUM_CODES,
+  vocab_size=official_layout.TEXT_SIZE + 2 + _NUM_CODES,
   width=_LLM_WIDTH,
   depth=2,
   num_heads=4,
@@ -103,28 +112,28 @@ _VAE = functools.partial(
   sample_size=32,
 )
 _UNCOND_TOKENS = 5
-_LLM = f"{official.LLM_FOLDER}/pytorch_model.bin"
-# Standard deviations where those of `_values` would do badly: a selector that
-# is sure of itself keeps other patches in other images.
-_SPREAD = {
+_LLM = f"{official_layout.LLM_FOLDER}/pytorch_model.bin"
+# Standard deviations for tensors for which those of `_random_values` are too
+# small: a decided selector keeps different patches of different images.
+_STD = {
   "token_predictor.out_conv.4.weight": 1.5,
   "model.embed_tokens.weight": 0.7,
 }
 
 
-def write(directory, seed: int = 0) -> pathlib.Path:
-  """Writes a checkpoint that `lavit port import` takes.
+def write(directory: str | os.PathLike, seed: int = 0) -> pathlib.Path:
+  """Writes a checkpoint for `lavit port import`.
 
   Args:
-    directory: new or empty; appears whole or not at all.
+    directory: new or empty; appears complete or not at all.
     seed: of the weights; the same seed gives the same tensors.
 
   Returns:
-    The directory. Its variant_config.json tells the head count, which no
-    official file holds.
+    The directory. Its variant_config.json states the number of attention
+    heads, which no official file does.
 
   Raises:
-    errors.UsageError: `directory` is taken, or PyTorch is not installed.
+    errors.UsageError: `directory` is not empty, or PyTorch is not installed.
     errors.CheckpointError: it cannot be written.
   """
   tensors.require("torch", "Writing .bin files")
@@ -132,94 +141,97 @@ def write(directory, seed: int = 0) -> pathlib.Path:
   folder.require_new(directory)
   with folder.building(directory) as partial:
     for file, (table, tree) in _files().items():
-      rng = np.random.default_rng([seed, zlib.crc32(file.encode())])
-      rows = _LLAMA.vocab_size if file == _LLM else None
+      vocab_size = _LLAMA.vocab_size if file == _LLM else None
+      like = names.to_official(table, tree, vocab_size)
       path = partial / file
       path.parent.mkdir(exist_ok=True)
-      tensor_files.save_torch(
-        path, _values(names.to_official(table, tree, rows), rng)
-      )
-    for part, name in pixel_folders.FOLDERS.items():
-      _write_pixels(partial / name, part, seed)
-    language_model = partial / official.LLM_FOLDER
-    for name, data in llama_folder.default_files(_LLAMA, "float32", {}).items():
-      (language_model / name).write_bytes(data)
-    words = parts.resolve("tiny") / official.WORDS
-    (language_model / official.WORDS).write_bytes(words.read_bytes())
-    heads = json.dumps({"heads": _HEADS})
-    (partial / "variant_config.json").write_text(heads)
+      values = _random_values(like, _generator(seed, file))
+      tensor_files.save_torch(path, values)
+    for part, name in official_layout.PIXEL_FOLDERS.items():
+      _write_pixel_folder(partial / name, part, seed)
+    folder.write_files(partial, _small_files())
   return directory
 
 
-def _write_pixels(place, part, seed):
-  """pixel_decoding/ or highres_pixel_decoding/, as diffusers writes them."""
+def _small_files() -> dict[str, bytes]:
+  """Returns the small files of the language model, and the number of heads."""
+  files = llama_folder.default_files(_LLAMA, "float32", {})
+  text_model = official_layout.TOKENIZER_MODEL
+  files[text_model] = (parts.resolve("tiny") / text_model).read_bytes()
+  root = official_layout.LLM_FOLDER
+  heads = json.dumps({"heads": _HEADS}).encode()
+  return {
+    "variant_config.json": heads,
+    **{f"{root}/{name}": data for name, data in files.items()},
+  }
+
+
+def _generator(seed, name) -> np.random.Generator:
+  return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def _write_pixel_folder(root, part, seed):
+  """Writes pixel_decoding/ or highres_pixel_decoding/ as diffusers does."""
   configs = {"unet": _UNETS[part], "vae": _VAE(scaling_factor=_FACTORS[part])}
   described = {
     pixel_folders.SCHEDULER: scheduler_config.unparse(
       schedules.STABLE_DIFFUSION
-    ),
-    "unet/config.json": config.unet_fields(configs["unet"]),
-    "vae/config.json": config.vae_fields(configs["vae"]),
+    )
   }
-  for file, fields in described.items():
-    (place / file).parent.mkdir(parents=True)
-    (place / file).write_bytes(llama_folder.to_json(fields))
-  trees = {
-    "unet": config.abstract_unet(configs["unet"]),
-    "vae": config.abstract_vae(configs["vae"]),
-  }
-  for kind, tree in trees.items():
-    path = place / kind / pixel_folders.weight_files(kind)[0]
-    rng = np.random.default_rng([seed, zlib.crc32(f"{part}/{kind}".encode())])
-    table = pixel_folders.table_of(configs[kind], "to_q")
-    state = _values(names.to_official(table, tree), rng)
+  for kind, network in configs.items():
+    fields = config.KINDS[kind].fields(network)
+    described[f"{kind}/{pixel_folders.CONFIG}"] = fields
+  json_files = {n: small_files.to_json(f) for n, f in described.items()}
+  folder.write_files(root, json_files)
+  for kind, network in configs.items():
+    path = root / kind / weight_files.candidates(kind)[0]
+    tree = config.KINDS[kind].abstract(network)
+    like = names.to_official(pixel_names.table_of(network), tree)
+    state = _random_values(like, _generator(seed, f"{part}/{kind}"))
     if path.suffix == ".bin":
       tensor_files.save_torch(path, state)
     else:
       tensor_files.save_arrays(path, state)
   if part == "lowres_pixels":
-    rng = np.random.default_rng([seed, zlib.crc32(part.encode())])
     shape = (1, _UNCOND_TOKENS, _UNET_DIM)
-    uncond = rng.standard_normal(shape, np.float32)
-    tensor_files.save_torch(place / pixel_folders.UNCOND, uncond)
+    uncond = _generator(seed, part).standard_normal(shape, np.float32)
+    tensor_files.save_torch(root / official_layout.UNCOND, uncond)
 
 
-def _files():
-  """{file: (table of names, abstract tree)} of everything but small files."""
-  whole = sizes.abstract_tokenizer(_TOKENIZER)
-  whole["params"].pop("decoder")
-  reading = {
-    "merger": whole["params"]["merger"],
-    "projection": whole["params"]["llm_proj"],
-  }
+def _files() -> dict[str, tuple[rows.Table, dict[str, Any]]]:
+  """Returns {file: (name table, abstract tree)} of the .bin files."""
+  variables = sizes.abstract_tokenizer(_TOKENIZER, with_decoder=False)
   lowres = decoder.LowresDecoder(_DECODER, _UNET_DIM)
   highres = decoder.HighresDecoder(_DECODER, _UNET_DIMS, _POOLED_DIM)
-  files = official.FILES
+  files = official_layout.FILES
   return {
     files["encoder"]: (names.ENCODER, sizes.abstract_encoder(_VIT)),
-    files["tokenizer"]: (names.TOKENIZER, whole),
+    files["tokenizer"]: (names.TOKENIZER, variables),
     files["lowres"]: (names.LOWRES, sizes.abstract_decoder(lowres)),
     files["highres"]: (names.HIGHRES, sizes.abstract_decoder(highres)),
-    files["overlay"]: (names.UNDERSTANDING, reading),
+    files["overlay"]: (
+      names.UNDERSTANDING,
+      sizes.reading_branch(variables),
+    ),
     _LLM: (names.LLM, sizes.abstract_llama(_LLAMA)),
   }
 
 
-def _values(shaped, rng) -> dict[str, np.ndarray]:
-  """Random float32 arrays in place of those given, by official name.
+def _random_values(arrays, rng) -> dict[str, np.ndarray]:
+  """Returns random float32 arrays of the same names and shapes.
 
-  Scales of norms are about 1 and biases about 0; matrices keep the size of
-  what they are multiplied with.
+  Scales of norms are about 1 and biases about 0; matrices preserve the scale of
+  their inputs.
   """
   values = {}
-  for name, like in shaped.items():
+  for name, like in arrays.items():
     noise = rng.standard_normal(like.shape, np.float32)
     if len(like.shape) == 1:
-      norm = name.endswith("weight")
-      values[name] = np.float32(norm) + np.float32(0.1) * noise
+      is_scale = name.endswith("weight")
+      values[name] = np.float32(is_scale) + np.float32(0.1) * noise
     else:
-      learned = name.endswith(("embed", "embedding", "cls_token"))
+      is_embedding = name.endswith(("embed", "embedding", "cls_token"))
       inputs = int(np.prod(like.shape[1:]))
-      spread = 0.5 if learned else _SPREAD.get(name, inputs**-0.5)
-      values[name] = np.float32(spread) * noise
+      std = 0.5 if is_embedding else _STD.get(name, inputs**-0.5)
+      values[name] = np.float32(std) * noise
   return values

@@ -1,14 +1,15 @@
-"""Arrays of a model directory as tensors of files that are to be written."""
+"""The plan of an export: arrays of a model directory as tensors of files."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
+from flax import traverse_util
 
 from lavit_jax.core import errors
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.port.formats import tensor_files
-from lavit_jax.port.tables import names
+from lavit_jax.port.tables import names, rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,10 +18,11 @@ class Entry:
 
   Attributes:
     spec: its name, shape and dtype in the file.
-    part: where its values are: a part and a path in it, or None.
-    layer: which layer of a stacked array, or None.
-    transform: of `names.TRANSFORMS`, done backward.
-    value: gives the values where no part has them.
+    part: the part that holds its values, or None.
+    path: of the array in the part.
+    layer: its number in a stacked array, or None.
+    transform: of `rows.TRANSFORMS`, applied backward.
+    value: returns the values of a tensor that no part holds.
   """
 
   spec: tensor_files.Spec
@@ -36,10 +38,11 @@ class StateFile:
   """A file of tensors, or several shards of it.
 
   Attributes:
-    stem: path under the export without suffix.
+    stem: path under the export, without suffix.
     suffix: ".bin" or ".safetensors".
-    limit: bytes a shard, 0 for one file whatever its size.
-    bare: a .bin of its one tensor alone, not of a dict.
+    entries: its tensors.
+    limit: bytes a shard; 0 for one file of any size.
+    bare: whether a .bin holds its single tensor and not a dict.
   """
 
   stem: str
@@ -50,64 +53,98 @@ class StateFile:
 
 
 @dataclasses.dataclass(frozen=True)
-class Export:
-  """All that is to be written."""
+class ExportPlan:
+  """Everything that an export will write.
 
-  states: tuple[StateFile, ...]
-  files: Mapping[str, bytes]
+  Attributes:
+    states: files of tensors.
+    files: small files, by path under the export.
+    notes: sentences for the user.
+  """
+
+  states: tuple[StateFile, ...] = ()
+  files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
   notes: tuple[str, ...] = ()
 
 
+def joined(plans: Iterable[ExportPlan]) -> ExportPlan:
+  """Returns several plans as one."""
+  states: list[StateFile] = []
+  files: dict[str, bytes] = {}
+  notes: list[str] = []
+  for plan in plans:
+    states += plan.states
+    files |= plan.files
+    notes += plan.notes
+  return ExportPlan(tuple(states), files, tuple(notes))
+
+
 def entries(
-  table: names.Table,
+  table: rows.Table,
   part: checkpoints.StoredPart,
   *,
   root: str = "",
   prefix: str = "",
-  rows: int | None = None,
+  vocab_size: int | None = None,
 ) -> list[Entry]:
-  """The tensors of a table, as a part has them.
+  """Returns the tensors of a table in the order of a state_dict.
 
   Args:
     table: official names and paths.
     part: holds arrays at `root` + the table's paths.
     root: such as "llm/".
     prefix: put before every official name.
-    rows: of the vocabulary, to which padded rows are cut.
+    vocab_size: number to which padded rows of the vocabulary are cut.
 
   Raises:
-    errors.CheckpointError: an array that the table names is not in the part.
+    errors.CheckpointError: the part lacks an array of the table.
   """
-  flat = {row.ours: part.arrays.get(root + row.ours) for row in table}
-  if missing := [path for path, leaf in flat.items() if leaf is None]:
+  paths = [row.path for row in table]
+  if missing := [p for p in paths if part.arrays.get(root + p) is None]:
     raise errors.CheckpointError(
       f"The part {part.meta.get('part')} has no {', '.join(missing)} under"
-      f" {root or 'its root'!r}; this export needs all of it."
+      f" {root or 'its root'!r}, which this export needs."
     )
-  shapes = names.to_official(table, names.unflatten(flat), rows=rows)
+  flat = {path: part.arrays[root + path] for path in paths}
+  tree = traverse_util.unflatten_dict(flat, sep="/")
+  shapes = names.to_official(table, tree, vocab_size)
   dtypes = part.meta.get("port", {}).get("dtypes", {})
-  found = []
+  result = []
   for row in table:
-    stored = flat[row.ours]
-    depth = stored.shape[0] if names.is_stacked(row) else 1
-    for i, name in enumerate(names.names_of(row, depth)):
+    stored = flat[row.path]
+    depth = stored.shape[0] if rows.is_stacked(row) else 1
+    for i, name in enumerate(rows.official_names(row, depth)):
       dtype = np.dtype(dtypes.get(name, stored.dtype))
       spec = tensor_files.Spec(prefix + name, shapes[name].shape, dtype)
-      layer = i if names.is_stacked(row) else None
-      found.append(Entry(spec, part, root + row.ours, layer, row.transform))
-  return in_order(found)
+      layer = i if rows.is_stacked(row) else None
+      result.append(Entry(spec, part, root + row.path, layer, row.transform))
+  return _by_layer(result)
 
 
-def in_order(found: Iterable[Entry]) -> list[Entry]:
-  """Entries layer by layer, as a state_dict has them.
+def present_entries(
+  table: rows.Table,
+  part: checkpoints.StoredPart,
+  *,
+  root: str = "",
+  prefix: str = "",
+) -> list[Entry]:
+  """Returns the tensors of those rows of a table that the part has.
 
-  The table goes row by row; what stands before its stacked rows stays first,
-  and what follows them last.
+  Arguments are those of `entries`.
   """
-  found = list(found)
-  places = [i for i, e in enumerate(found) if e.layer is not None]
-  if not places:
-    return found
-  first, last = places[0], places[-1]
-  middle = sorted(found[first : last + 1], key=lambda e: e.layer or 0)
-  return found[:first] + middle + found[last + 1 :]
+  present = tuple(row for row in table if root + row.path in part.arrays)
+  return entries(present, part, root=root, prefix=prefix)
+
+
+def _by_layer(unsorted: list[Entry]) -> list[Entry]:
+  """Sorts entries of stacked rows by layer, as a state_dict has them.
+
+  Entries before the first stacked row stay first, those after the last one
+  stay last.
+  """
+  stacked = [i for i, entry in enumerate(unsorted) if entry.layer is not None]
+  if not stacked:
+    return unsorted
+  first, end = stacked[0], stacked[-1] + 1
+  middle = sorted(unsorted[first:end], key=lambda entry: entry.layer or 0)
+  return unsorted[:first] + middle + unsorted[end:]

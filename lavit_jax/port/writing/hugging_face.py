@@ -1,4 +1,4 @@
-"""Export for the Hugging Face libraries.
+"""The plan of an export for the Hugging Face libraries.
 
 `llm/` loads with transformers.LlamaForCausalLM; its rows are text | [IMG]
 [/IMG] | codes. `visual_tokenizer.safetensors` holds everything visual under
@@ -8,23 +8,29 @@ the official names, each network with a prefix:
   tokenizer.      selector, merger, quantizer, codes
   decoder.        the decoder trained with the tokenizer, if it was here
   feature_mean    the mean feature of each patch, of tokenizers trained here
-  understanding.  the merger and projection that the language model reads by
+  understanding.  merger and projection with which the language model reads
   lowres.         the two decoders of the official release, if there
   highres.
 
 Its sizes are in `visual_tokenizer.json`. `lowres_pixels/` and
 `highres_pixels/` have the folders unet, vae and scheduler, which diffusers
-loads, and lowres the embeddings of its unconditional stream. A safety checker
-lies where the import found it.
+loads; lowres also has unconditional embeddings. The safety checker is in the
+folder in which the import found it.
 """
+
+import pathlib
 
 import numpy as np
 
 from lavit_jax.core import errors
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.models import llama
-from lavit_jax.port.formats import llama_folder, tensor_files
-from lavit_jax.port.reading import official, pixel_folders, safety_folder
+from lavit_jax.port.formats import (
+  llama_folder,
+  official_layout,
+  small_files,
+  tensor_files,
+)
 from lavit_jax.port.tables import names
 from lavit_jax.port.writing import export, pixel_files, safety_files
 
@@ -39,90 +45,91 @@ _NAMES = {
   "lowres.": "official names of tokenizer_decoder.bin",
   "highres.": "official names of highres_tokenizer_decoder.bin",
 }
+_META = (  # fields of a part's meta in visual_tokenizer.json
+  "vit",
+  "tokenizer",
+  "decoder",
+  "condition_dim",
+  "condition_dims",
+  "pooled_dim",
+  "vocabulary",
+  "llama",
+)
 
 
-def make(model) -> export.Export:
-  """What to write for a model directory (pathlib.Path).
+def make_plan(model: pathlib.Path) -> export.ExportPlan:
+  """Plans the export of a model directory.
 
   Raises:
     errors.CheckpointError: it has nothing that these files could hold.
   """
-  have = checkpoints.parts_in(model)
-  parts = {name: checkpoints.StoredPart(model, name) for name in have}
-  states, files, notes = [], {}, []
+  present = checkpoints.parts_in(model)
+  parts = {name: checkpoints.StoredPart(model, name) for name in present}
+  plans = []
   if "llm" in parts:
-    states.append(_language_model(parts["llm"]))
-    files |= _llm_files(model, parts["llm"])
-  visual = _visual(parts)
-  if visual:
-    states.append(export.StateFile(_VISUAL, ".safetensors", tuple(visual)))
-    files[f"{_VISUAL}.json"] = llama_folder.to_json(_sizes(parts, visual))
-  for name in [name for name in pixel_folders.FOLDERS if name in parts]:
-    folder = pixel_files.diffusers_folder(model, parts[name])
-    states += folder.states
-    files |= folder.files
-  if safety_folder.PART in parts:
-    folder = safety_files.make(
-      model, parts[safety_folder.PART], official.OFFICIAL
-    )
-    states += folder.states
-    files |= folder.files
-  if not states:
+    plans.append(_language_model(model, parts["llm"]))
+  if visual := _visual(parts):
+    plans.append(_visual_plan(parts, visual))
+  for name in [n for n in official_layout.PIXEL_FOLDERS if n in parts]:
+    plans.append(pixel_files.diffusers_folder(model, parts[name]))
+  if (safety := official_layout.SAFETY_PART) in parts:
+    plans.append(safety_files.make_plan(model, parts[safety]))
+  if not plans:
     raise errors.CheckpointError(
-      f"{model} has only {', '.join(have)}: nothing that Hugging Face files"
-      " could hold. Expected a language model, a visual tokenizer or a pixel"
-      " decoder in latents."
+      f"{model} has only {', '.join(present)}, which no Hugging Face file can"
+      " hold. Expected a language model, a visual tokenizer or a pixel decoder"
+      " in latent space."
     )
   if "pixels" in parts:
-    notes.append("the part pixels was left: no Hugging Face class reads it")
-  return export.Export(tuple(states), files, tuple(notes))
+    note = "the part pixels was omitted: no Hugging Face class reads it"
+    plans.append(export.ExportPlan(notes=(note,)))
+  return export.joined(plans)
 
 
-def _language_model(part) -> export.StateFile:
-  rows = part.meta["llama"]["vocab_size"]
-  found = export.entries(names.LLM, part, root="llm/", rows=rows)
-  return export.StateFile("llm/model", ".safetensors", tuple(found), _SHARD)
-
-
-def _llm_files(model, part) -> dict[str, bytes]:
-  kept, folder = {}, model / official.OFFICIAL
-  if folder.is_dir():
-    kept = llama_folder.small_files(folder)
+def _language_model(model, part) -> export.ExportPlan:
   config = llama.LlamaConfig(**part.meta["llama"])
+  entries = export.entries(
+    names.LLM, part, root="llm/", vocab_size=config.vocab_size
+  )
+  state = export.StateFile("llm/model", ".safetensors", tuple(entries), _SHARD)
+  folder = model / official_layout.KEPT_FOLDER
+  kept = small_files.read_all(folder) if folder.is_dir() else {}
   dtype = np.dtype(part.arrays["llm/head"].dtype).name
   files = llama_folder.default_files(config, dtype, kept)
-  files[official.WORDS] = (model / official.WORDS).read_bytes()
-  return {f"llm/{name}": data for name, data in files.items()}
+  text_model = official_layout.TOKENIZER_MODEL
+  files[text_model] = (model / text_model).read_bytes()
+  return export.ExportPlan((state,), {f"llm/{n}": d for n, d in files.items()})
 
 
 def _visual(parts) -> list[export.Entry]:
-  found = []
+  entries = []
   if "encoder" in parts:
-    found += _present(names.ENCODER, parts["encoder"], "encoder.")
-    found += _extra(parts["encoder"], "mask_token", "encoder.mask_token")
+    part = parts["encoder"]
+    entries += export.present_entries(names.ENCODER, part, prefix="encoder.")
+    entries += _as_stored(part, "mask_token", "encoder.mask_token")
   if "tokenizer" in parts:
     part = parts["tokenizer"]
-    found += _present(names.TOKENIZER, part, "tokenizer.")
-    root = "params/decoder/"
-    found += _present(names.DECODER, part, "decoder.", root)
-    found += _extra(part, "feature_mean", "feature_mean")
+    entries += export.present_entries(
+      names.TOKENIZER, part, prefix="tokenizer."
+    )
+    entries += export.present_entries(
+      names.DECODER, part, root="params/decoder/", prefix="decoder."
+    )
+    entries += _as_stored(part, "feature_mean", "feature_mean")
   if "llm" in parts:
-    table = names.UNDERSTANDING + names.UNDERSTANDING_SELECTOR
-    found += _present(table, parts["llm"], "understanding.")
-  for name, table in (("lowres", names.LOWRES), ("highres", names.HIGHRES)):
+    entries += export.present_entries(
+      names.UNDERSTANDING + names.UNDERSTANDING_SELECTOR,
+      parts["llm"],
+      prefix="understanding.",
+    )
+  for name, table in names.SEMANTIC_DECODERS.items():
     if name in parts:
-      found += _present(table, parts[name], f"{name}.")
-  return found
+      entries += export.present_entries(table, parts[name], prefix=f"{name}.")
+  return entries
 
 
-def _present(table, part, prefix, root=""):
-  """Entries of the rows of a table that the part has."""
-  rows = tuple(row for row in table if root + row.ours in part.arrays)
-  return export.entries(rows, part, root=root, prefix=prefix)
-
-
-def _extra(part, path, name):
-  """An array that no official file has, as it is."""
+def _as_stored(part, path, name):
+  """Returns an array that no official file has, if the part has it."""
   leaf = part.arrays.get(path)
   if leaf is None:
     return []
@@ -130,13 +137,17 @@ def _extra(part, path, name):
   return [export.Entry(spec, part, path)]
 
 
-def _sizes(parts, visual):
-  """The content of visual_tokenizer.json."""
+def _visual_plan(parts, visual) -> export.ExportPlan:
+  state = export.StateFile(_VISUAL, ".safetensors", tuple(visual))
+  content = small_files.to_json(_description(parts, visual))
+  return export.ExportPlan((state,), {f"{_VISUAL}.json": content})
+
+
+def _description(parts, visual):
+  """Returns the content of visual_tokenizer.json."""
   content = {"format": "lavit_jax.visual_tokenizer.1"}
   for name, part in parts.items():
-    fields = ("vit", "tokenizer", "decoder", "condition_dim", "condition_dims")
-    fields += ("pooled_dim", "vocabulary", "llama")
-    meta = {key: part.meta[key] for key in fields if key in part.meta}
+    meta = {key: part.meta[key] for key in _META if key in part.meta}
     if meta and name != "pixels":
       content[name] = meta
   used = {

@@ -1,114 +1,117 @@
-"""Export in the official layout: the files that `official.py` reads.
+"""The plan of an export in the official layout, which `official.py` reads.
 
-The same file names, tensor names, shapes and dtypes. What an import found
-there is given back: dtypes, the tensors of visual_weight.bin, copies of the
-encoder in the tokenizer's file, and the small files of language_model/. The
-pixel decoders' folders are those of `pixel_files.py`.
+File names, tensor names, shapes and dtypes are the official ones. What an
+import found there is restored: dtypes, the tensors of visual_weight.bin, copies
+of the encoder in the tokenizer's file, and the small files of language_model/.
+`pixel_files.py` plans the folders of the pixel decoders.
 """
+
+import dataclasses
+import pathlib
 
 import numpy as np
 
 from lavit_jax.core import errors
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.models import llama
-from lavit_jax.port.formats import llama_folder, tensor_files, tensors
-from lavit_jax.port.reading import official, pixel_folders, safety_folder
-from lavit_jax.port.tables import names
+from lavit_jax.port.formats import (
+  llama_folder,
+  official_layout,
+  small_files,
+  tensor_files,
+  tensors,
+)
+from lavit_jax.port.tables import names, sizes
 from lavit_jax.port.writing import export, pixel_files, safety_files
 
-_SHARD = 10 * 10**9  # bytes, as transformers 4.33 cuts .bin files
-_HEAD = 1024  # classes of EVA's unused head in the official file
-_COPY = "encoder."
+_SHARD = 10 * 10**9  # bytes, the size of transformers 4.33's .bin shards
 _NEEDED = ("encoder", "tokenizer", "llm")
 
 
-def make(model) -> export.Export:
-  """What to write for a model directory (pathlib.Path).
+def make_plan(model: pathlib.Path) -> export.ExportPlan:
+  """Plans the export of a model directory.
 
-  A model of nothing but pixel decoders gives their files alone.
+  A model of nothing but pixel decoders becomes their files alone.
 
   Raises:
     errors.CheckpointError: a part is missing, or the layout cannot hold it.
   """
-  have = checkpoints.parts_in(model)
-  missing = [part for part in _NEEDED if part not in have]
-  kinds = (*pixel_folders.FOLDERS, safety_folder.PART)
-  drawn = [part for part in kinds if part in have]
-  alone = bool(drawn) and len(missing) == len(_NEEDED)
-  if missing and not alone:
+  present = checkpoints.parts_in(model)
+  missing = [part for part in _NEEDED if part not in present]
+  optional = (*official_layout.PIXEL_FOLDERS, official_layout.SAFETY_PART)
+  has_optional = any(part in present for part in optional)
+  only_optional = has_optional and len(missing) == len(_NEEDED)
+  if missing and not only_optional:
     raise errors.CheckpointError(
-      f"{model} has no {', '.join(missing)}: the official layout is encoder,"
-      " tokenizer and language model together. Use --format huggingface."
+      f"{model} has no {', '.join(missing)}: the official layout consists of"
+      " encoder, tokenizer and language model. Use --format huggingface."
     )
-  parts = {name: checkpoints.StoredPart(model, name) for name in have}
-  states, files, notes = [], {}, []
-  if alone:
-    listed = ",".join(part for part in have if part in official.ALL_PARTS)
-    notes.append(
-      f"no {', '.join(missing)}: import it again with --only {listed}"
+  parts = {name: checkpoints.StoredPart(model, name) for name in present}
+  if only_optional:
+    parts_option = ",".join(
+      p for p in present if p in official_layout.ALL_PARTS
     )
+    note = (
+      f"no {', '.join(missing)}: import it again with --only {parts_option}"
+    )
+    plans = [export.ExportPlan(notes=(note,))]
   else:
-    states, files = _understanding(model, parts)
-  more, said = _decoders(model, parts)
-  for one in more:
-    states += one.states
-    files |= one.files
-  return export.Export(tuple(states), files, (*notes, *said))
+    plans = [_core_plan(model, parts)]
+  return export.joined([*plans, *_decoder_plans(model, parts)])
 
 
-def _understanding(model, parts):
-  """Files of encoder, tokenizer and language model."""
+def _core_plan(model, parts) -> export.ExportPlan:
+  """Plans the files of encoder, tokenizer and language model."""
   _check_layout(parts["llm"])
-  kept = _kept(model)
+  kept = _kept_tensors(model)
   encoder = _encoder(parts["encoder"])
-  found = {
+  entries_of_file = {
     "encoder": encoder,
     "tokenizer": _tokenizer(parts, encoder, kept),
-    "overlay": _overlay(parts, encoder, kept),
+    "overlay": _overlay(parts["llm"], encoder, kept),
   }
-  states = [_state(name, entries) for name, entries in found.items()]
+  states = [_state(name, entries) for name, entries in entries_of_file.items()]
   states.append(_language_model(parts["llm"], kept))
-  return states, _small_files(model, parts["llm"])
+  return export.ExportPlan(tuple(states), _small_files(model, parts["llm"]))
 
 
-def _decoders(model, parts):
-  """Files of the decoders, and notes on those that are not there."""
-  found, notes = [], []
-  for name, table in (("lowres", names.LOWRES), ("highres", names.HIGHRES)):
+def _decoder_plans(model, parts) -> list[export.ExportPlan]:
+  """Plans the files of the decoders, with notes on those that are missing."""
+  plans, notes = [], []
+  for name, table in names.SEMANTIC_DECODERS.items():
     if name in parts:
       state = _state(name, export.entries(table, parts[name]))
-      found.append(export.Export((state,), {}))
+      plans.append(export.ExportPlan((state,)))
     else:
-      notes.append(f"no {official.FILES[name]}: the model has no part {name}")
-  for name, folder in pixel_folders.FOLDERS.items():
+      file = official_layout.FILES[name]
+      notes.append(f"no {file}: the model has no part {name}")
+  for name, folder in official_layout.PIXEL_FOLDERS.items():
     if name in parts:
-      found.append(pixel_files.official_folder(model, parts[name]))
+      plans.append(pixel_files.official_folder(model, parts[name]))
       if name == "lowres_pixels" and "uncond" not in parts[name].arrays:
-        notes.append(
-          f"no {folder}/{pixel_folders.UNCOND}: training makes these embeddings"
-        )
+        file = f"{folder}/{official_layout.UNCOND}"
+        notes.append(f"no {file}: training makes these embeddings")
     else:
       notes.append(f"no {folder}/: the model has no part {name}")
-  if safety_folder.PART in parts:
-    part = parts[safety_folder.PART]
-    found.append(safety_files.make(model, part, official.OFFICIAL))
+  if (safety := official_layout.SAFETY_PART) in parts:
+    plans.append(safety_files.make_plan(model, parts[safety]))
   if "pixels" in parts:
-    notes.append("the part pixels has no place in the official layout")
-  return found, notes
+    notes.append("the part pixels has no file in the official layout")
+  return [*plans, export.ExportPlan(notes=tuple(notes))]
 
 
 def _state(name, entries) -> export.StateFile:
-  stem = official.FILES[name].removesuffix(".bin")
+  stem = official_layout.FILES[name].removesuffix(".bin")
   return export.StateFile(stem, ".bin", tuple(entries))
 
 
 def _check_layout(llm):
-  words = llm.meta["vocabulary"]
-  if words["text_size"] != official.TEXT_SIZE:
+  text_size = llm.meta["vocabulary"]["text_size"]
+  if text_size != official_layout.TEXT_SIZE:
     raise errors.CheckpointError(
-      f"This model has {words['text_size']} text pieces; in the official"
-      f" layout [IMG] is {official.TEXT_SIZE} always, after as many pieces."
-      " Use --format huggingface."
+      f"This model has {text_size} text pieces; the official layout always has"
+      f" {official_layout.TEXT_SIZE}, so that [IMG] has the id"
+      f" {official_layout.TEXT_SIZE}. Use --format huggingface."
     )
   if "projection/kernel" not in llm.arrays:
     raise errors.CheckpointError(
@@ -118,13 +121,14 @@ def _check_layout(llm):
     )
 
 
-def _kept(model) -> dict[str, tensors.Tensor]:
-  """Tensors that an import kept for this, by file and name."""
-  found = {}
+def _kept_tensors(model) -> dict[str, tensors.Tensor]:
+  """Returns the tensors that an import kept, by file and name."""
+  kept: tensors.Tensors = {}
   for part in _NEEDED:
-    path = model / official.OFFICIAL / tensor_files.KEPT.format(part)
-    found |= tensors.open_file(path) if path.is_file() else {}
-  return found
+    file = official_layout.KEPT_TENSORS.format(part)
+    path = model / official_layout.KEPT_FOLDER / file
+    kept |= tensors.open_file(path) if path.is_file() else {}
+  return kept
 
 
 def _kept_entry(name, tensor) -> export.Entry:
@@ -133,92 +137,97 @@ def _kept_entry(name, tensor) -> export.Entry:
 
 
 def _encoder(part) -> list[export.Entry]:
-  """EVA's tensors; norm and head, which LaVIT skips, filled in if need be."""
-  table = [r for r in names.ENCODER if r.ours in part.arrays]
-  found = export.entries(tuple(table), part)
+  """Returns EVA's tensors, with placeholders for an absent norm and head."""
+  entries = export.present_entries(names.ENCODER, part)
   width = part.meta["vit"]["width"]
-  dtype = part.arrays["cls_token"].dtype
+  dtype = np.dtype(part.arrays["cls_token"].dtype)
   shapes = {
     "norm.weight": (width,),
     "norm.bias": (width,),
-    "head.weight": (_HEAD, width),
-    "head.bias": (_HEAD,),
+    "head.weight": (sizes.EVA_CLASSES, width),
+    "head.bias": (sizes.EVA_CLASSES,),
   }
-  have = {entry.spec.name for entry in found}
-  for name, shape in shapes.items():
-    if name not in have:
-      value = np.asarray(float(name == "norm.weight"), dtype)
-      spec = tensor_files.Spec(name, shape, np.dtype(dtype))
-      found.append(export.Entry(spec, value=lambda v=value: v, path=name))
-  return found
+  present = {entry.spec.name for entry in entries}
+  return entries + [
+    _constant_entry(name, shape, dtype, float(name == "norm.weight"))
+    for name, shape in shapes.items()
+    if name not in present
+  ]
+
+
+def _constant_entry(name, shape, dtype, value) -> export.Entry:
+  spec = tensor_files.Spec(name, shape, dtype)
+  array = np.asarray(value, dtype)
+  return export.Entry(spec, value=lambda: array, path=name)
 
 
 def _tokenizer(parts, encoder, kept) -> list[export.Entry]:
   part = parts["tokenizer"]
-  table = tuple(r for r in names.TOKENIZER if r.ours in part.arrays)
-  found = export.entries(table, part)
-  if len(table) < len(names.TOKENIZER):  # trained here: the LLM's projection
-    projection = names.UNDERSTANDING[-2:]
-    found += export.entries(projection, parts["llm"])
+  entries = export.present_entries(names.TOKENIZER, part)
+  if not all(row.path in part.arrays for row in names.TOKENIZER):
+    # A tokenizer that was trained here has no projection: the LLM has it.
+    entries += export.entries(names.PROJECTION, parts["llm"])
   copies = part.meta.get("port", {}).get("encoder_copies", [])
-  file = official.FILES["tokenizer"]
-  return found + [_copy(file, name, encoder, kept) for name in copies]
+  return entries + [_copy("tokenizer", name, encoder, kept) for name in copies]
 
 
 def _copy(file, name, encoder, kept) -> export.Entry:
-  """A tensor `encoder.*` of another file than the encoder's."""
-  if tensor := kept.get(f"{file}:{name}"):
+  """Returns a tensor `encoder.*` of another file than the encoder's."""
+  if tensor := kept.get(f"{official_layout.FILES[file]}:{name}"):
     return _kept_entry(name, tensor)
-  wanted = name.removeprefix(_COPY)
-  entry = next(e for e in encoder if e.spec.name == wanted)
-  spec = tensor_files.Spec(name, entry.spec.shape, entry.spec.dtype)
-  return export.Entry(
-    spec, entry.part, entry.path, entry.layer, entry.transform, entry.value
+  original = name.removeprefix(official_layout.ENCODER_COPY)
+  entry = next(e for e in encoder if e.spec.name == original)
+  return dataclasses.replace(
+    entry, spec=dataclasses.replace(entry.spec, name=name)
   )
 
 
-def _overlay(parts, encoder, kept) -> list[export.Entry]:
-  """The tensors of visual_weight.bin: those it had, else the whole branch."""
-  llm, file = parts["llm"], official.FILES["overlay"]
-  table = names.UNDERSTANDING
+def _overlay(llm, encoder, kept) -> list[export.Entry]:
+  """Returns the tensors of visual_weight.bin.
+
+  They are those that an imported file had, else the complete branch.
+  """
+  table, file = names.UNDERSTANDING, official_layout.FILES["overlay"]
   if "selector/norm/scale" in llm.arrays:
     table = table + names.UNDERSTANDING_SELECTOR
-  found = export.entries(table, llm)
-  listed = llm.meta.get("port", {}).get("overlay")
-  if listed is None:
-    return found
-  by_name = {entry.spec.name: entry for entry in found}
+  entries = export.entries(table, llm)
+  imported = llm.meta.get("port", {}).get("overlay")
+  if imported is None:
+    return entries
+  by_name = {entry.spec.name: entry for entry in entries}
   return [
     by_name[name]
     if name in by_name
     else _kept_entry(name, kept[f"{file}:{name}"])
     if f"{file}:{name}" in kept
-    else _copy(file, name, encoder, kept)
-    for name in listed
+    else _copy("overlay", name, encoder, kept)
+    for name in imported
   ]
 
 
 def _language_model(llm, kept) -> export.StateFile:
-  rows = llm.meta["llama"]["vocab_size"]
-  found = export.entries(names.LLM, llm, root="llm/", rows=rows)
-  prefix = f"{official.LLM_FOLDER}:"
-  found += [
+  entries = export.entries(
+    names.LLM, llm, root="llm/", vocab_size=llm.meta["llama"]["vocab_size"]
+  )
+  prefix = f"{official_layout.LLM_FOLDER}:"
+  entries += [
     _kept_entry(name.removeprefix(prefix), tensor)
     for name, tensor in kept.items()
     if name.startswith(prefix)
   ]
-  stem = f"{official.LLM_FOLDER}/pytorch_model"
-  return export.StateFile(stem, ".bin", tuple(found), _SHARD)
+  stem = f"{official_layout.LLM_FOLDER}/pytorch_model"
+  return export.StateFile(stem, ".bin", tuple(entries), _SHARD)
 
 
 def _small_files(model, llm) -> dict[str, bytes]:
-  """Files beside the language model: those of the import, else made."""
-  kept = {}
-  if (model / official.OFFICIAL).is_dir():
-    kept = llama_folder.small_files(model / official.OFFICIAL)
-  if not kept:
+  """Returns the files beside the language model: kept ones, or else new."""
+  folder = model / official_layout.KEPT_FOLDER
+  files = small_files.read_all(folder) if folder.is_dir() else {}
+  if not files:
     config = llama.LlamaConfig(**llm.meta["llama"])
-    dtype = llm.arrays["llm/head"].dtype
-    kept = llama_folder.default_files(config, np.dtype(dtype).name, {})
-  kept[official.WORDS] = (model / official.WORDS).read_bytes()
-  return {f"{official.LLM_FOLDER}/{name}": data for name, data in kept.items()}
+    dtype = np.dtype(llm.arrays["llm/head"].dtype).name
+    files = llama_folder.default_files(config, dtype, {})
+  text_model = official_layout.TOKENIZER_MODEL
+  files[text_model] = (model / text_model).read_bytes()
+  root = official_layout.LLM_FOLDER
+  return {f"{root}/{name}": data for name, data in files.items()}

@@ -1,15 +1,15 @@
-"""Pixel decoders as folders in diffusers' format: what an export writes.
+"""The plan of a pixel decoder's export, a folder in diffusers' format.
 
-The other way of `pixel_folders.py`. What an import kept comes back as it was:
+This is the inverse of `pixel_folders.py`. What an import kept is restored:
 small files byte for byte, the names and shards of the weights, the generation
-of names of the autoencoder. A part that was trained here, or whose sizes or
-schedule are no longer those of the kept files, gets files of its own.
+of the autoencoder's names. A part that was trained here, or whose sizes or
+schedule have changed since the import, gets new files.
 """
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,76 +19,75 @@ from lavit_jax.core.storage import checkpoints
 from lavit_jax.diffusion import schedules
 from lavit_jax.models.pixels import unet, vae
 from lavit_jax.port.diffusers import config as config_lib
-from lavit_jax.port.diffusers import scheduler_config
-from lavit_jax.port.formats import llama_folder, tensors
-from lavit_jax.port.reading import official, pixel_folders
-from lavit_jax.port.tables import names
+from lavit_jax.port.diffusers import scheduler_config, weight_files
+from lavit_jax.port.formats import official_layout, small_files, tensors
+from lavit_jax.port.reading import pixel_folders
+from lavit_jax.port.tables import names, pixel_names, rows
 from lavit_jax.port.writing import export
 
-_SHARD = 10 * 10**9  # bytes, as diffusers cuts files of safetensors
-_CONFIGS = {"unet": unet.UNetConfig, "vae": vae.VaeConfig}
-_READ = {
-  "unet": config_lib.unet_config,
-  "vae": config_lib.vae_config,
-}
-_FIELDS = {
-  "unet": config_lib.unet_fields,
-  "vae": config_lib.vae_fields,
-}
+_SHARD = 10 * 10**9  # bytes, the size of diffusers' safetensors shards
+_UNCOND_STEM = pathlib.PurePath(official_layout.UNCOND).stem
 
 
 def official_folder(
   model: pathlib.Path, part: checkpoints.StoredPart
-) -> export.Export:
-  """pixel_decoding/ or highres_pixel_decoding/ of a part.
+) -> export.ExportPlan:
+  """Plans pixel_decoding/ or highres_pixel_decoding/.
 
   Args:
-    model: the directory that the part is of.
+    model: the directory that the part belongs to.
     part: lowres_pixels or highres_pixels.
 
   Raises:
     errors.CheckpointError: an array is missing, or diffusers has no such
       network or schedule.
   """
-  folder = pixel_folders.FOLDERS[part.meta["part"]]
-  kept = model / official.OFFICIAL / folder
-  port, states = part.meta.get("port", {}), []
-  for kind in _CONFIGS:
-    found = _entries(part, kind, port.get("vae_names", "to_q"))
+  folder = official_layout.PIXEL_FOLDERS[part.meta["part"]]
+  kept = _kept_folder(model, part)
+  port = part.meta.get("port", {})
+  states = []
+  for kind in config_lib.KINDS:
+    entries = _entries(part, kind, port.get("vae_names", "to_q"))
     file = port.get("weights", {}).get(kind, "")
-    states += _as_imported(f"{folder}/{kind}", file, found, kept / kind, kind)
+    states += _restored(f"{folder}/{kind}", file, entries, kept / kind, kind)
   if "uncond" in part.arrays:
-    stem = f"{folder}/{pixel_folders.UNCOND.removesuffix('.bin')}"
-    found = tuple(export.entries(names.UNCOND, part))
-    states.append(export.StateFile(stem, ".bin", found, bare=True))
-  files = _others(kept) | _described(part, kept)
-  return export.Export(tuple(states), _under(folder, files))
+    entries = tuple(export.entries(names.UNCOND, part))
+    stem = f"{folder}/{_UNCOND_STEM}"
+    states.append(export.StateFile(stem, ".bin", entries, bare=True))
+  files = _kept_files(kept) | _descriptions(part, kept)
+  return export.ExportPlan(tuple(states), _under(folder, files))
 
 
 def diffusers_folder(
   model: pathlib.Path, part: checkpoints.StoredPart
-) -> export.Export:
-  """The same as safetensors under today's names, in a folder of the part.
+) -> export.ExportPlan:
+  """Plans the same as safetensors with today's names, in a folder of the part.
 
   Arguments and errors are those of `official_folder`.
   """
   folder = part.meta["part"]
-  kept = model / official.OFFICIAL / pixel_folders.FOLDERS[folder]
   states = [
     export.StateFile(
-      f"{folder}/{kind}/{pixel_folders.STEM}",
+      f"{folder}/{kind}/{weight_files.STEM}",
       ".safetensors",
       _entries(part, kind, "to_q"),
       _SHARD,
     )
-    for kind in _CONFIGS
+    for kind in config_lib.KINDS
   ]
   if "uncond" in part.arrays:
-    stem = pixel_folders.UNCOND.removesuffix(".bin")
-    found = tuple(export.entries((names.Row(stem, "uncond"),), part))
-    states.append(export.StateFile(f"{folder}/{stem}", ".safetensors", found))
-  files = _under(folder, _described(part, kept))
-  return export.Export(tuple(states), files)
+    table = (rows.Row(_UNCOND_STEM, "uncond"),)
+    entries = tuple(export.entries(table, part))
+    stem = f"{folder}/{_UNCOND_STEM}"
+    states.append(export.StateFile(stem, ".safetensors", entries))
+  files = _under(folder, _descriptions(part, _kept_folder(model, part)))
+  return export.ExportPlan(tuple(states), files)
+
+
+def _kept_folder(model, part) -> pathlib.Path:
+  """Returns the folder of the small files that an import kept."""
+  folder = official_layout.PIXEL_FOLDERS[part.meta["part"]]
+  return model / official_layout.KEPT_FOLDER / folder
 
 
 def _under(folder, files):
@@ -96,54 +95,62 @@ def _under(folder, files):
 
 
 def _entries(part, kind, generation) -> tuple[export.Entry, ...]:
-  """Tensors of a network, under the names of diffusers."""
-  table = pixel_folders.table_of(_config(part, kind), generation)
+  """Returns the tensors of a network, under diffusers' names."""
+  table = pixel_names.table_of(_config(part, kind), generation)
   return tuple(export.entries(table, part, root=f"{kind}/"))
 
 
 def _config(part, kind):
-  """The sizes of a network of a part."""
+  """Returns the sizes of a network of a part."""
   fields = part.meta.get(kind)
   if fields is None:
     raise errors.CheckpointError(
-      f"The part {part.meta['part']} has no {kind}: a pixel decoder is a U-Net"
-      " and its autoencoder together. Train it, or import it again."
+      f"The part {part.meta['part']} has no {kind}, but a pixel decoder needs"
+      " both a U-Net and an autoencoder. Train it, or import it again."
     )
-  return _CONFIGS[kind](**fields)
+  return config_lib.KINDS[kind].config(**fields)
 
 
-def _as_imported(place, file, found, kept, kind) -> list[export.StateFile]:
-  """The files that the weights were in, if they still are the same weights.
+def _restored(
+  folder: str,
+  file: str,
+  entries: tuple[export.Entry, ...],
+  kept: pathlib.Path,
+  kind: str,
+) -> list[export.StateFile]:
+  """Returns the files that the weights were in, or new ones if they differ.
 
   Args:
-    place: path of the network's folder in the export.
-    file: name of the weights or of their index, "" for a part made here.
-    found: the tensors.
+    folder: path of the network's folder in the export.
+    file: name of the weights or of their index, "" for a part trained here.
+    entries: the tensors.
     kept: folder of the small files that an import kept.
     kind: "unet" or "vae".
   """
-  if pixel_folders.is_index(file):
+  if weight_files.is_index(file):
     path = kept / file
     shards = tensors.read_index(path, file) if path.is_file() else {}
-    if set(shards) == {entry.spec.name for entry in found}:
-      return _shards(place, shards, found)
-  half = {entry.spec.dtype for entry in found} == {np.dtype(np.float16)}
-  variant = f".{pixel_folders.VARIANT}." in file
-  if not file or pixel_folders.is_index(file) or (variant and not half):
-    file = pixel_folders.weight_files(kind)[0]
-  # One file whatever its size: the official classes' diffusers has no shards.
+    if set(shards) == {entry.spec.name for entry in entries}:
+      return _shards(folder, shards, entries)
+  half = {entry.spec.dtype for entry in entries} == {np.dtype(np.float16)}
+  is_variant = f".{weight_files.VARIANT}." in file
+  if not file or weight_files.is_index(file) or (is_variant and not half):
+    file = weight_files.candidates(kind)[0]
+  # One file of any size: the diffusers of the official classes has no shards.
   name = pathlib.PurePath(file)
-  return [export.StateFile(f"{place}/{name.stem}", name.suffix, found)]
+  return [export.StateFile(f"{folder}/{name.stem}", name.suffix, entries)]
 
 
-def _shards(place, shards, found) -> list[export.StateFile]:
-  """A file for each that an index names."""
+def _shards(
+  folder: str, shards: Mapping[str, str], entries: Sequence[export.Entry]
+) -> list[export.StateFile]:
+  """Returns one file for each that an index names."""
   groups: dict[str, list[export.Entry]] = {}
-  for entry in found:
+  for entry in entries:
     groups.setdefault(shards[entry.spec.name], []).append(entry)
   return [
     export.StateFile(
-      f"{place}/{pathlib.PurePath(file).stem}",
+      f"{folder}/{pathlib.PurePath(file).stem}",
       pathlib.PurePath(file).suffix,
       tuple(group),
     )
@@ -151,8 +158,8 @@ def _shards(place, shards, found) -> list[export.StateFile]:
   ]
 
 
-def _others(kept: pathlib.Path) -> dict[str, bytes]:
-  """All that an import kept, by path in the folder."""
+def _kept_files(kept: pathlib.Path) -> dict[str, bytes]:
+  """Returns all files that an import kept, by path in the folder."""
   return {
     path.relative_to(kept).as_posix(): path.read_bytes()
     for path in sorted(kept.rglob("*"))
@@ -160,42 +167,66 @@ def _others(kept: pathlib.Path) -> dict[str, bytes]:
   }
 
 
-def _described(part, kept: pathlib.Path) -> dict[str, bytes]:
-  """The three files that diffusers needs: those kept if true, else made."""
-  label, files = part.meta["part"], {}
+def _descriptions(part, kept: pathlib.Path) -> dict[str, bytes]:
+  """Returns the JSON files that diffusers needs, by path in the folder.
+
+  A kept file is restored if it describes the part, otherwise replaced.
+  """
+  files = {}
   try:
-    for kind, read in _READ.items():
-      path, config = f"{kind}/{pixel_folders.CONFIG}", _config(part, kind)
-      same = lambda fields, read=read, config=config: (
-        _for_diffusers(read(fields)) == _for_diffusers(config)
-      )
-      files[path] = _kept_if(kept / path, same) or llama_folder.to_json(
-        _FIELDS[kind](config)
-      )
+    for kind in config_lib.KINDS:
+      file = f"{kind}/{pixel_folders.CONFIG}"
+      files[file] = _network_file(kept / file, kind, _config(part, kind))
     schedule = schedules.NoiseSchedule(**part.meta["schedule"])
-    path = pixel_folders.SCHEDULER
-    same = lambda fields: scheduler_config.parse(fields) == schedule
-    files[path] = _kept_if(kept / path, same) or llama_folder.to_json(
-      scheduler_config.unparse(schedule)
+    files[pixel_folders.SCHEDULER] = _kept_or_new(
+      kept / pixel_folders.SCHEDULER,
+      scheduler_config.parse,
+      schedule,
+      lambda: scheduler_config.unparse(schedule),
     )
   except (errors.ConfigError, errors.UsageError) as e:
     raise errors.CheckpointError(
-      f"The part {label} cannot be written for diffusers. {e}"
+      f"The part {part.meta['part']} cannot be written for diffusers. {e}"
     ) from e
   return files
 
 
-def _kept_if(path: pathlib.Path, same: Callable[[Any], bool]) -> bytes:
-  """A JSON file that was kept, b"" where there is none or it is outdated."""
-  if not path.is_file():
-    return b""
-  data = path.read_bytes()
-  return data if same(json.loads(data)) else b""
+def _network_file(path, kind, config) -> bytes:
+  """Returns the config.json of a network."""
+  functions = config_lib.KINDS[kind]
+  return _kept_or_new(
+    path,
+    lambda fields: _inference_config(functions.read(fields)),
+    _inference_config(config),
+    lambda: functions.fields(config),
+  )
 
 
-def _for_diffusers(config):
-  """The config without what says how to compute, which no file there has."""
-  usual = {"dtype": "float32"}
+def _kept_or_new(
+  path: pathlib.Path,
+  parse: Callable[[Any], Any],
+  expected: Any,
+  fields: Callable[[], dict[str, Any]],
+) -> bytes:
+  """Returns a kept JSON file if it still holds, else a new one.
+
+  Args:
+    path: of the kept file, which may be missing.
+    parse: applied to its content.
+    expected: the result for a file that still holds.
+    fields: returns the content of a new file.
+  """
+  if path.is_file():
+    data = path.read_bytes()
+    if parse(json.loads(data)) == expected:
+      return data
+  return small_files.to_json(fields())
+
+
+def _inference_config(config: unet.UNetConfig | vae.VaeConfig):
+  """Returns a config without choices of computation, which no file states."""
   if isinstance(config, unet.UNetConfig):
-    usual |= {"remat": "none", "scan": False}
-  return dataclasses.replace(config, **usual)
+    return dataclasses.replace(
+      config, dtype="float32", remat="none", scan=False
+    )
+  return dataclasses.replace(config, dtype="float32")

@@ -1,33 +1,34 @@
-"""Stable Diffusion's safety checker as the folder that it came from."""
+"""Stable Diffusion's safety checker, exported to the folder it came from."""
 
 import pathlib
 
 from lavit_jax.core.storage import checkpoints
+from lavit_jax.port.formats import official_layout
 from lavit_jax.port.tables import safety_names
 from lavit_jax.port.writing import export
 
 
-def make(
-  model: pathlib.Path, part: checkpoints.StoredPart, kept: str
-) -> export.Export:
-  """The folder as it was, one file of weights.
+def make_plan(
+  model: pathlib.Path, part: checkpoints.StoredPart
+) -> export.ExportPlan:
+  """Plans the folder as it was, with the weights in one file.
 
   Args:
-    model: the directory that the part is of.
+    model: the directory that the part belongs to.
     part: `safety`.
-    kept: folder of the model in which an import kept small files.
   """
   port = part.meta["port"]
-  place = port["place"]
+  folder = port["place"]
   stem = "model" if port["suffix"] == ".safetensors" else "pytorch_model"
   table = safety_names.table(port["names"])
   state = export.StateFile(
-    f"{place}/{stem}",
+    f"{folder}/{stem}",
     port["suffix"],
     tuple(export.entries(table, part)),
   )
+  kept = model / official_layout.KEPT_FOLDER / folder
   files = {
-    f"{place}/{path.name}": path.read_bytes()
-    for path in sorted((model / kept / place).iterdir())
+    f"{folder}/{path.name}": path.read_bytes()
+    for path in sorted(kept.iterdir())
   }
-  return export.Export((state,), files)
+  return export.ExportPlan((state,), files)

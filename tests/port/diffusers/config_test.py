@@ -1,4 +1,4 @@
-"""diffusers' config.json and names, and what they become here."""
+"""diffusers' config.json and names, against configs and tables here."""
 
 import dataclasses
 import inspect
@@ -13,10 +13,10 @@ import pytest
 from lavit_jax.core import errors
 from lavit_jax.models.pixels import pixel_decoder, unet, vae
 from lavit_jax.port.diffusers import config as config_lib
-from lavit_jax.port.formats import tensors
-from lavit_jax.port.reading import official as layout
-from lavit_jax.port.reading import pixel_folders, plan
-from lavit_jax.port.tables import names, pixel_names
+from lavit_jax.port.diffusers import weight_files
+from lavit_jax.port.formats import official_layout, tensors
+from lavit_jax.port.reading import plan
+from lavit_jax.port.tables import names, pixel_names, rows
 
 # What Stable Diffusion 1.5 and SDXL are published with.
 SD15 = {
@@ -124,19 +124,19 @@ def test_published_configs_are_the_presets():
   assert config_lib.vae_config(xl) == vae.SDXL_VAE
 
 
-def test_the_type_of_the_computation_is_taken_over():
+def test_the_dtype_of_the_computation_is_an_argument():
   config = config_lib.unet_config(SD15, dtype="bfloat16")
   assert config.dtype == "bfloat16"
   config = config_lib.vae_config(VAE, dtype="bfloat16")
   assert (config.dtype, config.compute_dtype) == ("bfloat16", "float32")
 
 
-def test_the_number_of_heads_wins_over_its_misnomer():
+def test_num_attention_heads_precedes_attention_head_dim():
   config = config_lib.unet_config(SD15 | {"num_attention_heads": 4})
   assert config.num_heads == (4, 4, 4, 4)
 
 
-def test_a_number_for_all_levels_reaches_each():
+def test_one_number_for_all_levels_is_repeated():
   fields = SDXL | {"transformer_layers_per_block": 3, "layers_per_block": 1}
   fields |= {"cross_attention_dim": [64, 64, 64], "freq_shift": 1}
   config = config_lib.unet_config(fields)
@@ -147,17 +147,17 @@ def test_a_number_for_all_levels_reaches_each():
 
 
 @pytest.mark.parametrize("config", [TINY, unet.SD15_UNET, unet.SDXL_UNET])
-def test_a_unet_is_described_and_read_again(config):
+def test_a_unets_fields_are_written_and_read_again(config):
   fields = json.loads(json.dumps(config_lib.unet_fields(config)))
   assert config_lib.unet_config(fields) == _for_inference(config)
 
 
-def test_an_autoencoder_is_described_and_read_again():
+def test_an_autoencoders_fields_are_written_and_read_again():
   fields = json.loads(json.dumps(config_lib.vae_fields(TINY_VAE)))
   assert config_lib.vae_config(fields) == TINY_VAE
 
 
-def test_a_unet_that_diffusers_lacks_is_not_described():
+def test_a_unet_that_diffusers_lacks_is_refused():
   with pytest.raises(errors.ConfigError, match="ff_mult=2"):
     config_lib.unet_fields(pixel_decoder.TINY.unet)
 
@@ -167,19 +167,19 @@ def test_a_unet_that_diffusers_lacks_is_not_described():
   [
     ({"act_fn": "gelu"}, "act_fn is 'gelu', expected 'silu' or 'swish'"),
     ({"mid_block_type": "UNetMidBlock2D"}, "mid_block_type"),
-    ({"mid_block_type": None}, "mid_block_type is None"),
+    ({"mid_block_type": None}, "mid_block_type is null"),
     ({"class_embed_type": "timestep"}, "class_embed_type"),
     ({"only_cross_attention": [False, True, False]}, "only_cross_attention"),
     ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
     ({"encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim_type"),
-    ({"addition_embed_type": "image"}, "'text_time' or None"),
-    ({"addition_time_embed_dim": None}, "addition_time_embed_dim is None"),
+    ({"addition_embed_type": "image"}, "'text_time' or null"),
+    ({"addition_time_embed_dim": None}, "addition_time_embed_dim is null"),
     ({"dropout": 0.1}, "dropout is 0.1"),
-    ({"attention_head_dim": [5, 10]}, "3 of them, one a level"),
+    ({"attention_head_dim": [5, 10]}, "a list of 3, one a level"),
     ({"transformer_layers_per_block": [1, [2, 2], 3]}, "layers_per_block"),
     ({"cross_attention_dim": [1, 2, 3]}, "one width for all levels"),
     ({"down_block_types": ["AttnDownBlock2D"] * 3}, "down_block_types"),
-    ({"up_block_types": ["UpBlock2D"] * 3}, "those of the way down"),
+    ({"up_block_types": ["UpBlock2D"] * 3}, "those that mirror the way down"),
     ({"block_out_channels": []}, "block_out_channels"),
     ({"in_channels": "4"}, "in_channels is '4'"),
     ({"norm_eps": 0}, "norm_eps is 0, expected a number above 0"),
@@ -193,7 +193,7 @@ def test_a_unet_that_diffusers_lacks_is_not_described():
     ({"_class_name": "UNet2DModel"}, "expected 'UNet2DConditionModel'"),
   ],
 )
-def test_what_the_unet_cannot_be_is_named(change, words):
+def test_unsupported_fields_of_a_unet_are_named(change, words):
   with pytest.raises(errors.CheckpointError, match=words) as error:
     config_lib.unet_config(SDXL | change, "unet/config.json")
   assert str(error.value).startswith("unet/config.json")
@@ -214,12 +214,12 @@ def test_what_the_unet_cannot_be_is_named(change, words):
     ({"scale": 1}, "scale is no field"),
   ],
 )
-def test_what_the_autoencoder_cannot_be_is_named(change, words):
+def test_unsupported_fields_of_an_autoencoder_are_named(change, words):
   with pytest.raises(errors.CheckpointError, match=words):
     config_lib.vae_config(VAE | change)
 
 
-def test_all_that_is_wrong_is_named_at_once():
+def test_all_problems_are_in_one_error():
   fields = SDXL | {"act_fn": "mish", "conv_in_kernel": 5, "norm_eps": "x"}
   with pytest.raises(errors.CheckpointError) as error:
     config_lib.unet_config(fields)
@@ -228,7 +228,7 @@ def test_all_that_is_wrong_is_named_at_once():
 
 
 def _tables(part):
-  """(table, abstract params) of a full-size part."""
+  """Returns (table, abstract params) of a full-size network."""
   if part in UNETS:
     config = UNETS[part]
     return pixel_names.unet(config), config_lib.abstract_unet(config)
@@ -237,7 +237,7 @@ def _tables(part):
 
 
 def _shapes(part):
-  """Official name: shape, of a full-size part."""
+  """Returns {official name: shape} of a full-size network."""
   found = names.to_official(*_tables(part))
   return {name: value.shape for name, value in found.items()}
 
@@ -269,21 +269,21 @@ def test_full_size_names_and_shapes_are_those_of_the_manifest(
 
 
 @pytest.mark.shared
-def test_every_official_file_and_no_other_has_a_place_here():
-  """The files of the release, by the part that each one becomes."""
+def test_the_official_layout_has_exactly_the_published_files():
+  """Every file of the release belongs to a part."""
   if "LAVIT_SHARED" not in os.environ:
     pytest.skip("LAVIT_SHARED is not set: the manifest of the official release")
   root = pathlib.Path(os.environ["LAVIT_SHARED"]) / "golden"
   manifest = json.loads((root / "manifest_full.json").read_text())
-  known = {*layout.FILES.values()}
-  known.add(f"{layout.LLM_FOLDER}/pytorch_model-*.bin")
-  for part, folder in pixel_folders.FOLDERS.items():
+  known = {*official_layout.FILES.values()}
+  known.add(f"{official_layout.LLM_FOLDER}/pytorch_model-*.bin")
+  for part, folder in official_layout.PIXEL_FOLDERS.items():
     for kind in ("unet", "vae"):
-      known.add(f"{folder}/{kind}/{pixel_folders.weight_files(kind)[0]}")
+      known.add(f"{folder}/{kind}/{weight_files.candidates(kind)[0]}")
     if part == "lowres_pixels":
-      known.add(f"{folder}/{pixel_folders.UNCOND}")
+      known.add(f"{folder}/{official_layout.UNCOND}")
   assert known == set(manifest)
-  uncond = manifest[f"pixel_decoding/{pixel_folders.UNCOND}"]
+  uncond = manifest[f"pixel_decoding/{official_layout.UNCOND}"]
   assert [row.official for row in names.UNCOND] == list(uncond)
   assert uncond[""][-1] == unet.SD15_UNET.cross_dim
 
@@ -320,7 +320,7 @@ def test_every_field_of_diffusers_is_known_with_its_default():
 
 @pytest.fixture(scope="module", params=["unet", *pixel_names.GENERATIONS])
 def tiny(request):
-  """(table, abstract params, random tensors by official name)."""
+  """Returns (table, abstract params, random tensors by official name)."""
   if request.param == "unet":
     table = pixel_names.unet(TINY)
     tree = config_lib.abstract_unet(TINY)
@@ -335,15 +335,15 @@ def tiny(request):
   return table, tree, official
 
 
-def test_names_occur_once_on_either_side(tiny):
-  for side in ("official", "ours"):
+def test_names_and_paths_occur_once(tiny):
+  for side in ("official", "path"):
     found = [getattr(row, side) for row in tiny[0]]
     assert len(set(found)) == len(found)
 
 
-def test_weights_come_back_from_here_unchanged(tiny):
+def test_conversion_there_and_back_changes_nothing(tiny):
   table, tree, official = tiny
-  ours = names.to_ours(table, official)
+  ours = names.to_flax(table, official)
   shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
   assert shapes(ours) == shapes(tree)
   back = names.to_official(table, ours)
@@ -352,7 +352,7 @@ def test_weights_come_back_from_here_unchanged(tiny):
     np.testing.assert_array_equal(back[name], value, err_msg=name)
 
 
-def test_an_import_can_be_planned_and_lists_what_does_not_fit(tiny):
+def test_a_plan_lists_every_problem(tiny):
   table, tree, official = tiny
   found = {
     name: tensors.Tensor(name, "x.bin", value.shape, value.dtype, None)
@@ -373,17 +373,17 @@ def test_an_import_can_be_planned_and_lists_what_does_not_fit(tiny):
     assert part in str(error.value)
 
 
-def test_the_generation_of_names_is_told_by_the_names():
+def test_the_generation_of_names_is_recognized():
   table = pixel_names.vae(TINY_VAE, "query")
   official = [row.official for row in table]
   assert "encoder.mid_block.attentions.0.proj_attn.weight" in official
   assert pixel_names.vae_generation(official) == "query"
   new = [row.official for row in pixel_names.vae(TINY_VAE)]
   assert pixel_names.vae_generation(new) == "to_q"
-  assert {row.ours for row in table} == {
-    row.ours for row in pixel_names.vae(TINY_VAE)
+  assert {row.path for row in table} == {
+    row.path for row in pixel_names.vae(TINY_VAE)
   }
 
 
 def test_tables_without_stacked_rows_have_no_layers():
-  assert names.depth_of(pixel_names.unet(TINY), {"conv_in.weight": 0}) == 0
+  assert rows.depth_of(pixel_names.unet(TINY), {"conv_in.weight": 0}) == 0

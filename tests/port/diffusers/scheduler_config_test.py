@@ -32,12 +32,12 @@ def _parse(**changes):
   return scheduler_config.parse(_FIELDS | changes)
 
 
-def test_stable_diffusions_own_file_is_our_constant():
+def test_the_file_of_stable_diffusion_is_the_constant():
   assert _parse() == schedules.STABLE_DIFFUSION
   assert _parse(_class_name="EulerDiscreteScheduler") == _parse()
 
 
-def test_missing_fields_take_ddims_defaults():
+def test_missing_fields_have_ddims_defaults():
   ours = scheduler_config.parse({})
   assert ours == schedules.NoiseSchedule(
     kind="linear",
@@ -131,7 +131,7 @@ def test_a_wrong_value_is_an_error_that_names_it(changes, message):
     _parse(**changes)
 
 
-def test_what_is_written_reads_back_as_the_same():
+def test_a_schedule_is_written_and_read_again():
   for changes in (
     {},
     {"kind": "linear", "clip": 0.5, "prediction": "velocity"},
@@ -174,7 +174,7 @@ def test_a_folder_or_a_file_is_read(tmp_path):
   ("folder", "scheduler"),
   [("pixel_decoding", "sd"), ("highres_pixel_decoding", "sdxl")],
 )
-def test_both_folders_go_the_recorded_way(folder, scheduler):
+def test_both_folders_give_the_recorded_trajectories(folder, scheduler):
   golden = pathlib.Path(os.environ["LAVIT_SHARED"]) / "golden" / "a"
   recorded = np.load(golden / "ddim.npz")
   schedule = scheduler_config.load(golden / "checkpoint" / folder / "scheduler")

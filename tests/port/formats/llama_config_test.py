@@ -34,9 +34,9 @@ def refusal(tmp_path, **fields):
 
 def test_sizes_are_read_and_defaults_are_transformers(tmp_path):
   transformers = pytest.importorskip("transformers")
-  told = read(tmp_path)
+  config = read(tmp_path)
   theirs = transformers.LlamaConfig(**SIZES)
-  assert told.fields == {
+  assert config.fields == {
     "width": 32,
     "depth": 1,
     "num_heads": 4,
@@ -46,12 +46,12 @@ def test_sizes_are_read_and_defaults_are_transformers(tmp_path):
     "max_len": 64,
     "rope_theta": theirs.rope_parameters["rope_theta"],
   }
-  assert (told.vocab_size, told.tied, told.notes) == (40, False, ())
+  assert (config.vocab_size, config.tied, config.notes) == (40, False, ())
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3", 7])
 @pytest.mark.parametrize("name", ["rope_type", "type"])
-def test_scaled_positions_are_refused_wherever_they_stand(tmp_path, kind, name):
+def test_scaled_positions_are_refused_in_every_field(tmp_path, kind, name):
   scaled = {name: kind, "factor": 4.0}
   for fields in (
     {"rope_scaling": scaled},
@@ -61,30 +61,30 @@ def test_scaled_positions_are_refused_wherever_they_stand(tmp_path, kind, name):
   ):
     place = next(p for p, value in fields.items() if value is scaled)
     assert f"{place}.{name}" in refusal(tmp_path, **fields)
-  said = refusal(tmp_path, rope_parameters={"full_attention": scaled})
-  assert "rope_parameters.full_attention" in said
+  message = refusal(tmp_path, rope_parameters={"full_attention": scaled})
+  assert "rope_parameters.full_attention" in message
 
 
 @pytest.mark.parametrize("kind", [{}, {"type": "default"}])
-def test_positions_are_scaled_by_no_factor_whatever_their_kind(tmp_path, kind):
+def test_factors_of_positions_must_be_one(tmp_path, kind):
   for place in ("rope_scaling", "rope_parameters"):
     for name in ("factor", "attention_factor"):
-      said = refusal(tmp_path, **{place: {name: 4.0, **kind}})
-      assert f"{place}.{name} is 4.0, expected 1" in said
-      told = read(tmp_path, **{place: {name: 1.0, **kind}})
-      assert not told.notes
+      message = refusal(tmp_path, **{place: {name: 4.0, **kind}})
+      assert f"{place}.{name} is 4.0, expected 1" in message
+      config = read(tmp_path, **{place: {name: 1.0, **kind}})
+      assert not config.notes
 
 
-def test_one_base_of_positions_is_taken_from_wherever_it_stands(tmp_path):
+def test_the_base_of_positions_is_read_from_every_field(tmp_path):
   of = lambda **fields: read(tmp_path, **fields).fields["rope_theta"]
   assert of(rope_theta=5e5, rope_scaling=None) == 5e5
   assert of(rope_parameters=PLAIN | {"rope_theta": 1e6}) == 1e6
   assert of(rope_theta=1e6, rope_parameters=PLAIN | {"rope_theta": 1e6}) == 1e6
-  said = refusal(tmp_path, rope_theta=1e6, rope_parameters=PLAIN)
-  assert "rope_theta is 1e+06, rope_parameters.rope_theta is 10000" in said
+  message = refusal(tmp_path, rope_theta=1e6, rope_parameters=PLAIN)
+  assert "rope_theta is 1e+06, rope_parameters.rope_theta is 10000" in message
   other = PLAIN | {"rope_theta": 1e6}
-  said = refusal(tmp_path, rope_scaling=other, rope_parameters=PLAIN)
-  assert "rope_scaling is" in said
+  message = refusal(tmp_path, rope_scaling=other, rope_parameters=PLAIN)
+  assert "rope_scaling is" in message
 
 
 @pytest.mark.parametrize(
@@ -106,13 +106,13 @@ def test_one_base_of_positions_is_taken_from_wherever_it_stands(tmp_path):
     ("model_type", ["mistral", None, 3]),
   ],
 )
-def test_a_field_of_a_wrong_kind_is_named(tmp_path, field, values):
+def test_a_field_of_a_wrong_type_is_named(tmp_path, field, values):
   for value in values:
-    said = refusal(tmp_path, **{field: value})
-    assert f"{field} is " in said, value
+    message = refusal(tmp_path, **{field: value})
+    assert f"{field} is " in message, value
 
 
-def test_all_that_is_wrong_is_said_at_once(tmp_path):
+def test_all_problems_are_in_one_error(tmp_path):
   path = tmp_path / "config.json"
   path.write_text(json.dumps({"hidden_size": "64", "mlp_bias": True}))
   with pytest.raises(errors.CheckpointError) as caught:
@@ -144,7 +144,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
     ("quantization_config", [None], [{"bits": 4}]),
   ],
 )
-def test_what_changes_the_network_is_refused_by_value(
+def test_fields_that_change_the_network_are_checked_by_value(
   tmp_path, field, right, wrong
 ):
   for value in right:
@@ -158,11 +158,11 @@ def test_a_window_that_is_not_used_is_no_window(tmp_path):
   assert found.fields == read(tmp_path).fields
 
 
-def test_fields_that_nobody_knows_are_named_in_a_note(tmp_path):
-  told = read(
+def test_unknown_fields_are_named_in_a_note(tmp_path):
+  config = read(
     tmp_path, mood="good", auto_map={}, rope_parameters=PLAIN | {"beta": 3}
   )
-  (note,) = told.notes
+  (note,) = config.notes
   for part in ("mood='good'", "auto_map={}", "rope_parameters.beta=3"):
     assert part in note
   assert not read(tmp_path, _name_or_path="x", pretraining_tp=2).notes
@@ -197,7 +197,7 @@ CHANGES = {
 
 
 def logits_of(fields):
-  """Of transformers' network, with weights that no field has a say in."""
+  """Returns logits of transformers, with weights that depend on no field."""
   import torch
   import transformers
 
@@ -219,7 +219,7 @@ def usual_logits():
 
 
 @pytest.mark.parametrize("field", list(CHANGES))
-def test_a_field_that_moves_transformers_logits_is_not_passed_over(
+def test_a_field_that_changes_transformers_logits_is_not_ignored(
   usual_logits, tmp_path, field
 ):
   changed = SIZES | {field: CHANGES[field]}

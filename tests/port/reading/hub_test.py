@@ -6,7 +6,8 @@ import types
 import pytest
 
 from lavit_jax.core import errors
-from lavit_jax.port.reading import hub, official
+from lavit_jax.port.formats import official_layout
+from lavit_jax.port.reading import hub
 
 huggingface_hub = pytest.importorskip(
   "huggingface_hub", reason="downloads from the hub"
@@ -29,7 +30,7 @@ PIXELS = (
 
 
 def asked(only):
-  """Files of the release that the patterns of some parts match."""
+  """Returns the files of the release that the patterns of some parts match."""
   patterns = hub.patterns(only)
   return {
     file
@@ -46,14 +47,14 @@ def test_only_what_the_parts_need_is_downloaded():
   }
   assert "visual_tokenizer/highres_tokenizer_decoder.bin" not in asked(["llm"])
   assert "language_model/pytorch_model-00001-of-00002.bin" in asked(["llm"])
-  assert not asked(list(official.PARTS)) & set(PIXELS)
+  assert not asked(list(official_layout.PARTS)) & set(PIXELS)
   assert asked(["lowres_pixels"]) == {
     "language_model/config.json",
     "pixel_decoding/unet/diffusion_pytorch_model.bin",
   }
 
 
-def test_files_of_a_plain_llama_are_asked_for_too():
+def test_files_of_a_plain_llama_are_downloaded_too():
   patterns = hub.patterns(None)
   for file in (
     "config.json",
@@ -64,7 +65,7 @@ def test_files_of_a_plain_llama_are_asked_for_too():
     assert any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
 
 
-def test_a_pipeline_of_stable_diffusion_is_asked_for_too():
+def test_a_pipeline_of_stable_diffusion_is_downloaded_too():
   patterns = hub.patterns(["lowres_pixels"])
   for file in (
     "unet/diffusion_pytorch_model.safetensors",
@@ -78,7 +79,7 @@ def test_a_pipeline_of_stable_diffusion_is_asked_for_too():
 
 @pytest.fixture
 def calls(monkeypatch, tmp_path):
-  """What is asked of a hub that has the files in `calls.files`."""
+  """Returns the requests to a hub that has the files in `calls.files`."""
 
   class Calls(list):
     files = ()
@@ -102,12 +103,12 @@ def calls(monkeypatch, tmp_path):
   return calls
 
 
-def test_an_id_is_downloaded_also_where_only_the_cache_is(calls, tmp_path):
+def test_an_id_is_resolved_from_the_cache_without_a_network(calls, tmp_path):
   assert hub.resolve("rain1011/LaVIT-7B-v2", ["encoder"]) == tmp_path
   assert calls == [("rain1011/LaVIT-7B-v2", hub.patterns(["encoder"]), [])]
 
 
-def test_weights_that_are_there_twice_are_downloaded_once(calls):
+def test_of_weights_in_two_forms_only_one_is_downloaded(calls):
   name = "diffusion_pytorch_model"
   read = {
     f"unet/{name}.bin",
@@ -142,7 +143,7 @@ def test_a_path_is_never_downloaded(monkeypatch, tmp_path):
 
 
 class Requests(http.server.BaseHTTPRequestHandler):
-  """Answers everything with one status, and counts."""
+  """Answers every request with one status, and records it."""
 
   def do_GET(self):
     self.server.asked.append(self.path)
@@ -160,7 +161,7 @@ class Requests(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-  """A hub on this machine, and an empty cache."""
+  """Starts a hub on this machine, with an empty cache."""
   server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Requests)
   server.asked, server.status = [], None
   threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -176,7 +177,7 @@ def server(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("status", [None, 404, 503])
-def test_a_hub_that_fails_is_asked_once_and_named_once(
+def test_a_failing_hub_gets_one_request_and_one_error(
   server, status, capfd, caplog
 ):
   server.status = status  # None: the connection is cut
@@ -184,13 +185,13 @@ def test_a_hub_that_fails_is_asked_once_and_named_once(
     hub.resolve("owner/name")
   asked = [path for path in server.asked if "owner" in path]
   assert asked == ["/api/models/owner/name"]
-  said = str(caught.value)
-  assert "owner/name is no local path and could not be downloaded" in said
-  assert "the same command again" in said
+  message = str(caught.value)
+  assert "owner/name is no local path and could not be downloaded" in message
+  assert "the same command again" in message
   assert (capfd.readouterr().err, caplog.records) == ("", [])
 
 
-def test_without_a_network_what_is_in_the_cache_is_taken(server, tmp_path):
+def test_without_a_network_files_in_the_cache_are_used(server, tmp_path):
   folder = tmp_path / "hub/models--owner--name"
   (folder / "snapshots/abc").mkdir(parents=True)
   (folder / "refs").mkdir()

@@ -1,4 +1,4 @@
-"""Stable Diffusion's safety checker comes in, works, and goes back."""
+"""Import, use and export of Stable Diffusion's safety checker."""
 
 import json
 
@@ -21,7 +21,7 @@ from lavit_jax.port.reading import safety_folder
 from lavit_jax.port.tables import safety_names
 from tests.port import sources
 
-_PLACE = "pixel_decoding/safety_checker"
+_FOLDER = "pixel_decoding/safety_checker"
 _TOWER = {
   "image_size": 32,
   "patch_size": 8,
@@ -34,7 +34,7 @@ _TOWER = {
 
 @pytest.fixture(scope="module")
 def checker():
-  """diffusers' checker at small sizes, which withholds light images."""
+  """Returns diffusers' checker at small sizes, which withholds light images."""
   config = transformers.CLIPConfig(vision_config=_TOWER, projection_dim=16)
   torch.manual_seed(1)
   model = diffusers.StableDiffusionSafetyChecker(config).eval()
@@ -55,7 +55,7 @@ def _image(level):
 
 
 def _scores(model, image):
-  """Cosines of an image with the concepts."""
+  """Returns the cosines of an image with the concepts."""
   seen = image_io.normalize(safety.clip_square(image, 32))
   pixels = torch.from_numpy(seen.transpose(2, 0, 1)[None].copy())
   found = model.visual_projection(model.vision_model(pixels)[1])
@@ -65,8 +65,8 @@ def _scores(model, image):
 
 @pytest.fixture(params=["safetensors, new names", "bin, old names"])
 def source(request, checker, tmp_path):
-  """A checkpoint with nothing but the checker, as either age wrote it."""
-  folder = tmp_path / "source" / _PLACE
+  """Writes a checkpoint of the checker alone, of either generation."""
+  folder = tmp_path / "source" / _FOLDER
   checker.save_pretrained(folder)
   if request.param.startswith("bin"):
     state = checker.state_dict()
@@ -84,7 +84,7 @@ def source(request, checker, tmp_path):
   return tmp_path / "source"
 
 
-def test_it_comes_in_works_and_goes_back(source, checker, tmp_path):
+def test_it_is_imported_works_and_is_exported_again(source, checker, tmp_path):
   model = tmp_path / "model"
   importing.run(source, model, quiet=True, only=["safety"])
   assert checkpoints.parts_in(model) == ["safety"]
@@ -93,7 +93,7 @@ def test_it_comes_in_works_and_goes_back(source, checker, tmp_path):
   assert [safety.is_withheld(p) for p in found] == [False, True, False]
   assert not np.asarray(found[1]).any()
   exporting.run(model, tmp_path / "back", format="official", quiet=True)
-  here, there = source / _PLACE, tmp_path / "back" / _PLACE
+  here, there = source / _FOLDER, tmp_path / "back" / _FOLDER
   assert sorted(p.name for p in here.iterdir()) == sorted(
     p.name for p in there.iterdir()
   )
@@ -107,7 +107,7 @@ def test_it_comes_in_works_and_goes_back(source, checker, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("change", "says"),
+  ("change", "message"),
   [
     ({"vision_config": _TOWER | {"hidden_act": "gelu"}}, "quick_gelu"),
     ({"vision_config": _TOWER | {"patch_size": 5}}, "multiple of"),
@@ -117,10 +117,10 @@ def test_it_comes_in_works_and_goes_back(source, checker, tmp_path):
     ({"vision_config": _TOWER | {"num_hidden_layers": 1.5}}, "num_hidden_l"),
   ],
 )
-def test_another_network_is_refused(source, tmp_path, change, says):
-  path = source / _PLACE / "config.json"
+def test_another_network_is_refused(source, tmp_path, change, message):
+  path = source / _FOLDER / "config.json"
   path.write_text(json.dumps(json.loads(path.read_text()) | change))
-  with pytest.raises(errors.CheckpointError, match=says):
+  with pytest.raises(errors.CheckpointError, match=message):
     importing.run(source, tmp_path / "model", quiet=True, only=["safety"])
   assert not (tmp_path / "model").exists()
 
@@ -171,17 +171,19 @@ def test_images_are_prepared_as_the_checkpoint_says(tmp_path, change):
     check()
 
 
-def test_the_settings_beside_the_checker_are_read(source, tmp_path):
+def test_the_settings_in_the_feature_extractors_folder_are_checked(
+  source, tmp_path
+):
   folder = source / "pixel_decoding" / "feature_extractor"
   folder.mkdir()
-  said = json.dumps(_CLIP | {"resample": 2})
-  (folder / "preprocessor_config.json").write_text(said)
+  settings = json.dumps(_CLIP | {"resample": 2})
+  (folder / "preprocessor_config.json").write_text(settings)
   with pytest.raises(errors.CheckpointError, match="resample is 2"):
     importing.run(source, tmp_path / "model", quiet=True, only=["safety"])
 
 
 def test_a_folder_without_files_says_what_is_missing(tmp_path):
-  folder = tmp_path / "source" / _PLACE
+  folder = tmp_path / "source" / _FOLDER
   folder.mkdir(parents=True)
   with pytest.raises(errors.CheckpointError, match=r"config\.json is missing"):
     importing.run(tmp_path / "source", tmp_path / "model", only=["safety"])

@@ -25,7 +25,7 @@ TABLES = {
 
 
 def official_shapes(file):
-  """Shape of every tensor of an official full-size file."""
+  """Returns the shape of every tensor of an official full-size file."""
   shapes = {}
   for name, (depth, shape) in MANIFEST[file].items():
     for i in range(depth or 1):
@@ -34,14 +34,14 @@ def official_shapes(file):
 
 
 def abstract(module, *args, **kwargs):
-  """Abstract variables of a module, nothing computed."""
+  """Returns the abstract variables of a module."""
   make = lambda: module.init(jax.random.key(0), *args, **kwargs)
   return nn.meta.unbox(jax.eval_shape(make))
 
 
 @pytest.fixture(scope="module")
 def full_size():
-  """Abstract trees of every full-size preset, by the names in TABLES."""
+  """Returns abstract trees of the full-size presets, by the keys of TABLES."""
   config = tokenizer.LAVIT_7B
   features = jnp.zeros((1, 256, 1408))
   joined = abstract(
@@ -54,8 +54,8 @@ def full_size():
     row,
     features=features[None],
     keep=jnp.ones((1, 1, 256), bool),
-    slot=row,
-    order=row,
+    image_index=row,
+    token_index=row,
     positions=row,
     segments=row,
   )["params"]
@@ -78,7 +78,7 @@ def full_size():
 @pytest.mark.parametrize("part", TABLES)
 def test_full_size_shapes_are_those_of_the_official_release(full_size, part):
   file, table = TABLES[part]
-  tensors = names.to_official(table, full_size[part], rows=48386)
+  tensors = names.to_official(table, full_size[part], vocab_size=48386)
   shapes = {name: value.shape for name, value in tensors.items()}
   assert shapes == official_shapes(file)
 
@@ -90,9 +90,9 @@ def test_the_tokenizer_takes_the_decoder_of_either_file(full_size, part):
 
 
 @pytest.mark.parametrize("part", TABLES)
-def test_every_name_occurs_once_on_either_side(part):
+def test_every_name_and_path_occurs_once(part):
   _, table = TABLES[part]
-  for side in ("official", "ours"):
+  for side in ("official", "path"):
     found = [getattr(row, side) for row in table]
     assert len(set(found)) == len(found)
 
@@ -100,17 +100,17 @@ def test_every_name_occurs_once_on_either_side(part):
 @pytest.mark.parametrize(
   "part", ["encoder", "tokenizer", "understanding", "lowres", "highres"]
 )
-def test_weights_come_back_from_here_unchanged(part):
+def test_conversion_there_and_back_changes_nothing(part):
   _, table = TABLES[part]
   weights = load.official(part)
-  back = names.to_official(table, names.to_ours(table, weights))
+  back = names.to_official(table, names.to_flax(table, weights))
   assert set(back) == set(weights)
   for name, value in weights.items():
     np.testing.assert_array_equal(back[name], value, err_msg=name)
 
 
 def llm_weights(depth=2):
-  """Random official LLM tensors: 5 words, width 4, hidden 6."""
+  """Returns random official LLM tensors: 5 ids, width 4, hidden width 6."""
   rng = np.random.default_rng(0)
   shapes = {
     row.official: (4, 4) if "self_attn" in row.official else (4,)
@@ -132,11 +132,11 @@ def llm_weights(depth=2):
 
 def test_vocabulary_rows_are_padded_and_cut_again():
   weights = llm_weights()
-  ours = names.to_ours(names.LLM, weights)
+  ours = names.to_flax(names.LLM, weights)
   assert ours["embedding"].shape == ours["head"].shape == (128, 4)
   assert not ours["head"][5:].any()
   assert ours["layers"]["mlp"]["up"]["kernel"].shape == (2, 4, 6)
-  back = names.to_official(names.LLM, ours, rows=5)
+  back = names.to_official(names.LLM, ours, vocab_size=5)
   assert {k: v.shape for k, v in back.items()} == {
     k: v.shape for k, v in weights.items()
   }
@@ -146,13 +146,13 @@ def test_vocabulary_rows_are_padded_and_cut_again():
   )
 
 
-def test_what_nobody_needs_is_ignored():
+def test_tensors_that_nothing_needs_are_ignored():
   weights = llm_weights()
   name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-  ours = names.to_ours(names.LLM, weights | {name: np.ones(2)})
+  ours = names.to_flax(names.LLM, weights | {name: np.ones(2)})
   assert "layers" in ours
   weights = load.official("tokenizer")
-  names.to_ours(names.TOKENIZER, weights | {"encoder.cls_token": np.ones(2)})
+  names.to_flax(names.TOKENIZER, weights | {"encoder.cls_token": np.ones(2)})
 
 
 def test_all_missing_and_unknown_names_are_listed():
@@ -160,7 +160,7 @@ def test_all_missing_and_unknown_names_are_listed():
   del weights["model.norm.weight"], weights["model.layers.0.mlp.up_proj.weight"]
   weights["model.norm.bias"] = np.ones(4)
   with pytest.raises(errors.CheckpointError) as error:
-    names.to_ours(names.LLM, weights)
+    names.to_flax(names.LLM, weights)
   for name in (
     "model.norm.weight",
     "model.layers.0.mlp.up_proj.weight",
@@ -170,7 +170,7 @@ def test_all_missing_and_unknown_names_are_listed():
 
 
 def test_a_tree_of_another_module_is_refused():
-  ours = names.to_ours(names.LLM, llm_weights())
+  ours = names.to_flax(names.LLM, llm_weights())
   ours["extra"] = ours.pop("norm")
   with pytest.raises(errors.CheckpointError, match=r"norm/scale.*extra/scale"):
     names.to_official(names.LLM, ours)

@@ -3,6 +3,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from lavit_jax.core import errors
 from lavit_jax.infer.pixels import latent_space
@@ -19,12 +20,12 @@ TABLES = names_test.TABLES
 
 
 def shapes(part):
-  """Official full-size shapes of a file."""
+  """Returns the official full-size shapes of a file."""
   return names_test.official_shapes(TABLES[part][0])
 
 
 def unread(part):
-  """The same as tensors that nobody may read."""
+  """Returns tensors of these shapes that fail when they are read."""
   dtype = np.dtype(np.float16)
   return {
     name: tensors.Tensor(name, part, shape, dtype, pytest.fail)
@@ -33,7 +34,7 @@ def unread(part):
 
 
 def plain(config):
-  """A config without what is a choice here: dtype and recomputation."""
+  """Returns a config without choices of computation: dtype, recomputation."""
   fields = dataclasses.asdict(config)
   for part in (fields, *(v for v in fields.values() if isinstance(v, dict))):
     for name in ("dtype", "remat", "unroll"):
@@ -43,13 +44,13 @@ def plain(config):
 
 @pytest.fixture(scope="module")
 def config():
-  """The tokenizer's sizes, all read off the release's shapes."""
+  """Returns the tokenizer's sizes, inferred from the release's shapes."""
   vit = sizes.vit(shapes("encoder"), HEADS, with_head=True)
   low = sizes.semantic_decoder(shapes("lowres"), names.LOWRES, HEADS)
   return sizes.visual_tokenizer(shapes("tokenizer"), vit, HEADS, low)
 
 
-def test_the_release_has_the_full_size_presets_sizes(config):
+def test_sizes_of_the_release_are_those_of_the_full_size_presets(config):
   assert plain(config) == plain(tokenizer.LAVIT_7B)
   assert sizes.num_codes(shapes("tokenizer")) == 16384
   low = sizes.lowres_meta(shapes("lowres"), HEADS)
@@ -64,7 +65,7 @@ def test_the_release_has_the_full_size_presets_sizes(config):
 
 @pytest.fixture(scope="module")
 def trees(config):
-  """Abstract trees by part, of the sizes found."""
+  """Returns abstract trees of these sizes, by part."""
   found = sizes.abstract_tokenizer(config)
   found["params"].pop("decoder")
   low = sizes.lowres_meta(shapes("lowres"), HEADS)
@@ -84,23 +85,23 @@ def trees(config):
 
 @pytest.mark.parametrize("part", TABLES)
 def test_every_tensor_of_the_release_is_planned_exactly_once(trees, part):
-  """Names and shapes, there and back, and nothing is read for it."""
+  """Names and shapes agree, and no tensor is read."""
   found, problems = unread(part), plan.Problems(part)
   rows = ROWS if part == "llm" else None
   arrays = plan.arrays_of(
-    TABLES[part][1], found, trees[part], problems, label=part, rows=rows
+    TABLES[part][1], found, trees[part], problems, label=part, vocab_size=rows
   )
   problems.check()
   used = collections.Counter(t.name for a in arrays for t in a.sources)
   assert used == collections.Counter(found.keys())
-  flat = names.flatten(trees[part])
+  flat = traverse_util.flatten_dict(trees[part], sep="/")
   assert {a.path: a.shape for a in arrays} == {
     path: leaf.shape for path, leaf in flat.items()
   }
   assert len(arrays) == len(flat)
 
 
-def test_sizes_go_by_majority():
+def test_sizes_are_inferred_by_majority():
   odd = shapes("encoder")
   odd["cls_token"] = (1, 1, 1407)
   assert sizes.vit(odd, HEADS, with_head=True).width == 1408
@@ -109,15 +110,15 @@ def test_sizes_go_by_majority():
 def test_a_size_that_nothing_shows_is_unknown():
   fewer = shapes("encoder")
   del fewer["pos_embed"]
-  with pytest.raises(sizes.Unknown, match="pos_embed"):
+  with pytest.raises(sizes.UnknownSize, match="pos_embed"):
     sizes.vit(fewer, HEADS, with_head=True)
 
 
 def test_heads_must_divide_the_width():
-  sizes.heads_fit(1408, 16, "--heads")
+  sizes.check_heads(1408, 16, "--heads")
   for heads in (0, -4, 15):
     with pytest.raises(errors.UsageError, match="do not divide"):
-      sizes.heads_fit(1408, heads, "--heads")
+      sizes.check_heads(1408, heads, "--heads")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,6 @@ def test_heads_must_divide_the_width():
     ("cls_token", None),
   ],
 )
-def test_only_what_changes_nothing_may_stand_in(name, value):
+def test_only_neutral_values_replace_missing_tensors(name, value):
   row = next(row for row in names.ENCODER if row.official == name)
   assert plan.neutral(row) == value

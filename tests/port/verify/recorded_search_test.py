@@ -1,4 +1,4 @@
-"""Recordings of other lengths, beams and sizes than those of tests/golden."""
+"""Recordings with other lengths, beams and sizes than in tests/golden."""
 
 import json
 import os
@@ -12,7 +12,7 @@ pytest.importorskip("torch", reason="imports PyTorch files")
 from lavit_jax.infer.decoding import beam
 from lavit_jax.infer.presets import official
 from lavit_jax.port import importing
-from lavit_jax.port.verify import recorded_search, recordings, verify
+from lavit_jax.port.verify import recorded_networks, recorded_search, verify
 from tests.port import sources
 
 IMAGES = 2
@@ -25,10 +25,10 @@ def failed(model, folder):
   return {(r.array, r.note) for r in rows if r.status != "pass"}
 
 
-def save(folder, name, arrays, said):
+def save(folder, name, arrays, described):
   folder.mkdir(exist_ok=True)
   np.savez(folder / f"{name}.npz", **arrays)
-  (folder / f"{name}.json").write_text(json.dumps(said))
+  (folder / f"{name}.json").write_text(json.dumps(described))
   return folder
 
 
@@ -37,7 +37,7 @@ def save(folder, name, arrays, said):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-  """(directory, parts) of a model whose texts and drawings end early."""
+  """Returns (directory, parts) of a model whose texts and images end early."""
   root = tmp_path_factory.mktemp("small")
   state = sources.state()
   weights = state[sources.LLM]
@@ -53,8 +53,8 @@ def small(tmp_path_factory):
   return root / "model", verify.Parts(root / "model")
 
 
-def seen(model):
-  """Pixels and noise of a few images."""
+def random_inputs(model):
+  """Returns pixels and noise of a few images."""
   rng = np.random.default_rng(0)
   side, patches = model.config.vit.image_size, model.config.num_patches
   pixels = rng.standard_normal((IMAGES, 3, side, side), np.float32)
@@ -62,8 +62,8 @@ def seen(model):
   return {"in_pixels": pixels, "in_gumbel": gumbel.astype(np.float32)}
 
 
-def search(model, rows, **settings):
-  """A traced search, cut after the step in which all prompts are done."""
+def traced_search(model, rows, **settings):
+  """Returns a traced search, cut after the step in which all prompts end."""
   found = beam.beam_search(
     model.llm,
     model.language["llm"],
@@ -89,12 +89,12 @@ def search(model, rows, **settings):
 
 
 def recorded_caption(model, **settings):
-  """(arrays, said) of a caption that was searched with other settings."""
-  arrays = seen(model)
+  """Returns arrays and JSON of captions that were searched with settings."""
+  arrays = random_inputs(model)
   rows = model.reading_rows(
     arrays["in_pixels"].transpose(0, 2, 3, 1), arrays["in_gumbel"]
   )
-  arrays |= search(model, rows, **settings)
+  arrays |= traced_search(model, rows, **settings)
   words = [
     model.text.decode([int(i) for i in row[1:]])
     for row in arrays["out_sequences"]
@@ -112,39 +112,41 @@ def recorded_caption(model, **settings):
     ({"num_beams": 3, "max_new_tokens": 12}, range(1, 13)),
   ],
 )
-def test_a_search_is_held_to_the_length_and_beams_it_had(
+def test_a_search_runs_with_the_recorded_length_and_beams(
   small, tmp_path, settings, steps
 ):
   directory, parts = small
   settings = {"min_new_tokens": 8} | settings
   settings["min_new_tokens"] = min(8, settings.get("max_new_tokens", 8))
-  arrays, said = recorded_caption(parts.model, **settings)
+  arrays, described = recorded_caption(parts.model, **settings)
   assert len(arrays["out_step_scores"]) in steps
   beams = settings.get("num_beams", 2)
   assert arrays["out_step_scores"].shape[2] == 2 * beams
-  folder = save(tmp_path / "r", "caption", arrays, said)
+  folder = save(tmp_path / "r", "caption", arrays, described)
   assert failed(directory, folder) == set()
   arrays["out_step_tokens"][2, 0, 0] += 1  # one id of one step
-  save(folder, "caption", arrays, said)
+  save(folder, "caption", arrays, described)
   assert {array for array, _ in failed(directory, folder)} == {
     "out_step_tokens"
   }
 
 
-def test_what_no_array_tells_is_read_beside_them(small, tmp_path):
+def test_settings_that_no_array_shows_are_read_from_the_json(small, tmp_path):
   directory, parts = small
-  arrays, said = recorded_caption(
+  arrays, described = recorded_caption(
     parts.model, min_new_tokens=3, length_penalty=0.5
   )
-  folder = save(tmp_path / "r", "caption", arrays, said)
+  folder = save(tmp_path / "r", "caption", arrays, described)
   assert failed(directory, folder)
-  said["caption"] |= {"min_length": 3, "length_penalty": 0.5}
-  save(folder, "caption", arrays, said)
+  described["caption"] |= {"min_length": 3, "length_penalty": 0.5}
+  save(folder, "caption", arrays, described)
   assert failed(directory, folder) == set()
 
 
 @pytest.mark.parametrize("longest", [None, 7])
-def test_a_drawing_is_held_to_the_length_it_had(small, tmp_path, longest):
+def test_image_ids_are_generated_with_the_recorded_length(
+  small, tmp_path, longest
+):
   directory, parts = small
   model = parts.model
   prompts = ["a red bird", "a cat"]
@@ -152,8 +154,8 @@ def test_a_drawing_is_held_to_the_length_it_had(small, tmp_path, longest):
   rows = [[*row, model.vocab.image_begin] for row in rows]
   name = "out_sequences_nocfg"
   arrays = {name: np.zeros((2, 1 + (longest or 200)))}
-  ids = recorded_search._written(
-    arrays, model, rows, "_nocfg", guidance=1.0, shortest=20
+  ids = recorded_search._generate(
+    arrays, model, rows, "_nocfg", guidance=1.0, min_new_tokens=20
   )
   ended = (ids == model.vocab.image_end).any(1)
   assert ended.all() == (longest is None)
@@ -166,7 +168,7 @@ def test_a_drawing_is_held_to_the_length_it_had(small, tmp_path, longest):
   assert {array for array, _ in failed(directory, folder)} == {name}
 
 
-def test_decoders_that_were_not_recorded_are_not_asked_for(tmp_path):
+def test_decoders_without_recordings_are_not_needed(tmp_path):
   source = sources.write(tmp_path / "source")
   importing.run(source, tmp_path / "model", only=["lowres"], quiet=True)
   rng = np.random.default_rng(1)
@@ -176,7 +178,7 @@ def test_decoders_that_were_not_recorded_are_not_asked_for(tmp_path):
   }
   parts = verify.Parts(tmp_path / "model")
   arrays["out_lowres"] = np.zeros(())
-  made = recordings.CHECKS["decoder"](arrays, parts)
+  made = recorded_networks.CHECKS["decoder"](arrays, parts)
   arrays["out_lowres"] = np.asarray(made["out_lowres"][0])
   (tmp_path / "r").mkdir()
   np.savez(tmp_path / "r" / "decoder.npz", **arrays)
@@ -202,13 +204,15 @@ def imported(golden, tmp_path_factory):
 
 
 def one_image(golden):
-  """The second image of caption.npz alone: it is done after 22 steps."""
+  """Returns the second image of caption.npz alone: it ends after 22 steps."""
   with np.load(golden / "caption.npz") as file:
     arrays = {
       n: a for n, a in file.items() if not n.endswith(("prompt", "ids"))
     }
-  said = json.loads((golden / "caption.json").read_text("utf-8"))["caption"]
-  said |= {name: said[name][1:] for name in ("decoded", "caption")}
+  described = json.loads((golden / "caption.json").read_text("utf-8"))[
+    "caption"
+  ]
+  described |= {name: described[name][1:] for name in ("decoded", "caption")}
   steps = int((arrays["out_step_done"][:, 1] == 0).sum())
   used = arrays["out_attention_mask"][1].astype(bool)
   cut = {}
@@ -223,15 +227,15 @@ def one_image(golden):
       cut[name] = array[1:]
   last = 1 + np.flatnonzero(cut["out_sequences"][0] != END).max()
   cut["out_sequences"] = cut["out_sequences"][:, : last + 1]
-  return cut, {"caption": said}, steps
+  return cut, {"caption": described}, steps
 
 
 @pytest.mark.shared
 @pytest.mark.slow
-def test_a_image_that_was_done_early_passes_alone(golden, imported, tmp_path):
-  arrays, said, steps = one_image(golden)
+def test_an_image_that_ended_early_passes_alone(golden, imported, tmp_path):
+  arrays, described, steps = one_image(golden)
   assert steps == 22
-  folder = save(tmp_path / "r", "caption", arrays, said)
+  folder = save(tmp_path / "r", "caption", arrays, described)
   assert failed(imported, folder) == set()
 
 
@@ -241,7 +245,7 @@ LEFT = ("gumbel", "cols", "ids", "mask", "_mm", "sequences", "scores5")
 
 @pytest.mark.shared
 @pytest.mark.slow
-def test_drawings_that_were_cut_sooner_pass(golden, imported, tmp_path):
+def test_image_ids_that_were_cut_earlier_pass(golden, imported, tmp_path):
   with np.load(golden / "t2i_tokens.npz") as file:
     arrays = dict(file)
   arrays = {n: a for n, a in arrays.items() if n.endswith(LEFT)}
@@ -249,16 +253,16 @@ def test_drawings_that_were_cut_sooner_pass(golden, imported, tmp_path):
     arrays[name] = arrays[name][:, :13]
   for name in [n for n in arrays if n.startswith("out_scores5")]:
     arrays[name] = arrays[name][:3]
-  said = json.loads((golden / "t2i_tokens.json").read_text("utf-8"))
-  folder = save(tmp_path / "r", "t2i_tokens", arrays, said)
+  described = json.loads((golden / "t2i_tokens.json").read_text("utf-8"))
+  folder = save(tmp_path / "r", "t2i_tokens", arrays, described)
   os.symlink(golden / "preprocess", folder / "preprocess")
   assert failed(imported, folder) == set()
 
 
 @pytest.mark.shared
 def test_defaults_here_are_those_of_the_official_classes(golden):
-  said = json.loads((golden / "t2i_tokens.json").read_text("utf-8"))
-  assert recorded_search.drawing_defaults({}) == {
-    name: said["mm_defaults"][name]
+  described = json.loads((golden / "t2i_tokens.json").read_text("utf-8"))
+  assert recorded_search.image_defaults({}) == {
+    name: described["mm_defaults"][name]
     for name in ("min_length", "guidance_scale_for_llm")
   }

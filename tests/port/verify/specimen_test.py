@@ -17,14 +17,14 @@ from lavit_jax.data.sources import shapes
 from lavit_jax.infer import pipeline
 from lavit_jax.port import importing
 from lavit_jax.port.diffusers import config, scheduler_config
-from lavit_jax.port.reading import official, pixel_folders
+from lavit_jax.port.formats import official_layout
 from lavit_jax.port.verify import specimen
 from tests.golden import load
 from tests.port import pixel_sources
 
 
 def states(folder):
-  """{file: {name: tensor}} of all files of weights that import reads."""
+  """Returns {file: {name: tensor}} of all weights that an import reads."""
   found = {
     path.relative_to(folder).as_posix(): pixel_sources.load(path)
     for path in sorted(folder.rglob("*"))
@@ -35,9 +35,9 @@ def states(folder):
 
 
 def described(folder):
-  """{file: what it describes} of the pixel decoders' JSON files."""
+  """Returns the parsed JSON files of the pixel decoders, by folder."""
   found = {}
-  for name in pixel_folders.FOLDERS.values():
+  for name in official_layout.PIXEL_FOLDERS.values():
     for kind, read in (
       ("unet", config.unet_config),
       ("vae", config.vae_config),
@@ -57,12 +57,12 @@ def source(tmp_path_factory):
 def lavit(source, tmp_path_factory):
   model = tmp_path_factory.mktemp("specimen") / "model"
   report = importing.run(source, model, quiet=True)
-  assert set(report["parts"]) == set(official.ALL_PARTS) - {"safety"}
+  assert set(report["parts"]) == set(official_layout.ALL_PARTS) - {"safety"}
   return pipeline.LaVIT.load(model)
 
 
 def test_names_are_those_of_the_official_release(source):
-  """All of them, but for the layers that it does not have."""
+  """All of them, except those of layers that it does not have."""
   manifest = json.loads((load.ROOT / "manifest.json").read_text())
   manifest = {file.replace("-*", ""): found for file, found in manifest.items()}
   found = {
@@ -80,8 +80,8 @@ def test_names_are_those_of_the_official_release(source):
     assert set(state) == wanted
 
 
-def test_images_get_words_of_their_own_and_captions(lavit):
-  """Not all or nothing: what is shown of a specimen is to be looked at."""
+def test_images_get_different_tokens_and_captions(lavit):
+  """Some patches are kept and some are not, so that a demo shows something."""
   scenes = shapes.ShapesSource("held_out", size=4, image_size=56)
   images = [scenes.image(i) for i in range(4)]
   tokens = lavit.tokenize(images)
@@ -93,7 +93,7 @@ def test_images_get_words_of_their_own_and_captions(lavit):
   assert all(captions)
 
 
-def test_other_words_are_drawn_as_other_images(lavit):
+def test_different_codes_make_different_images(lavit):
   codes = [np.arange(7), np.arange(100, 112)]
   drawn = lavit.draw_codes(codes, seed=0, steps=2)
   one, two = (np.asarray(image, np.float32) for image in drawn)
@@ -102,7 +102,7 @@ def test_other_words_are_drawn_as_other_images(lavit):
   assert np.abs(one - two).mean() > 1
 
 
-def test_a_seed_gives_the_same_weights_and_another_others(source, tmp_path):
+def test_weights_depend_on_the_seed_alone(source, tmp_path):
   ours = states(source)
   same = states(specimen.write(tmp_path / "same", seed=3))
   other = states(specimen.write(tmp_path / "other", seed=4))
@@ -113,8 +113,8 @@ def test_a_seed_gives_the_same_weights_and_another_others(source, tmp_path):
 
 
 def test_parts_that_share_names_do_not_share_values(source):
-  """The branch that reads has weights of its own, as each decoder has."""
-  found, files = states(source), official.FILES
+  """The reading branch has its own weights, and so has each decoder."""
+  found, files = states(source), official_layout.FILES
   for one, two in (("tokenizer", "overlay"), ("lowres", "highres")):
     one, two = found[files[one]], found[files[two]]
     shared = [n for n in one if n in two and one[n].shape == two[n].shape]
@@ -122,7 +122,7 @@ def test_parts_that_share_names_do_not_share_values(source):
     assert not any(torch.equal(one[name], two[name]) for name in shared)
 
 
-def test_nothing_is_written_where_something_is(tmp_path):
+def test_a_folder_with_content_is_refused(tmp_path):
   (tmp_path / "mine").write_text("here")
   with pytest.raises(errors.UsageError, match="overwritten"):
     specimen.write(tmp_path)

@@ -69,7 +69,7 @@ def test_numbers_are_within_the_tolerances_and_ids_equal(rows):
   assert not exact
 
 
-def test_what_is_not_known_and_what_is_wrong_fails(model, golden, tmp_path):
+def test_unknown_and_wrong_arrays_fail(model, golden, tmp_path):
   for name in ("selector.npz", "questions.json"):
     shutil.copy(golden / name, tmp_path / name)
   with np.load(tmp_path / "selector.npz") as file:
@@ -96,7 +96,7 @@ def test_what_is_not_known_and_what_is_wrong_fails(model, golden, tmp_path):
   assert note.startswith("entry 0 of ")
 
 
-def test_arrays_without_the_strings_beside_them_fail(model, golden, tmp_path):
+def test_arrays_without_their_json_fail(model, golden, tmp_path):
   shutil.copy(golden / "caption.npz", tmp_path)
   (row,) = verify.run(model, tmp_path)
   assert (row.file, row.status) == ("caption.npz", "fail")
@@ -163,11 +163,11 @@ def test_images_may_differ_by_two_levels_and_no_more():
     theirs = np.zeros((2, 3), np.float32)
     for off, status in ((1.99, "pass"), (2.01, "fail")):
       ours = theirs + off * level
-      row = verify._compare("f", "out_image", ours, theirs, kind)
+      row = verify._compare("f", "out_image", ours, kind, theirs)
       assert row.status == status
 
 
-def test_what_is_not_known_under_extra_fails(model, golden, tmp_path):
+def test_unknown_folders_in_extra_fail(model, golden, tmp_path):
   shutil.copytree(golden / "extra", tmp_path / "extra")
   (tmp_path / "extra" / "more").mkdir()
   np.savez(tmp_path / "new.npz", in_x=np.zeros(3))

@@ -1,4 +1,4 @@
-"""Parts with U-Nets become folders in diffusers' format."""
+"""Export of parts with U-Nets as folders in diffusers' format."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def files(root):
 
 
 def assert_comes_back(source, target):
-  """Every file under `source`: tensors bit for bit, the others byte by byte."""
+  """Checks every file under `source`: tensors by bits, others by bytes."""
   assert files(target) == files(source)
   for name in files(source):
     if not name.endswith((".bin", ".safetensors")):
@@ -60,7 +60,7 @@ def assert_comes_back(source, target):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-  """(source, model) with both pixel decoders."""
+  """Returns (source, model) with both pixel decoders."""
   root = tmp_path_factory.mktemp("pixels")
   for part in FOLDERS:
     pixel_sources.write_official(root / "source", part)
@@ -87,14 +87,14 @@ def test_older_names_shards_and_half_precision_come_back(tmp_path):
     dtype=torch.bfloat16,
     files=(f"{STEM}.safetensors", f"{STEM}.bin"),
   )
-  place = source / FOLDERS["lowres_pixels"]
-  pixel_sources.shard(place / "unet" / f"{STEM}.safetensors", 3)
+  root = source / FOLDERS["lowres_pixels"]
+  pixel_sources.shard(root / "unet" / f"{STEM}.safetensors", 3)
   imported(source, tmp_path / "model", ["lowres_pixels"])
   exported(tmp_path / "model", tmp_path / "back")
   assert_comes_back(source, tmp_path / "back")
 
 
-def test_a_variant_keeps_its_name_while_it_is_one(tmp_path):
+def test_a_variant_keeps_its_name_only_in_half_precision(tmp_path):
   half = f"{STEM}.fp16.safetensors"
   source = pixel_sources.write_official(
     tmp_path / "source", dtype=torch.float16, files=(half, half)
@@ -107,16 +107,16 @@ def test_a_variant_keeps_its_name_while_it_is_one(tmp_path):
     source, tmp_path / "wide", only=only, dtype="float32", quiet=True
   )
   exported(tmp_path / "wide", tmp_path / "widened")
-  place = tmp_path / "widened" / FOLDERS[part]
-  assert (place / "unet" / f"{STEM}.bin").is_file()
-  assert (place / "vae" / f"{STEM}.safetensors").is_file()
+  root = tmp_path / "widened" / FOLDERS[part]
+  assert (root / "unet" / f"{STEM}.bin").is_file()
+  assert (root / "vae" / f"{STEM}.safetensors").is_file()
 
 
 @pytest.mark.shared
 @pytest.mark.skipif(
   "LAVIT_SHARED" not in os.environ, reason="LAVIT_SHARED: golden checkpoints"
 )
-def test_the_recorded_checkpoints_come_back_whole(tmp_path):
+def test_the_recorded_checkpoints_come_back_complete(tmp_path):
   root = pathlib.Path(os.environ["LAVIT_SHARED"]) / "golden"
   for source in sorted(root.glob("*/checkpoint")):
     target = tmp_path / source.parent.name
@@ -132,8 +132,8 @@ def test_the_recorded_checkpoints_come_back_whole(tmp_path):
 # What diffusers makes of it -------------------------------------------------
 
 
-def theirs(folder):
-  """(U-Net, autoencoder, DDIM) of diffusers, nothing missing or left over."""
+def diffusers_networks(folder):
+  """Loads U-Net, autoencoder and DDIM in diffusers, with all tensors used."""
   found = []
   for kind, name in (
     (diffusers.UNet2DConditionModel, "unet"),
@@ -155,26 +155,29 @@ def theirs(folder):
 
 
 def inputs(config):
-  """Recorded nowhere: random inputs of a U-Net, NCHW."""
+  """Returns random inputs of a U-Net, NCHW."""
   rng = np.random.default_rng(0)
   normal = lambda *shape: rng.standard_normal(shape, np.float32)
-  given = {"z": normal(2, 4, 4, 6), "condition": normal(2, 5, config.cross_dim)}
+  arguments = {
+    "z": normal(2, 4, 4, 6),
+    "condition": normal(2, 5, config.cross_dim),
+  }
   details = config.details
   if details.added_dim:
     width = details.added_dim - 6 * details.added_time_dim
-    given |= {"pooled": normal(2, width), "sizes": 100 * abs(normal(2, 6))}
-  return given
+    arguments |= {"pooled": normal(2, width), "sizes": 100 * abs(normal(2, 6))}
+  return arguments
 
 
 def assert_computes_the_same(model, part, folder):
-  """diffusers with the exported files, and the part here."""
+  """Compares diffusers with the exported files and the part here."""
   stored = checkpoints.load_part(model, part)
   config = unet.UNetConfig(**stored.meta["unet"])
-  net, latent, scheduler = theirs(folder)
-  given = inputs(config)
-  to_torch = {k: torch.from_numpy(v) for k, v in given.items()}
+  net, latent, scheduler = diffusers_networks(folder)
+  arguments = inputs(config)
+  to_torch = {k: torch.from_numpy(v) for k, v in arguments.items()}
   added = None
-  if "pooled" in given:
+  if "pooled" in arguments:
     added = {"text_embeds": to_torch["pooled"], "time_ids": to_torch["sizes"]}
   with torch.inference_mode():
     out = net(
@@ -184,18 +187,18 @@ def assert_computes_the_same(model, part, folder):
       added_cond_kwargs=added,
     ).sample.numpy()
     image = latent.decode(to_torch["z"]).sample.numpy()
-  z = jnp.asarray(given.pop("z").transpose(0, 2, 3, 1))
+  z = jnp.asarray(arguments.pop("z").transpose(0, 2, 3, 1))
 
   @jax.jit
-  def ours(params, z, given):
+  def ours(params, z, arguments):
     t = jnp.full(len(z), 401)
-    eps = unet.UNet(config).apply({"params": params["unet"]}, z, t, **given)
+    eps = unet.UNet(config).apply({"params": params["unet"]}, z, t, **arguments)
     decoder = vae.AutoencoderKL(vae.VaeConfig(**stored.meta["vae"]))
     made = decoder.apply({"params": params["vae"]}, z, method="decode")
     return eps, made
 
-  ours = ours.lower(stored.params, z, given).compile(_QUICK)
-  eps, made = ours(stored.params, z, given)
+  ours = ours.lower(stored.params, z, arguments).compile(_QUICK)
+  eps, made = ours(stored.params, z, arguments)
   for found, wanted in ((eps, out), (made, image)):
     found = np.asarray(found).transpose(0, 3, 1, 2)
     assert load.error(found, wanted) <= 1e-5
@@ -246,7 +249,7 @@ def test_hugging_face_files_are_safetensors_under_todays_names(tmp_path):
 
 
 def trained(model, target, part, **meta):
-  """The part as training writes it: nothing of an import is left."""
+  """Saves the part as training does, without traces of an import."""
   stored = checkpoints.load_part(model, part, dtype=None)
   kept = {name: stored.meta[name] for name in ("unet", "vae", "schedule")}
   checkpoints.save_part(target, part, stored.params, kept | meta)
@@ -299,8 +302,8 @@ def test_a_unet_with_merged_lora_is_exported_as_it_computes(model, tmp_path):
   assert not torch.equal(changed[name], pixel_sources.state(part, "unet")[name])
 
 
-def test_kept_files_that_are_no_longer_true_are_written_anew(model, tmp_path):
-  """A schedule that training changed; the sizes are the same."""
+def test_outdated_kept_files_are_replaced(model, tmp_path):
+  """Training has changed the schedule but not the sizes."""
   part = "highres_pixels"
   source, _ = model
   imported(source, tmp_path / "model", [part])
@@ -309,15 +312,15 @@ def test_kept_files_that_are_no_longer_true_are_written_anew(model, tmp_path):
   meta["schedule"] = meta["schedule"] | {"prediction": "velocity"}
   checkpoints.save_part(tmp_path / "model", part, stored.params, meta)
   exported(tmp_path / "model", tmp_path / "out")
-  place, before = tmp_path / "out" / FOLDERS[part], source / FOLDERS[part]
+  root, before = tmp_path / "out" / FOLDERS[part], source / FOLDERS[part]
   read = lambda root, file: (root / file).read_bytes()
   for file in ("unet/config.json", "vae/config.json"):
-    assert read(place, file) == read(before, file)
-  scheduler = json.loads(read(place, pixel_folders.SCHEDULER))
+    assert read(root, file) == read(before, file)
+  scheduler = json.loads(read(root, pixel_folders.SCHEDULER))
   assert scheduler["prediction_type"] == "v_prediction"
 
 
-def test_what_diffusers_lacks_is_refused(model, tmp_path):
+def test_parts_that_diffusers_lacks_are_refused(model, tmp_path):
   part = "lowres_pixels"
   stored = trained(model[1], tmp_path / "other", part)
   for change, words in (
@@ -332,7 +335,7 @@ def test_what_diffusers_lacks_is_refused(model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_decoder_and_its_pixels_are_exported_alone(model, tmp_path):
+def test_a_semantic_and_a_pixel_decoder_are_exported_alone(model, tmp_path):
   target = tmp_path / "model"
   importing.run(
     sources.write(tmp_path / "source"), target, only=["lowres"], quiet=True

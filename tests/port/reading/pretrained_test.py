@@ -42,8 +42,10 @@ def test_a_llama_becomes_the_part_llm_alone(tmp_path):
   assert part.meta["vocabulary"] == {"text_size": TEXT, "num_codes": 40}
   config = llama.LlamaConfig(**part.meta["llama"])
   assert config == dataclasses.replace(LLAMA, vocab_size=TEXT + 42)
-  wanted = names.flatten(names.to_ours(names.LLM, sources.random_llama(LLAMA)))
-  found = names.flatten(part.params["llm"])
+  wanted = sources.flatten(
+    names.to_flax(names.LLM, sources.random_llama(LLAMA))
+  )
+  found = sources.flatten(part.params["llm"])
   assert set(found) == set(wanted)
   for path, value in wanted.items():
     ours = np.asarray(found[path])
@@ -53,11 +55,11 @@ def test_a_llama_becomes_the_part_llm_alone(tmp_path):
     np.testing.assert_array_equal(ours, value, err_msg=path)
   path = tmp_path / "model" / "tokenizer.model"
   assert path.read_bytes() == sources.WORDS
-  told = {"text_tokenizer": fingerprints.of_file(path)}
-  assert part.meta["made_of"] == told
+  made_of = {"text_tokenizer": fingerprints.of_file(path)}
+  assert part.meta["made_of"] == made_of
 
 
-def test_new_rows_are_random_and_as_large_as_the_old(tmp_path):
+def test_new_rows_are_random_with_the_scale_of_the_old(tmp_path):
   tensors = sources.random_llama(LLAMA)
   tensors["lm_head.weight"] *= 5
   source = sources.write_llama(tmp_path / "llama", LLAMA, tensors)
@@ -81,7 +83,7 @@ def test_new_rows_are_random_and_as_large_as_the_old(tmp_path):
   assert not np.allclose(unlike, rows["a"]["head"][TEXT:end])
 
 
-def test_rows_beyond_the_words_are_left(tmp_path):
+def test_rows_beyond_the_text_pieces_are_ignored(tmp_path):
   config = dataclasses.replace(LLAMA, vocab_size=TEXT + 9)
   tensors = sources.random_llama(config)
   for name in ("lm_head.weight", "model.embed_tokens.weight"):
@@ -93,7 +95,7 @@ def test_rows_beyond_the_words_are_left(tmp_path):
   assert head.max() < 70
 
 
-def test_a_head_that_is_tied_to_the_embedding_starts_as_it(tmp_path):
+def test_a_head_tied_to_the_embedding_starts_equal_to_it(tmp_path):
   tensors = sources.random_llama(LLAMA)
   del tensors["lm_head.weight"]
   source = sources.write_llama(
@@ -106,16 +108,16 @@ def test_a_head_that_is_tied_to_the_embedding_starts_as_it(tmp_path):
   )
 
 
-def test_fewer_rows_than_words_are_refused(tmp_path):
+def test_fewer_rows_than_text_pieces_are_refused(tmp_path):
   config = dataclasses.replace(LLAMA, vocab_size=TEXT - 1)
   source = sources.write_llama(tmp_path / "llama", config)
   with pytest.raises(errors.CheckpointError, match="511 rows"):
     imported(source, tmp_path / "model")
 
 
-def test_what_is_no_llama_folder_is_refused(tmp_path):
+def test_an_incomplete_llama_folder_is_refused(tmp_path):
   source = sources.write_llama(tmp_path / "llama", LLAMA)
-  with pytest.raises(errors.UsageError, match="gives the part llm alone"):
+  with pytest.raises(errors.UsageError, match="nothing but the part llm"):
     imported(source, tmp_path / "model", only=["encoder"])
   (source / "tokenizer.model").unlink()
   with pytest.raises(errors.CheckpointError, match="SentencePiece"):
@@ -146,7 +148,7 @@ def test_codes_are_for_a_plain_llama_only(tmp_path):
 
 
 def test_pretraining_starts_from_an_imported_llama(micro_runs, tmp_path):
-  """With a learning rate of 0 it ends with the LLM it started from."""
+  """With a learning rate of 0, it ends with the LLM from which it started."""
   (root,) = micro.branch(micro_runs, tmp_path, 1)
   words = root / "model" / "tokenizer.model"
   text = vocabulary.TextTokenizer.load(words).size
@@ -175,7 +177,7 @@ def test_pretraining_starts_from_an_imported_llama(micro_runs, tmp_path):
 
 
 def encoder_file(tmp_path, form):
-  """One of the forms in which the encoder is published."""
+  """Writes the encoder in one of its published forms."""
   tensors = {
     name: torch.from_numpy(value)
     for name, value in sources.state()[ENCODER].items()
@@ -217,18 +219,18 @@ def encoder_file(tmp_path, form):
     "old",
   ],
 )
-def test_an_encoder_is_read_in_every_form_it_comes_in(tmp_path, form):
+def test_an_encoder_is_read_in_every_published_form(tmp_path, form):
   path = encoder_file(tmp_path, form)
   imported(path, tmp_path / "model", heads=sources.HEADS)
   part = stored(tmp_path / "model", "encoder")
   headless = form in ("bare", "norm only")
-  wanted = names.to_ours(names.ENCODER, sources.state()[ENCODER])
+  wanted = names.to_flax(names.ENCODER, sources.state()[ENCODER])
   config = dataclasses.asdict(sources.VIT)
   if headless:
     del wanted["norm"], wanted["head"]
     config["head_dim_out"] = 0
   assert part.meta["vit"] == config
-  wanted, found = names.flatten(wanted), names.flatten(part.params)
+  wanted, found = sources.flatten(wanted), sources.flatten(part.params)
   assert set(found) == set(wanted)
   for name, value in wanted.items():
     np.testing.assert_array_equal(found[name], value, err_msg=name)
@@ -286,7 +288,9 @@ def test_stable_diffusion_becomes_the_part_of_its_unet(tmp_path, part):
 
 def test_stable_diffusion_gives_one_part_and_says_what_is_missing(tmp_path):
   source = pixel_sources.write(tmp_path / "sd", "lowres_pixels")
-  with pytest.raises(errors.UsageError, match="lowres_pixels alone"):
+  with pytest.raises(
+    errors.UsageError, match="nothing but the part lowres_pixels"
+  ):
     imported(source, tmp_path / "model", only=["highres_pixels"])
   (source / "scheduler" / "scheduler_config.json").unlink()
   (source / "vae" / "config.json").unlink()

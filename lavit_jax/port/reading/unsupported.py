@@ -1,12 +1,14 @@
-"""What a checkpoint looks like that is none of those that can be imported.
+"""Descriptions of well-known checkpoints that cannot be imported.
 
-Told from the names of files and of tensors, so that a message can say in one
-line what was given and what to do with it.
+They are recognized by the names of files and of tensors, so that an error can
+say in one line what the checkpoint is and what to do with it.
 """
 
 import json
 import pathlib
 from collections.abc import Iterable
+
+from lavit_jax.port.formats import pickles
 
 _GGUF = (
   "a GGUF file, weights of llama.cpp in its own number formats; give the"
@@ -17,20 +19,20 @@ _META = (
   " transformers' convert_llama_weights_to_hf.py, or give the folder that is"
   " published for transformers"
 )
-_SINGLE = (
+_SINGLE_FILE = (
   "a single-file checkpoint of Stable Diffusion; make a folder of it with"
   " diffusers: StableDiffusionPipeline.from_single_file(FILE)"
   ".save_pretrained(FOLDER), and give the folder"
 )
 _ADAPTER = (
-  "a LoRA or another adapter of PEFT, which is nothing without its base model;"
-  " merge the two (merge_and_unload), save_pretrained the result and give its"
+  "a LoRA or another adapter of PEFT, which needs its base model; merge the two"
+  " (merge_and_unload), save the result with save_pretrained and give its"
   " folder"
 )
-_QUANTIZED = "a quantized checkpoint; give the one it was made from"
-# By what a name of a tensor begins with or contains.
+_QUANTIZED = "a quantized checkpoint; give the one that it was made from"
+# (description, prefixes, parts) of tensors' names.
 _NAMES = (
-  (_SINGLE, ("model.diffusion_model.", "first_stage_model."), ()),
+  (_SINGLE_FILE, ("model.diffusion_model.", "first_stage_model."), ()),
   ("a ControlNet in its single-file form", ("control_model.",), ()),
   (
     _ADAPTER,
@@ -41,60 +43,51 @@ _NAMES = (
 )
 
 
-def of_names(names: Iterable[str]) -> str | None:
-  """What tensors of these names are, None if they tell nothing.
-
-  Args:
-    names: of all tensors of a file.
-  """
+def describe_names(names: Iterable[str]) -> str | None:
+  """Returns what a file is by its tensors' names; None if it is not known."""
   for name in names:
-    for said, begins, contains in _NAMES:
-      if name.startswith(begins) or any(part in name for part in contains):
-        return said
+    for description, prefixes, parts in _NAMES:
+      if name.startswith(prefixes) or any(part in name for part in parts):
+        return description
   return None
 
 
-def of_path(path: pathlib.Path) -> str | None:
-  """What a file or folder is, by the names in it; None if they tell nothing."""
+def describe_path(path: pathlib.Path) -> str | None:
+  """Returns what a file or folder is by file names; None if not known."""
   if path.is_file():
-    return _of_file(path)
+    return _describe_file(path)
   if not path.is_dir():
     return None
   if (path / "adapter_config.json").is_file():
     return f"{_ADAPTER}{_base_of(path / 'adapter_config.json')}"
   files = sorted(p for p in path.iterdir() if p.is_file())
   for file in files:
-    if said := _of_file(file):
-      return f"a folder of {file.name}, {said}"
+    if description := _describe_file(file):
+      return f"a folder of {file.name}, {description}"
   pipeline = path / "model_index.json"
   if pipeline.is_file() and not (path / "unet").is_dir():
-    kind = _field(pipeline, "_class_name")
+    kind = _text_field(pipeline, "_class_name")
     return f"a pipeline of diffusers without a U-Net ({kind})"
   return None
 
 
-def _of_file(file):
-  if file.suffix == ".gguf" or _begins(file, b"GGUF"):
+def _describe_file(file):
+  if file.suffix == ".gguf" or pickles.starts_with(file, b"GGUF"):
     return _GGUF
   if file.name.startswith("consolidated.") and file.suffix == ".pth":
     return _META
   if file.suffix == ".ckpt":
-    return _SINGLE
+    return _SINGLE_FILE
   return None
 
 
-def _begins(file, magic):
-  with file.open("rb") as opened:
-    return opened.read(len(magic)) == magic
-
-
 def _base_of(path):
-  base = _field(path, "base_model_name_or_path")
+  base = _text_field(path, "base_model_name_or_path")
   return f" (its base is {base})" if base else ""
 
 
-def _field(path, name) -> str | None:
-  """A text field of a small JSON file, as far as it can be read."""
+def _text_field(path, name) -> str | None:
+  """Returns a string from a small JSON file; None if it cannot be read."""
   try:
     value = json.loads(path.read_text()).get(name)
   except (OSError, ValueError, AttributeError):

@@ -11,12 +11,12 @@ torch = pytest.importorskip("torch", reason="reads PyTorch files")
 from lavit_jax.core import errors
 from lavit_jax.port import importing
 from lavit_jax.port.formats import tensors
-from lavit_jax.port.reading import hub, looks
+from lavit_jax.port.reading import hub, unsupported
 from tests.port import sources
 
 
 def refusal(place):
-  """What is said of a path that is no checkpoint, before anything is made."""
+  """Returns the error for a path that is no checkpoint."""
   with pytest.raises(errors.CheckpointError) as caught:
     importing._plan(hub.resolve(place), None, None, (), None, 0)
   return str(caught.value)
@@ -38,7 +38,7 @@ def names_of(path):
     "_fsdp_wrapped_module.{}._checkpoint_wrapped_module.{}",
   ],
 )
-def test_names_lose_what_wrappers_put_into_them(tmp_path, wrapped):
+def test_prefixes_of_wrappers_are_removed_from_names(tmp_path, wrapped):
   pairs = (("model", "norm.weight"), ("lm_head", "weight"))
   state = {wrapped.format(*pair): torch.ones(2) for pair in pairs}
   sources.save(tmp_path / "w.bin", state)
@@ -72,13 +72,15 @@ def test_an_index_may_name_wrapped_tensors(tmp_path):
   assert set(tensors.open_index(index, "x")) == {"a", "b"}
 
 
-def test_a_prefix_of_some_names_alone_is_left(tmp_path):
+def test_a_prefix_of_only_some_names_stays(tmp_path):
   state = {"module.a": torch.ones(2), "b": torch.ones(2)}
   sources.save(tmp_path / "some.bin", state)
   assert names_of(tmp_path / "some.bin") == set(state)
   state = {"_orig_mod.a": torch.ones(2), "a": torch.zeros(2)}
   sources.save(tmp_path / "twice.bin", state)
-  with pytest.raises(errors.CheckpointError, match="the same twice are a"):
+  with pytest.raises(
+    errors.CheckpointError, match="with and without a wrapper's prefix: a"
+  ):
     tensors.open_file(tmp_path / "twice.bin")
 
 
@@ -86,7 +88,7 @@ SINGLE = "model.diffusion_model.input_blocks.0.0.weight"
 
 
 @pytest.mark.parametrize(
-  ("name", "said"),
+  ("name", "expected"),
   [
     (SINGLE, "single-file checkpoint of Stable Diffusion.*from_single_file"),
     ("control_model.input_blocks.0.0.weight", "ControlNet"),
@@ -95,20 +97,20 @@ SINGLE = "model.diffusion_model.input_blocks.0.0.weight"
     ("model.layers.0.mlp.up_proj.qweight", "quantized"),
   ],
 )
-def test_a_file_of_another_kind_is_named_in_one_line(tmp_path, name, said):
+def test_a_file_of_another_kind_is_named_in_one_line(tmp_path, name, expected):
   state = {name: torch.ones(2, 2), "cond_stage_model.x": torch.ones(2)}
   sources.save(tmp_path / "file.bin", state)
   text = refusal(tmp_path / "file.bin")
   assert "not used" not in text
-  assert re.search(said, text)
+  assert re.search(expected, text)
 
 
-def test_tensors_of_the_usual_networks_look_like_nothing_else():
+def test_tensors_of_official_files_are_not_mistaken_for_other_kinds():
   for state in sources.state().values():
-    assert looks.of_names(state) is None
+    assert unsupported.describe_names(state) is None
 
 
-def test_where_no_name_fits_one_line_says_so(tmp_path):
+def test_a_file_without_any_expected_name_is_one_line(tmp_path):
   state = {f"student.block_{i}.w": torch.ones(2) for i in range(50)}
   sources.save(tmp_path / "file.bin", state)
   text = refusal(tmp_path / "file.bin")
@@ -118,7 +120,7 @@ def test_where_no_name_fits_one_line_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("files", "said"),
+  ("files", "expected"),
   [
     ({"llama-7b.Q4_K_M.gguf": b"GGUF"}, ["llama-7b.Q4_K_M.gguf", "llama.cpp"]),
     (
@@ -136,12 +138,12 @@ def test_where_no_name_fits_one_line_says_so(tmp_path):
     ),
   ],
 )
-def test_a_folder_of_another_kind_is_named(tmp_path, files, said):
+def test_a_folder_of_another_kind_is_named(tmp_path, files, expected):
   for name, content in files.items():
     (tmp_path / name).write_bytes(content)
   text = refusal(tmp_path)
   assert "looks like" in text
-  assert not [part for part in said if part not in text]
+  assert not [part for part in expected if part not in text]
   if len(files) == 1:
     (file,) = tmp_path.iterdir()
     assert ("looks like" in refusal(file)) == (file.suffix != ".json")
@@ -149,7 +151,7 @@ def test_a_folder_of_another_kind_is_named(tmp_path, files, said):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_a_pickle_protocol_that_is_not_read_is_the_reason(
+def test_an_unsupported_pickle_protocol_is_named_as_the_reason(
   tmp_path, protocol, zipped
 ):
   path = pathlib.Path(tmp_path / "state.bin")
