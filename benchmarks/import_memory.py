@@ -60,7 +60,7 @@ def make_source(folder: pathlib.Path, gigabytes: float) -> int:
   content = llama_folder.config_json(config, "float16")
   (folder / "config.json").write_text(json.dumps(content))
   shapes = names.to_official(
-    names.LLM, sizes.abstract_llama(config), rows=text_size
+    names.LLM, sizes.abstract_llama(config), vocab_size=text_size
   )
   half = np.dtype(np.float16)
   specs = [tensor_files.Spec(n, x.shape, half) for n, x in shapes.items()]

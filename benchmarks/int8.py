@@ -32,9 +32,8 @@ from lavit_jax.core import image_io, vocabulary
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.data import sequences
 from lavit_jax.data.sources import shapes
-from lavit_jax.infer import visual
 from lavit_jax.infer.decoding import decode
-from lavit_jax.infer.loading import parts, quantize
+from lavit_jax.infer.loading import parts, quantize, visual
 from lavit_jax.models import llama
 
 TOKENS = 64

@@ -2,9 +2,10 @@
 
   python benchmarks/unet_compile.py [--net sdxl|sd15] [--kib 8192,12288,16384]
 
-Each block with its gradients, for the chip and the images a chip of README's
-table (SDXL: v6e and 1, Stable Diffusion 1.5: v5e and 8): seconds to compile,
-size of the code, and cycles by the compiler's own account, beside its default.
+Each block with its gradients, for the chip and the images a chip of the table
+in docs/compile.md (SDXL: v6e and 1, Stable Diffusion 1.5: v5e and 8): seconds
+to compile, size of the code, and cycles by the compiler's own account, beside
+its default.
 Needs libtpu and no TPU. Takes 15 minutes (sd15: 4) on two cores.
 """
 

@@ -1,4 +1,4 @@
-"""Makes lavit_jax/weights/tiny of a finished run, with a record of how.
+"""Makes lavit_jax/weights/tiny from a finished run, with a record of it.
 
   python docs/ship_tiny.py runs/quickstart
 
@@ -18,7 +18,7 @@ from lavit_jax.core.storage import checkpoints
 _TARGET = pathlib.Path(__file__).parents[1] / "lavit_jax" / "weights" / "tiny"
 
 
-def main(workdir):
+def main(workdir: str) -> None:
   """Copies every part of WORKDIR/model and writes the record."""
   source = pathlib.Path(workdir) / "model"
   shutil.rmtree(_TARGET, ignore_errors=True)
@@ -54,10 +54,10 @@ def main(workdir):
 
 
 def _with_relative_paths(meta, workdir):
-  """The stored config without this machine's folders."""
+  """Returns the stored description without this machine's folders."""
   text = json.dumps(meta)
-  for place in (str(workdir.absolute()), str(workdir)):
-    text = text.replace(place, "runs/tiny")
+  for path in (str(workdir.absolute()), str(workdir)):
+    text = text.replace(path, "runs/tiny")
   return json.loads(text)
 
 

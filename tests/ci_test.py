@@ -15,7 +15,7 @@ _STUB = """#!/bin/bash
 name=${0##*/}
 if [[ "$*" == "-m venv .venv" ]]; then
   mkdir -p .venv/bin
-  for one in python pip uv ruff; do cp "$0" ".venv/bin/$one"; done
+  for one in python pip uv ruff mypy; do cp "$0" ".venv/bin/$one"; done
 fi
 echo "$name $*" >>"$CALLS"
 [[ "$name $*" != *"$FAILS"* ]]
@@ -60,7 +60,13 @@ def test_all_steps_are_taken_where_none_fails(checkout):
   assert done.returncode == 0, done.stderr
   assert ".ci/run: all passed (oldest)" in done.stdout
   assert calls[-1] == "python -m pytest"
-  steps = "pip compile", "lowest.py", "ruff check", "ruff format", "-e .[test]"
+  steps = (
+    "pip compile",
+    "lowest.py",
+    "ruff check",
+    "ruff format",
+    "-e .[test,docs]",
+  )
   for step in steps:
     assert any(step in call for call in calls), step
 
@@ -72,9 +78,12 @@ def test_all_steps_are_taken_where_none_fails(checkout):
     "install --quiet setuptools uv",
     "pip compile",
     "lowest.py",
-    "--no-compile -e .[test]",
+    "--no-compile -e .[test,docs]",
     "ruff check",
     "ruff format",
+    "mypy",
+    "import_map.py --check",
+    "mkdocs build --strict",
     "-m pytest",
   ],
 )

@@ -39,9 +39,9 @@ def test_every_config_loads_and_says_how_it_is_launched(name):
   assert f"lavit train --config configs/{name} --workdir" in module.__doc__
   assert cfg.stage in objectives.STAGES
   phases = phases_lib.phases_of(cfg)
-  assert phases[-1].stop == sum(phase["steps"] for phase in phases)
+  assert phases[-1].stop == sum(phase.steps for phase in phases)
   for phase in phases:
-    assert set(dict(phase["train"]).values()) <= set(cfg.optimizer.groups)
+    assert set(phase.train.values()) <= set(cfg.optimizer.groups)
   json.loads(cfg.to_json_best_effort())
   assert set(cfg.mesh) == set(sharding.MESH_AXES)
 
@@ -87,10 +87,10 @@ def test_full_size_pixel_decoders_fit_together(name, rank, capsys):
   state = sharding.unbox(boxed)
   (phase,) = phases_lib.phases_of(cfg)
   objective.labels(phase, state.params)
-  net = objective.frozen["unet"] if rank else state.params["unet"]
+  net = objective.load_frozen()["unet"] if rank else state.params["unet"]
   count = checkpoints.count_params(net)
   assert count == _COUNTS[name]
-  assert checkpoints.count_params(objective.frozen["vae"]) == _VAE_COUNT
+  assert checkpoints.count_params(objective.load_frozen()["vae"]) == _VAE_COUNT
   trained = checkpoints.count_params(state.params)
   with capsys.disabled():
     print(f"\n{name}, rank {rank}: U-Net {count:,}, trained {trained:,}")
@@ -103,7 +103,7 @@ def test_full_size_pixel_decoders_fit_together(name, rank, capsys):
   loss, (extra, metrics) = jax.eval_shape(
     lambda *args: objective.loss(phase, *args, jax.random.key(0)),
     state.params,
-    objective.frozen,
+    objective.load_frozen(),
     state.extra,
     _batch(cfg.data.buckets[-1]),
   )

@@ -12,6 +12,8 @@ import zipfile
 import pytest
 from PIL import Image
 
+import lavit_jax
+
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -70,7 +72,9 @@ def test_every_module_config_and_weight_is_in_the_wheel_and_no_test(wheel):
     str(path.relative_to(ROOT))
     for path in (ROOT / "lavit_jax").rglob("*")
     if path.is_file()
-    and (path.suffix == ".py" or "weights" in path.parts)
+    and (
+      path.suffix == ".py" or path.name == "py.typed" or "weights" in path.parts
+    )
     and "__pycache__" not in path.parts
   } | {
     str("lavit_jax" / path.relative_to(ROOT))
@@ -91,13 +95,16 @@ def test_the_metadata_names_the_command_and_no_heavy_requirement(wheel):
   assert "Apache License" in read("licenses/LICENSE")
   metadata = email.parser.Parser().parsestr(read("METADATA"))
   assert metadata["Name"] == "lavit_jax"
+  assert metadata["Version"] == lavit_jax.__version__
   assert metadata["Requires-Python"] == ">=3.11"
-  extras = {"tpu", "cuda", "gcs", "torch", "eval", "test", "test-core"}
+  assert metadata["License-Expression"] == "Apache-2.0"
+  assert "Typing :: Typed" in metadata.get_all("Classifier")
+  extras = {"tpu", "cuda", "gcs", "torch", "eval", "docs", "test", "test-core"}
   assert set(metadata.get_all("Provides-Extra")) == extras
   base = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
   names = {r.split(">")[0].split("=")[0].strip().lower() for r in base}
   assert {"jax", "flax", "grain", "orbax-checkpoint"} <= names
-  assert not names & {"tensorflow", "torch", "tensorboard", "pytest"}
+  assert not names & {"tensorflow", "torch", "pytest"}
   # Its version is the one that jax[tpu] asks for: no bound of our own.
   assert not [r for r in metadata.get_all("Requires-Dist") if "libtpu" in r]
 

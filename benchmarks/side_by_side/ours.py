@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from lavit_jax.core.storage import checkpoints
-from lavit_jax.infer import visual
 from lavit_jax.infer.decoding import beam, decode
+from lavit_jax.infer.loading import visual
 from lavit_jax.models import llama
 from side_by_side import cases
 

@@ -21,7 +21,7 @@ from lavit_jax.models.tokenizer import (
   selector,
   tokenizer,
 )
-from lavit_jax.train import losses, lowering, optimizer
+from lavit_jax.train import losses, lowering, optimizer, phases
 from lavit_jax.train import step as step_lib
 from lavit_jax.train.objectives import base
 from lavit_jax.train.objectives import tokenizer as tokenizer_stage
@@ -29,10 +29,14 @@ from lavit_jax.train.objectives.frozen import artifacts
 from side_by_side import steps
 
 
-def _phase(**settings):
-  """Settings whose learning rate stays as it is."""
+def _phase_fields(**settings):
+  """An entry of config.phases whose learning rate stays as it is."""
   plan = {"steps": 1000, "lr": steps.LR, "warmup": 0, "end_factor": 1.0}
   return plan | settings
+
+
+def _phase(fields):
+  return phases.Phase.from_fields("codes", 0, fields["steps"], fields)
 
 
 def make(folder, sizes) -> int:
@@ -72,9 +76,15 @@ class Llm(base.Objective):
     """Everything trains."""
     return jax.tree.map(lambda _: "base", params)
 
-  def sums(self, phase, params, frozen, state, batch, draws):
+  def nonlinear_sums(self, phase, params, frozen, extra, batch, draws):
+    """Is not called: batches are run whole."""
+    raise NotImplementedError
+
+  batch_shapes = held_out_metrics = export = nonlinear_sums
+
+  def sums(self, phase, params, frozen, extra, batch, draws):
     """The nll of all words; the loss is never all logits at once."""
-    del phase, frozen, state, draws
+    del phase, frozen, extra, draws
     hidden = self._model.apply(
       {"params": params},
       batch["tokens"],
@@ -104,8 +114,8 @@ def build(sizes, batch: int):
   config = ml_collections.ConfigDict({"seed": 0, "batch_size": batch})
   config.optimizer = steps.OPTIMIZER | {"groups": {"base": 1.0}}
   if isinstance(sizes, steps.Llama):
-    return Llm(sizes, config), _phase()
-  phase = _phase(
+    return Llm(sizes, config), _phase(_phase_fields())
+  fields = _phase_fields(
     mask="expected",
     quantize=True,
     train={"merger": "base", "quantizer": "base", "decoder": "base"},
@@ -118,9 +128,9 @@ def build(sizes, batch: int):
   config.model = {"tokenizer": {k: v for k, v in parts.items() if k != "vit"}}
   config.data = {"image_size": sizes.image_size, "capacity": sizes.capacity}
   config.assumed = {"tokenizer": parts}
-  config.phases, config.schedule = {"codes": phase}, ("codes",)
+  config.phases, config.schedule = {"codes": fields}, ("codes",)
   where = artifacts.AbstractArtifacts(config)
-  return tokenizer_stage.TokenizerObjective(config, where), phase
+  return tokenizer_stage.TokenizerObjective(config, where), _phase(fields)
 
 
 def _tokenizer(sizes: steps.Tokenizer):

@@ -88,7 +88,7 @@ class Side:
     tensors = safetensors.numpy.load_file(
       self._folder / "diffusion_pytorch_model.safetensors"
     )
-    params = names.to_ours(pixel_names.unet(made), tensors)
+    params = names.to_flax(pixel_names.unet(made), tensors)
     return unet.UNet(made), jax.tree.map(jnp.asarray, params)
 
   def work(self, case: unet_cases.Case, batch: int):

@@ -45,7 +45,7 @@ def official(name: str) -> dict[str, np.ndarray]:
 @functools.cache
 def variables(name: str):
   """The same as our tree of arrays."""
-  tree = names.to_ours(_FILES[name][1], official(name))
+  tree = names.to_flax(_FILES[name][1], official(name))
   return jax.tree.map(jnp.asarray, tree)
 
 
