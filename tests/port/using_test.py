@@ -115,7 +115,7 @@ def test_greedy_scores_count_lengths_as_beams_do(lavit, images, offset):
       llm.params["llm"],
       prompt=prompter.padded(row, 6),
       num_beams=1,
-      suppress=text_generation._not_text(prompter, parity=False),
+      suppress=text_generation._suppressed(prompter, False),
       eos_id=llm.vocabulary.eos_id,
       length_offset=offset,
       **how,
