@@ -11,7 +11,7 @@ from lavit_jax.core import sharding
 from lavit_jax.cost import jaxpr
 from lavit_jax.models import llama
 from lavit_jax.train import optimizer, phases
-from lavit_jax.train.objectives import base
+from lavit_jax.train.objectives.frozen import artifacts
 from lavit_jax.train.telemetry import flops
 from tests import outlines
 
@@ -51,7 +51,8 @@ _EXACT = ("pretrain", "finetune")
 def outline(monkeypatch):
   """Makes the objective of a config; see `outlines`."""
   text = types.SimpleNamespace(size=512)
-  monkeypatch.setattr(base.Objective, "text_tokenizer", lambda _: text)
+  for kind in (artifacts.Artifacts, artifacts.AbstractArtifacts):
+    monkeypatch.setattr(kind, "text_tokenizer", lambda *unused: text)
   return outlines.objective
 
 
