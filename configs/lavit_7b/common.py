@@ -51,7 +51,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     text_size=32_000,
     capacity=192,  # the most words of an image in the data
   )
-  cfg.compiler_options = {}  # of XLA, beside those of train/program.py
+  cfg.compiler_options = {}  # of XLA, beside those of core/compiler_options.py
   cfg.accept = ""  # differences that are meant: see lavit_jax/core/agreement.py
   cfg.accumulate = 1  # parts in which a batch is run, one after the other
   cfg.nonfinite = dict(policy="skip", limit=20)  # see train/nonfinite.py

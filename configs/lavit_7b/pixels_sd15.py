@@ -45,7 +45,7 @@ def get_config():
   cfg.model = dict(
     kind="lowres",
     frozen_dtype="bfloat16",  # kept so: all but tokenizer and autoencoder
-    compute=dict(  # of what is read from model_dir: see train/precision.py
+    compute=dict(  # of what is read from model_dir: see frozen/precision.py
       encoder=dict(dtype="bfloat16", remat="none", unroll=1),
       # Codes are told apart by small differences.
       tokenizer=dict(dtype="float32", remat="none", unroll=1),

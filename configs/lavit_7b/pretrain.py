@@ -45,7 +45,7 @@ def get_config():
   del llm["vocab_size"]  # that of model_dir's tokenizer
   cfg.model = dict(
     frozen_dtype="bfloat16",  # in which the encoder's weights are kept
-    compute=dict(  # of what is read from model_dir: see train/precision.py
+    compute=dict(  # of what is read from model_dir: see frozen/precision.py
       encoder=dict(dtype="bfloat16", remat="none", unroll=1),
       merger=dict(dtype="bfloat16", remat="full", unroll=1),  # it trains
     ),

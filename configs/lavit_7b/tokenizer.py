@@ -29,7 +29,7 @@ def get_config():
   cfg.data.capacity = 192  # tokens an image in the gathered form
   cfg.model = dict(
     frozen_dtype="bfloat16",  # in which the encoder's weights are kept
-    compute=dict(  # of what is read from model_dir: see train/precision.py
+    compute=dict(  # of what is read from model_dir: see frozen/precision.py
       encoder=dict(dtype="bfloat16", remat="none", unroll=1),
     ),
     tokenizer=dict(

@@ -19,7 +19,7 @@ def get_config():
   cfg.model = dict(
     kind="lowres",
     frozen_dtype="float32",
-    compute=dict(  # of what is read from model_dir: see train/precision.py
+    compute=dict(  # of what is read from model_dir: see frozen/precision.py
       encoder=dict(dtype="float32", remat="none", unroll=4),
       tokenizer=dict(dtype="float32", remat="none", unroll=2),
       decoder=dict(dtype="float32", remat="none", unroll=2),

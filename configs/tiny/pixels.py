@@ -44,7 +44,7 @@ def get_config():
       clip=1.0,
       prediction="sample",
     ),
-    compute=dict(  # of what is read from model_dir: see train/precision.py
+    compute=dict(  # of what is read from model_dir: see frozen/precision.py
       encoder=dict(dtype="float32", remat="none", unroll=4),
       tokenizer=dict(dtype="float32", remat="none", unroll=2),
     ),

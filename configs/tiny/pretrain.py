@@ -22,7 +22,7 @@ def get_config():
       unroll=4,
       matmul="",  # or "int8", "fp8": see lavit_jax/models/low_precision.py
     ),
-    compute=dict(  # of what is read from model_dir: see train/precision.py
+    compute=dict(  # of what is read from model_dir: see frozen/precision.py
       encoder=dict(dtype="float32", remat="none", unroll=4),
       merger=dict(dtype="float32", remat="none", unroll=2),
     ),

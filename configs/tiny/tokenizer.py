@@ -32,7 +32,7 @@ def get_config():
       ),
       merger_form="compact",
     ),
-    compute=dict(  # of what is read from model_dir: see train/precision.py
+    compute=dict(  # of what is read from model_dir: see frozen/precision.py
       encoder=dict(dtype="float32", remat="none", unroll=4),
     ),
   )
