@@ -216,22 +216,23 @@ def test_blocks_run(page, tmp_path, monkeypatch):
   (tmp_path / "docs").symlink_to(ROOT / "docs")
   monkeypatch.chdir(tmp_path)
   names = {}
-  for block in _blocks(page, "bash", "python"):
-    if not block["reason"]:
-      _run(block, names)
+  blocks = [b for b in _blocks(page, "bash", "python") if not b["reason"]]
+  assert blocks
+  for block in blocks:  # one that fails raises
+    _run(block, names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_that_is_not_run_compiles(page):
   for block in _blocks(page, "python"):
-    compile(textwrap.dedent(block["text"]), page.name, "exec")
+    assert compile(textwrap.dedent(block["text"]), page.name, "exec")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_lines_of_json_are_json(page):
   for block in _blocks(page, "json"):
     for line in block["text"].splitlines():
-      json.loads(line)
+      assert isinstance(json.loads(line), dict), line
 
 
 def test_every_fence_has_a_kind():

@@ -61,7 +61,7 @@ class Llm(base.Objective):
   """Next words of rows without images, as stage `pretrain` learns them."""
 
   def __init__(self, sizes: steps.Llama, config):
-    self.config = config
+    self.config, self._sizes = config, sizes
     fields = dataclasses.asdict(sizes)
     del fields["length"]
     self._llama = llama.LlamaConfig(**fields, num_kv_heads=sizes.num_heads)
@@ -77,10 +77,24 @@ class Llm(base.Objective):
     return jax.tree.map(lambda _: "base", params)
 
   def nonlinear_sums(self, phase, params, frozen, extra, batch, draws):
-    """Is not called: batches are run whole."""
-    raise NotImplementedError
+    """The weights, by which `combine` divides."""
+    del phase, params, frozen, extra, draws
+    return {"weights": _weights(batch).sum()}
 
-  batch_shapes = held_out_metrics = export = nonlinear_sums
+  def batch_shapes(self):
+    """Those of the rows that both sides are given."""
+    rows = self._sizes.batch(self.config.batch_size)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows)
+
+  def held_out_metrics(self, params, frozen, extra, batch):
+    """The loss."""
+    sums, _ = self.sums(None, params, frozen, extra, batch, {})
+    return self.combine(None, sums)[1]
+
+  def export(self, params, extra):
+    """The language model."""
+    del extra
+    return {"llm": (params, {"llama": dataclasses.asdict(self._llama)})}
 
   def sums(self, phase, params, frozen, extra, batch, draws):
     """The nll of all words; the loss is never all logits at once."""
@@ -91,7 +105,7 @@ class Llm(base.Objective):
       segment_ids=batch.get("segments"),
       return_hidden=True,
     )
-    weights = batch.get("weights", jnp.ones(batch["tokens"].shape))
+    weights = _weights(batch)
     total, _ = losses.next_token_blocked(
       hidden,
       params["head"],
@@ -107,6 +121,10 @@ class Llm(base.Objective):
     nll, weights = sums["nll"], sums["weights"]
     metrics = {"loss": averages.mean(nll, weights)}
     return averages.ratio(nll, weights), metrics
+
+
+def _weights(batch):
+  return batch.get("weights", jnp.ones(batch["tokens"].shape))
 
 
 def build(sizes, batch: int):

@@ -1,49 +1,112 @@
-"""What `lavit train` sets up before it trains."""
+"""Commands that train: their options and configs."""
 
-import jax
+import json
+import pathlib
+import shlex
+
 import pytest
 
-from lavit_jax.commands import train
+from lavit_jax.commands import train as train_command
+from tests.commands import fakes
+
+pytestmark = pytest.mark.usefixtures("nothing_kept")
+
+
+def test_quickstart_hands_on_its_options(model, capsys, monkeypatch, tmp_path):
+  (tmp_path / "my.jsonl").write_text("")
+  calls = []
+
+  def start(workdir, **options):
+    calls.append((workdir, options))
+    return {"caption_exact": 0.5}
+
+  fakes.stand_in(
+    monkeypatch,
+    "quickstart",
+    train_command,
+    run=start,
+    common_batch=lambda: 8,
+  )
+  argv = shlex.split("quickstart --workdir d --minutes 2 --data my.jsonl")
+  assert fakes.run(capsys, *argv, "--allow-absolute") == (0, "", "")
+  fields = {"allow_absolute": True}
+  assert calls[0] == (
+    "d",
+    {"minutes": 2.0, "data": "my.jsonl", "evaluate_only": False, "model": None}
+    | {"fields": fields},
+  )
+  argv = shlex.split("quickstart --evaluate-only --model tiny --json")
+  _, out, _ = fakes.run(capsys, *argv)
+  assert json.loads(out) == {"caption_exact": 0.5}
+  assert calls[1][1]["evaluate_only"] is True
+  assert calls[1][1]["model"] == "tiny"
 
 
 @pytest.fixture
-def caches(monkeypatch, tmp_path):
-  """Where programs are kept, as JAX is told."""
-  told = []
-  monkeypatch.setattr(jax.config, "update", lambda *given: told.append(given))
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  for name in (
-    "JAX_COMPILATION_CACHE_DIR",
-    "LAVIT_DISTRIBUTED",
-    "LAVIT_COORDINATOR",
-  ):
-    monkeypatch.delenv(name, raising=False)
-  return told
+def trained(model, monkeypatch, tmp_path):
+  (tmp_path / "c.py").write_text(fakes.CONFIG)
+  calls = []
+  fakes.stand_in(
+    monkeypatch,
+    "loop",
+    train_command,
+    train=lambda config, workdir: calls.append((config, workdir)),
+  )
+  return calls
 
 
-def test_programs_are_kept_in_the_cache_of_the_user(caches, tmp_path):
-  train.keep_compiled("runs/one")
-  folder = str(tmp_path / "lavit_jax" / "compiled")
-  assert caches == [("jax_compilation_cache_dir", folder)]
+def test_train_reads_the_config_with_its_overrides(trained, capsys):
+  argv = shlex.split("train --config c.py --workdir w --config.steps=7")
+  assert fakes.run(capsys, *argv, "--config.model.width", "32") == (0, "", "")
+  ((config, workdir),) = trained
+  assert (config.steps, config.model.width, workdir) == (7, 32, "w")
+  assert config.is_locked
+  assert (
+    fakes.run(capsys, *argv)[0] == 0
+  )  # flags of one run do not reach the next
+  assert trained[1][0].model.width == 16
 
 
 @pytest.mark.parametrize(
-  "told", [("LAVIT_DISTRIBUTED", "1"), ("LAVIT_COORDINATOR", "host:1")]
+  ("argv", "says"),
+  [
+    ("--config c.py", "--workdir DIR is missing"),
+    ("--workdir w", "--config FILE is missing"),
+    (
+      "--config c.py --workdir w --config.step=7",
+      "no field 'step'. Did you mean \"steps",
+    ),
+    ("--config c.py --workdir w --config.model.widht=7", 'mean "width'),
+    ("--config c.py --workdir w --config.steps=many", "many"),
+    ("--config c.py --workdir w --wordir=x", "wordir"),
+    ("--config c.py --workdir w extra", "cannot use extra"),
+    ("--config d.py --workdir w", "no config file d.py"),
+    ("--config bad.py --workdir w", "NameError: name 'lr'"),
+    ("--config worse.py --workdir w", "ValueError: width is 3"),
+  ],
 )
-def test_several_hosts_share_programs_in_the_workdir(caches, monkeypatch, told):
-  monkeypatch.setenv(*told)
-  train.keep_compiled("gs://bucket/run/")
-  assert caches == [("jax_compilation_cache_dir", "gs://bucket/run/compiled")]
+def test_train_tells_what_is_wrong_with_its_flags(
+  trained, capsys, tmp_path, argv, says
+):
+  bad = "def get_config():\n  "
+  (tmp_path / "bad.py").write_text(bad + "return lr\n")
+  (tmp_path / "worse.py").write_text(bad + "raise ValueError('width is 3')\n")
+  assert says in fakes.failed(capsys, "train", *argv.split())
+  assert trained == []
 
 
-def test_a_cache_that_jax_was_told_of_is_used(caches, monkeypatch):
-  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
-  train.keep_compiled("runs/one")
-  assert not caches
+def test_train_without_flags_shows_its_help(capsys):
+  status, out, err = fakes.run(capsys, "train")
+  assert (status, out) == (2, "")
+  assert err.startswith("usage: lavit train")
 
 
-def test_help_says_where_programs_are_kept(capsys):
-  assert train.train(["--help"]) == 0
-  said = capsys.readouterr().out
-  assert "JAX_COMPILATION_CACHE_DIR" in said
-  assert "~/.cache/lavit_jax/compiled" in said
+@pytest.mark.parametrize(
+  "flag", ["--config=tiny/encoder.py", "--config=configs/tiny/encoder.py"]
+)
+@pytest.mark.parametrize("split", [True, False])
+def test_a_shipped_config_is_found_from_anywhere(model, flag, split):
+  argv = flag.split("=") if split else [flag]
+  config, _ = train_command.read_config([*argv, "--workdir", "w"])
+  assert config.stage == "encoder"
+  assert not pathlib.Path("configs").exists()
