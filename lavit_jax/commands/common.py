@@ -10,7 +10,6 @@ import pathlib
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from importlib import metadata
 from typing import Any
 
 from etils import epy
@@ -28,14 +27,6 @@ FORMATTER = functools.partial(
   argparse.RawDescriptionHelpFormatter, max_help_position=28
 )
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-
-
-def version() -> str:
-  """Returns the installed version of the package."""
-  try:
-    return metadata.version("lavit_jax")
-  except metadata.PackageNotFoundError:  # run from a checkout
-    return "not installed"
 
 
 def command(

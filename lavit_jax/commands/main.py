@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+import lavit_jax
 from lavit_jax.commands import (
   common,
   draw,
@@ -190,7 +191,10 @@ def _parser() -> argparse.ArgumentParser:
     formatter_class=common.FORMATTER,
   )
   parser.add_argument(
-    "-V", "--version", action="version", version=f"lavit {common.version()}"
+    "-V",
+    "--version",
+    action="version",
+    version=f"lavit {lavit_jax.__version__}",
   )
   subparsers = parser.add_subparsers(
     title="commands", metavar="COMMAND", required=True
