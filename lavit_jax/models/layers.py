@@ -210,7 +210,6 @@ def stack(
     in_axes=nn.broadcast,
     length=depth,
     unroll=unroll,
-    check_constancy_invariants=False,  # all variables are scanned: one trace
     metadata_params={nn.PARTITION_NAME: "layers"},
   )
 
