@@ -331,10 +331,7 @@ def test_metrics_are_in_json_lines_and_events(micro_runs):
   assert any("text_loss" in row and "visual_loss" in row for row in rows)
   assert any("held_out/loss" in row for row in rows)
   assert list(root.glob("events.out.tfevents*"))
-  (settings,) = (row["hparams"] for row in rows if "hparams" in row)
-  assert rows[0] == {"hparams": settings}
-  assert settings["stage"] == "pretrain"
-  assert settings["phases.train.train.llm"] == "llm"
+  assert all("step" in row for row in rows)
   stored = json.loads((root / "config.json").read_text())
   assert stored["stage"] == "pretrain"
 

@@ -33,10 +33,6 @@ class Log(Protocol):
   possible, and only `close` waits for the upload.
   """
 
-  @property
-  def empty(self) -> bool:
-    """Returns whether nothing was ever written."""
-
   def write(self, data: bytes) -> None:
     """Appends complete records."""
 
@@ -99,10 +95,6 @@ class _Local:
   def size(self) -> int:
     return self._file.tell()
 
-  @property
-  def empty(self) -> bool:
-    return self.size == 0
-
   def write(self, data: bytes) -> None:
     self._file.write(data)
 
@@ -134,10 +126,6 @@ class _Object:
   @property
   def size(self) -> int:
     return len(self._data)
-
-  @property
-  def empty(self) -> bool:
-    return not self._data
 
   def write(self, data: bytes) -> None:
     self._data += data
@@ -193,7 +181,7 @@ class _Segments:
 
   def __init__(self, path: epath.Path):
     existing = pieces(path)
-    self._path, self._existed = path, bool(existing)
+    self._path = path
     self._number = 0
     if existing and existing[-1] != path:
       self._number = int(existing[-1].name.rpartition(".")[0][-5:]) + 1
@@ -204,10 +192,6 @@ class _Segments:
     stem, dot, suffix = self._path.name.rpartition(".")
     name = f"{stem}-{self._number:05d}{dot}{suffix}"
     return self._path.parent / name
-
-  @property
-  def empty(self) -> bool:
-    return not self._existed and self._number == 0 and self._object.empty
 
   def write(self, data: bytes) -> None:
     if self._object.size and self._object.size + len(data) > SEGMENT:

@@ -150,10 +150,7 @@ class JsonLinesWriter:
     """Writes nothing: images are in the event files."""
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    """See `MetricWriter`; only the first line of a new file."""
-    if self._file.empty:
-      plain = json.loads(json.dumps(dict(hparams), default=str))
-      self._write({"hparams": _finite(plain)})
+    """Writes nothing: every line is a row, the settings are in config.json."""
 
   def flush(self) -> None:
     """Writes the file through to the disk, past the system's own buffer."""
@@ -164,14 +161,9 @@ class JsonLinesWriter:
     self._file.close()
 
 
-def _finite(value: Any) -> Any:
-  """Returns a JSON value with null for every number that is not finite."""
-  if isinstance(value, dict):
-    return {key: _finite(item) for key, item in value.items()}
-  if isinstance(value, list):
-    return [_finite(item) for item in value]
-  is_number = isinstance(value, float)
-  return None if is_number and not math.isfinite(value) else value
+def _finite(value: float) -> float | None:
+  """Returns the number, or None (JSON's null) for one that is not finite."""
+  return value if math.isfinite(value) else None
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:

@@ -96,17 +96,6 @@ def test_segments_that_were_copied_to_a_disk_are_continued_there(
   assert _steps(path) == list(range(25))
 
 
-def test_hyperparameters_are_at_the_head_of_the_first_segment_only(store):
-  path = epath.Path(f"{_FOLDER}/metrics.jsonl")
-  for start in (0, 5):
-    writer = writers.JsonLinesWriter(path, resume_step=start or None)
-    writer.write_hparams({"lr": 0.1})
-    writer.write_scalars(start, {"loss": 1})
-    writer.close()
-  rows = writers.read_json_lines(path)
-  assert ["hparams" in row for row in rows] == [True, False, False]
-
-
 def test_training_neither_waits_for_uploads_nor_sleeps(store, monkeypatch):
   """While the store hangs, lines are taken; then all of them are there."""
   release, sleepers = threading.Event(), set()

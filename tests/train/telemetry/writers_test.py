@@ -128,11 +128,9 @@ def test_json_lines_come_back_as_written(tmp_path):
   writer.write_scalars(2, {"loss": np.float32(0.5), "bad": float("nan")})
   rows = writers.read_json_lines(path)  # before close: nothing is held back
   writer.close()
-  assert rows[0] == {
-    "hparams": {"lr": 1e-3, "limit": None, "path": str(tmp_path)}
-  }
-  assert rows[1].pop("time") > 1e9
-  assert rows[1] == {"step": 2, "loss": 0.5, "bad": None}
+  (row,) = rows  # and no row of settings: config.json holds them
+  assert row.pop("time") > 1e9
+  assert row == {"step": 2, "loss": 0.5, "bad": None}
   assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
@@ -145,11 +143,9 @@ def test_a_line_cut_by_a_kill_is_left_out_and_then_written_over(tmp_path):
   assert [row["step"] for row in writers.read_json_lines(path)] == [1, 2, 3]
 
 
-def test_on_resume_later_lines_are_dropped_and_the_head_is_kept(tmp_path):
+def test_on_resume_later_lines_are_dropped_and_others_are_kept(tmp_path):
   path = tmp_path / "metrics.jsonl"
-  writer = writers.JsonLinesWriter(path)
-  writer.write_hparams({"lr": 1.0})
-  writer.close()
+  path.write_text('{"note": "of another program"}\n')
   write_steps(path, range(5))
   write_steps(path, [3], resume_step=2)
   rows = writers.read_json_lines(path)
@@ -158,15 +154,6 @@ def test_on_resume_later_lines_are_dropped_and_the_head_is_kept(tmp_path):
   rows = writers.read_json_lines(path)
   assert [row.get("step") for row in rows] == [None, 0]
   assert list(tmp_path.iterdir()) == [path]  # no partial file is left
-
-
-def test_hyperparameters_are_written_once_a_file(tmp_path):
-  for lr in (1.0, 2.0):
-    writer = writers.JsonLinesWriter(tmp_path / "m.jsonl")
-    writer.write_hparams({"lr": lr})
-    writer.close()
-  rows = writers.read_json_lines(tmp_path / "m.jsonl")
-  assert rows == [{"hparams": {"lr": 1.0}}]
 
 
 def test_curves_hold_the_finite_numbers_of_each_metric():
