@@ -1,16 +1,24 @@
 """What every test runs with: eight CPU devices, a cache of their programs."""
 
 import gc
+import importlib.metadata
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in _FLAGS:
-  os.environ["XLA_FLAGS"] = (
-    f"{_FLAGS} --xla_force_host_platform_device_count=8"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=300"
-  ).strip()
+  flags = [
+    _FLAGS,
+    "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300",
+    "--xla_cpu_opt_preset=FAST_COMPILE",
+  ]
+  # Its older emitters of loops compile in less; jaxlib 0.12 has the others
+  # alone, so that the lane of the newest versions runs those.
+  if importlib.metadata.version("jaxlib").startswith("0.10."):
+    flags.append("--xla_cpu_use_fusion_emitters=false")
+  os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 # The same small programs are compiled again and again, in processes of tests
 # too; kept between runs in pytest's own cache folder.

@@ -10,7 +10,7 @@ import pytest
 
 _NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 _SETTINGS = ("LAVIT_MODEL", "LAVIT_SOURCE", "LAVIT_GOLDEN", "LAVIT_PICTURE")
-pytestmark = [pytest.mark.slow, pytest.mark.optimized]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

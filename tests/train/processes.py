@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -30,6 +31,11 @@ def free_port() -> int:
     return s.getsockname()[1]
 
 
+def flags_for(devices: int) -> str:
+  """XLA_FLAGS of a process with so many devices, else as the tests' own."""
+  return re.sub(r"(?<=device_count=)\d+", str(devices), os.environ["XLA_FLAGS"])
+
+
 class Group:
   """The processes of one run; `logs` are the files with what they print."""
 
@@ -44,7 +50,7 @@ class Group:
       env = os.environ | {
         "PYTHONPATH": str(_ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": flags_for(devices),
       }
       if count > 1:
         env |= {

@@ -1,6 +1,7 @@
 """Autoencoder and pixel decoder learn from real photographs, in seconds."""
 
 import importlib
+import json
 import os
 import pathlib
 
@@ -19,15 +20,28 @@ from tests import micro
 from tests.train import latent_micro
 
 
-def _photographs(cfg):
-  path = pathlib.Path(os.environ["LAVIT_SHARED"]) / "data/A_coco/index.jsonl"
-  cfg.data.kind, cfg.data.path = "jsonl", str(path)
+def _save_photographs(root):
+  """Copies at 32 px: most of the time would be that of decoding, 16 a step."""
+  source = pathlib.Path(os.environ["LAVIT_SHARED"]) / "data/A_coco"
+  (root / "images").mkdir()
+  rows = [json.loads(line) for line in (source / "index.jsonl").open()]
+  for row in rows:
+    image = image_io.load(source / row["image"])
+    image.thumbnail((32, 32))
+    row["image"] = str(pathlib.Path(row["image"]).with_suffix(".png"))
+    image.save(root / row["image"])
+  text = "".join(json.dumps(row) + "\n" for row in rows)
+  (root / "index.jsonl").write_text(text)
+
+
+def _photographs(cfg, root):
+  cfg.data.kind, cfg.data.path = "jsonl", str(root / "index.jsonl")
   return cfg
 
 
 def _autoencoder(root):
   module = importlib.import_module("lavit_jax.configs.tiny.autoencoder")
-  cfg = _photographs(module.get_config())
+  cfg = _photographs(module.get_config(), root)
   cfg.model_dir, cfg.batch_size = str(root / "model"), 16
   cfg.model.vae.update({"channels": (8, 16), "groups": 4})
   cfg.data.image_size = 16
@@ -38,7 +52,7 @@ def _autoencoder(root):
 
 def _decoder(root):
   buckets = ((16, 16),)  # each is compiled for by itself
-  cfg = _photographs(latent_micro.config("lowres", root))
+  cfg = _photographs(latent_micro.config("lowres", root), root)
   cfg.data.buckets, cfg.batch_size = buckets, 16
   cfg.model.unet.update({"channels": (16, 32), "num_heads": (2, 4)})
   cfg.eval.batches, cfg.eval.sample_pictures, cfg.eval.sample_steps = 2, 16, 10
@@ -62,6 +76,7 @@ def _untrained(cfg):
 @pytest.mark.shared
 def test_photographs_are_learnt(tmp_path):
   """Errors of eps and of drawn images fall, on photographs held out."""
+  _save_photographs(tmp_path)
   with micro.one_device():
     latent_micro.save_model(tmp_path / "model", kinds=())
     made = loop.train(_autoencoder(tmp_path), tmp_path / "vae", quiet=True)
@@ -80,8 +95,7 @@ def _check_autoencoder(root):
   """Latents times its factor have unit variance; that of the images."""
   part = checkpoints.load_part(root / "model", "lowres_pixels")
   net = vae.AutoencoderKL(vae.VaeConfig(**part.meta["vae"]))
-  folder = pathlib.Path(os.environ["LAVIT_SHARED"]) / "data/A_coco/images"
-  paths = sorted(folder.iterdir())[:32]
+  paths = sorted((root / "images").iterdir())[:32]
   images = np.stack([image_io.to_uint8(image_io.load(p), 16) for p in paths])
   x = conditioning.to_unit(images)
   mean, _ = net.apply({"params": part.params["vae"]}, x, method="encode")
