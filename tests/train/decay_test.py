@@ -85,7 +85,7 @@ def test_an_update_decays_matrices_alone():
   """With no gradient what decays shrinks by rate times decay, in its group."""
   objective = outlines.build("pretrain")
   boxed = _params(objective)
-  params = outlines.draw(boxed)
+  params = drawn.draw(boxed)
   labels = jax.tree.map(lambda _: "base", params)
   labels["merger"] = jax.tree.map(lambda _: optimizer.FROZEN, params["merger"])
   config = dict(

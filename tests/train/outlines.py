@@ -9,7 +9,7 @@ import numpy as np
 from lavit_jax.core import sharding, vocabulary
 from lavit_jax.train import objectives, phases
 from lavit_jax.train.objectives.frozen import artifacts
-from tests.train import sharding_test
+from tests.train import drawn, sharding_test
 
 _NOWHERE = "a folder that is not there"
 TEXT = 300  # pieces of text
@@ -46,22 +46,6 @@ def phase_of(objective, name=None, **settings):
   return phase.with_settings(**settings)
 
 
-def draw(abstract, seed=0):
-  """Random parameters, none zero, without a program that has to compile."""
-  rng = np.random.default_rng(seed)
-
-  def one(path, leaf):
-    if not np.issubdtype(leaf.dtype, np.floating):
-      return np.zeros(leaf.shape, leaf.dtype)
-    fan = max(int(np.prod(leaf.shape[:-1])), 1)
-    drawn = rng.normal(0, fan**-0.5, leaf.shape)
-    if jax.tree_util.keystr(path[-1:], simple=True) == "scale":
-      drawn = 1 + drawn / 10
-    return drawn.astype(leaf.dtype)
-
-  return jax.tree_util.tree_map_with_path(one, sharding.unbox(abstract))
-
-
 class Case:
   """Random weights and a random batch of an objective.
 
@@ -74,13 +58,13 @@ class Case:
     self.objective = objective
     self.boxed, extra = jax.eval_shape(objective.init, jax.random.key(0))
     extra = sharding.unbox(extra)
-    self.params = draw(self.boxed)
-    self.frozen = draw(objective.load_frozen(), 1)
-    self.extra = draw(extra, 2)
+    self.params = drawn.draw(self.boxed)
+    self.frozen = drawn.draw(objective.load_frozen(), 1)
+    self.extra = drawn.draw(extra, 2)
     if "codebook" in self.extra:
       self.extra["codebook"] = _codebook(self.extra["codebook"])
     if "ema" in self.extra:
-      self.extra["ema"] = draw(self.boxed, 3)
+      self.extra["ema"] = drawn.draw(self.boxed, 3)
     if "square" in self.extra:
       self.extra = {"mean": np.float32(0.1), "square": np.float32(1.0)}
     self.batch = batch_of(objective, rows)

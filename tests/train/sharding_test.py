@@ -11,6 +11,7 @@ from lavit_jax.train import objectives, optimizer
 from lavit_jax.train import phases as phases_lib
 from lavit_jax.train import step as step_lib
 from tests import micro
+from tests.train import drawn
 
 _MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
 _LONG = {"fsdp": 4, "context": 2}
@@ -44,20 +45,6 @@ def stage_config(stage, root):
   return cfg
 
 
-def _draw(abstract):
-  """Random parameters, none zero, without a program that has to compile."""
-  rng = np.random.default_rng(0)
-
-  def one(path, leaf):
-    fan = max(int(np.prod(leaf.shape[:-1])), 1)
-    drawn = rng.normal(0, fan**-0.5, leaf.shape)
-    if jax.tree_util.keystr(path[-1:], simple=True) == "scale":
-      drawn = 1 + drawn / 10
-    return drawn.astype(leaf.dtype)
-
-  return jax.tree_util.tree_map_with_path(one, abstract)
-
-
 class _Case:
   """A phase of a stage: its first batch and step on one device."""
 
@@ -71,7 +58,7 @@ class _Case:
     extra = jax.jit(lambda: sharding.unbox(init()).extra)()
     self.first = step_lib.TrainState(
       step=np.int32(3),
-      params=_draw(sharding.unbox(self.boxed.params)),
+      params=drawn.draw(self.boxed.params),
       opt_state=None,
       extra=jax.device_get(extra),
       rng=np.array([0, 7], np.uint32),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.core.storage import checkpoints
+from lavit_jax.train import loop
 from lavit_jax.train.resilience import run_checkpoints
 from lavit_jax.train.telemetry import writers
 from tests import micro
@@ -47,19 +48,26 @@ def _config(root, **overrides):
   )
 
 
+@pytest.fixture(scope="module")
+def straight(micro_runs, tmp_path_factory):
+  """The root of a run by one process that nothing disturbed."""
+  (root,) = micro.branch(micro_runs, tmp_path_factory.mktemp("straight"), 1)
+  processes.run(1, _config(root), root / "run")
+  return root
+
+
 def test_one_two_and_four_processes_with_kills_between_are_one_run(
-  micro_runs, tmp_path
+  straight, micro_runs, tmp_path
 ):
   """Same rows to the byte and same losses to 1e-5, packed and mixed.
 
   Checkpoints are written by one number of processes and read by another, the
   parameters split among them.
   """
-  straight, killed = micro.branch(micro_runs, tmp_path, 2)
+  (killed,) = micro.branch(micro_runs, tmp_path, 1)
   work = killed / "run"
   log = work / "batches.jsonl"
   config = _config(killed)
-  processes.run(1, _config(straight), straight / "run")
   for count, lines in ((1, 4), (2, 8)):
     with processes.running(count, config, work) as group:
       processes.until(log, lines, group)
@@ -82,16 +90,14 @@ def test_one_two_and_four_processes_with_kills_between_are_one_run(
 
 
 def test_processes_whose_devices_share_rows_read_the_same_ones(
-  micro_runs, tmp_path
+  straight, micro_runs, tmp_path
 ):
   """A mesh whose `tensor` axis spans processes: each has all the rows."""
-  alone, shared = micro.branch(micro_runs, tmp_path, 2)
+  (shared,) = micro.branch(micro_runs, tmp_path, 1)
   split = {"data": 1, "fsdp": 1, "context": 1, "tensor": -1}
-  settings = {"phases__train__steps": 2, "mesh": split}
-  processes.run(1, _config(alone, **settings), alone / "run")
-  processes.run(2, _config(shared, **settings), shared / "run")
-  assert _rows(shared / "run") == _rows(alone / "run")
-  shared_losses, losses = _losses(shared / "run"), _losses(alone / "run")
+  processes.run(2, _config(shared, mesh=split), shared / "run")
+  assert _rows(shared / "run") == _rows(straight / "run")
+  shared_losses, losses = _losses(shared / "run"), _losses(straight / "run")
   assert shared_losses == pytest.approx(losses, abs=1e-5)
 
 
@@ -100,12 +106,14 @@ def test_two_processes_begin_the_phases_of_a_tokenizer_as_one(
 ):
   """Mean features and k-means are of whole batches, on two devices each."""
   one, two = micro.branch(micro_runs, tmp_path, 2)
-  for root, count in ((one, 1), (two, 2)):
-    settings = {"schedule": ("random", "codes"), "log__every": 1}
-    config = processes.write_config(
-      root / "config.py", "tokenizer", root, **settings
-    )
-    processes.run(count, config, root / "run", devices=count)
+  settings = {"schedule": ("random", "codes"), "log__every": 1}
+  with micro.one_device():
+    cfg = micro.config("tokenizer", one, **settings)
+    loop.train(cfg, one / "run", quiet=True)
+  config = processes.write_config(
+    two / "config.py", "tokenizer", two, **settings
+  )
+  processes.run(2, config, two / "run", devices=2)
   assert _rows(two / "run") == _rows(one / "run")
   shared_losses, losses = _losses(two / "run"), _losses(one / "run")
   assert sorted(shared_losses) == [1, 2, 3, 4]
