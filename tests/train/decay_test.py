@@ -14,7 +14,7 @@ from lavit_jax.models.pixels import unet
 from lavit_jax.models.tokenizer import decoder
 from lavit_jax.train import optimizer, phases
 from lavit_jax.train.objectives.frozen import latent_parts
-from tests.train import latent_micro, outlines
+from tests.train import drawn, latent_micro, outlines
 
 # Every parameter by the last name of its path. A new name has to be put here.
 _MATRICES = {"kernel", "qkv_kernel", "head"}
