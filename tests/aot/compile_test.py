@@ -21,7 +21,7 @@ from lavit_jax.train.objectives.frozen import abstract_params
 from tests import micro
 from tests.train import processes
 
-pytestmark = [pytest.mark.libtpu, pytest.mark.optimized]
+pytestmark = [pytest.mark.slow, pytest.mark.libtpu, pytest.mark.optimized]
 pytest.importorskip("libtpu")
 
 

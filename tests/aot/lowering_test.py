@@ -24,6 +24,8 @@ from lavit_jax.train.objectives.frozen import artifacts
 from tests import micro
 from tests.train import latent_micro, sharding_test
 
+pytestmark = pytest.mark.slow
+
 _CUDNN = [
   f"__cudnn$fmha{bias}Softmax{phase}"
   for bias in ("", "ScaleBias")

@@ -12,6 +12,8 @@ from lavit_jax.core import sharding
 from lavit_jax.train import boundaries, loop, lowering, phases
 from tests import micro
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def cache(tmp_path):

@@ -12,6 +12,8 @@ pytest.importorskip("torch", reason="imports PyTorch files")
 from lavit_jax.port import importing
 from tests.port import sources
 
+pytestmark = pytest.mark.slow
+
 SELECTOR = "token_predictor."
 
 

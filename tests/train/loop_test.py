@@ -25,6 +25,8 @@ from lavit_jax.train.telemetry import batch_log, writers
 from tests import micro
 from tests.train import processes, sharding_test
 
+pytestmark = pytest.mark.slow
+
 _ROOT = pathlib.Path(__file__).parents[2]
 
 

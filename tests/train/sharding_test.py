@@ -13,6 +13,8 @@ from lavit_jax.train import step as step_lib
 from tests import micro
 from tests.train import drawn
 
+pytestmark = pytest.mark.slow
+
 _MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
 _LONG = {"fsdp": 4, "context": 2}
 _PRETRAIN = (

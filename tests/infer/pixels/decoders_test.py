@@ -17,6 +17,8 @@ from lavit_jax.infer.pixels import safety as safety_lib
 from lavit_jax.models.pixels import safety
 from tests.train import latent_micro
 
+pytestmark = pytest.mark.slow
+
 CODES = [np.array([1, 5, 9]), np.array([2]), np.arange(16)]
 _QUICK = {"steps": 2}
 _FACTOR = latent_micro.VAE.scale

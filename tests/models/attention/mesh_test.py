@@ -11,6 +11,8 @@ from lavit_jax.core import sharding
 from lavit_jax.models import layers, llama
 from lavit_jax.models.attention import mesh as mesh_lib
 
+pytestmark = pytest.mark.slow
+
 _MESHES = (
   {"context": 8},
   {"data": 2, "context": 4},

@@ -14,6 +14,8 @@ from lavit_jax.port.diffusers import config as config_lib
 from lavit_jax.port.formats import tensors
 from lavit_jax.port.tables import names, pixel_names
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("torch", reason="reads and computes PyTorch's U-Nets")
 
 _BLOCKS = ("down_blocks_0", "down_blocks_1", "mid_block")

@@ -12,6 +12,8 @@ import pytest
 from lavit_jax.core import errors, sharding
 from lavit_jax.models.pixels import unet, unet_blocks
 
+pytestmark = pytest.mark.slow
+
 _CONFIG = unet.UNetConfig(
   in_channels=5,
   out_channels=3,

@@ -6,6 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch", reason="reads PyTorch files")
 pytest.importorskip("safetensors", reason="reads safetensors files")
 

@@ -4,6 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch", reason="reads PyTorch files")
 pytest.importorskip("safetensors", reason="reads safetensors files")
 

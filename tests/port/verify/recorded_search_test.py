@@ -15,6 +15,8 @@ from lavit_jax.port import importing
 from lavit_jax.port.verify import recorded_networks, recorded_search, verify
 from tests.port import sources
 
+pytestmark = pytest.mark.slow
+
 IMAGES = 2
 END, BASE = 2, 9.0  # </s>, and what all hidden states have in common
 

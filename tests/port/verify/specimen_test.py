@@ -22,6 +22,8 @@ from lavit_jax.port.verify import specimen
 from tests.golden import load
 from tests.port import pixel_sources
 
+pytestmark = pytest.mark.slow
+
 
 def states(folder):
   """Returns {file: {name: tensor}} of all weights that an import reads."""

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch", reason="writes PyTorch files")
 diffusers = pytest.importorskip("diffusers", reason="reads what was exported")
 pytest.importorskip("safetensors", reason="reads safetensors files")

@@ -46,7 +46,7 @@ def _autoencoder(root):
   cfg.model.vae.update({"channels": (8, 16), "groups": 4})
   cfg.data.image_size = 16
   cfg.eval.every = cfg.checkpoint.every = 1000
-  cfg.eval.batches, cfg.phases.train.steps = 2, 200
+  cfg.eval.batches, cfg.phases.train.steps = 2, 90
   return cfg
 
 
@@ -57,7 +57,7 @@ def _decoder(root):
   cfg.model.unet.update({"channels": (16, 32), "num_heads": (2, 4)})
   cfg.eval.batches, cfg.eval.sample_pictures, cfg.eval.sample_steps = 2, 16, 10
   cfg.checkpoint.every = 1000
-  cfg.phases.train.update({"steps": 200, "lr": 3e-3})
+  cfg.phases.train.update({"steps": 80, "lr": 4e-3})
   return cfg
 
 

@@ -27,6 +27,8 @@ from lavit_jax.train.telemetry import writers
 from tests import micro
 from tests.train import drawn, latent_micro, outlines, parts, stubs
 
+pytestmark = pytest.mark.slow
+
 PHOTOS = pathlib.Path(__file__).parents[2] / "data_files" / "coco"
 _LORA = {
   "model__lora": {"rank": 2, "alpha": 4.0},

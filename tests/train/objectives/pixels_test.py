@@ -24,6 +24,8 @@ from lavit_jax.models.tokenizer import (
 )
 from lavit_jax.train.objectives import pixels as objective_lib
 
+pytestmark = pytest.mark.slow
+
 _TOKENIZER = tokenizer.TokenizerConfig(
   vit=vision.ViTConfig(
     image_size=32, patch_size=16, width=8, depth=1, num_heads=2, mlp_dim=8

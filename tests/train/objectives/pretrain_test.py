@@ -17,6 +17,8 @@ from lavit_jax.train import loop, objectives
 from lavit_jax.train.objectives import pretrain, token_dropout
 from tests import micro
 
+pytestmark = pytest.mark.slow
+
 _VOCAB = vocabulary.Vocabulary(text_size=20, num_codes=30)
 
 

@@ -14,6 +14,8 @@ from lavit_jax.train.telemetry import writers
 from tests import micro
 from tests.train import fake_gcs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def store(monkeypatch):

@@ -15,6 +15,8 @@ from lavit_jax.train.resilience import data_position, nonfinite, run_checkpoints
 from lavit_jax.train.telemetry import batch_log, writers
 from tests import micro
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def restored(monkeypatch):

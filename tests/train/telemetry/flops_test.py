@@ -15,6 +15,8 @@ from lavit_jax.train.objectives.frozen import artifacts
 from lavit_jax.train.telemetry import flops
 from tests import outlines
 
+pytestmark = pytest.mark.slow
+
 # FLOPs of a step by phase, as formulas from the configs had them, before they
 # were counted in the jaxpr. They differ by up to 0.8 %, where the formulas
 # - had a gradient of what needs none: pixels, and frozen features before a

@@ -13,6 +13,8 @@ from lavit_jax.train.telemetry import flops, meter, tracing, writers
 from tests import micro
 from tests.train import processes
 
+pytestmark = pytest.mark.slow
+
 
 class _Clock:
   """A clock that the test sets forward."""

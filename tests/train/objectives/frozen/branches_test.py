@@ -17,6 +17,8 @@ from lavit_jax.train.objectives.frozen import abstract_params, branches
 from tests import micro
 from tests.train import latent_micro
 
+pytestmark = pytest.mark.slow
+
 _MESH = {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
 _SLACK = 4096  # bytes a device: metrics, keys, constants of programs
 

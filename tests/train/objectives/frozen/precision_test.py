@@ -31,6 +31,8 @@ from lavit_jax.train.objectives.frozen import (
 from tests import micro
 from tests.train import latent_micro, outlines
 
+pytestmark = pytest.mark.slow
+
 _MESH = {"data": -1, "fsdp": 2, "context": 1, "tensor": 2}
 _TEXT = 300  # pieces
 _HOW = ("dtype", "remat", "unroll", "scan", "force_upcast")
