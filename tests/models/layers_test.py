@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -223,3 +224,23 @@ def test_attention_in_blocks_is_attention(monkeypatch, kind, groups):
     np.testing.assert_allclose(a, b, atol=1e-5)
   text = str(jax.make_jaxpr(loss)(query, key, value))
   assert "scan" in text  # that it did go in blocks
+
+
+class _Residual(nn.Module):
+  """The smallest block that `layers.stack` takes."""
+
+  @nn.compact
+  def __call__(self, x, unused):
+    return x + nn.Dense(3, use_bias=False)(x), None
+
+
+def test_a_stack_draws_of_a_seed_what_it_always_drew():
+  """How its layers are traced decides which keys they get."""
+  net = layers.stack(_Residual, 2, "none")()
+  made = net.init(jax.random.key(0), jnp.ones((1, 3)), None)
+  kernel = nn.meta.unbox(made)["params"]["Dense_0"]["kernel"]
+  first_rows = [
+    [-0.39678162, -0.01786418, -0.6180246],
+    [1.0610479, -0.11932474, -0.5990065],
+  ]
+  np.testing.assert_allclose(kernel[:, 0], first_rows, rtol=1e-6)
