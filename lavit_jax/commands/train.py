@@ -222,7 +222,7 @@ def read_config(
       f"{'; '.join(problems)}. Expected: lavit train --config FILE --workdir"
       " DIR [--config.FIELD=VALUE ...]. See lavit train --help."
     )
-  return config.value, workdir.value
+  return config.value, str(workdir.value)
 
 
 def _config_message(error: Exception) -> str:

@@ -73,8 +73,9 @@ def test_all_sources_and_caches_have_the_signatures_of_their_protocols(
   options = ["--config-file", str(root / "pyproject.toml")]
   options += ["--cache-dir", str(root / ".mypy_cache")]
   out, _, _ = api.run([*options, str(tmp_path / "check.py")])
-  assert 'variable has type "Source"' in out
-  assert "Found 1 error" in out, out
+  found = [line for line in out.splitlines() if "check.py" in line]
+  assert len(found) == 1, out  # of other files mypy itself tells
+  assert 'variable has type "Source"' in found[0]
 
 
 def test_the_fake_source_is_a_source():

@@ -367,7 +367,7 @@ def gumbel_noise(seed: int | np.ndarray, shape: tuple[int, ...]) -> jax.Array:
     seed: row i has the noise of seed + i, or of seed[i] if it is int[B].
     shape: (B, N, 2).
   """
-  seeds = np.asarray(seed, np.uint32)
+  seeds: np.ndarray = np.asarray(seed, np.uint32)
   if not seeds.ndim:
     seeds = seeds + np.arange(shape[0], dtype=np.uint32)
   keys = jax.vmap(jax.random.key)(seeds)
