@@ -6,11 +6,14 @@
 The rules:
   * a package imports only from packages on lower floors (LAYERS);
   * within any folder, modules and sub-packages import in one direction;
-  * a folder has at most 12 entries;
+  * a folder has at most 12 entries: modules and sub-packages;
+  * modules are imported by their whole names, from the package's own folders
+    alone: not relatively, not `lavit_jax` itself, no test, no benchmark;
   * an import stands at the top of its module, unless it is of an optional
     extra: then the line ends in the comment `# optional extra`.
 
-Imports are read from the source: nothing of the package is run.
+Imports are read from the source: nothing of the package is run. `lavit_jax.X`
+within the package would hide which module is meant.
 """
 
 import argparse
@@ -34,6 +37,8 @@ LAYERS = (
   ("jobs",),
   ("commands",),
 )
+
+_FOLDERS = {name for names in LAYERS for name in names} | {"configs"}
 
 Graph = dict[str, set[str]]
 
@@ -114,6 +119,8 @@ def broken(root: pathlib.Path = ROOT) -> list[str]:
       )
   for name, path in paths.items():
     found += [f"{name}: {line}" for line in _hidden(path)]
+    if name not in (PACKAGE, f"{PACKAGE}.__main__"):
+      found += [f"{name}: {line}" for line in _unclear(path)]
   return found
 
 
@@ -130,18 +137,47 @@ def _upward(packages: Graph) -> Iterator[str]:
         yield f"{source} imports {target}, which is not on a lower floor"
 
 
-def _hidden(path: pathlib.Path) -> Iterator[str]:
-  """Yields the imports within functions that are not of an optional extra."""
+def _hidden(path: pathlib.Path) -> list[str]:
+  """Returns the imports within functions that are not of an optional extra."""
   source = path.read_text("utf-8")
   lines = source.splitlines()
+  found = {}  # by line: a function may stand within a function
   for function in ast.walk(ast.parse(source)):
     if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
       continue
     for node in ast.walk(function):
       if isinstance(node, ast.Import | ast.ImportFrom):
         line = lines[node.lineno - 1]
-        if OPTIONAL not in line:
-          yield f"line {node.lineno} imports in a function: {line.strip()}"
+        if OPTIONAL not in line or _never_optional(node):
+          found[node.lineno] = line.strip()
+  return [f"line {n} imports in a function: {found[n]}" for n in sorted(found)]
+
+
+def _never_optional(node: ast.Import | ast.ImportFrom) -> bool:
+  """Returns whether an import is of what every installation has."""
+  module = getattr(node, "module", None)
+  names = [module] if module else [a.name for a in node.names]
+  tops = {name.split(".")[0] for name in names}
+  return bool(tops & (sys.stdlib_module_names | {PACKAGE}))
+
+
+def _unclear(path: pathlib.Path) -> Iterator[str]:
+  """Yields imports that do not name a module of the package or a library."""
+  for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    if isinstance(node, ast.ImportFrom) and node.level:
+      yield f"line {node.lineno} imports relatively: give the whole name"
+    elif isinstance(node, ast.Import | ast.ImportFrom):
+      names = {a.name for a in node.names}
+      if isinstance(node, ast.ImportFrom):
+        tops = {(node.module or "").split(".")[0]}
+        if node.module == PACKAGE and not names <= _FOLDERS | {"__version__"}:
+          yield f"line {node.lineno} imports from {PACKAGE} itself"
+      else:
+        tops = {name.split(".")[0] for name in names}
+        if PACKAGE in names:
+          yield f"line {node.lineno} imports {PACKAGE} itself"
+      for top in sorted(tops & {"tests", "benchmarks", "docs"}):
+        yield f"line {node.lineno} imports {top}, which is not installed"
 
 
 def _common(a, b):

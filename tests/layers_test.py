@@ -59,6 +59,27 @@ def _house(tmp_path, **files):
       ["lavit_jax.core.a: line 2 imports in a function: import os"],
     ),
     (
+      {"core__a": "def f():\n  def g():\n    import os  # optional extra"},
+      [
+        "lavit_jax.core.a: line 3 imports in a function:"
+        " import os  # optional extra"
+      ],
+    ),
+    (
+      {"core__a": "from . import b", "core__b": "from lavit_jax import LaVIT"},
+      [
+        "lavit_jax.core.a: line 1 imports relatively: give the whole name",
+        "lavit_jax.core.b: line 1 imports from lavit_jax itself",
+      ],
+    ),
+    (
+      {"core__a": "import lavit_jax", "core__b": "import tests.micro"},
+      [
+        "lavit_jax.core.a: line 1 imports lavit_jax itself",
+        "lavit_jax.core.b: line 1 imports tests, which is not installed",
+      ],
+    ),
+    (
       {f"core__m{i:02}": "" for i in range(13)},
       [
         "lavit_jax.core has 13 entries, more than 12: "

@@ -1,4 +1,4 @@
-"""What the four tiny runs share: data, optimizer, logging."""
+"""What the tiny runs share: data, optimizer, logging."""
 
 import ml_collections
 

@@ -23,6 +23,7 @@ with epy.lazy_imports():  # after JAX_PLATFORMS is set, see `run`
 
   from lavit_jax.aot import compile as ahead
   from lavit_jax.aot import libtpu
+  from lavit_jax.models import layers
   from lavit_jax.train import phases
 
 _HELP = """\
@@ -205,6 +206,11 @@ def _sweep(args, config, compile_one: Callable) -> int:
   size = config.batch_size
   batches = _numbers(args.batches) or (size // 2, size, 2 * size, 4 * size)
   remats = tuple(args.remats.split(",")) if args.remats else _REMATS
+  if unknown := set(remats) - set(layers.REMAT):
+    raise errors.UsageError(
+      f"--remats: {', '.join(sorted(unknown))}: expected some of"
+      f" {', '.join(sorted(layers.REMAT))}."
+    )
   results, best = [], None
   for batch, remat in itertools.product(batches, remats):
     variant = copy.deepcopy(config)

@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epy
 
-import lavit_jax
+from lavit_jax import __version__
 from lavit_jax.commands import common
 
 with epy.lazy_imports():
@@ -34,7 +34,7 @@ def add(subparsers: Any) -> None:
 def _info(args: argparse.Namespace) -> None:
   info = common.load(args).info()
   document = {
-    "lavit_jax": lavit_jax.__version__,
+    "lavit_jax": __version__,
     "jax": jax.__version__,
     "devices": [str(device) for device in jax.devices()],
     "model": info,

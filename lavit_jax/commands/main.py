@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-import lavit_jax
+from lavit_jax import __version__
 from lavit_jax.commands import (
   common,
   draw,
@@ -39,7 +39,7 @@ start here:
   lavit quickstart                         train every stage, see a report
   lavit caption photo.jpg                  use the small model shipped here
   lavit generate "a large red circle" --out circle.png
-  lavit train --config configs/tiny/pretrain.py --workdir runs/pretrain
+  lavit train --config configs/tiny/encoder.py --workdir runs/encoder
 
 Every command explains itself: lavit COMMAND --help
 LAVIT_DEBUG=1 in the environment shows the traceback of an error.
@@ -194,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     "-V",
     "--version",
     action="version",
-    version=f"lavit {lavit_jax.__version__}",
+    version=f"lavit {__version__}",
   )
   subparsers = parser.add_subparsers(
     title="commands", metavar="COMMAND", required=True

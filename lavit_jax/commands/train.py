@@ -38,7 +38,7 @@ Train one stage as its config file says; continue what DIR has.
   --config.FIELD=VALUE   override any field of the config (after --config)
 
 examples:
-  lavit train --config configs/tiny/pretrain.py --workdir runs/pretrain
+  lavit train --config configs/tiny/encoder.py --workdir runs/encoder
   lavit train --config tiny/tokenizer.py --workdir runs/t --config.steps=100
 
 Interrupt it anywhere and run it again: it resumes with the same batches.

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from lavit_jax.infer import batches
+from lavit_jax.infer import seeds as seeds_lib
 from lavit_jax.infer.decoding import decode, prompt_rows
 from lavit_jax.infer.presets import official, rules
 from lavit_jax.infer.prompts import prompts
@@ -33,6 +34,7 @@ def write(
     seed: the codes of prompt i depend on it and seed + i alone.
     parity: with the quirks of the official code.
   """
+  seeds_lib.check(seed)
   parsed = [
     (prompter.parse(prompt, parity), n and prompter.parse(n, parity))
     for prompt, n in zip(inputs, negatives, strict=True)

@@ -123,6 +123,13 @@ def test_the_program_of_a_sweep_is_that_of_the_best(
   assert not path.exists()  # none fits
 
 
+def test_an_unknown_policy_is_refused_before_anything_is_compiled(capsys):
+  assert main.main([*_COMPILE, "--sweep", "--remats", "dots,foo"]) == 2
+  said = capsys.readouterr().err
+  assert "--remats: foo: expected some of" in said
+  assert "attention, dots, full" in said
+
+
 @pytest.mark.parametrize("flag", ["--batches", "--remats"])
 def test_what_belongs_to_a_sweep_is_refused_without_one(
   compiling, capsys, flag

@@ -10,6 +10,7 @@ import PIL.Image
 
 from lavit_jax.core import errors
 from lavit_jax.infer import batches
+from lavit_jax.infer import seeds as seeds_lib
 from lavit_jax.infer.loading import quantize as int8
 from lavit_jax.infer.presets import rules
 
@@ -54,7 +55,12 @@ def fields_of(config: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def seeds(seed: int | None, parity: bool, count: int) -> np.ndarray | None:
-  """Returns int[count], a seed each; None for deterministic selection."""
+  """Returns int[count], a seed each; None for deterministic selection.
+
+  Raises:
+    errors.UsageError: the seed is no integer, or out of range.
+  """
+  seeds_lib.check(seed, optional=True)
   if seed is None and not parity:
     return None
   return np.arange(count) + (seed or 0)

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 
 from lavit_jax.core import errors, image_io
-from lavit_jax.infer import batches, image_generation
+from lavit_jax.infer import batches, image_generation, seeds
 from lavit_jax.infer.pixels import decoders
 from lavit_jax.infer.pixels import options as options_lib
 from lavit_jax.infer.presets import rules
@@ -53,6 +53,7 @@ class ImageTasks(model.LoadedModel):
       and `codes` int32[k], their codes.
     """
     batch, single = self._batch(images, parity)
+    seeds.check(seed, optional=True)
     seed = 0 if parity and seed is None else seed
     rows = []
     for chunk, count, start in batches.chunks(batch, self.max_batch):
@@ -336,6 +337,7 @@ class ImageTasks(model.LoadedModel):
 
   def _decode(self, codes, seed, progress, options) -> list[PIL.Image.Image]:
     """See `draw_codes`; `options` are fields of PixelOptions."""
+    seeds.check(seed)
     pixel_options = rules.changed(options_lib.PixelOptions(), options)
     arrays = decoders.decode(
       self._pixel_decoder(pixel_options.decoder),
