@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from etils import epy
 
@@ -16,6 +16,7 @@ from lavit_jax.core import compiled_programs, errors
 
 with epy.lazy_imports():
   import jax
+  import ml_collections
   from absl import flags
   from ml_collections import config_flags
 
@@ -24,8 +25,8 @@ with epy.lazy_imports():
   from lavit_jax.train import loop
   from lavit_jax.train.resilience import distributed
 
-if TYPE_CHECKING:
-  import ml_collections
+# Read before the config goes to its stage, which checks the others.
+_FIELDS = ("batch_size", "mesh")
 
 _TRAIN_HELP = """\
 usage: lavit train --config FILE --workdir DIR [--config.FIELD=VALUE ...]
@@ -144,6 +145,7 @@ def train(argv: Sequence[str]) -> int:
     )
     return 0 if argv else 2
   config, workdir = read_config(argv)
+  _check_fields(config)
   keep_compiled(workdir)
   distributed.initialize()
   if config.mesh.data == -1:
@@ -214,6 +216,7 @@ def read_config(
     raise errors.UsageError(f"{error}. See lavit train --help.") from error
   except Exception as error:  # the config file may raise anything
     raise errors.ConfigError(_config_message(error)) from error
+  _check_is_config(config.value)
   problems = [f"cannot use {shlex.join(rest)}"] if rest else []
   problems += ["--config FILE is missing"] if config.value is None else []
   problems += [] if workdir.value else ["--workdir DIR is missing"]
@@ -223,6 +226,27 @@ def read_config(
       " DIR [--config.FIELD=VALUE ...]. See lavit train --help."
     )
   return config.value, str(workdir.value)
+
+
+def _check_is_config(value: Any) -> None:
+  """Raises ConfigError for what is no config of a run; None is no file."""
+  if value is None:
+    return
+  if not isinstance(value, ml_collections.ConfigDict):
+    raise errors.ConfigError(
+      f"get_config() of the config file returns {value!r}: expected an"
+      " ml_collections.ConfigDict, as the shipped configs return it."
+    )
+
+
+def _check_fields(config: "ml_collections.ConfigDict") -> None:
+  """Raises ConfigError for a config without what every run needs."""
+  missing = [name for name in _FIELDS if name not in config]
+  if missing:
+    raise errors.ConfigError(
+      f"the config has no {', '.join(missing)}: begin with get_config() of a"
+      " shipped config, and change what you want otherwise."
+    )
 
 
 def _config_message(error: Exception) -> str:
@@ -267,7 +291,7 @@ def _shipped_config(name: str) -> pathlib.Path:
   shipped = sorted(
     str(file.relative_to(root))
     for file in root.glob("*/*.py")
-    if file.name != "__init__.py"
+    if file.name not in ("__init__.py", "common.py")  # which is none itself
   )
   raise errors.ConfigError(
     f"no config file {name}, neither in {os.getcwd()} nor among the shipped"

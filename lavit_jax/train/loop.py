@@ -74,6 +74,7 @@ def train(
   """
   with distributed.failing_together():
     ranges.check(config)
+    nonfinite.policy_of(config)  # checked before anything is written
     folder = workdir_lib.check(config, workdir)
     run = _Run(config, folder, quiet or not hosts.is_lead())
     try:

@@ -2,11 +2,13 @@
 
 import json
 import pathlib
+import re
 import shlex
 
 import pytest
 
 from lavit_jax.commands import train as train_command
+from lavit_jax.core import errors
 from tests.commands import fakes
 
 pytestmark = pytest.mark.usefixtures("nothing_kept")
@@ -110,3 +112,28 @@ def test_a_shipped_config_is_found_from_anywhere(model, flag, split):
   config, _ = train_command.read_config([*argv, "--workdir", "w"])
   assert config.stage == "encoder"
   assert not pathlib.Path("configs").exists()
+
+
+@pytest.mark.parametrize(
+  ("body", "said"),
+  [
+    ("return 5", "get_config() of the config file returns 5: expected an"),
+    (
+      "return ml_collections.ConfigDict({'seed': 1})",
+      "the config has no batch_size, mesh: begin",
+    ),
+  ],
+)
+def test_what_is_no_config_of_a_run_is_refused(tmp_path, body, said):
+  path = tmp_path / "mine.py"
+  path.write_text(f"import ml_collections\ndef get_config():\n  {body}\n")
+  with pytest.raises(errors.ConfigError, match=re.escape(said)):
+    train_command.train([f"--config={path}", "--workdir", str(tmp_path / "w")])
+  assert not (tmp_path / "w").exists()
+
+
+def test_what_the_shipped_configs_share_is_not_offered():
+  with pytest.raises(errors.ConfigError) as caught:
+    train_command.read_config(["--config=tiny/nothing.py", "--workdir", "w"])
+  assert "tiny/encoder.py" in str(caught.value)
+  assert "common.py" not in str(caught.value)

@@ -328,6 +328,13 @@ def test_unknown_model_fields_name_the_nearest(micro_runs, tmp_path):
     loop.train(cfg, root / "run", quiet=True)
 
 
+def test_an_unknown_policy_is_refused_before_anything_is_written(tmp_path):
+  cfg = micro.config("encoder", tmp_path, nonfinite__policy="foo")
+  with pytest.raises(errors.ConfigError, match="policy='foo'"):
+    loop.train(cfg, tmp_path / "run", quiet=True)
+  assert not list(tmp_path.iterdir())
+
+
 def test_metrics_are_in_json_lines_and_events(micro_runs):
   root = micro_runs / "pretrain"
   rows = writers.read_json_lines(root / "metrics.jsonl")
