@@ -8,7 +8,8 @@ launch/tpu_pod.sh --name pretrain --zone us-west4-a --type v5litepod-256 \
   --config.data.cache_dir=/mnt/shared/codes/train \
   --config.data.held_out_cache_dir=/mnt/shared/codes/held_out
 
-On N chips of other kinds or numbers: --config.mesh.fsdp=N.
+On one machine of N chips, with the fields above and --config.mesh.fsdp=N:
+lavit train --config configs/lavit_7b/pretrain.py --workdir DIR
 
 Paper, section 3.2: one loss over words and images; learning rates 1e-5 for
 the LLM and 1e-4 for the visual part, text : image-text = 2 : 1 in documents
