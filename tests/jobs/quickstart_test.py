@@ -85,6 +85,7 @@ _OTHERWISE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _OTHERWISE)
 def test_a_stage_trained_with_another_config_is_not_skipped(
   name, micro_runs, tmp_path
@@ -104,6 +105,7 @@ def test_a_stage_trained_with_another_config_is_not_skipped(
     )
 
 
+@pytest.mark.slow
 def test_changed_data_of_a_finished_stage_are_refused(
   micro_runs, monkeypatch, capsys
 ):

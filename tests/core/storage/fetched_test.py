@@ -55,6 +55,7 @@ def test_a_part_is_written_replaced_and_read(store):
     checkpoints.load_part(folder, "encoder")
 
 
+@pytest.mark.slow
 def test_the_shipped_model_is_used_from_the_store(store):
   tiny = pathlib.Path(str(importlib.resources.files("lavit_jax")))
   tiny /= "weights/tiny"
