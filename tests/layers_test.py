@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 
 import pytest
 
@@ -99,3 +100,10 @@ def _house(tmp_path, **files):
 )
 def test_each_rule_can_be_broken(import_map, tmp_path, files, said):
   assert import_map.broken(_house(tmp_path, **files)) == said
+
+
+def test_the_page_shows_the_layers_that_are_checked(import_map):
+  page = (ROOT / "docs" / "architecture.md").read_text()
+  block = page.split("## Layers")[1].split("```text")[1].split("```")[0]
+  shown = [re.split(r" {4,}", line)[0] for line in block.strip().splitlines()]
+  assert tuple(tuple(line.split()) for line in shown) == import_map.LAYERS

@@ -25,7 +25,7 @@ with epy.lazy_imports():
   from lavit_jax.train import loop
   from lavit_jax.train.resilience import distributed
 
-# Read before the config goes to its stage, which checks the others.
+# Read before the config goes to its stage, which asks for the others.
 _FIELDS = ("batch_size", "mesh")
 
 _TRAIN_HELP = """\
@@ -145,7 +145,6 @@ def train(argv: Sequence[str]) -> int:
     )
     return 0 if argv else 2
   config, workdir = read_config(argv)
-  _check_fields(config)
   keep_compiled(workdir)
   distributed.initialize()
   if config.mesh.data == -1:
@@ -216,7 +215,8 @@ def read_config(
     raise errors.UsageError(f"{error}. See lavit train --help.") from error
   except Exception as error:  # the config file may raise anything
     raise errors.ConfigError(_config_message(error)) from error
-  _check_is_config(config.value)
+  if config.value is not None:
+    _check_config(config.value)
   problems = [f"cannot use {shlex.join(rest)}"] if rest else []
   problems += ["--config FILE is missing"] if config.value is None else []
   problems += [] if workdir.value else ["--workdir DIR is missing"]
@@ -228,21 +228,14 @@ def read_config(
   return config.value, str(workdir.value)
 
 
-def _check_is_config(value: Any) -> None:
-  """Raises ConfigError for what is no config of a run; None is no file."""
-  if value is None:
-    return
+def _check_config(value: Any) -> None:
+  """Raises ConfigError for what is no config of a run."""
   if not isinstance(value, ml_collections.ConfigDict):
     raise errors.ConfigError(
       f"get_config() of the config file returns {value!r}: expected an"
       " ml_collections.ConfigDict, as the shipped configs return it."
     )
-
-
-def _check_fields(config: "ml_collections.ConfigDict") -> None:
-  """Raises ConfigError for a config without what every run needs."""
-  missing = [name for name in _FIELDS if name not in config]
-  if missing:
+  if missing := [name for name in _FIELDS if name not in value]:
     raise errors.ConfigError(
       f"the config has no {', '.join(missing)}: begin with get_config() of a"
       " shipped config, and change what you want otherwise."

@@ -33,6 +33,9 @@ def write(
     form: how images enter the prompt, "continuous" or "codes".
     seed: the codes of prompt i depend on it and seed + i alone.
     parity: with the quirks of the official code.
+
+  Raises:
+    errors.UsageError: the seed is no integer, or out of range.
   """
   seeds_lib.check(seed)
   parsed = [

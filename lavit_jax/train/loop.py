@@ -74,7 +74,6 @@ def train(
   """
   with distributed.failing_together():
     ranges.check(config)
-    nonfinite.policy_of(config)  # checked before anything is written
     folder = workdir_lib.check(config, workdir)
     run = _Run(config, folder, quiet or not hosts.is_lead())
     try:
@@ -102,6 +101,8 @@ class _Run:
     self.config, self.workdir, self.quiet = config, workdir, quiet
     self.stop_signal = distributed.StopSignal()
     self.phases = phases_lib.phases_of(config)
+    # A policy that there is not is refused before anything is written.
+    self.watch = nonfinite.Watch(nonfinite.policy_of(config), config.stage)
     self.mesh = sharding.make_mesh(config.mesh.to_dict())
     step_lib.check_accumulation(config, self.mesh)
     self.objective = objectives.build(config)
@@ -114,7 +115,6 @@ class _Run:
       best_mode=self.objective.best_mode,
     )
     self.awaits_saves = True
-    self.watch = nonfinite.Watch(nonfinite.policy_of(config), config.stage)
     self.position = data_position.Position(config.batch_size)
     self.logs = run_log.RunLog(config, workdir, self.mesh)
     self.evaluated: dict[str, float] = {}

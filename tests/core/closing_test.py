@@ -81,7 +81,6 @@ def test_checkpoints_that_could_not_be_written_are_closed(tmp_path):
 def _leave_config_alone(monkeypatch):
   """The run is a stand-in, and has no config."""
   monkeypatch.setattr(loop.ranges, "check", lambda config: None)
-  monkeypatch.setattr(loop.nonfinite, "policy_of", lambda config: None)
   for name in ("check", "claim"):
     monkeypatch.setattr(loop.workdir_lib, name, lambda config, workdir: "")
 

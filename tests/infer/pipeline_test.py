@@ -18,7 +18,7 @@ from lavit_jax.infer.pixels import options
 from lavit_jax.infer.presets import rules
 from lavit_jax.infer.tasks import image_tasks
 
-pytestmark = [pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing import event_file_loader
+from tensorboard.plugins.hparams import metadata as hparams
 
 from lavit_jax.core import averages, errors, vocabulary
 from lavit_jax.core.storage import checkpoints
@@ -340,8 +342,17 @@ def test_metrics_are_in_json_lines_and_events(micro_runs):
   rows = writers.read_json_lines(root / "metrics.jsonl")
   assert any("text_loss" in row and "visual_loss" in row for row in rows)
   assert any("held_out/loss" in row for row in rows)
-  assert list(root.glob("events.out.tfevents*"))
   assert all("step" in row for row in rows)
+  (path, *_) = sorted(root.glob("events.out.tfevents*"))
+  loaded = event_file_loader.EventFileLoader(str(path)).Load()
+  (settings,) = (
+    hparams.parse_session_start_info_plugin_data(data.content).hparams
+    for event in loaded
+    for value in event.summary.value
+    if (data := value.metadata.plugin_data).plugin_name == "hparams"
+  )
+  assert settings["stage"].string_value == "pretrain"
+  assert settings["phases.train.train.llm"].string_value == "llm"
   stored = json.loads((root / "config.json").read_text())
   assert stored["stage"] == "pretrain"
 

@@ -103,6 +103,7 @@ class ImageTasks(model.LoadedModel):
       An image, or a list for a list.
     """
     options = arguments.fields_of(options_lib.PixelOptions, locals())
+    seeds.check(seed)
     tokens = self.tokenize(images, budget=budget, parity=parity)
     rows = [tokens] if isinstance(tokens, dict) else tokens
     codes = [row["codes"] for row in rows]

@@ -143,7 +143,8 @@ class JsonLinesWriter:
     """See `MetricWriter`."""
     row: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
     for name, value in scalars.items():
-      row[name] = _finite(float(value))
+      number = float(value)
+      row[name] = number if math.isfinite(number) else None
     self._write(row)
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
@@ -159,11 +160,6 @@ class JsonLinesWriter:
   def close(self) -> None:
     """See `MetricWriter`; a second call closes nothing."""
     self._file.close()
-
-
-def _finite(value: float) -> float | None:
-  """Returns the number, or None (JSON's null) for one that is not finite."""
-  return value if math.isfinite(value) else None
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:

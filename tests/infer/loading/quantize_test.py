@@ -18,7 +18,7 @@ from lavit_jax.infer.decoding import beam, decode, prompt_rows
 from lavit_jax.infer.loading import parts, quantize, visual
 from lavit_jax.models import llama
 
-pytestmark = [pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 TINY = parts.resolve("tiny")
 SMALL = llama.LlamaConfig(

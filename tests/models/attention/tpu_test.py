@@ -15,7 +15,7 @@ from lavit_jax.models.attention import mesh as mesh_lib
 from lavit_jax.models.attention import tpu
 from lavit_jax.models.pixels import unet_blocks
 
-pytestmark = [pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 _ROWS, _HEADS = 4, 4
 _LENGTH = 1536  # of the rows compiled for v5e; no other size is the same

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from lavit_jax.core import averages
+from lavit_jax.core import averages, sharding
 from lavit_jax.core.storage import checkpoints
 from lavit_jax.diffusion import denoising, schedules
 from lavit_jax.models.encoder import vision
@@ -189,6 +189,28 @@ def test_training_on_one_batch_lowers_the_loss(stage, step):
     seen.append(float(loss))
   assert np.mean(seen[-4:]) < 0.7 * np.mean(seen[:4])
   assert int(state["updates"]) == 60
+
+
+def test_eight_devices_give_the_loss_and_gradient_of_one(stage, step):
+  objective, params, state, batch = stage
+  rng = jax.random.key(5)
+  args = (nn.meta.unbox(params), objective.load_frozen(), nn.meta.unbox(state))
+  (one, _), grads_one = step(*args, batch, rng)
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  layout = sharding.param_shardings(params, mesh)
+  whole = sharding.replicated(mesh)
+  with sharding.use(mesh):
+    (many, _), grads_many = _step(objective, objective.last_phase)(
+      jax.device_put(args[0], layout),
+      jax.device_put(args[1], whole),
+      jax.device_put(args[2], sharding.param_shardings(state, mesh)),
+      sharding.put_batch(batch, mesh),
+      jax.device_put(rng, whole),
+    )
+  np.testing.assert_allclose(one, many, rtol=1e-5)
+  grads_many = jax.device_get(grads_many)
+  worst = optax.tree.norm(optax.tree.sub(grads_many, grads_one))
+  assert worst <= 1e-4 * optax.tree.norm(grads_one)
 
 
 def test_the_exponential_mean_is_what_gets_exported(stage):
