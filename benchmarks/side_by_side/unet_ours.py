@@ -96,9 +96,7 @@ class Side:
     net, params = self._net
     side = 8 * self._sizes.latent
     given = unet_cases.inputs(self._sizes, batch)
-    settings = stable_diffusion.Settings(
-      height=side, width=side, steps=case.steps
-    )
+    settings = stable_diffusion.Settings(height=side, width=side)
 
     @jax.jit
     def draw(params, noise, tokens, uncond):
@@ -108,6 +106,7 @@ class Side:
         settings,
         tokens,
         uncond,
+        steps=case.steps,
         seeds=jnp.zeros(len(noise), jnp.int32),
         guidance=jnp.float32(unet_cases.GUIDANCE),
         noise=noise,

@@ -29,7 +29,7 @@ def use(path: str | None) -> None:
       installed libtpu.
 
   Raises:
-    errors.UsageError: there is no libtpu.so.
+    errors.UsageError: there is no libtpu.so, or it is no library.
   """
   if path is None:
     path = os.environ.get(VARIABLE) or None
@@ -43,6 +43,12 @@ def use(path: str | None) -> None:
       f"{path}: no libtpu.so is there. Give --libtpu (or {VARIABLE}) the file,"
       " or the folder of pip install --target FOLDER --no-deps libtpu==VERSION."
     )
+  with file.open("rb") as opened:
+    if opened.read(4) != b"\x7fELF":
+      raise errors.UsageError(
+        f"{file} is no shared library of Linux. Give --libtpu (or {VARIABLE})"
+        " the file libtpu.so, or the folder that holds it."
+      )
   os.environ[VARIABLE] = str(file.resolve())
 
 

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lavit_jax.commands import common
 from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 
@@ -19,10 +20,11 @@ def check_out(out: str, split: str | None) -> None:
     split: one of SPLITS, or None for both.
 
   Raises:
-    errors.UsageError: `out` is in an object store, or is a cache itself and
-      two caches are to be written into it.
+    errors.UsageError: `out` is in an object store or a file, or is a cache
+      itself and two caches are to be written into it.
   """
   files.require_local(out, "a cache")
+  common.require_output_folder(out, "--out")
   signs = [pathlib.Path(out) / "meta.json", pathlib.Path(f"{out}.partial")]
   if split is None and any(path.exists() for path in signs):
     raise errors.UsageError(

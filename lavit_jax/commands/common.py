@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -104,12 +105,14 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
   group = parser.add_argument_group(
     "how texts are generated (by default as the model's preset says)"
   )
-  for flag, name, meaning in (
-    ("--beams", "num_beams", "beams; 1 is greedy"),
-    ("--min-tokens", "min_new_tokens", "shortest text, in tokens"),
-    ("--max-tokens", "max_new_tokens", "longest text, in tokens"),
+  for flag, name, least, meaning in (
+    ("--beams", "num_beams", 1, "beams; 1 is greedy"),
+    ("--min-tokens", "min_new_tokens", 0, "shortest text, in tokens"),
+    ("--max-tokens", "max_new_tokens", 1, "longest text, in tokens"),
   ):
-    group.add_argument(flag, type=int, metavar="N", dest=name, help=meaning)
+    group.add_argument(
+      flag, type=integer(least), metavar="N", dest=name, help=meaning
+    )
   group.add_argument(
     "--length-penalty",
     type=number,
@@ -118,7 +121,7 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
   )
   group.add_argument(
     "--seed",
-    type=int,
+    type=SEED,
     metavar="N",
     help="sample the patches that are kept, instead of the most probable",
   )
@@ -133,6 +136,28 @@ WRITING = (
   "seed",
   "parity",
 )
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+  """Returns the type of an option that is an integer in a range.
+
+  Args:
+    least: the smallest that is allowed.
+    most: the largest; None: there is no limit.
+  """
+
+  def parse(text):
+    value = int(text)  # argparse names the option of a ValueError
+    if value < least or (most is not None and value > most):
+      bounds = f"{least} or more" if most is None else f"{least} to {most}"
+      raise argparse.ArgumentTypeError(f"{text}: expected {bounds}")
+    return value
+
+  parse.__name__ = "integer"  # what argparse calls it in the message
+  return parse
+
+
+SEED = integer(0, 2**31 - 1)  # as `infer/ranges.py` says
 
 
 def number(text: str) -> float:
@@ -274,10 +299,90 @@ def note_scenes(args: argparse.Namespace, paths: Sequence[str]) -> None:
 
 
 def require_files(paths: Sequence[str]) -> None:
-  """Raises FileNotFoundError for the first path that does not exist."""
+  """Checks that files are there.
+
+  Raises:
+    FileNotFoundError: a path does not exist.
+    errors.UsageError: it is a folder.
+  """
   for path in paths:
     if not files.input_path(path).exists():
       raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    if not files.is_remote(path) and os.path.isdir(path):
+      raise errors.UsageError(
+        f"{path} is a folder, but a file is expected. For the files in it give"
+        f" {os.path.join(path, '*')}, which the shell replaces by their names."
+      )
+
+
+def require_output(path: str | os.PathLike, option: str) -> None:
+  """Checks, before any work, that a file can be written; a file may be there.
+
+  Args:
+    path: of the file; folders that are missing can be created.
+    option: the option that names it, for the message.
+
+  Raises:
+    errors.UsageError: it is a folder, or no file can be created there.
+  """
+  if os.path.isdir(path):
+    raise errors.UsageError(
+      f"{option} {path} is a folder, but a file is expected. Give a name in it,"
+      f" such as {os.path.join(path, 'new')}."
+    )
+  require_output_folder(pathlib.Path(path).parent, option)
+
+
+def require_output_folder(path: str | os.PathLike, option: str) -> None:
+  """Checks, before any work, that files can be created in a folder.
+
+  Args:
+    path: of the folder, which may be missing.
+    option: the option that names it, or a file in it, for the message.
+
+  Raises:
+    errors.UsageError: it is a file, or may not be written to.
+  """
+  path = pathlib.Path(path).absolute()
+  there = next(one for one in (path, *path.parents) if one.exists())
+  if not there.is_dir():
+    raise errors.UsageError(
+      f"{option}: {there} is a file, but a folder is expected. Give another"
+      f" {option}."
+    )
+  if not os.access(there, os.W_OK | os.X_OK):
+    raise errors.UsageError(
+      f"{option}: nothing may be written to {there} (permission denied). Give"
+      f" another {option}."
+    )
+
+
+# Arguments of class LaVIT that an option sets under another name.
+_OPTIONS = {
+  "num_beams": "--beams",
+  "min_new_tokens": "--min-tokens",
+  "max_new_tokens": "--max-tokens",
+  "guidance_scale": "--guidance",
+  "decoder_guidance_scale": "--decoder-guidance",
+}
+
+
+def in_options(message: str, args: argparse.Namespace) -> str:
+  """Returns a message about arguments in the words of the command line.
+
+  Args:
+    message: of an error, in which an argument stands as `num_beams=3`; as an
+      option it is `--beams 3`.
+    args: of the command; arguments that it has no option for stay.
+  """
+
+  def option(match):
+    name = match[1]
+    if name not in vars(args):
+      return match[0]
+    return f"{_OPTIONS.get(name) or '--' + name.replace('_', '-')} "
+
+  return re.sub(r"\b([a-z]\w*)=(?=\S)", option, message)
 
 
 def outputs(
@@ -292,8 +397,8 @@ def outputs(
     option: the option, for messages.
 
   Raises:
-    errors.UsageError: `out` has no image suffix, or an image that is read
-      would be overwritten.
+    errors.UsageError: `out` has no image suffix, cannot be written, or an
+      image that is read would be overwritten.
   """
   files.require_local(out, "an image")
   path = pathlib.Path(out)
@@ -311,6 +416,7 @@ def outputs(
     ]
   originals = {os.path.realpath(name) for name in read}
   for path in paths:
+    require_output(path, option)
     if os.path.realpath(path) in originals:
       raise errors.UsageError(
         f"{option} {out} would write over {path}, which is read. Give another"

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epy
 
-from lavit_jax.commands import train
+from lavit_jax.commands import common, train
 from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 
@@ -126,7 +126,9 @@ def run(argv: Sequence[str]) -> int:
 def _write_program(args, text) -> None:
   """Writes the program to the file of --hlo, if there are both."""
   if args.hlo and text:
-    pathlib.Path(args.hlo).write_text(text)
+    path = pathlib.Path(args.hlo)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def _print_reports(args, reports) -> int:
@@ -142,7 +144,9 @@ def _print_reports(args, reports) -> int:
 
 def _parse(argv):
   """Returns the options of the command, and the config."""
-  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  parser = argparse.ArgumentParser(
+    prog="lavit compile", add_help=False, allow_abbrev=False
+  )
   parser.add_argument("--topology")
   parser.add_argument("--slices", type=int, default=1)
   parser.add_argument("--phase")
@@ -170,7 +174,9 @@ def _parse(argv):
 
 def _check_flags(args) -> None:
   """Raises UsageError for flags that do not go together."""
-  files.require_local(args.hlo or "", "a program")
+  if args.hlo:
+    files.require_local(args.hlo, "a program")
+    common.require_output(args.hlo, "--hlo")
   for flag in ("batches", "remats"):
     if getattr(args, flag) is not None and not args.sweep:
       raise errors.UsageError(

@@ -58,14 +58,14 @@ def _add_drawing(parser: argparse.ArgumentParser, out: str) -> None:
     help=f"the image file ({out}); several images are numbered",
   )
   parser.add_argument(
-    "--seed", type=int, metavar="N", help="same seed, same image"
+    "--seed", type=common.SEED, metavar="N", help="same seed, same image"
   )
   group = parser.add_argument_group(
     "how pixels are decoded (the pixel decoder has its own defaults)"
   )
   kinds: dict[str, Callable[[str], Any]] = {
-    "N": int,
-    "PIXELS": int,
+    "N": common.integer(1),
+    "PIXELS": common.integer(1),
     "X": common.number,
     "HxW": _size,
   }
@@ -110,16 +110,16 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
   group = parser.add_argument_group(
     "how visual tokens are generated (by default as the model's preset says)"
   )
-  real = common.number
+  real, fewest, most = common.number, common.integer(0), common.integer(1)
   for flag, kind, name, meaning in (
     ("--guidance", real, "guidance_scale", "closeness to the prompt; 1: off"),
     ("--temperature", real, "temperature", "0 is greedy"),
-    ("--top-k", int, "top_k", "sample from the k most probable; 0: all"),
+    ("--top-k", fewest, "top_k", "sample from the k most probable; 0: all"),
     ("--top-p", real, "top_p", "sample from the top of this probability"),
-    ("--min-tokens", int, "min_new_tokens", "smallest number of tokens"),
-    ("--max-tokens", int, "max_new_tokens", "largest number of tokens"),
+    ("--min-tokens", fewest, "min_new_tokens", "smallest number of tokens"),
+    ("--max-tokens", most, "max_new_tokens", "largest number of tokens"),
   ):
-    metavar = "N" if kind is int else "X"
+    metavar = "X" if kind is real else "N"
     group.add_argument(
       flag, type=kind, metavar=metavar, dest=name, help=meaning
     )
@@ -226,15 +226,17 @@ def _add_generate(subparsers) -> None:
   common.add_model(parser)
   parser.add_argument("prompts", nargs="+", metavar="PROMPT")
   parser.add_argument(
-    "--count", type=int, default=1, metavar="N", help="images per prompt (1)"
+    "--count",
+    type=common.integer(1, 10_000),
+    default=1,
+    metavar="N",
+    help="images per prompt (1)",
   )
   _add_drawing(parser, "generated.png")
   _add_generation(parser)
 
 
 def _generate(args: argparse.Namespace) -> None:
-  if args.count < 1:
-    raise errors.UsageError(f"--count {args.count}: expected 1 or more.")
   hint = "Prompts with images go to lavit synthesize."
   common.require_text("a prompt", args.prompts, hint)
   prompts = [prompt for prompt in args.prompts for _ in range(args.count)]

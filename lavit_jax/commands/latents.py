@@ -86,7 +86,9 @@ def latents(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]):
   """Returns the options of the command, and the config of stage latents."""
   # No abbreviations: --config.data.x is not --config.
-  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  parser = argparse.ArgumentParser(
+    prog="lavit latents", add_help=False, allow_abbrev=False
+  )
   parser.add_argument("--out")
   parser.add_argument("--split", choices=caches.SPLITS)
   parser.add_argument("--batch", type=int, default=8)

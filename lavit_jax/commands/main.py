@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _collect_less_garbage(argv)
   argv = list(argv)
   status: int | None = None
+  args = argparse.Namespace()
   _quiet_libtpu()
   try:
     if argv and argv[0] in _CONFIG_COMMANDS:
@@ -89,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except Exception as error:
     message = _explain(error)
+    message = message and common.in_options(message, args)
     if message is None or os.environ.get("LAVIT_DEBUG"):
       _leave(1, traceback.format_exc())
       raise

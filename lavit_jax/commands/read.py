@@ -48,10 +48,13 @@ def _add_tokenize(subparsers) -> None:
     "--overlay", metavar="FILE", help="draw the kept and dropped patches"
   )
   parser.add_argument(
-    "--seed", type=int, metavar="N", help="sample the patches that are kept"
+    "--seed", type=common.SEED, metavar="N", help="sample the patches that are kept"
   )
   parser.add_argument(
-    "--budget", type=int, metavar="K", help="keep exactly K patches per image"
+    "--budget",
+    type=common.integer(1),
+    metavar="K",
+    help="keep exactly K patches per image",
   )
   parser.add_argument("--data", metavar="X", help="a .jsonl file, or shapes")
   parser.add_argument(
@@ -173,7 +176,7 @@ def _add_caption(subparsers) -> None:
   )
   parser.add_argument(
     "--count",
-    type=int,
+    type=common.integer(1),
     metavar="N",
     help="print the N best texts of the beams, uncut, with their scores",
   )

@@ -1,11 +1,12 @@
 """Sampling of images or latents by a network that removes noise.
 
-One `lax.scan` over the visited steps, with both streams of guidance in one
-batch. `solvers` defines the steps, `schedules` the noise levels;
-`stable_diffusion` adds the conditions of the official pixel decoders.
+One loop over the visited steps, with both streams of guidance in one batch.
+`solvers` defines the steps, `schedules` the noise levels; `stable_diffusion`
+adds the conditions of the official pixel decoders.
 """
 
 import functools
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,37 @@ from lavit_jax.core import errors
 from lavit_jax.diffusion import schedules, solvers
 
 Progress = Callable[[int, int], None]  # takes (steps done, steps)
+
+
+class Steps(typing.NamedTuple):
+  """The visited steps as arrays: an argument of a program, not a part of it.
+
+  A program that takes them visits any number of steps; one that takes a number
+  is compiled for it.
+
+  Attributes:
+    visited: int32[T], the first `count` are visited.
+    coefficients: float32[T] by name, see `plan` of the solver.
+    count: int32[], number of visited steps.
+  """
+
+  visited: jax.typing.ArrayLike
+  coefficients: dict[str, jax.typing.ArrayLike]
+  count: jax.typing.ArrayLike
+
+
+def planned(
+  solver: solvers.Solver, schedule: schedules.NoiseSchedule, count: int
+) -> Steps:
+  """Returns the steps of a solver, padded to T steps of the schedule.
+
+  Raises:
+    errors.UsageError: count does not fit the schedule.
+  """
+  visited, coefficients = solver.plan(schedule, count)
+  pad = lambda x: np.pad(x, (0, schedule.num_steps - count))
+  padded = {name: pad(values) for name, values in coefficients.items()}
+  return Steps(pad(visited), padded, np.int32(count))
 
 
 def image_noise(
@@ -69,7 +101,7 @@ def sample(
   *,
   seeds: jax.Array,
   shape: tuple[int, ...],
-  steps: int,
+  steps: int | Steps,
   solver: solvers.Solver = solvers.Ddim(),
   uncondition: Any = None,
   guidance: float | jax.Array = 1.0,
@@ -77,7 +109,7 @@ def sample(
   dtype: Any = jnp.float32,
   progress: Progress | None = None,
 ) -> jax.Array:
-  """Samples images, as one `lax.scan` over the visited steps.
+  """Samples images, as one loop over the visited steps.
 
   Args:
     denoise: maps (z dtype[B, ...], t int[B], condition) to the network's
@@ -86,7 +118,8 @@ def sample(
     condition: pytree of arrays [B, ...].
     seeds: int[B]; an image depends on its own seed only.
     shape: of one image.
-    steps: number of visited steps (static).
+    steps: number of visited steps (static), or what `planned` returns, for a
+      program that does any number.
     solver: DDIM or DPM-Solver++ (static).
     uncondition: tree like condition for the unconditional stream; None runs
       the conditional stream only.
@@ -102,7 +135,11 @@ def sample(
   Raises:
     errors.UsageError: steps do not fit the schedule, or noise the shape.
   """
-  visited, coefficients = solver.plan(schedule, steps)
+  if isinstance(steps, int):
+    visited, coefficients = solver.plan(schedule, steps)
+    count = steps
+  else:
+    visited, coefficients, count = steps
   if uncondition is not None:
     condition = jax.tree.map(
       lambda c, u: jnp.concatenate([c, u]), condition, uncondition
@@ -112,18 +149,24 @@ def sample(
 
   def step(carry, xs):
     z, previous = carry
-    t, index, coefficients = xs
+    t, index, coefficients = xs  # the first step has the index 1
     output = denoise(z.astype(dtype), jnp.full(z.shape[:1], t), condition)
     extra = image_noise(seeds, index, shape) if solver.eta else None
     output = output.astype(jnp.float32)
     z, image = solver.step(schedule, output, z, previous, coefficients, extra)
     if progress is not None:
-      _report(progress, index, steps, z)
+      _report(progress, index, count, z)
     return (z, image), None
 
-  index = np.arange(1, steps + 1, dtype=np.int32)
+  start = (z, jnp.zeros_like(z))
+  index = np.arange(1, len(visited) + 1, dtype=np.int32)
   xs = (visited, index, coefficients)
-  (z, _), _ = jax.lax.scan(step, (z, jnp.zeros_like(z)), xs)
+  if isinstance(steps, int):
+    (z, _), _ = jax.lax.scan(step, start, xs)
+  else:
+    at = lambda i: jax.tree.map(lambda x: jnp.asarray(x)[i], xs)
+    body = lambda i, carry: step(carry, at(i))[0]
+    z, _ = jax.lax.fori_loop(0, count, body, start)
   return z
 
 
@@ -139,23 +182,19 @@ def _start(seeds, shape, noise):
   return jnp.asarray(noise, jnp.float32)
 
 
-def _report(progress, index, steps, z):
-  """Calls progress(index, steps) once z is computed."""
+def _report(progress, index, count, z):
+  """Calls progress(index, count) once z is computed."""
   jax.debug.callback(
-    lambda index, _: progress(int(index), steps), index, z.ravel()[0]
+    lambda index, count, _: progress(int(index), int(count)),
+    index,
+    count,
+    z.ravel()[0],
   )
 
 
 @functools.partial(
   jax.jit,
-  static_argnames=(
-    "decoder",
-    "schedule",
-    "steps",
-    "solver",
-    "guide",
-    "progress",
-  ),
+  static_argnames=("decoder", "schedule", "solver", "guide", "progress"),
 )
 def draw(
   decoder: Any,
@@ -164,7 +203,7 @@ def draw(
   x_rec: jax.Array,
   seeds: jax.Array,
   *,
-  steps: int = 20,
+  steps: Steps,
   solver: solvers.Solver = solvers.Ddim(),
   guide: bool = False,
   guidance: float | jax.Array = 1.0,
@@ -178,7 +217,7 @@ def draw(
     variables: its variables, `{"params": ...}`.
     x_rec: float[B, N, D].
     seeds: int[B].
-    steps: number of visited steps (static).
+    steps: see `planned`; others need no compilation.
     solver: see `solvers.py` (static).
     guide: run the unconditional stream, too (static; twice the work).
     guidance: factor of the guidance; another one needs no compilation.

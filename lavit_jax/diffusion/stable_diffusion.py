@@ -10,7 +10,7 @@ channels last; the caller decodes them:
   def draw(params, tokens, uncond, seeds):
     denoise = lambda z, t, cond: net.apply({"params": params}, z, t, **cond)
     return stable_diffusion.lowres(
-      denoise, schedule, settings, tokens, uncond, seeds=seeds
+      denoise, schedule, settings, tokens, uncond, steps=25, seeds=seeds
     )
 """
 
@@ -60,12 +60,11 @@ def size_of(ratio: str, side: int = 1024, factor: int = 8) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """Image size, steps and solver; hashable, so that it can be static.
+  """Image size and solver; hashable, so that it can be static.
 
   Attributes:
     height: of the image, in pixels.
     width: of the image, in pixels.
-    steps: number of visited steps.
     solver: see `solvers.named`.
     dtype: of the network's inputs; latents are float32 in the solver.
     channels: of the latents.
@@ -78,7 +77,6 @@ class Settings:
 
   height: int
   width: int
-  steps: int
   solver: solvers.Solver = solvers.OFFICIAL
   dtype: str = "float32"
   channels: int = 4
@@ -109,6 +107,7 @@ def lowres(
   tokens: jax.Array,
   uncond: jax.Array,
   *,
+  steps: int | sampling.Steps,
   seeds: jax.Array,
   mask: jax.Array | None = None,
   guidance: float | jax.Array = LOWRES_GUIDANCE,
@@ -121,10 +120,11 @@ def lowres(
       "condition_mask": bool[B, N]}) to the U-Net's output; here B counts both
       streams.
     schedule: of the checkpoint.
-    settings: sizes, steps, solver.
+    settings: sizes, solver.
     tokens: float[B, N, D], of `decoder.LowresDecoder`.
     uncond: float[1, U, D] or float[U, D], the checkpoint's unconditional
       embeddings; U at most N.
+    steps: number of visited steps (static), or `sampling.planned` ones.
     seeds: int[B]; an image depends on its own seed only.
     mask: bool[B, N], False for masked tokens; None for no mask.
     guidance: factor of guidance; the Python number 1 runs the conditional
@@ -148,7 +148,7 @@ def lowres(
     settings,
     {"condition": tokens, "condition_mask": mask.astype(bool)},
     {"condition": padded, "condition_mask": uncond_mask},
-    (seeds, guidance, noise),
+    (steps, seeds, guidance, noise),
   )
 
 
@@ -187,6 +187,7 @@ def highres(
   tokens: jax.Array,
   pooled: jax.Array,
   *,
+  steps: int | sampling.Steps,
   seeds: jax.Array,
   original_size: tuple[int, int] | None = None,
   crop: tuple[int, int] = (0, 0),
@@ -202,9 +203,10 @@ def highres(
       [B, P], "sizes": float32[B, 6]}) to the U-Net's output; here B counts
       both streams.
     schedule: of the checkpoint.
-    settings: sizes, steps, solver.
+    settings: sizes, solver.
     tokens: float[B, N, D], first result of `decoder.HighresDecoder`.
     pooled: float[B, P], its second result.
+    steps: number of visited steps (static), or `sampling.planned` ones.
     seeds: int[B]; an image depends on its own seed only.
     original_size: height and width of the source to condition on; None for
       those of the image.
@@ -232,7 +234,7 @@ def highres(
     settings,
     condition | {"sizes": numbers},
     uncondition | {"sizes": numbers},
-    (seeds, guidance, noise),
+    (steps, seeds, guidance, noise),
   )
 
 
@@ -254,7 +256,7 @@ def sizes(
 
 
 def _sample(denoise, schedule, settings, condition, uncondition, rest):
-  seeds, guidance, noise = rest
+  steps, seeds, guidance, noise = rest
   # A traced factor may be any number: then both streams run.
   unguided = isinstance(guidance, int | float) and guidance == 1
   return sampling.sample(
@@ -263,7 +265,7 @@ def _sample(denoise, schedule, settings, condition, uncondition, rest):
     condition,
     seeds=seeds,
     shape=settings.shape,
-    steps=settings.steps,
+    steps=steps,
     solver=settings.solver,
     uncondition=None if unguided else uncondition,
     guidance=guidance,

@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lavit_jax.infer import batches
-from lavit_jax.infer import seeds as seeds_lib
+from lavit_jax.infer import batches, ranges
 from lavit_jax.infer.decoding import decode, prompt_rows
 from lavit_jax.infer.presets import official, rules
 from lavit_jax.infer.prompts import prompts
@@ -37,7 +36,7 @@ def write(
   Raises:
     errors.UsageError: the seed is no integer, or out of range.
   """
-  seeds_lib.check(seed)
+  ranges.check_seed(seed)
   parsed = [
     (prompter.parse(prompt, parity), n and prompter.parse(n, parity))
     for prompt, n in zip(inputs, negatives, strict=True)

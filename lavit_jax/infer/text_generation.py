@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax.infer import batches
+from lavit_jax.core import errors
+from lavit_jax.infer import batches, ranges
 from lavit_jax.infer.decoding import beam, decode
 from lavit_jax.infer.presets import official, rules
 from lavit_jax.infer.prompts import prompts
@@ -42,7 +43,16 @@ def write(
     seeds: int[n], to sample the patches that are read; None: deterministic.
     parity: with the quirks of the official code.
     count: more than one needs at least as many beams.
+
+  Raises:
+    errors.UsageError: there are fewer beams, or no text is asked for.
   """
+  ranges.check_integer("count", count, 1)
+  if count > config.num_beams:
+    raise errors.UsageError(
+      f"count={count}: so many texts need at least as many beams, and"
+      f" num_beams={config.num_beams}. Raise num_beams, or lower count."
+    )
   parsed = [prompter.parse(prompt, parity) for prompt in inputs]
   texts: list[list[Text]] = []
   for chunk, real, start in batches.chunks(parsed, prompter.max_batch):

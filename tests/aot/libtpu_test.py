@@ -14,7 +14,7 @@ def another(tmp_path, monkeypatch):
   """A folder as `pip install --target` makes it, of libtpu 0.0.77."""
   monkeypatch.setenv(libtpu.VARIABLE, "elsewhere")
   (tmp_path / "libtpu").mkdir()
-  (tmp_path / "libtpu" / "libtpu.so").write_bytes(b"")
+  (tmp_path / "libtpu" / "libtpu.so").write_bytes(b"\x7fELF")
   info = tmp_path / "libtpu-0.0.77.dist-info"
   info.mkdir()
   text = "Metadata-Version: 2.1\nName: libtpu\nVersion: 0.0.77\n"
@@ -29,6 +29,12 @@ def test_another_libtpu_is_named_by_file_or_by_folder(another, given):
   assert os.environ[libtpu.VARIABLE] == str(made)
   assert libtpu.library() == made
   assert libtpu.version() == "0.0.77"
+
+
+def test_a_file_that_is_no_library_is_refused(tmp_path):
+  (tmp_path / "libtpu.so").write_text("a page of a proxy")
+  with pytest.raises(errors.UsageError, match="is no shared library"):
+    libtpu.use(str(tmp_path / "libtpu.so"))
 
 
 def test_a_path_without_a_libtpu_is_an_error(another, monkeypatch):

@@ -63,7 +63,6 @@ def test_info_is_flat_for_people_and_nested_for_programs(model, capsys):
     ("caption missing.png", "missing.png"),
     ("generate x --out drawing.xyz", "drawing.xyz"),
     ("generate x --out drawing", "--out drawing.png"),
-    ("generate x --count 0", "--count 0"),
     ("generate a.png", "a.png is an image, but a prompt"),
     ("answer a.png a.png", "a.png is an image, but a question"),
     ("answer a.png  ", "A question is empty"),
@@ -79,6 +78,13 @@ def test_info_is_flat_for_people_and_nested_for_programs(model, capsys):
     ("tokenize --data x.jsonl", "--out DIR"),
     ("tokenize --data x.jsonl --out d", "x.jsonl"),
     ("tokenize a.png --overlay kept", "--overlay kept.png"),
+    ("tokenize a.png --overlay sub.png", "--overlay sub.png is a folder"),
+    ("generate x --out sub.png", "--out sub.png is a folder"),
+    ("generate x --out a.png/b.png", "a.png is a file, but a folder"),
+    ("tokenize --data a.png --out a.png", "a.png is a file, but a folder"),
+    ("caption sub.png", "sub.png is a folder, but a file"),
+    ("compile --topology v5e:2x4 --hlo sub.png", "--hlo sub.png is a folder"),
+    ("compile --topology v5e:2x4 --hlo a.png/x", "a.png is a file, but a fo"),
     ("tokenize a.png --overlay a.png", "write over a.png, which is read"),
     ("synthesize a.png blue --out ./a.png", "write over a.png, which is read"),
     ("reconstruct a.png --out a.png", "write over a.png, which is read"),
@@ -87,7 +93,10 @@ def test_info_is_flat_for_people_and_nested_for_programs(model, capsys):
     ("quickstart --data missing.jsonl", "missing.jsonl"),
   ],
 )
-def test_mistakes_are_told_before_anything_is_loaded(model, capsys, argv, says):
+def test_mistakes_are_told_before_anything_is_loaded(
+  model, capsys, tmp_path, argv, says
+):
+  (tmp_path / "sub.png").mkdir()
   assert says in fakes.failed(capsys, *argv.split(" "))
   assert model.loaded is None
 
@@ -102,12 +111,44 @@ def test_mistakes_are_told_before_anything_is_loaded(model, capsys, argv, says):
     "generate x --size 512",
     "generate x --guidance nan",
     "caption a.png --length-penalty inf",
+    "compile --topology v5e:2x4 --slices many",
   ],
 )
 def test_unknown_words_exit_with_2(argv, capsys):
   with pytest.raises(SystemExit) as stop:
     main.main(argv.split())
   assert stop.value.code == 2
+  command = " ".join(["lavit", *argv.split()[:1]])
+  assert capsys.readouterr().err.startswith(("usage: lavit", f"{command}: e"))
+
+
+@pytest.mark.parametrize(
+  ("argv", "says"),
+  [
+    ("generate x --count 0", "--count: 0: expected 1 to 10000"),
+    ("generate x --count 1e9", "--count: invalid integer value: '1e9'"),
+    ("generate x --steps 0", "--steps: 0: expected 1 or more"),
+    ("generate x --tile -8", "--tile: -8: expected 1 or more"),
+    ("generate x --top-k -1", "--top-k: -1: expected 0 or more"),
+    ("generate x --seed -1", "--seed: -1: expected 0 to 2147483647"),
+    ("caption a.png --count 0", "--count: 0: expected 1 or more"),
+    ("caption a.png --beams 0", "--beams: 0: expected 1 or more"),
+    ("answer a.png x --max-tokens 0", "--max-tokens: 0: expected 1 or more"),
+    ("tokenize a.png --budget 0", "--budget: 0: expected 1 or more"),
+  ],
+)
+def test_numbers_out_of_range_are_told_by_their_option(capsys, argv, says):
+  with pytest.raises(SystemExit):
+    main.main(argv.split())
+  assert f"error: argument {says}" in capsys.readouterr().err
+
+
+def test_arguments_in_errors_are_told_as_options(model, capsys, monkeypatch):
+  said = "num_beams=9, top_k=3, num_return=2, min_new_tokens=5: x=y, seed= 1"
+  monkeypatch.setattr(model, "caption", fakes.raising(errors.UsageError(said)))
+  assert fakes.failed(capsys, "caption", "a.png") == (
+    "lavit: --beams 9, top_k=3, num_return=2, --min-tokens 5: x=y, seed= 1\n"
+  )
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,27 @@ def test_both_streams_of_all_steps_are_one_scan_over_one_batch(solver):
   assert len(batches) == count  # another factor, other seeds: no new trace
 
 
+@pytest.mark.parametrize("solver", _SOLVERS)
+def test_one_program_takes_any_number_of_steps(solver):
+  told = []
+
+  @jax.jit
+  def draw(steps):
+    told.append("traced")
+    progress = lambda *at: told.append(at)
+    return _sample(steps=steps, solver=solver, progress=progress)
+
+  for count in (7, 2, 40 if solver.eta == 0 else 39):
+    drawn = draw(sampling.planned(solver, _SHORT, count))
+    jax.effects_barrier()
+    assert told[-1] == (count, count)
+    expected = _sample(steps=count, solver=solver)
+    np.testing.assert_allclose(drawn, expected, atol=1e-5)
+  assert told.count("traced") == 1
+  with pytest.raises(ValueError, match="from 1 to 40"):
+    sampling.planned(solver, _SHORT, 41)
+
+
 def test_progress_is_reported_after_each_step_in_order():
   told = []
   draw = jax.jit(lambda: _sample(progress=lambda *at: told.append(at)))

@@ -8,7 +8,7 @@ import pytest
 from lavit_jax.diffusion import schedules, solvers, stable_diffusion
 
 _SCHEDULE = schedules.STABLE_DIFFUSION
-_SETTINGS = stable_diffusion.Settings(height=32, width=48, steps=4)
+_SETTINGS = stable_diffusion.Settings(height=32, width=48)
 _SEEDS = jnp.array([3, 4])
 _TOKENS = jax.random.normal(jax.random.key(0), (2, 6, 5))
 _UNCOND = jax.random.normal(jax.random.key(1), (1, 4, 5))
@@ -32,12 +32,14 @@ def _denoise(z, t, given):
 
 
 def _lowres(settings=_SETTINGS, denoise=_denoise, **kwargs):
-  fields = {"tokens": _TOKENS, "uncond": _UNCOND, "seeds": _SEEDS} | kwargs
+  fields = {"tokens": _TOKENS, "uncond": _UNCOND, "seeds": _SEEDS, "steps": 4}
+  fields |= kwargs
   return stable_diffusion.lowres(denoise, _SCHEDULE, settings, **fields)
 
 
 def _highres(settings=_SETTINGS, denoise=_denoise, **kwargs):
-  fields = {"tokens": _TOKENS, "pooled": _POOLED, "seeds": _SEEDS} | kwargs
+  fields = {"tokens": _TOKENS, "pooled": _POOLED, "seeds": _SEEDS, "steps": 4}
+  fields |= kwargs
   return stable_diffusion.highres(denoise, _SCHEDULE, settings, **fields)
 
 
@@ -136,7 +138,7 @@ def test_a_plain_guidance_of_one_runs_one_stream(watch):
 def test_bfloat16_is_for_the_network_only(draw, watch):
   denoise, kept = watch
   settings = stable_diffusion.Settings(
-    height=32, width=48, steps=4, dtype="bfloat16"
+    height=32, width=48, dtype="bfloat16"
   )
   ours = draw(settings, denoise)
   jax.effects_barrier()
@@ -151,7 +153,7 @@ def test_bfloat16_is_for_the_network_only(draw, watch):
 @pytest.mark.parametrize("solver", solvers.NAMES)
 def test_latents_depend_on_their_seed_not_on_their_batch(solver):
   settings = stable_diffusion.Settings(
-    height=32, width=48, steps=4, solver=solvers.named(solver)
+    height=32, width=48, solver=solvers.named(solver)
   )
   together = _highres(settings)
   alone = _highres(
@@ -162,7 +164,7 @@ def test_latents_depend_on_their_seed_not_on_their_batch(solver):
 
 @pytest.mark.parametrize("draw", [_lowres, _highres])
 def test_the_solver_is_that_of_the_settings(draw):
-  fields = {"height": 32, "width": 48, "steps": 4}
+  fields = {"height": 32, "width": 48}
   dpm, noisy = solvers.named("dpm++"), solvers.named("ddim", eta=1.0)
   drawn = [
     draw(),
@@ -186,7 +188,7 @@ def test_settings_are_static_and_nothing_else_compiles_again():
   assert len(traces) == 1
   np.testing.assert_allclose(first, _lowres(), rtol=1e-4, atol=1e-4)
   assert hash(_SETTINGS) == hash(
-    stable_diffusion.Settings(height=32, width=48, steps=4)
+    stable_diffusion.Settings(height=32, width=48)
   )
 
 
@@ -197,7 +199,7 @@ def test_every_ratio_has_its_size_of_about_a_megapixel():
     across, down = map(int, name.split(":"))
     assert width / height == pytest.approx(across / down, rel=0.05)
     assert height * width == pytest.approx(1024**2, rel=0.05)
-    settings = stable_diffusion.Settings(height=height, width=width, steps=1)
+    settings = stable_diffusion.Settings(height=height, width=width)
     assert settings.shape == (height // 8, width // 8, 4)
 
 
@@ -216,7 +218,7 @@ def test_an_unknown_ratio_names_the_known_ones():
 )
 def test_a_size_that_is_no_multiple_of_eight_is_refused(size, message):
   with pytest.raises(ValueError, match=message):
-    stable_diffusion.Settings(steps=4, **size)
+    stable_diffusion.Settings(**size)
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -231,14 +233,14 @@ def test_shapes_that_do_not_fit_are_refused():
   with pytest.raises(ValueError, match=r"need \(2, 4, 6, 4\)"):
     _lowres(noise=jnp.zeros((2, 4, 4, 6)))
   with pytest.raises(ValueError, match="from 1 to 1000"):
-    _lowres(stable_diffusion.Settings(height=8, width=8, steps=1001))
+    _lowres(steps=1001)
 
 
 def test_progress_is_reported(watch):
   told = []
   settings = stable_diffusion.Settings(
-    height=8, width=8, steps=3, progress=lambda *at: told.append(at)
+    height=8, width=8, progress=lambda *at: told.append(at)
   )
-  jax.block_until_ready(_lowres(settings))
+  jax.block_until_ready(_lowres(settings, steps=3))
   jax.effects_barrier()
   assert told == [(1, 3), (2, 3), (3, 3)]

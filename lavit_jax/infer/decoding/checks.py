@@ -47,7 +47,8 @@ def count_rows(
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
   """Raises UsageError for parameters of sampling out of range."""
-  if float(temperature) < 0 or int(top_k) < 0 or not 0 < float(top_p) <= 1:
+  temperate = 0 <= float(temperature) < float("inf")  # False for NaN
+  if not temperate or int(top_k) < 0 or not 0 < float(top_p) <= 1:
     raise errors.UsageError(
       f"temperature={temperature}, top_k={top_k}, top_p={top_p}: expected"
       " temperature >= 0 (0 is greedy), top_k >= 0 (0 is all), and top_p in"

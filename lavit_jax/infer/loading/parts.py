@@ -38,6 +38,10 @@ def resolve(model: str | os.PathLike) -> pathlib.Path | epath.Path:
         f" ({path}). Reinstall lavit_jax, or train one: lavit quickstart."
       )
     return pathlib.Path(str(path))
+  if not str(model):  # pathlib takes it for the current folder
+    raise errors.CheckpointError(
+      "The name of the model is empty: give 'tiny', or a model directory."
+    )
   path = files.input_path(model)
   if (path / "model").is_dir() and not checkpoints.parts_in(path):
     path = path / "model"  # a quickstart workdir

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from lavit_jax.core import errors
-from lavit_jax.infer import batches
+from lavit_jax.infer import batches, ranges
 from lavit_jax.infer.loading import made_of, visual
 from lavit_jax.infer.pixels import latent_space, options, pixel_space
 
@@ -156,6 +156,7 @@ def decode(
       range.
   """
   decoder.check(settings)
+  ranges.check_codes(codes)
   tokens.padded(codes)  # all codes are checked before any is decoded
   sizes = decoder.batch_sizes
   chunks = list(batches.chunks(list(codes), min(limit, sizes[-1]), sizes))

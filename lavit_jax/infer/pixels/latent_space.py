@@ -19,7 +19,12 @@ import numpy as np
 
 from lavit_jax.core import errors
 from lavit_jax.core.storage import checkpoints
-from lavit_jax.diffusion import schedules, solvers, stable_diffusion
+from lavit_jax.diffusion import (
+  sampling,
+  schedules,
+  solvers,
+  stable_diffusion,
+)
 from lavit_jax.infer.loading import visual
 from lavit_jax.infer.pixels import options
 from lavit_jax.models.pixels import unet, vae
@@ -141,7 +146,6 @@ class LatentSpaceDecoder:
     return stable_diffusion.Settings(
       height=height,
       width=width,
-      steps=settings.steps or STEPS,
       solver=solvers.named(settings.solver),
       dtype=self._dtype,
       channels=self._vae.config.latent_channels,
@@ -190,6 +194,9 @@ class LatentSpaceDecoder:
     guidance = settings.decoder_guidance_scale
     guidance = GUIDANCE[self.kind] if guidance is None else guidance
     static = self._settings(settings)
+    steps = sampling.planned(
+      static.solver, self.schedule, settings.steps or STEPS
+    )
     sizes = {
       "original_size": settings.original_size or (static.height, static.width),
       "crop": settings.crop,
@@ -199,6 +206,7 @@ class LatentSpaceDecoder:
         self.params,
         vectors,
         valid,
+        steps,
         np.asarray(seeds),
         np.float32(guidance),
         noise,
@@ -213,13 +221,14 @@ class LatentSpaceDecoder:
 
   @functools.cached_property
   def _draw(self):
-    def draw(params, vectors, valid, seeds, guidance, noise, sizes, **static):
-      settings, tile = static["settings"], static["tile"]
+    def draw(params, vectors, valid, *arrays, settings, alone, tile):
+      steps, seeds, guidance, noise, sizes = arrays
       variables = {"params": params["semantic"]}
       condition = self._semantic.apply(variables, vectors, valid)
       common = {
+        "steps": steps,
         "seeds": seeds,
-        "guidance": 1 if static["alone"] else guidance,
+        "guidance": 1 if alone else guidance,
         "noise": noise,
       }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from lavit_jax.core import errors
 from lavit_jax.diffusion import solvers
+from lavit_jax.infer import ranges
 
 Progress = Callable[[int, int], None]  # takes (steps done, steps)
 
@@ -41,8 +42,13 @@ class PixelOptions:
 
   def __post_init__(self):
     solvers.named(self.solver)  # raises where there is none
-    if self.steps is not None and self.steps < 1:
-      raise errors.UsageError(f"steps={self.steps}: expected 1 or more.")
+    for name in ("steps", "tile"):
+      if (value := getattr(self, name)) is not None:
+        ranges.check_integer(name, value, 1)
+    if self.decoder_guidance_scale is not None:
+      ranges.check_number(
+        "decoder_guidance_scale", self.decoder_guidance_scale
+      )
     if self.ratio is not None and self.size is not None:
       raise errors.UsageError(
         f"ratio={self.ratio!r} and size={self.size}: a ratio already sets the"

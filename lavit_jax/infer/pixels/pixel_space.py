@@ -51,8 +51,8 @@ class PixelSpaceDecoder:
     side = self._decoder.config.image_size
     if ratio not in (None, "1:1") or size not in (None, (side, side)):
       raise errors.UsageError(
-        f"The pixel decoder of this model makes squares of {side} pixels:"
-        f" leave out ratio={ratio!r} and size={size}."
+        f"The pixel decoder of this model makes squares of {side} pixels, not"
+        f" {ratio or f'{size[0]} x {size[1]}'}. Leave the ratio or size out."
       )
 
   def decode(
@@ -65,6 +65,7 @@ class PixelSpaceDecoder:
   ) -> np.ndarray:
     """Returns float32[B, H, W, 3] in [0, 1]; see `decoders.PixelDecoder`."""
     guidance = settings.decoder_guidance_scale
+    solver = solvers.named(settings.solver, official=False)
     with self._listener.forwarding(progress) as callback:
       images = sampling.draw(
         self._decoder,
@@ -72,8 +73,10 @@ class PixelSpaceDecoder:
         self._variables,
         tokens.features_of(codes),
         seeds,
-        steps=settings.steps or STEPS,
-        solver=solvers.named(settings.solver, official=False),
+        steps=sampling.planned(
+          solver, self._schedule, settings.steps or STEPS
+        ),
+        solver=solver,
         guide=guidance not in (None, 1),
         guidance=1.0 if guidance is None else guidance,
         progress=callback,

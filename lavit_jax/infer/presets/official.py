@@ -14,6 +14,7 @@ and the settings are their defaults. These quirks exist here alone:
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -101,6 +102,34 @@ def suppress_for_image(vocab: vocabulary.Vocabulary) -> np.ndarray:
   return vocab.suppress_for_image(official=True)[: vocab.size]
 
 
+def apply(net: Any, variables: Any, *args: Any, **options: Any) -> Any:
+  """Applies a network as one program, not operation by operation.
+
+  Args:
+    net: a Flax module.
+    variables: its variables.
+    *args: arrays.
+    **options: arrays by name; a bool, an int or a str is static.
+
+  Returns:
+    What `net.apply` returns.
+  """
+  static = tuple(
+    (name, options.pop(name))
+    for name in sorted(options)
+    if isinstance(options[name], bool | int | str)
+  )
+  return _apply(net, static, variables, args, options)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(net, static, variables, args, options):
+  return net.apply(variables, *args, **options, **dict(static))
+
+
+_encode_images = jax.jit(tokenizer.encode_images, static_argnums=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
   """The networks of an imported checkpoint, with their parameters.
@@ -131,9 +160,7 @@ class Model:
 
   def features(self, pixels: Array) -> jax.Array:
     """Encodes float[B, H, W, 3], CLIP-normalised, to float[B, N, D]."""
-    return tokenizer.encode_images(
-      self.config, self.encoder, jnp.asarray(pixels)
-    )
+    return _encode_images(self.config, self.encoder, jnp.asarray(pixels))
 
   def log_probs(self, features: Array, reading: bool = False) -> jax.Array:
     """Returns log-probabilities of keep and drop, float[B, N, 2].
@@ -145,8 +172,8 @@ class Model:
     params = self.visual["params"]
     if reading and "selector" in self.language:
       params = self.language
-    net: Any = selector.TokenSelector(self.config.selector)
-    return net.apply({"params": params["selector"]}, features)
+    net = selector.TokenSelector(self.config.selector)
+    return apply(net, {"params": params["selector"]}, features)
 
   def merged(
     self, features: Array, mask: Array, reading: bool = False
@@ -159,8 +186,8 @@ class Model:
       reading: with the merger for understanding.
     """
     params = self.language if reading else self.visual["params"]
-    net: Any = merger.TokenMerger(self.config.merger)
-    return net.apply({"params": params["merger"]}, features, mask)
+    net = merger.TokenMerger(self.config.merger)
+    return apply(net, {"params": params["merger"]}, features, mask)
 
   def codes(
     self, pixels: Array, gumbel: Array
@@ -177,12 +204,12 @@ class Model:
     features = self.features(pixels)
     log_probs = self.log_probs(features)
     keep = selector.mask_from_noise(log_probs, jnp.asarray(gumbel))
-    net: Any = tokenizer.DynamicVisualTokenizer(self.config)
-    _, codes, valid = net.apply(
+    _, codes, valid = apply(
+      tokenizer.DynamicVisualTokenizer(self.config),
       self.visual,
       features,
       keep.astype(bool),
-      self.config.num_patches,
+      capacity=self.config.num_patches,
       method="encode",
     )
     return np.asarray(codes) + self.vocab.code_offset, np.asarray(valid)
@@ -197,12 +224,12 @@ class Model:
     features = self.features(pixels)
     log_probs = self.log_probs(features, reading=True)
     keep = selector.mask_from_noise(log_probs, jnp.asarray(gumbel))
-    net: Any = unified.UnifiedModel(
+    net = unified.UnifiedModel(
       self.llama_config, self.config, self.config.num_patches
     )
     params = {k: v for k, v in self.language.items() if k != "selector"}
-    return net.apply(
-      {"params": params}, features, keep.astype(bool), method="read"
+    return apply(
+      net, {"params": params}, features, keep.astype(bool), method="read"
     )
 
   def prompt(
@@ -235,8 +262,8 @@ class Model:
 
   def embedded(self, prompt: Mapping[str, Array]) -> jax.Array:
     """Returns the input embeddings of a padded prompt, float[B, L, W]."""
-    net: Any = self.llm
-    return net.apply(
+    return apply(
+      self.llm,
       {"params": self.language["llm"]},
       jnp.asarray(prompt["tokens"]),
       prompt.get("embeds"),

@@ -12,9 +12,13 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from lavit_jax.core import errors
+from lavit_jax.infer import ranges
 from lavit_jax.infer.presets import official
 
 _Config = TypeVar("_Config")
+
+# A step looks through beams x vocabulary; a cache for each beam is held.
+MOST_BEAMS = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,13 @@ class TextGenerationConfig:
   length_penalty: float = 1.0
   early_stopping: bool | str = False
   length_offset: int = 0
+
+  def __post_init__(self):
+    ranges.check_integer("num_beams", self.num_beams, 1, MOST_BEAMS)
+    ranges.check_integer("min_new_tokens", self.min_new_tokens, 0)
+    ranges.check_integer("max_new_tokens", self.max_new_tokens, 1)
+    ranges.check_number("length_penalty", self.length_penalty)
+    ranges.check_integer("length_offset", self.length_offset, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +72,16 @@ class ImageGenerationConfig:
   top_p: float = 1.0
   min_new_tokens: int = 1
   max_new_tokens: int | None = None
+
+  def __post_init__(self):
+    ranges.check_number("guidance_scale", self.guidance_scale)
+    ranges.check_number("mixed_guidance_scale", self.mixed_guidance_scale)
+    ranges.check_number("temperature", self.temperature, 0)
+    ranges.check_integer("top_k", self.top_k, 0)
+    ranges.check_number("top_p", self.top_p, 0)
+    ranges.check_integer("min_new_tokens", self.min_new_tokens, 0)
+    if self.max_new_tokens is not None:
+      ranges.check_integer("max_new_tokens", self.max_new_tokens, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +143,9 @@ def changed(config: _Config, options: Mapping[str, Any]) -> _Config:
     options: values of its fields.
 
   Raises:
-    errors.UsageError: an option is not a field of the config.
+    errors.UsageError: an option is not a field of the config or out of range,
+      or min_new_tokens is more than max_new_tokens. A fewest number that only
+      the config has gives way to a smaller max_new_tokens of the call.
   """
   fields = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]  # a dataclass
   if unknown := sorted(set(options) - set(fields)):
@@ -131,4 +154,12 @@ def changed(config: _Config, options: Mapping[str, Any]) -> _Config:
       f" {', '.join(fields)}."
     )
   values = {name: v for name, v in options.items() if v is not None}
-  return dataclasses.replace(config, **values)  # type: ignore[type-var]  # likewise
+  result = dataclasses.replace(config, **values)  # type: ignore[type-var]  # likewise
+  fewest = values.get("min_new_tokens")
+  most = getattr(result, "max_new_tokens", None)
+  if fewest is not None and most is not None and fewest > most:
+    raise errors.UsageError(
+      f"min_new_tokens={fewest} is more than max_new_tokens={most}. Lower the"
+      " first, or raise the second."
+    )
+  return result

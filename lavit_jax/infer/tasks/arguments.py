@@ -9,8 +9,7 @@ import numpy as np
 import PIL.Image
 
 from lavit_jax.core import errors
-from lavit_jax.infer import batches
-from lavit_jax.infer import seeds as seeds_lib
+from lavit_jax.infer import batches, ranges
 from lavit_jax.infer.loading import quantize as int8
 from lavit_jax.infer.presets import rules
 
@@ -60,7 +59,7 @@ def seeds(seed: int | None, parity: bool, count: int) -> np.ndarray | None:
   Raises:
     errors.UsageError: the seed is no integer, or out of range.
   """
-  seeds_lib.check(seed, optional=True)
+  ranges.check_seed(seed, optional=True)
   if seed is None and not parity:
     return None
   return np.arange(count) + (seed or 0)

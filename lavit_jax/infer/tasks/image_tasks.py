@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 
 from lavit_jax.core import errors, image_io
-from lavit_jax.infer import batches, image_generation, seeds
+from lavit_jax.infer import batches, image_generation, ranges
 from lavit_jax.infer.pixels import decoders
 from lavit_jax.infer.pixels import options as options_lib
 from lavit_jax.infer.presets import rules
@@ -53,7 +53,7 @@ class ImageTasks(model.LoadedModel):
       and `codes` int32[k], their codes.
     """
     batch, single = self._batch(images, parity)
-    seeds.check(seed, optional=True)
+    ranges.check_seed(seed, optional=True)
     seed = 0 if parity and seed is None else seed
     rows = []
     for chunk, count, start in batches.chunks(batch, self.max_batch):
@@ -103,7 +103,7 @@ class ImageTasks(model.LoadedModel):
       An image, or a list for a list.
     """
     options = arguments.fields_of(options_lib.PixelOptions, locals())
-    seeds.check(seed)
+    ranges.check_seed(seed)
     tokens = self.tokenize(images, budget=budget, parity=parity)
     rows = [tokens] if isinstance(tokens, dict) else tokens
     codes = [row["codes"] for row in rows]
@@ -338,7 +338,7 @@ class ImageTasks(model.LoadedModel):
 
   def _decode(self, codes, seed, progress, options) -> list[PIL.Image.Image]:
     """See `draw_codes`; `options` are fields of PixelOptions."""
-    seeds.check(seed)
+    ranges.check_seed(seed)
     pixel_options = rules.changed(options_lib.PixelOptions(), options)
     arrays = decoders.decode(
       self._pixel_decoder(pixel_options.decoder),
@@ -355,8 +355,7 @@ class ImageTasks(model.LoadedModel):
   def _synthesize(self, prompts, options: dict[str, Any]) -> list[Any]:
     """See `synthesize_batch`; `options` holds its other arguments."""
     count, seed = options["count"], options["seed"]
-    if count < 1:
-      raise errors.UsageError(f"count={count}: expected 1 or more.")
+    ranges.check_integer("count", count, 1)
     pixels = arguments.fields_of(options_lib.PixelOptions, options)
     # Wrong pixel options fail here, before visual tokens are generated.
     pixel_options = rules.changed(options_lib.PixelOptions(), pixels)

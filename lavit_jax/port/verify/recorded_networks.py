@@ -28,16 +28,21 @@ from lavit_jax.port.verify import results
 
 def _norm_input(module, variables, path, *args, **kwargs):
   """Returns the input of the LayerNorm or RMSNorm at `path` of a module."""
-  inputs = []
 
-  def intercept(run, args, kwargs, context):
-    if context.module.path == path:
-      inputs.append(args[0])
-    return run(*args, **kwargs)
+  @jax.jit
+  def run_module(variables, args):
+    inputs = []
 
-  with nn.intercept_methods(intercept):
-    module.apply(variables, *args, **kwargs)
-  return inputs[0]
+    def intercept(run, args, kwargs, context):
+      if context.module.path == path:
+        inputs.append(args[0])
+      return run(*args, **kwargs)
+
+    with nn.intercept_methods(intercept):
+      module.apply(variables, *args, **kwargs)
+    return inputs[0]
+
+  return run_module(variables, args)
 
 
 def _first_layers(tree, name, depth):
@@ -49,8 +54,8 @@ def _encoder(arrays, parts) -> results.Results:
   part = parts.part("encoder")
   config, params = vision.ViTConfig(**part.meta["vit"]), part.params
   net, pixels = vision.EvaVit(config), results.nhwc(arrays["in_pixels"])
-  features, outputs = net.apply(
-    {"params": params}, pixels, with_cls=True, return_layers=True
+  features, outputs = official.apply(
+    net, {"params": params}, pixels, with_cls=True, return_layers=True
   )
   patches = vision.patchify(pixels, config.patch_size)
   embed = params["patch_embed"]
@@ -63,7 +68,7 @@ def _encoder(arrays, parts) -> results.Results:
     **{f"layer_{i}": x for i, x in enumerate(outputs)},
   )
   if config.head_dim_out:
-    head = net.apply({"params": params}, pixels, use_head=True)
+    head = official.apply(net, {"params": params}, pixels, use_head=True)
     checked |= results.floats(head=head)
   return checked
 
@@ -111,7 +116,7 @@ def _quantizer(arrays, parts) -> results.Results:
   net = quantizer.VectorQuantizer(model.config.quantizer)
   params = {"params": model.visual["params"]["quantizer"]}
   codes = model.visual["codebook"]["codes"]
-  z: Any = net.apply(params, arrays["in_features"])
+  z = official.apply(net, params, arrays["in_features"])
   ids = quantizer.lookup(z, codes)
   return results.floats(z=z, quantized=codes[ids]) | results.exact(ids=ids)
 
@@ -152,7 +157,7 @@ def _decoder(arrays, parts) -> results.Results:
     net = latent_space.semantic("lowres", part.meta)
     for case in cases:
       codes = _padded(arrays, case, net.config.num_patches)
-      outputs = net.apply({"params": part.params}, *codes)
+      outputs = official.apply(net, {"params": part.params}, *codes)
       checked |= results.floats(**{f"lowres{case}": outputs})
     codes = _padded(arrays, "", net.config.num_patches)
     checked |= _decoder_blocks(net.config, part.params["decoder"], codes)
@@ -161,7 +166,8 @@ def _decoder(arrays, parts) -> results.Results:
     net = latent_space.semantic("highres", part.meta)
     for case in cases:
       codes = _padded(arrays, case, net.config.num_patches)
-      condition, pooled = net.apply({"params": part.params}, *codes)
+      variables = {"params": part.params}
+      condition, pooled = official.apply(net, variables, *codes)
       checked |= results.floats(
         **{f"prompt_embeds{case}": condition, f"pooled{case}": pooled}
       )
@@ -197,8 +203,9 @@ def _llm(arrays, parts) -> results.Results:
   variables, cols = {"params": params}, arrays["in_cols"]
   ids, mask = arrays["in_ids"], arrays["in_attention_mask"].astype(bool)
   net, rows = model.llm, config.vocab_size
-  logits = net.apply(variables, ids)[..., :rows]
-  padded = net.apply(
+  logits = official.apply(net, variables, ids)[..., :rows]
+  padded = official.apply(
+    net,
     variables,
     np.zeros(mask.shape, np.int32),
     embeds=arrays["in_embeds"],
@@ -210,7 +217,7 @@ def _llm(arrays, parts) -> results.Results:
     logits_cols=logits[..., cols],
     logits_last=logits[:, -1],
     logits_lse=lse(logits, axis=-1),
-    hidden_final=net.apply(variables, ids, return_hidden=True),
+    hidden_final=official.apply(net, variables, ids, return_hidden=True),
     embeds_logits_cols=padded[..., cols] * mask[..., None],
     embeds_logits_last=padded[:, -1],
     embeds_logits_lse=lse(padded, axis=-1) * mask,

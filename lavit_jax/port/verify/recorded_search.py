@@ -23,6 +23,9 @@ from lavit_jax.infer.decoding import beam, decode, scoring
 from lavit_jax.infer.presets import official
 from lavit_jax.port.verify import results
 
+# Two programs for all steps of all cases, in place of one for each operation.
+_prefill = jax.jit(decode.prefill, static_argnums=(0, 3))
+_advance = jax.jit(decode.advance, static_argnums=0)
 _EOS, _BOS = vocabulary.EOS_ID, vocabulary.BOS_ID
 _SETTINGS = {  # arguments of the official classes, and their names here
   "num_beams": "num_beams",
@@ -292,7 +295,7 @@ def _scores(model, rows, written, steps, settings):
   uncond = _uncond(model, settings.get("uncond"), len(rows))
   streams = [decode.left_pad(rows, pad_id=_EOS), uncond]
   streams = [
-    decode.prefill(model.llm, params, decode.arrays_of(stream), steps)
+    _prefill(model.llm, params, decode.arrays_of(stream), steps)
     for stream in streams
   ]
   scalars = {
@@ -313,7 +316,7 @@ def _scores(model, rows, written, steps, settings):
     out.append(scoring.process(scores, step, scalars, ruled_out))
     ids = jnp.asarray(written[:, step])
     streams = [
-      decode.advance(model.llm, params, ids, cache) for _, cache in streams
+      _advance(model.llm, params, ids, cache) for _, cache in streams
     ]
   return np.stack(out)
 

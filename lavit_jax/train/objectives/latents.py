@@ -341,19 +341,19 @@ class LatentsObjective(diffusion.DiffusionObjective):
     settings = stable_diffusion.Settings(
       height=shape[0] * scale,
       width=shape[1] * scale,
-      steps=self.config.eval.sample_steps,
       channels=shape[2],
       factor=scale,
     )
     denoise = functools.partial(self._denoise, params, frozen)
     common = (denoise, self.schedule, settings, tokens)
-    seeds = jnp.arange(len(tokens))
+    options: dict[str, Any] = {
+      "steps": self.config.eval.sample_steps,
+      "seeds": jnp.arange(len(tokens)),
+      "guidance": 1,
+    }
     if self.kind == "lowres":
-      uncond = params["uncond"]
-      return stable_diffusion.lowres(*common, uncond, seeds=seeds, guidance=1)
-    return stable_diffusion.highres(
-      *common, conditions["pooled"], seeds=seeds, guidance=1
-    )
+      return stable_diffusion.lowres(*common, params["uncond"], **options)
+    return stable_diffusion.highres(*common, conditions["pooled"], **options)
 
   def export(
     self, params: base.Params, extra: base.Extra

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.diffusion import sampling, schedules
+from lavit_jax.diffusion import sampling, schedules, solvers
 from lavit_jax.models.pixels import pixel_decoder, unet
 
 CONFIG = pixel_decoder.PixelDecoderConfig(
@@ -36,6 +36,7 @@ _T = jnp.array([5, 50, 500])
 _FEATURES = jax.random.normal(jax.random.key(2), (3, 4, 6))
 # Quick to compile; these programs are too small for optimizing to pay.
 _QUICK = {"xla_backend_optimization_level": 0}
+_STEPS = sampling.planned(solvers.Ddim(), schedules.PIXELS, 3)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_the_grid_lays_features_out_in_raster_order(model):
 def test_a_sampled_image_depends_on_its_seed_not_on_its_batch(model):
   decoder, _, variables = model
   draw = lambda features, seeds: sampling.draw(
-    decoder, schedules.PIXELS, variables, features, seeds, steps=3
+    decoder, schedules.PIXELS, variables, features, seeds, steps=_STEPS
   )
   together = draw(_FEATURES, jnp.array([7, 8, 7]))
   alone = draw(_FEATURES[1:2], jnp.array([8]))
@@ -118,7 +119,13 @@ def test_guidance_of_factor_one_equals_no_guidance(model):
 
   def draw(**kwargs):
     return sampling.draw(
-      decoder, schedules.PIXELS, variables, _FEATURES, seeds, steps=3, **kwargs
+      decoder,
+      schedules.PIXELS,
+      variables,
+      _FEATURES,
+      seeds,
+      steps=_STEPS,
+      **kwargs,
     )
 
   plain = draw()
