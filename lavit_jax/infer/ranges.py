@@ -84,7 +84,8 @@ def check_codes(codes: Sequence[Any]) -> None:
   """
   for number, row in enumerate(codes):
     array = np.asarray(row)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+    integers = np.issubdtype(array.dtype, np.integer) or not array.size
+    if array.ndim != 1 or not integers:
       raise errors.UsageError(
         f"codes[{number}] is {row!r:.60}: expected int[k], the codes of one"
         " image. Those of a single image go into a list: [codes]."

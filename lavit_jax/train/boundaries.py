@@ -172,7 +172,7 @@ def _moments(objective, phase, params, mesh):
   """Jits (state, frozen) -> the first optimizer state of a phase."""
   config = objective.config
   labels = objective.labels(phase, params)
-  boxed = jax.eval_shape(step_lib.init_fn(objective, config.seed)).params
+  boxed, _ = objective.init_shapes
   tx = optimizer.make(config.optimizer, phase, labels, boxed)
   opt_state = lowering.optimizer_state(tx, boxed, labels, mesh)
 

@@ -163,7 +163,7 @@ class _Run:
   def _first_state(self) -> step_lib.TrainState:
     """Restores the newest readable checkpoint, or makes a fresh state."""
     init = step_lib.init_fn(self.objective, self.config.seed)
-    boxed = jax.eval_shape(init)
+    boxed = step_lib.abstract_state(self.objective)
     abstract = sharding.abstract(boxed, self.mesh)
     self.layout = sharding.layout_of(abstract)
 
@@ -249,8 +249,7 @@ class _Run:
   def _jit_step(self, phase: phases_lib.Phase, state: step_lib.TrainState):
     """Returns the jitted step of a phase."""
     labels = self.objective.labels(phase, state.params)
-    init = step_lib.init_fn(self.objective, self.config.seed)
-    boxed = jax.eval_shape(init).params
+    boxed, _ = self.objective.init_shapes
     tx = optimizer.make(self.config.optimizer, phase, labels, boxed)
     layout = sharding.layout_of(state)
     return step_lib.jit_step(

@@ -97,7 +97,7 @@ def _prepare(objective, config, phase, mesh):
   """Returns a step's arguments, the labels of its parameters, its optimizer."""
   step_lib.check_accumulation(config, mesh)
   with sharding.use(mesh):
-    boxed = jax.eval_shape(step_lib.init_fn(objective, config.seed))
+    boxed = step_lib.abstract_state(objective)
     state = sharding.abstract(boxed, mesh)
     labels = objective.labels(phase, state.params)
     tx = optimizer.make(config.optimizer, phase, labels, boxed.params)

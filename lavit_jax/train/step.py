@@ -70,6 +70,19 @@ def init_fn(objective: base.Objective, seed: int) -> Callable[[], TrainState]:
   return init
 
 
+def abstract_state(objective: base.Objective) -> TrainState:
+  """Returns the shapes of a run's first state, boxed."""
+  params, extra = objective.init_shapes
+  run_key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+  return TrainState(
+    step=jax.ShapeDtypeStruct((), jnp.int32),
+    params=params,
+    opt_state=None,
+    extra=extra,
+    rng=run_key,
+  )
+
+
 def jit_step(
   objective: base.Objective,
   phase: phases.Phase,

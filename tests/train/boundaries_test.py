@@ -101,6 +101,12 @@ def _features(run, index):
   return encode(run.frozen["encoder"], batch["image"]), batch["valid"]
 
 
+def test_shapes_of_a_first_state_are_those_of_what_is_drawn(run):
+  drawn = jax.eval_shape(step_lib.init_fn(run.objective, 0))
+  assert step_lib.abstract_state(run.objective) == drawn
+
+
+
 def test_the_first_phase_begins_with_the_mean_features_of_whole_images(
   run, begun
 ):
@@ -181,6 +187,7 @@ class _Replacing:
     )
   )
   labels = base.Objective.labels
+  init_shapes = base.Objective.init_shapes
 
   def __init__(self):
     self.read = None  # a weak reference to what was read

@@ -54,9 +54,15 @@ _PART = {"tokenizer": "tokenizer", "pretrain": "llm"}
 
 @pytest.mark.parametrize("stage", ["tokenizer", "pretrain"])
 def test_resumed_equals_uninterrupted(stage, micro_runs, tmp_path):
-  """Stopped at an odd step and resumed: the same weights and batches."""
+  """Stopped at an odd step and resumed: the same weights and batches.
+
+  Two of the tokenizer's four phases, with the seam that makes a codebook.
+  """
   straight, again = micro.branch(micro_runs, tmp_path, 2)
-  overrides = {"phases__train__steps": 6} if stage == "pretrain" else {}
+  overrides = {
+    "pretrain": {"phases__train__steps": 6},
+    "tokenizer": {"schedule": ("random", "codes"), "phases__codes__steps": 4},
+  }[stage]
   for root, stops in ((straight, [None]), (again, [3, None])):
     for stop in stops:
       cfg = micro.config(stage, root, **overrides)

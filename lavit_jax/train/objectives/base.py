@@ -7,6 +7,7 @@ programs before a phase, `objectives/evaluation.py` the held-out evaluation.
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -105,6 +106,11 @@ class Objective(abc.ABC):
     Returns:
       (params, extra), boxed with their logical axes.
     """
+
+  @functools.cached_property
+  def init_shapes(self) -> tuple[Params, Extra]:
+    """Returns the shapes of what `init` draws, boxed; traced once a run."""
+    return jax.eval_shape(self.init, jax.random.key(0))
 
   def labels(self, phase: phases_lib.Phase, params: Params) -> Any:
     """Returns the learning-rate group of each parameter; a tree of names.

@@ -100,8 +100,7 @@ def by_scope(objective: Any, phase: Any) -> dict[str, float]:
     sums, _ = objective.sums(phase, params, frozen, extra, batch, draws)
     return objective.combine(phase, sums)[0]
 
-  boxed = jax.eval_shape(objective.init, jax.random.key(0))
-  params, extra = sharding.unbox(boxed)
+  params, extra = sharding.unbox(objective.init_shapes)
   labels = objective.labels(phase, params)
   return jaxpr.count(
     loss,
