@@ -110,7 +110,8 @@ class Objective(abc.ABC):
   @functools.cached_property
   def init_shapes(self) -> tuple[Params, Extra]:
     """Returns the shapes of what `init` draws, boxed; traced once a run."""
-    return jax.eval_shape(self.init, jax.random.key(0))
+    # A key is made in the trace: the mesh may be of devices that cannot run.
+    return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
   def labels(self, phase: phases_lib.Phase, params: Params) -> Any:
     """Returns the learning-rate group of each parameter; a tree of names.
