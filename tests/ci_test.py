@@ -71,6 +71,14 @@ def test_all_steps_are_taken_where_none_fails(checkout):
     assert any(step in call for call in calls), step
 
 
+def test_pip_installs_what_uv_cannot(checkout):
+  done, calls = _oldest(checkout, "uv pip install")
+  assert done.returncode == 0, done.stderr
+  one, other = (call for call in calls if call.endswith("-e .[test,docs]"))
+  assert one.startswith("uv pip install")
+  assert other.startswith("pip install")
+
+
 def test_a_lane_that_there_is_not_is_named_before_any_begins(checkout):
   done = subprocess.run(
     [checkout / ".ci/run", "oldest", "newset"],
@@ -90,7 +98,7 @@ def test_a_lane_that_there_is_not_is_named_before_any_begins(checkout):
     "install --quiet setuptools uv",
     "pip compile",
     "lowest.py",
-    "--no-compile -e .[test,docs]",
+    "-e .[test,docs]",
     "ruff check",
     "ruff format",
     "mypy",

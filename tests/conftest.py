@@ -40,11 +40,22 @@ def pytest_collection_modifyitems(items):
   """Files with slow tests first: no process is left alone with them at the end.
 
   All tests of a file run in one process (pytest-xdist's loadfile): what they
-  share, fixtures and compiled programs, is made once.
+  share, fixtures and compiled programs, is made once. Files that want the
+  trained `micro_runs` come after those that do not, but for one, whose process
+  trains them in the meantime: no other waits for it.
   """
   is_slow = lambda item: item.get_closest_marker("slow") is not None
   slow = {item.path for item in items if is_slow(item)}
-  items.sort(key=lambda item: (item.path not in slow, not is_slow(item)))
+  trained = {item.path for item in items if "micro_runs" in item.fixturenames}
+  first = min(slow & trained, default=None)
+  items.sort(
+    key=lambda item: (
+      item.path != first,
+      item.path not in slow,
+      item.path in trained,
+      not is_slow(item),
+    )
+  )
 
 
 def pytest_collection_finish():

@@ -252,23 +252,37 @@ def keep_programs(args: argparse.Namespace, **options: Any) -> None:
     compiled_programs.keep(**options)
 
 
+# So much work takes less time than to compile for it with all optimizations
+# (benchmarks/first_seconds.py): images, and parameters of the model.
+_FEW_IMAGES, _FEW_PARAMETERS = 8, 10_000_000
+
+
 def load(
-  args: argparse.Namespace, *, check_safety: bool = True
+  args: argparse.Namespace,
+  *,
+  images: int | None = None,
+  check_safety: bool = True,
 ) -> "pipeline.LaVIT":
   """Opens the model of `--model`.
 
   Args:
     args: with the options of `add_model`.
+    images: that the command reads or makes, or texts that it writes. For few
+      of them a small model is compiled quickly, to run less fast. None: many.
     check_safety: see `LaVIT.load`.
   """
   if "no_cache" in args:
     keep_programs(args)
-  return pipeline.LaVIT.load(
+  lavit = pipeline.LaVIT.load(
     args.model,
     dtype=args.dtype,
     quantize=args.quantize,
     check_safety=check_safety,
   )
+  few = images is not None and images <= _FEW_IMAGES
+  if few and lavit.num_parameters <= _FEW_PARAMETERS:
+    compiled_programs.compile_quickly()
+  return lavit
 
 
 def note_scenes(args: argparse.Namespace, paths: Sequence[str]) -> None:

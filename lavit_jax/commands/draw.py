@@ -156,7 +156,8 @@ def _generate_images(
   )
   read = () if args.ids else read  # with --ids no image is written
   paths = common.outputs(args.out, len(prompts), read)
-  lavit, options = _load(args), common.chosen(args, *_TOKEN_OPTIONS)
+  lavit = _load(args, len(prompts))
+  options = common.chosen(args, *_TOKEN_OPTIONS)
   if args.ids:
     rows = [
       {**label, "codes": codes.tolist()}
@@ -173,9 +174,9 @@ def _generate_images(
   _save(args, images, paths, labels)
 
 
-def _load(args):
+def _load(args, images):
   """Opens the model of `--model`, with or without its safety checker."""
-  return common.load(args, check_safety=args.check_safety)
+  return common.load(args, images=images, check_safety=args.check_safety)
 
 
 @contextlib.contextmanager
@@ -317,7 +318,8 @@ def _reconstruct(args: argparse.Namespace) -> None:
     common.note_scenes(args, args.images)
     labels = [{"image": image} for image in args.images]
   paths = common.outputs(args.out, len(labels), args.images)
-  lavit, options = _load(args), common.chosen(args, *_PIXEL_OPTIONS)
+  lavit = _load(args, len(labels))
+  options = common.chosen(args, *_PIXEL_OPTIONS)
   with _progress_bar() as report:
     if args.codes:
       images = lavit.draw_codes(codes, progress=report, **options)

@@ -48,7 +48,10 @@ def _add_tokenize(subparsers) -> None:
     "--overlay", metavar="FILE", help="draw the kept and dropped patches"
   )
   parser.add_argument(
-    "--seed", type=common.SEED, metavar="N", help="sample the patches that are kept"
+    "--seed",
+    type=common.SEED,
+    metavar="N",
+    help="sample the patches that are kept",
   )
   parser.add_argument(
     "--budget",
@@ -121,7 +124,8 @@ def _tokenize_images(args: argparse.Namespace) -> None:
   common.note_scenes(args, args.images)
   rows: list[dict[str, Any]] = []
   options = common.chosen(args, "seed", "budget")
-  tokens: Any = common.load(args).tokenize(args.images, **options)
+  lavit = common.load(args, images=len(args.images))
+  tokens: Any = lavit.tokenize(args.images, **options)
   for path, token in zip(args.images, tokens, strict=True):
     keep, codes = ([int(v) for v in token[name]] for name in ("keep", "codes"))
     rows.append({"image": path, "keep": keep, "codes": codes})
@@ -187,7 +191,7 @@ def _caption(args: argparse.Namespace) -> None:
   common.require_files(args.images)
   common.require_text("--prompt", [args.prompt or ""], "Give words.")
   common.note_scenes(args, args.images)
-  lavit = common.load(args)
+  lavit = common.load(args, images=len(args.images))
   options = common.chosen(args, *common.WRITING)
   if args.count is not None:
     _caption_scored(args, lavit, options)
@@ -265,7 +269,8 @@ def _answer(args: argparse.Namespace) -> None:
   common.note_scenes(args, [args.image])
   names = ("answerable_first", "lemmatize", *common.WRITING)
   options = common.chosen(args, *names)
-  answers = common.load(args).answer(args.image, args.questions, **options)
+  lavit = common.load(args, images=len(args.questions))
+  answers = lavit.answer(args.image, args.questions, **options)
   rows = [
     {"image": args.image, "question": question, "answer": answer}
     for question, answer in zip(args.questions, answers, strict=True)

@@ -57,6 +57,18 @@ def keep_none() -> None:
   jax.config.update("jax_enable_compilation_cache", False)
 
 
+def compile_quickly() -> None:
+  """Compiles with few optimizations from here on, on a CPU.
+
+  It takes a fourth of the time, and programs run a third as fast: for little
+  work. JAX_DISABLE_MOST_OPTIMIZATIONS takes precedence.
+  """
+  if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
+    return
+  if jax.default_backend() == "cpu":
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 def _is_writable(folder) -> bool:
   try:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

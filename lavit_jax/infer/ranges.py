@@ -33,10 +33,10 @@ def check_integer(
   """
   integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
   if not integer or value < least or (most is not None and value > most):
-    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-    raise errors.UsageError(
-      f"{name}={value!r}: expected an integer {bounds}."
+    bounds = (
+      f"of at least {least}" if most is None else f"from {least} to {most}"
     )
+    raise errors.UsageError(f"{name}={value!r}: expected an integer {bounds}.")
 
 
 def check_number(name: str, value: Any, least: float = -math.inf) -> None:

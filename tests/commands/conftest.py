@@ -10,9 +10,10 @@ from tests.commands import fakes
 
 @pytest.fixture
 def nothing_kept(monkeypatch):
-  """No command sets up this process's compilation cache."""
+  """No command changes how this process compiles, or keeps programs."""
   monkeypatch.setattr(compiled_programs, "keep", lambda **unused: None)
   monkeypatch.setattr(compiled_programs, "keep_none", lambda: None)
+  monkeypatch.setattr(compiled_programs, "compile_quickly", lambda: None)
 
 
 @pytest.fixture

@@ -237,3 +237,31 @@ def test_no_cache_keeps_no_program(model, capsys, monkeypatch):
   fakes.run(capsys, "caption", "a.png")
   fakes.run(capsys, "caption", "a.png", "--no-cache")
   assert calls == ["keep", "keep_none"]
+
+
+@pytest.mark.parametrize(
+  ("argv", "quickly"),
+  [
+    (["caption", *["a.png"] * 8], True),
+    (["caption", *["a.png"] * 9], False),
+    (["answer", "a.png", "Why?"], True),
+    (["tokenize", "a.png"], True),
+    (["generate", "x", "y", "--count", "4"], True),
+    (["generate", "x", "y", "--count", "5"], False),
+    (["reconstruct", *["a.png"] * 9], False),
+    (["info"], False),
+  ],
+)
+def test_little_work_of_a_small_model_is_compiled_quickly(
+  model, capsys, monkeypatch, argv, quickly
+):
+  calls = []
+  monkeypatch.setattr(
+    compiled_programs, "compile_quickly", lambda: calls.append(1)
+  )
+  assert fakes.run(capsys, *argv)[0] == 0
+  assert bool(calls) == quickly
+  model.num_parameters = 10_000_001
+  calls.clear()
+  assert fakes.run(capsys, *argv)[0] == 0
+  assert not calls

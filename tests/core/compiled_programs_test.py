@@ -106,3 +106,19 @@ print(sum(name.endswith("cache_hits") for name in hits))
   ]
   assert outputs[0][0] == outputs[1][0]
   assert (int(outputs[0][1]), int(outputs[1][1]) > 0) == (0, True)
+
+
+def test_little_work_is_compiled_quickly_unless_the_user_says(
+  settings, monkeypatch
+):
+  name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+  monkeypatch.setenv(name, "0")
+  compiled_programs.compile_quickly()
+  assert not settings
+  monkeypatch.delenv(name)
+  compiled_programs.compile_quickly()
+  assert settings == {name.lower(): True}
+  settings.clear()
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  compiled_programs.compile_quickly()
+  assert not settings

@@ -137,9 +137,7 @@ def test_a_plain_guidance_of_one_runs_one_stream(watch):
 @pytest.mark.parametrize("draw", [_lowres, _highres])
 def test_bfloat16_is_for_the_network_only(draw, watch):
   denoise, kept = watch
-  settings = stable_diffusion.Settings(
-    height=32, width=48, dtype="bfloat16"
-  )
+  settings = stable_diffusion.Settings(height=32, width=48, dtype="bfloat16")
   ours = draw(settings, denoise)
   jax.effects_barrier()
   assert ours.dtype == jnp.float32
@@ -187,9 +185,7 @@ def test_settings_are_static_and_nothing_else_compiles_again():
   draw(_TOKENS + 1, _UNCOND - 1, _SEEDS + 1, 4.0)
   assert len(traces) == 1
   np.testing.assert_allclose(first, _lowres(), rtol=1e-4, atol=1e-4)
-  assert hash(_SETTINGS) == hash(
-    stable_diffusion.Settings(height=32, width=48)
-  )
+  assert hash(_SETTINGS) == hash(stable_diffusion.Settings(height=32, width=48))
 
 
 def test_every_ratio_has_its_size_of_about_a_megapixel():

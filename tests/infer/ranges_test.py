@@ -47,7 +47,11 @@ def test_tasks_check_it_before_anything_is_computed():
     ("answer", {"max_new_tokens": 2.0}, "max_new_tokens=2.0: expected an int"),
     ("caption", {"length_penalty": float("nan")}, "length_penalty=nan"),
     ("draw", {"temperature": float("nan")}, "temperature=nan: expected a fini"),
-    ("draw", {"temperature": -1}, "temperature=-1: expected a finite number of"),
+    (
+      "draw",
+      {"temperature": -1},
+      "temperature=-1: expected a finite number of",
+    ),
     ("draw", {"guidance_scale": float("inf")}, "guidance_scale=inf"),
     ("draw", {"guidance_scale": "3"}, "guidance_scale='3'"),
     ("draw", {"top_k": 1.5}, "top_k=1.5: expected an integer of at least 0"),

@@ -106,7 +106,6 @@ def test_shapes_of_a_first_state_are_those_of_what_is_drawn(run):
   assert step_lib.abstract_state(run.objective) == drawn
 
 
-
 def test_the_first_phase_begins_with_the_mean_features_of_whole_images(
   run, begun
 ):

@@ -66,6 +66,8 @@ class _Server(http.server.BaseHTTPRequestHandler):
   """As much of the JSON API as TensorStore uses."""
 
   protocol_version = "HTTP/1.1"
+  # Head and body in one packet: two would wait 40 ms for each other.
+  disable_nagle_algorithm, wbufsize = True, -1
   generations: dict = {}  # noqa: RUF012
   fs = None
 

@@ -46,9 +46,7 @@ class PixelOptions:
       if (value := getattr(self, name)) is not None:
         ranges.check_integer(name, value, 1)
     if self.decoder_guidance_scale is not None:
-      ranges.check_number(
-        "decoder_guidance_scale", self.decoder_guidance_scale
-      )
+      ranges.check_number("decoder_guidance_scale", self.decoder_guidance_scale)
     if self.ratio is not None and self.size is not None:
       raise errors.UsageError(
         f"ratio={self.ratio!r} and size={self.size}: a ratio already sets the"

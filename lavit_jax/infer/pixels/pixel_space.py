@@ -73,9 +73,7 @@ class PixelSpaceDecoder:
         self._variables,
         tokens.features_of(codes),
         seeds,
-        steps=sampling.planned(
-          solver, self._schedule, settings.steps or STEPS
-        ),
+        steps=sampling.planned(solver, self._schedule, settings.steps or STEPS),
         solver=solver,
         guide=guidance not in (None, 1),
         guidance=1.0 if guidance is None else guidance,

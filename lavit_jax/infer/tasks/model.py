@@ -1,6 +1,7 @@
 """A model directory opened for use; each part is read when first needed."""
 
 import functools
+import math
 import os
 from typing import Any
 
@@ -60,6 +61,12 @@ class LoadedModel:
     if self._preset:
       return rules.BY_NAME[self._preset]
     return rules.rules_of(checkpoints.read_meta(self.directory, "llm"))
+
+  @property
+  def num_parameters(self) -> float:
+    """Parameters of all parts; infinite where a part does not say."""
+    metas = (checkpoints.read_meta(self.directory, name) for name in self.parts)
+    return sum(meta.get("parameters") or math.inf for meta in metas)
 
   def info(self) -> dict[str, Any]:
     """Returns parts, sizes and the needs of each task; loads no weights."""

@@ -315,9 +315,7 @@ def _scores(model, rows, written, steps, settings):
       scores = plain  # the official code normalizes only with guidance
     out.append(scoring.process(scores, step, scalars, ruled_out))
     ids = jnp.asarray(written[:, step])
-    streams = [
-      _advance(model.llm, params, ids, cache) for _, cache in streams
-    ]
+    streams = [_advance(model.llm, params, ids, cache) for _, cache in streams]
   return np.stack(out)
 
 
