@@ -27,14 +27,14 @@ class Steps(typing.NamedTuple):
   is compiled for it.
 
   Attributes:
-    visited: int32[T], the first `count` are visited.
+    visited: int32[T], the first `total` are visited.
     coefficients: float32[T] by name, see `plan` of the solver.
-    count: int32[], number of visited steps.
+    total: int32[], number of visited steps.
   """
 
-  visited: jax.typing.ArrayLike
-  coefficients: dict[str, jax.typing.ArrayLike]
-  count: jax.typing.ArrayLike
+  visited: Any
+  coefficients: dict[str, Any]
+  total: Any
 
 
 def planned(
@@ -136,10 +136,9 @@ def sample(
     errors.UsageError: steps do not fit the schedule, or noise the shape.
   """
   if isinstance(steps, int):
-    visited, coefficients = solver.plan(schedule, steps)
-    count = steps
+    plan = Steps(*solver.plan(schedule, steps), steps)
   else:
-    visited, coefficients, count = steps
+    plan = steps
   if uncondition is not None:
     condition = jax.tree.map(
       lambda c, u: jnp.concatenate([c, u]), condition, uncondition
@@ -155,18 +154,18 @@ def sample(
     output = output.astype(jnp.float32)
     z, image = solver.step(schedule, output, z, previous, coefficients, extra)
     if progress is not None:
-      _report(progress, index, count, z)
+      _report(progress, index, plan.total, z)
     return (z, image), None
 
   start = (z, jnp.zeros_like(z))
-  index = np.arange(1, len(visited) + 1, dtype=np.int32)
-  xs = (visited, index, coefficients)
+  index = np.arange(1, len(plan.visited) + 1, dtype=np.int32)
+  xs = (plan.visited, index, plan.coefficients)
   if isinstance(steps, int):
     (z, _), _ = jax.lax.scan(step, start, xs)
   else:
     at = lambda i: jax.tree.map(lambda x: jnp.asarray(x)[i], xs)
     body = lambda i, carry: step(carry, at(i))[0]
-    z, _ = jax.lax.fori_loop(0, count, body, start)
+    z, _ = jax.lax.fori_loop(0, plan.total, body, start)
   return z
 
 
@@ -182,12 +181,12 @@ def _start(seeds, shape, noise):
   return jnp.asarray(noise, jnp.float32)
 
 
-def _report(progress, index, count, z):
-  """Calls progress(index, count) once z is computed."""
+def _report(progress, index, total, z):
+  """Calls progress(index, total) once z is computed."""
   jax.debug.callback(
-    lambda index, count, _: progress(int(index), int(count)),
+    lambda index, total, _: progress(int(index), int(total)),
     index,
-    count,
+    total,
     z.ravel()[0],
   )
 

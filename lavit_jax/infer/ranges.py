@@ -33,9 +33,9 @@ def check_integer(
   """
   integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
   if not integer or value < least or (most is not None and value > most):
-    bounds = (
-      f"of at least {least}" if most is None else f"from {least} to {most}"
-    )
+    bounds = f"from {least} to {most}"
+    if most is None:
+      bounds = f"of at least {least}"
     raise errors.UsageError(f"{name}={value!r}: expected an integer {bounds}.")
 
 

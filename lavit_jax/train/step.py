@@ -70,17 +70,15 @@ def init_fn(objective: base.Objective, seed: int) -> Callable[[], TrainState]:
   return init
 
 
-def abstract_state(objective: base.Objective) -> TrainState:
+def abstract_state(objective: base.Objective) -> Any:
   """Returns the shapes of a run's first state, boxed."""
   params, extra = objective.init_shapes
-  run_key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-  return TrainState(
-    step=jax.ShapeDtypeStruct((), jnp.int32),
-    params=params,
-    opt_state=None,
-    extra=extra,
-    rng=run_key,
-  )
+
+  def rest():
+    key = jax.random.key_data(jax.random.key(0))
+    return TrainState(jnp.zeros((), jnp.int32), None, None, None, key)
+
+  return jax.eval_shape(rest).replace(params=params, extra=extra)
 
 
 def jit_step(

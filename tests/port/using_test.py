@@ -102,7 +102,7 @@ def test_several_texts_come_with_falling_scores(lavit, images):
   )
   assert a.score >= b.score >= c.score
   assert len({a.text, b.text, c.text}) == 3
-  with pytest.raises(errors.UsageError, match="num_beams=2. Raise num_beams"):
+  with pytest.raises(errors.UsageError, match=r"num_beams=2\. Raise num_beams"):
     lavit.write([[images[0]]], count=3, num_beams=2)
 
 

@@ -49,10 +49,11 @@ class PixelSpaceDecoder:
     settings.require_only(self.kind, _OPTIONS)
     ratio, size = settings.ratio, settings.size
     side = self._decoder.config.image_size
+    given = ratio or (size and " x ".join(map(str, size)))
     if ratio not in (None, "1:1") or size not in (None, (side, side)):
       raise errors.UsageError(
         f"The pixel decoder of this model makes squares of {side} pixels, not"
-        f" {ratio or f'{size[0]} x {size[1]}'}. Leave the ratio or size out."
+        f" {given}. Leave the ratio or size out."
       )
 
   def decode(

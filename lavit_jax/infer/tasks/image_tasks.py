@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from lavit_jax.core import errors, image_io
+from lavit_jax.core import image_io
 from lavit_jax.infer import batches, image_generation, ranges
 from lavit_jax.infer.pixels import decoders
 from lavit_jax.infer.pixels import options as options_lib

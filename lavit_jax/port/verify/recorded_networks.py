@@ -5,7 +5,6 @@ Each check takes the arrays of one file and the parts of the model, and returns
 """
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
