@@ -31,6 +31,7 @@ def add(subparsers: Any) -> None:
 
 
 def _add_import(actions):
+  """Adds `lavit port import`."""
   parser = common.command(
     actions,
     "import",

@@ -28,6 +28,7 @@ def add(subparsers: Any) -> None:
 
 
 def _add_tokenize(subparsers) -> None:
+  """Adds `lavit tokenize`, of images and of datasets."""
   parser = common.command(
     subparsers,
     "tokenize",

@@ -128,6 +128,7 @@ def _gallery(rows, labels):
 
 
 def _tokens_section(lavit, metrics, exhibits):
+  """Returns the section of kept patches, reconstructions and visual tokens."""
   blocks = []
   if exhibits.images:
     side = math.isqrt(lavit.visual.num_patches)

@@ -196,6 +196,24 @@ def _generate(
   nucleus,
   window,
 ):
+  """Reads the prompts and generates token by token, as one program.
+
+  Args:
+    model: see `generate`, as for params, prompt and uncond.
+    params: of the model.
+    prompt: arrays.
+    uncond: arrays, or None: not guided.
+    keys: one for each row; None is greedy.
+    scalars: all other numbers, which may change freely.
+    ruled_out: bool[V], ids that are never generated.
+    max_new_tokens: static.
+    top_k: static.
+    nucleus: whether `top_p` of the scalars cuts.
+    window: (first, last + 1) of the only ids that are scored; None: all.
+
+  Returns:
+    A `Generation`.
+  """
   pad_id, guided = scalars["pad_id"], uncond is not None
   rows, first = prompt["tokens"].shape[0], window[0] if window else 0
   score = functools.partial(_logits, model, params)
