@@ -50,13 +50,13 @@ def test_settings_of_jax_in_the_environment_take_precedence(
 
 
 def test_no_programs_are_kept_in_a_folder_that_is_not_writable(
-  settings, monkeypatch
+  settings, monkeypatch, tmp_path
 ):
   monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nobody")
   compiled_programs.keep()
   assert not settings
   monkeypatch.setattr(os, "access", lambda *unused: False)
-  monkeypatch.setenv("XDG_CACHE_HOME", "/tmp")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
   compiled_programs.keep()
   assert not settings
 

@@ -17,6 +17,7 @@ class _Sums:
   """A stage of one matrix, with frozen arrays of which it uses one."""
 
   config = ml_collections.ConfigDict({"accumulate": 1})
+  init_shapes = base.Objective.init_shapes
 
   def init(self, rng):
     box = nn.LogicallyPartitioned(jnp.ones((8, 4)), ("embed", "mlp"))
