@@ -253,7 +253,16 @@ def test_tools_have_the_bounds_of_the_extras(monkeypatch):
 def test_workflows_run_every_lane_on_every_python():
   path = ROOT / ".github" / "workflows" / "ci.yml"
   jobs = yaml.safe_load(path.read_text("utf-8"))["jobs"]
-  lanes = {"lint", "fast", "full", "newest", "lowest", "docs", "build"}
+  lanes = {
+    "lint",
+    "types",
+    "fast",
+    "full",
+    "newest",
+    "lowest",
+    "docs",
+    "build",
+  }
   assert set(jobs) == lanes
   steps = {
     name: " && ".join(step.get("run", "") for step in job["steps"])
