@@ -36,14 +36,18 @@ import pytest
 _MAX_RESIDENT = 3e9  # bytes
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses among them
 def pytest_collection_modifyitems(items):
   """Files with slow tests first: no process is left alone with them at the end.
 
   All tests of a file run in one process (pytest-xdist's loadfile): what they
   share, fixtures and compiled programs, is made once. Files that want the
   trained `micro_runs` come after those that do not, but for one, whose process
-  trains them in the meantime: no other waits for it.
+  trains them in the meantime: no other waits for it. They are slow, too.
   """
+  for item in items:
+    if "micro_runs" in item.fixturenames:
+      item.add_marker(pytest.mark.slow)
   is_slow = lambda item: item.get_closest_marker("slow") is not None
   slow = {item.path for item in items if is_slow(item)}
   trained = {item.path for item in items if "micro_runs" in item.fixturenames}
