@@ -396,7 +396,11 @@ def in_options(message: str, args: argparse.Namespace) -> str:
       return match[0]
     return f"{_OPTIONS.get(name) or '--' + name.replace('_', '-')} "
 
-  return re.sub(r"\b([a-z]\w*)=(?=\S)", option, message)
+  message = re.sub(r"\b([a-z]\w*)=(?=\S)", option, message)
+  names = "|".join(name for name in _OPTIONS if name in vars(args))
+  if names:  # without a value too: these are words of the API alone
+    message = re.sub(rf"\b({names})\b", lambda m: _OPTIONS[m[1]], message)
+  return message
 
 
 def outputs(

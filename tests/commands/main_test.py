@@ -144,10 +144,10 @@ def test_numbers_out_of_range_are_told_by_their_option(capsys, argv, says):
 
 
 def test_arguments_in_errors_are_told_as_options(model, capsys, monkeypatch):
-  said = "num_beams=9, top_k=3, num_return=2, min_new_tokens=5: x=y, seed= 1"
+  said = "num_beams=9, top_k=3, raise min_new_tokens: x=y, seed= 1"
   monkeypatch.setattr(model, "caption", fakes.raising(errors.UsageError(said)))
   assert fakes.failed(capsys, "caption", "a.png") == (
-    "lavit: --beams 9, top_k=3, num_return=2, --min-tokens 5: x=y, seed= 1\n"
+    "lavit: --beams 9, top_k=3, raise --min-tokens: x=y, seed= 1\n"
   )
 
 
