@@ -312,8 +312,12 @@ def note_scenes(args: argparse.Namespace, paths: Sequence[str]) -> None:
   )
 
 
-def require_files(paths: Sequence[str]) -> None:
+def require_files(paths: Sequence[str], *, several: bool = False) -> None:
   """Checks that files are there.
+
+  Args:
+    paths: of the files.
+    several: whether the command takes several, for the message.
 
   Raises:
     FileNotFoundError: a path does not exist.
@@ -323,9 +327,12 @@ def require_files(paths: Sequence[str]) -> None:
     if not files.input_path(path).exists():
       raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     if not files.is_remote(path) and os.path.isdir(path):
+      hint = (
+        f" For the files in it give {os.path.join(path, '*')}, which the shell"
+        " replaces by their names."
+      )
       raise errors.UsageError(
-        f"{path} is a folder, but a file is expected. For the files in it give"
-        f" {os.path.join(path, '*')}, which the shell replaces by their names."
+        f"{path} is a folder, but a file is expected.{hint if several else ''}"
       )
 
 
@@ -389,14 +396,12 @@ def in_options(message: str, args: argparse.Namespace) -> str:
       option it is `--beams 3`.
     args: of the command; arguments that it has no option for stay.
   """
-
-  def option(match):
-    name = match[1]
-    if name not in vars(args):
-      return match[0]
-    return f"{_OPTIONS.get(name) or '--' + name.replace('_', '-')} "
-
-  message = re.sub(r"\b([a-z]\w*)=(?=\S)", option, message)
+  for name, value in vars(args).items():
+    if value is not None:  # what was given, so that no part of a path is meant
+      option = _OPTIONS.get(name) or f"--{name.replace('_', '-')}"
+      given = re.escape(f"{name}={value!r}")
+      said = f"{option} {value}".replace("\\", r"\\")  # not a group's number
+      message = re.sub(rf"(?<!\S){given}(?!\w)", said, message)
   names = "|".join(name for name in _OPTIONS if name in vars(args))
   if names:  # without a value too: these are words of the API alone
     message = re.sub(rf"\b({names})\b", lambda m: _OPTIONS[m[1]], message)
@@ -432,15 +437,32 @@ def outputs(
       path.with_name(f"{path.stem}_{i:0{digits}d}{path.suffix}")
       for i in range(count)
     ]
-  originals = {os.path.realpath(name) for name in read}
   for path in paths:
     require_output(path, option)
-    if os.path.realpath(path) in originals:
-      raise errors.UsageError(
-        f"{option} {out} would write over {path}, which is read. Give another"
-        f" {option}."
-      )
+    require_not_read(path, option, read)
   return paths
+
+
+def require_not_read(
+  path: str | os.PathLike, option: str, read: Iterable[str]
+) -> None:
+  """Checks that a file to be written is none that the command reads.
+
+  Args:
+    path: of the file.
+    option: the option that names it, for the message.
+    read: files that are read; some may not exist.
+
+  Raises:
+    errors.UsageError: it is one of them, or a link to one.
+  """
+  originals = [name for name in read if os.path.exists(name)]
+  if os.path.exists(path) and any(
+    os.path.samefile(path, name) for name in originals
+  ):
+    raise errors.UsageError(
+      f"{option} would write over {path}, which is read. Give another {option}."
+    )
 
 
 def save(images: Iterable[Any], paths: Sequence[pathlib.Path]) -> None:

@@ -167,16 +167,20 @@ def _parse(argv):
     )
   if args.slices < 1:
     raise errors.UsageError(f"--slices {args.slices}: expected 1 or more.")
-  _check_flags(args)
+  _check_flags(args, rest)
   config, _ = train.read_config([*rest, "--workdir", "none"])
   return args, config
 
 
-def _check_flags(args) -> None:
+def _check_flags(args, rest) -> None:
   """Raises UsageError for flags that do not go together."""
   if args.hlo:
     files.require_local(args.hlo, "a program")
     common.require_output(args.hlo, "--hlo")
+    words = (word.partition("=")[2] or word for word in rest)
+    common.require_not_read(args.hlo, "--hlo", words)
+  if args.cache:
+    common.require_output_folder(args.cache, "--cache")
   for flag in ("batches", "remats"):
     if getattr(args, flag) is not None and not args.sweep:
       raise errors.UsageError(

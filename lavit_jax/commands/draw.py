@@ -102,7 +102,10 @@ def _size(text: str) -> tuple[int, int]:
     raise argparse.ArgumentTypeError(
       f"{text!r}: expected height x width, such as 512x768"
     )
-  return int(match[1]), int(match[2])
+  height, width = int(match[1]), int(match[2])
+  if not min(height, width):
+    raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more of both")
+  return height, width
 
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:
@@ -154,8 +157,8 @@ def _generate_images(
   common.require_text(
     "--negative", [args.negative_prompts or ""], "Give words."
   )
-  read = () if args.ids else read  # with --ids no image is written
-  paths = common.outputs(args.out, len(prompts), read)
+  # With --ids no image is written.
+  paths = [] if args.ids else common.outputs(args.out, len(prompts), read)
   lavit = _load(args, len(prompts))
   options = common.chosen(args, *_TOKEN_OPTIONS)
   if args.ids:
@@ -314,10 +317,11 @@ def _reconstruct(args: argparse.Namespace) -> None:
   if args.codes:
     labels, codes = _read_codes(args.codes)
   else:
-    common.require_files(args.images)
+    common.require_files(args.images, several=True)
     common.note_scenes(args, args.images)
     labels = [{"image": image} for image in args.images]
-  paths = common.outputs(args.out, len(labels), args.images)
+  read = args.images or [args.codes]
+  paths = common.outputs(args.out, len(labels), read)
   lavit = _load(args, len(labels))
   options = common.chosen(args, *_PIXEL_OPTIONS)
   with _progress_bar() as report:

@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except Exception as error:
     message = _explain(error)
-    message = message and common.in_options(message, args)
+    if message and isinstance(error, errors.UsageError):
+      message = common.in_options(message, args)
     if message is None or os.environ.get("LAVIT_DEBUG"):
       _leave(1, traceback.format_exc())
       raise

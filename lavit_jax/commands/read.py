@@ -99,6 +99,11 @@ def _tokenize(args: argparse.Namespace) -> None:
 def _tokenize_data(args: argparse.Namespace) -> None:
   common.require_files([] if args.data == "shapes" else [args.data])
   common.require_files([args.held_out] if args.held_out else [])
+  if args.data == "shapes" and args.held_out:
+    raise errors.UsageError(
+      "--held-out goes with --data FILE: shapes have held-out scenes of their"
+      " own."
+    )
   caches.check_out(args.out, args.split)
   common.keep_programs(args)
   model, held_out = pipeline.resolve(args.model), args.held_out or ""
@@ -118,7 +123,7 @@ def _tokenize_data(args: argparse.Namespace) -> None:
 
 
 def _tokenize_images(args: argparse.Namespace) -> None:
-  common.require_files(args.images)
+  common.require_files(args.images, several=True)
   overlay = []
   if args.overlay:
     overlay = common.outputs(args.overlay, 1, args.images, "--overlay")
@@ -189,7 +194,7 @@ def _add_caption(subparsers) -> None:
 
 
 def _caption(args: argparse.Namespace) -> None:
-  common.require_files(args.images)
+  common.require_files(args.images, several=True)
   common.require_text("--prompt", [args.prompt or ""], "Give words.")
   common.note_scenes(args, args.images)
   lavit = common.load(args, images=len(args.images))

@@ -36,7 +36,7 @@ def write(
   Raises:
     errors.UsageError: the seed is no integer, or out of range.
   """
-  ranges.check_seed(seed)
+  seed = ranges.check_seed(seed)
   parsed = [
     (prompter.parse(prompt, parity), n and prompter.parse(n, parity))
     for prompt, n in zip(inputs, negatives, strict=True)

@@ -4,9 +4,7 @@ A wrong one is refused by name before anything is computed. Inside a program it
 would be an error of a library, or no error and another result.
 """
 
-import math
 import numbers
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,16 +12,17 @@ import numpy as np
 from lavit_jax.core import errors
 
 _MOST_SEED = 2**31 - 1  # those of a batch are int32
+_LARGEST = 3e38  # about that of float32
 
 
 def check_integer(
   name: str, value: Any, least: int, most: int | None = None
-) -> None:
-  """Checks that a value is an integer in a range.
+) -> int:
+  """Returns an integer in a range, of Python's type.
 
   Args:
     name: of the argument, for the message.
-    value: what was given.
+    value: what was given; an integer of NumPy too.
     least: the smallest that is allowed.
     most: the largest; None: there is no limit.
 
@@ -37,10 +36,11 @@ def check_integer(
     if most is None:
       bounds = f"of at least {least}"
     raise errors.UsageError(f"{name}={value!r}: expected an integer {bounds}.")
+  return int(value)
 
 
-def check_number(name: str, value: Any, least: float = -math.inf) -> None:
-  """Checks that a value is a finite number.
+def check_number(name: str, value: Any, least: float = -_LARGEST) -> float:
+  """Returns a number that float32 can hold, of Python's type.
 
   Args:
     name: of the argument, for the message.
@@ -48,18 +48,19 @@ def check_number(name: str, value: Any, least: float = -math.inf) -> None:
     least: the smallest that is allowed.
 
   Raises:
-    errors.UsageError: it is another type, infinite, NaN or too small.
+    errors.UsageError: it is another type, infinite, NaN, too large or small.
   """
   real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-  if not real or not math.isfinite(value) or value < least:
-    bound = "" if least == -math.inf else f" of at least {least}"
+  if not real or not least <= value <= _LARGEST:
+    bound = "" if least == -_LARGEST else f" of at least {least}"
     raise errors.UsageError(
       f"{name}={value!r}: expected a finite number{bound}."
     )
+  return float(value)
 
 
-def check_seed(seed: Any, *, optional: bool = False) -> None:
-  """Checks a seed.
+def check_seed(seed: Any, *, optional: bool = False) -> Any:
+  """Returns a seed as a Python integer, or None.
 
   Args:
     seed: what was given.
@@ -68,11 +69,12 @@ def check_seed(seed: Any, *, optional: bool = False) -> None:
   Raises:
     errors.UsageError: it is another type, or out of range.
   """
-  if seed is not None or not optional:
-    check_integer("seed", seed, 0, _MOST_SEED)
+  if seed is None and optional:
+    return None
+  return check_integer("seed", seed, 0, _MOST_SEED)
 
 
-def check_codes(codes: Sequence[Any]) -> None:
+def check_codes(codes: Any) -> None:
   """Checks that visual tokens are a sequence of integers for each image.
 
   Args:
@@ -80,13 +82,36 @@ def check_codes(codes: Sequence[Any]) -> None:
       too many, is checked where they are padded.
 
   Raises:
-    errors.UsageError: they are the codes of one image alone, or no integers.
+    errors.UsageError: they are no sequence, the codes of one image alone, or no
+      integers of int32.
   """
+  check_sequence("codes", codes, "int[k] for each image")
   for number, row in enumerate(codes):
-    array = np.asarray(row)
+    try:
+      array = np.asarray(row)
+    except ValueError:  # rows of several lengths
+      array = np.array(0.5)
     integers = np.issubdtype(array.dtype, np.integer) or not array.size
-    if array.ndim != 1 or not integers:
+    if array.ndim != 1 or not integers or (array > _MOST_SEED).any():
       raise errors.UsageError(
         f"codes[{number}] is {row!r:.60}: expected int[k], the codes of one"
         " image. Those of a single image go into a list: [codes]."
       )
+
+
+def check_sequence(name: str, value: Any, of: str) -> None:
+  """Checks that a value is a list or another sequence, but no str.
+
+  Args:
+    name: of the argument, for the message.
+    value: what was given.
+    of: what it is to hold, for the message.
+
+  Raises:
+    errors.UsageError: it is a str, whose letters would be taken for its parts,
+      or has no length.
+  """
+  if isinstance(value, str) or not hasattr(value, "__len__"):
+    raise errors.UsageError(
+      f"{name} is {value!r:.60}: expected a list of {of}."
+    )

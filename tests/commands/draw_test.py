@@ -158,3 +158,8 @@ def test_words_that_were_printed_are_drawn_again(model, capsys, tmp_path):
     said = fakes.failed(capsys, "reconstruct", "--codes", "words.json")
     assert "JSON list" in said
     assert place in said
+
+
+def test_ids_need_no_file_to_write(model, capsys, tmp_path):
+  (tmp_path / "generated.png").mkdir()
+  assert fakes.run(capsys, "generate", "x", "--ids")[:2] == (0, "5 301\n")

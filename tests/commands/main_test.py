@@ -85,6 +85,12 @@ def test_info_is_flat_for_people_and_nested_for_programs(model, capsys):
     ("caption sub.png", "sub.png is a folder, but a file"),
     ("compile --topology v5e:2x4 --hlo sub.png", "--hlo sub.png is a folder"),
     ("compile --topology v5e:2x4 --hlo a.png/x", "a.png is a file, but a fo"),
+    ("compile --topology v5e:2x4 --cache a.png", "a.png is a file, but a fol"),
+    ("compile --config a.png --topology v5e:2x4 --hlo a.png", "which is read"),
+    ("compile --config=a.png --topology v5e:2x4 --hlo a.png", "which is read"),
+    ("reconstruct --codes codes.png --out codes.png", "which is read"),
+    ("reconstruct a.png --out linked.png", "which is read"),
+    ("tokenize --data shapes --held-out a.png --out o", "of their own"),
     ("tokenize a.png --overlay a.png", "write over a.png, which is read"),
     ("synthesize a.png blue --out ./a.png", "write over a.png, which is read"),
     ("reconstruct a.png --out a.png", "write over a.png, which is read"),
@@ -97,6 +103,8 @@ def test_mistakes_are_told_before_anything_is_loaded(
   model, capsys, tmp_path, argv, says
 ):
   (tmp_path / "sub.png").mkdir()
+  (tmp_path / "linked.png").hardlink_to(tmp_path / "a.png")
+  (tmp_path / "codes.png").write_text('[{"codes": [1]}]')
   assert says in fakes.failed(capsys, *argv.split(" "))
   assert model.loaded is None
 
@@ -109,6 +117,7 @@ def test_mistakes_are_told_before_anything_is_loaded(
     "caption",
     "generate x --seed y",
     "generate x --size 512",
+    "generate x --size 0x64",
     "generate x --guidance nan",
     "caption a.png --length-penalty inf",
     "compile --topology v5e:2x4 --slices many",
@@ -144,11 +153,17 @@ def test_numbers_out_of_range_are_told_by_their_option(capsys, argv, says):
 
 
 def test_arguments_in_errors_are_told_as_options(model, capsys, monkeypatch):
-  said = "num_beams=9, top_k=3, raise min_new_tokens: x=y, seed= 1"
-  monkeypatch.setattr(model, "caption", fakes.raising(errors.UsageError(said)))
-  assert fakes.failed(capsys, "caption", "a.png") == (
-    "lavit: --beams 9, top_k=3, raise --min-tokens: x=y, seed= 1\n"
+  argv = ("caption", "a.png", "--beams", "9", "--seed", "3")
+
+  def told(error):
+    monkeypatch.setattr(model, "caption", fakes.raising(error))
+    return fakes.failed(capsys, *argv)
+
+  said = "num_beams=9: many; raise min_new_tokens. x/seed=3, seed=4, seed=3."
+  assert told(errors.UsageError(said)) == (
+    "lavit: --beams 9: many; raise --min-tokens. x/seed=3, seed=4, --seed 3.\n"
   )
+  assert "seed=3 is" in told(errors.DataError("seed=3 is a line"))
 
 
 @pytest.mark.parametrize(

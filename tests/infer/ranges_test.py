@@ -54,6 +54,11 @@ def test_tasks_check_it_before_anything_is_computed():
     ),
     ("draw", {"guidance_scale": float("inf")}, "guidance_scale=inf"),
     ("draw", {"guidance_scale": "3"}, "guidance_scale='3'"),
+    ("draw", {"temperature": 1e-38}, r"temperature=1e-38: expected 0 \(greedy"),
+    ("draw", {"guidance_scale": 1e39}, r"guidance_scale=1e\+39: expected a fi"),
+    ("caption", {"length_penalty": 10**400}, "length_penalty=1000"),
+    ("draw", {"top_p": 0}, "top_p=0.0: expected a probability"),
+    ("draw", {"top_p": 2}, "top_p=2.0: expected a probability"),
     ("draw", {"top_k": 1.5}, "top_k=1.5: expected an integer of at least 0"),
     ("draw", {"max_new_tokens": 0}, "max_new_tokens=0"),
     (
@@ -91,11 +96,30 @@ def test_options_of_pixels_are_checked(given):
 
 
 @pytest.mark.parametrize(
-  "codes", [[1, 2, 3], np.arange(3), [[0.5]], [["1"]], [[[1]]], [[True]]]
+  "codes",
+  [[1, 2, 3], np.arange(3), [[0.5]], [["1"]], [[[1]]], [[True]], [[2**40]]]
+  + [[[[1, 2], [3]]]],
 )
 def test_codes_are_integers_in_a_row_for_each_image(codes):
   with pytest.raises(errors.UsageError, match=r"codes\[0\] is "):
     ranges.check_codes(codes)
+
+
+@pytest.mark.parametrize("codes", [None, 5, "12", iter([])])
+def test_codes_are_a_list(codes):
+  with pytest.raises(errors.UsageError, match=r"codes is .*expected a list"):
+    ranges.check_codes(codes)
+
+
+def test_numbers_of_numpy_become_those_of_python():
+  changed = rules.changed(rules.OURS.draw, {"top_k": np.uint8(3)})
+  assert type(changed.top_k) is int
+  assert type(options.PixelOptions(steps=np.uint8(20)).steps) is int
+  assert type(ranges.check_seed(np.uint8(250))) is int
+  assert type(arguments.seeds(np.uint8(250), False, 9)[8].item()) is int
+  np.testing.assert_array_equal(
+    arguments.seeds(np.uint8(250), False, 9), np.arange(250, 259)
+  )
 
 
 def test_codes_of_all_kinds_of_integers_are_taken():

@@ -128,12 +128,15 @@ class LatentSpaceDecoder:
       conditions = ("original_size", "crop")
       takes = tuple(name for name in fields if name not in conditions)
       settings.require_only(self.kind, takes)
-    self._settings(settings)
+    self._steps(self._settings(settings), settings.steps)
     tile = settings.tile
     if tile is not None and (tile < 1 or tile % self.factor):
       raise errors.UsageError(
         f"tile={tile}: expected a multiple of {self.factor} pixels."
       )
+
+  def _steps(self, static, count) -> sampling.Steps:
+    return sampling.planned(static.solver, self.schedule, count or STEPS)
 
   def _settings(
     self, settings: options.PixelOptions
@@ -194,9 +197,7 @@ class LatentSpaceDecoder:
     guidance = settings.decoder_guidance_scale
     guidance = GUIDANCE[self.kind] if guidance is None else guidance
     static = self._settings(settings)
-    steps = sampling.planned(
-      static.solver, self.schedule, settings.steps or STEPS
-    )
+    steps = self._steps(static, settings.steps)
     sizes = {
       "original_size": settings.original_size or (static.height, static.width),
       "crop": settings.crop,

@@ -44,9 +44,14 @@ class PixelOptions:
     solvers.named(self.solver)  # raises where there is none
     for name in ("steps", "tile"):
       if (value := getattr(self, name)) is not None:
-        ranges.check_integer(name, value, 1)
-    if self.decoder_guidance_scale is not None:
-      ranges.check_number("decoder_guidance_scale", self.decoder_guidance_scale)
+        object.__setattr__(self, name, ranges.check_integer(name, value, 1))
+    name = "decoder_guidance_scale"
+    if (scale := self.decoder_guidance_scale) is not None:
+      object.__setattr__(self, name, ranges.check_number(name, scale))
+    if not isinstance(self.decoder, str | None):
+      raise errors.UsageError(
+        f"decoder={self.decoder!r}: expected the name of a pixel decoder."
+      )
     if self.ratio is not None and self.size is not None:
       raise errors.UsageError(
         f"ratio={self.ratio!r} and size={self.size}: a ratio already sets the"
@@ -82,7 +87,7 @@ def _pair(name, value) -> tuple[int, int]:
     first, second = (int(number) for number in value)
     if min(first, second) < least or (first, second) != tuple(value):
       raise ValueError
-  except (TypeError, ValueError):
+  except (TypeError, ValueError, OverflowError):
     raise errors.UsageError(
       f"{name}={value!r}: expected two whole numbers of at least {least},"
       f" {'top and left' if name == 'crop' else 'height and width'}."

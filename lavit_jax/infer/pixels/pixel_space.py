@@ -47,9 +47,10 @@ class PixelSpaceDecoder:
   def check(self, settings: options.PixelOptions) -> None:
     """Raises UsageError for options that the decoder does not take."""
     settings.require_only(self.kind, _OPTIONS)
+    self._plan(settings)
     ratio, size = settings.ratio, settings.size
     side = self._decoder.config.image_size
-    given = ratio or (size and " x ".join(map(str, size)))
+    given = repr(ratio) if size is None else " x ".join(map(str, size))
     if ratio not in (None, "1:1") or size not in (None, (side, side)):
       raise errors.UsageError(
         f"The pixel decoder of this model makes squares of {side} pixels, not"
@@ -66,7 +67,7 @@ class PixelSpaceDecoder:
   ) -> np.ndarray:
     """Returns float32[B, H, W, 3] in [0, 1]; see `decoders.PixelDecoder`."""
     guidance = settings.decoder_guidance_scale
-    solver = solvers.named(settings.solver, official=False)
+    solver, steps = self._plan(settings)
     with self._listener.forwarding(progress) as callback:
       images = sampling.draw(
         self._decoder,
@@ -74,7 +75,7 @@ class PixelSpaceDecoder:
         self._variables,
         tokens.features_of(codes),
         seeds,
-        steps=sampling.planned(solver, self._schedule, settings.steps or STEPS),
+        steps=steps,
         solver=solver,
         guide=guidance not in (None, 1),
         guidance=1.0 if guidance is None else guidance,
@@ -83,3 +84,9 @@ class PixelSpaceDecoder:
       images = np.asarray(images)
       jax.effects_barrier()
     return images
+
+  def _plan(self, settings):
+    """Returns the solver and its steps; UsageError for too many steps."""
+    solver = solvers.named(settings.solver, official=False)
+    count = settings.steps or STEPS
+    return solver, sampling.planned(solver, self._schedule, count)

@@ -8,7 +8,8 @@ the quirks of the official code, which `parity=True` of class LaVIT adds
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from lavit_jax.core import errors
@@ -19,6 +20,15 @@ _Config = TypeVar("_Config")
 
 # A step looks through beams x vocabulary; a cache for each beam is held.
 MOST_BEAMS = 1024
+_LEAST_TEMPERATURE = 1e-6  # logits divided by less overflow
+
+
+def _replace(
+  config: Any, check: Callable[..., Any], name: str, *bounds
+) -> None:
+  """Replaces a field of a frozen dataclass by what its check returns."""
+  value = check(name, getattr(config, name), *bounds)
+  object.__setattr__(config, name, value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,11 +53,12 @@ class TextGenerationConfig:
   length_offset: int = 0
 
   def __post_init__(self):
-    ranges.check_integer("num_beams", self.num_beams, 1, MOST_BEAMS)
-    ranges.check_integer("min_new_tokens", self.min_new_tokens, 0)
-    ranges.check_integer("max_new_tokens", self.max_new_tokens, 1)
-    ranges.check_number("length_penalty", self.length_penalty)
-    ranges.check_integer("length_offset", self.length_offset, 0)
+    integer = functools.partial(_replace, self, ranges.check_integer)
+    integer("num_beams", 1, MOST_BEAMS)
+    integer("min_new_tokens", 0)
+    integer("max_new_tokens", 1)
+    integer("length_offset", 0)
+    _replace(self, ranges.check_number, "length_penalty")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,14 +85,25 @@ class ImageGenerationConfig:
   max_new_tokens: int | None = None
 
   def __post_init__(self):
-    ranges.check_number("guidance_scale", self.guidance_scale)
-    ranges.check_number("mixed_guidance_scale", self.mixed_guidance_scale)
-    ranges.check_number("temperature", self.temperature, 0)
-    ranges.check_integer("top_k", self.top_k, 0)
-    ranges.check_number("top_p", self.top_p, 0)
-    ranges.check_integer("min_new_tokens", self.min_new_tokens, 0)
+    number = functools.partial(_replace, self, ranges.check_number)
+    integer = functools.partial(_replace, self, ranges.check_integer)
+    number("guidance_scale")
+    number("mixed_guidance_scale")
+    number("temperature", 0)
+    number("top_p", 0)
+    integer("top_k", 0)
+    integer("min_new_tokens", 0)
     if self.max_new_tokens is not None:
-      ranges.check_integer("max_new_tokens", self.max_new_tokens, 1)
+      integer("max_new_tokens", 1)
+    if 0 < self.temperature < _LEAST_TEMPERATURE:
+      raise errors.UsageError(
+        f"temperature={self.temperature}: expected 0 (greedy), or at least"
+        f" {_LEAST_TEMPERATURE}."
+      )
+    if not 0 < self.top_p <= 1:
+      raise errors.UsageError(
+        f"top_p={self.top_p}: expected a probability above 0, at most 1 (all)."
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

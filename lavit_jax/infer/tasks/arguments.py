@@ -28,15 +28,13 @@ def check_load(
     "dtype": (dtype, ("float32", "bfloat16")),
     "quantize": (quantize, (None, *int8.MODES)),
     "manner": (manner, (None, *rules.BY_NAME)),
-    "max_batch": (max_batch, range(1, batches.SIZES[-1] + 1)),
   }
   for name, (value, choices) in allowed.items():
     if value not in choices:
       raise errors.UsageError(
         f"{name}={value!r}: expected {', '.join(map(repr, choices))}."
-        if len(choices) < 5
-        else f"{name}={value!r}: expected {choices[0]} to {choices[-1]}."
       )
+  ranges.check_integer("max_batch", max_batch, 1, batches.SIZES[-1])
 
 
 def fields_of(config: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +57,7 @@ def seeds(seed: int | None, parity: bool, count: int) -> np.ndarray | None:
   Raises:
     errors.UsageError: the seed is no integer, or out of range.
   """
-  ranges.check_seed(seed, optional=True)
+  seed = ranges.check_seed(seed, optional=True)
   if seed is None and not parity:
     return None
   return np.arange(count) + (seed or 0)
@@ -80,6 +78,7 @@ def per_prompt(
   """
   if value is None or isinstance(value, str):
     return [value] * count
+  ranges.check_sequence(f"{what}s", value, f"{what}s")
   if len(value) != count:
     raise errors.UsageError(
       f"{len(value)} {what}s for {count} prompts: give one for all (a str), or"

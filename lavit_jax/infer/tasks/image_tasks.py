@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from lavit_jax.core import image_io
+from lavit_jax.core import errors, image_io
 from lavit_jax.infer import batches, image_generation, ranges
 from lavit_jax.infer.pixels import decoders
 from lavit_jax.infer.pixels import options as options_lib
@@ -53,7 +53,9 @@ class ImageTasks(model.LoadedModel):
       and `codes` int32[k], their codes.
     """
     batch, single = self._batch(images, parity)
-    ranges.check_seed(seed, optional=True)
+    seed = ranges.check_seed(seed, optional=True)
+    if budget is not None:
+      budget = ranges.check_integer("budget", budget, 1)
     seed = 0 if parity and seed is None else seed
     rows = []
     for chunk, count, start in batches.chunks(batch, self.max_batch):
@@ -104,10 +106,11 @@ class ImageTasks(model.LoadedModel):
     """
     options = arguments.fields_of(options_lib.PixelOptions, locals())
     ranges.check_seed(seed)
+    settings = self._settings(options, progress)
     tokens = self.tokenize(images, budget=budget, parity=parity)
     rows = [tokens] if isinstance(tokens, dict) else tokens
     codes = [row["codes"] for row in rows]
-    decoded = self._decode(codes, seed, progress, options)
+    decoded = self._decode(codes, seed, progress, settings)
     return decoded[0] if isinstance(tokens, dict) else decoded
 
   def draw_codes(
@@ -151,7 +154,8 @@ class ImageTasks(model.LoadedModel):
       errors.CheckpointError: the model has no such pixel decoder.
     """
     options = arguments.fields_of(options_lib.PixelOptions, locals())
-    return self._decode(codes, seed, progress, options)
+    settings = self._settings(options, progress)
+    return self._decode(codes, seed, progress, settings)
 
   def generate(
     self,
@@ -323,6 +327,7 @@ class ImageTasks(model.LoadedModel):
       max_new_tokens: most visual tokens, [/IMG] included.
     """
     options = arguments.fields_of(rules.ImageGenerationConfig, locals())
+    ranges.check_sequence("prompts", prompts, "prompts")
     config = rules.changed(self.rules.draw, options)
     if guidance_scale is not None:
       config = dataclasses.replace(config, mixed_guidance_scale=guidance_scale)
@@ -336,16 +341,24 @@ class ImageTasks(model.LoadedModel):
       parity=parity,
     )
 
-  def _decode(self, codes, seed, progress, options) -> list[PIL.Image.Image]:
-    """See `draw_codes`; `options` are fields of PixelOptions."""
-    ranges.check_seed(seed)
-    pixel_options = rules.changed(options_lib.PixelOptions(), options)
+  def _settings(self, options, progress) -> options_lib.PixelOptions:
+    """Returns options that the pixel decoder takes, before any other work."""
+    if progress is not None and not callable(progress):
+      raise errors.UsageError(
+        f"progress={progress!r}: expected a function of (steps done, steps)."
+      )
+    settings = rules.changed(options_lib.PixelOptions(), options)
+    self._pixel_decoder(settings.decoder).check(settings)
+    return settings
+
+  def _decode(self, codes, seed, progress, settings) -> list[PIL.Image.Image]:
+    """See `draw_codes`."""
     arrays = decoders.decode(
-      self._pixel_decoder(pixel_options.decoder),
+      self._pixel_decoder(settings.decoder),
       self.visual,
       codes,
-      seed,
-      pixel_options,
+      ranges.check_seed(seed),
+      settings,
       limit=self.max_batch,
       progress=progress,
     )
@@ -356,10 +369,11 @@ class ImageTasks(model.LoadedModel):
     """See `synthesize_batch`; `options` holds its other arguments."""
     count, seed = options["count"], options["seed"]
     ranges.check_integer("count", count, 1)
+    ranges.check_sequence("prompts", prompts, "prompts")
+    for parts in prompts:
+      ranges.check_sequence("a prompt", parts, "texts and images")
     pixels = arguments.fields_of(options_lib.PixelOptions, options)
-    # Wrong pixel options fail here, before visual tokens are generated.
-    pixel_options = rules.changed(options_lib.PixelOptions(), pixels)
-    decoders.choose(self.parts, pixel_options.decoder)
+    settings = self._settings(pixels, options["progress"])
     negatives = arguments.per_prompt(
       "negative prompt", options["negative_prompts"], len(prompts)
     )
@@ -370,7 +384,7 @@ class ImageTasks(model.LoadedModel):
       parity=options["parity"],
       **arguments.fields_of(rules.ImageGenerationConfig, options),
     )
-    images = self._decode(codes, seed, options["progress"], pixels)
+    images = self._decode(codes, seed, options["progress"], settings)
     if count == 1:
       return images
     return [images[i : i + count] for i in range(0, len(images), count)]

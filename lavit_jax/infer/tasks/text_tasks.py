@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lavit_jax.core import errors
-from lavit_jax.infer import text_generation
+from lavit_jax.infer import ranges, text_generation
 from lavit_jax.infer.presets import official, rules
 from lavit_jax.infer.prompts import wording
 from lavit_jax.infer.tasks import arguments, model
@@ -168,6 +168,7 @@ class TextTasks(model.LoadedModel):
       For each prompt `count` texts, uncut, with their scores, the best first.
     """
     options = arguments.fields_of(rules.TextGenerationConfig, locals())
+    ranges.check_sequence("prompts", prompts, "prompts")
     return text_generation.write(
       self._prompter,
       prompts,

@@ -166,6 +166,18 @@ def test_bad_options_are_refused_before_anything_is_drawn(lavit, options, says):
     lavit.draw_codes(CODES, **options)
 
 
+def test_bad_options_are_refused_before_anything_else_is_done(lavit):
+  with pytest.raises(errors.UsageError, match="ddim, dpm"):
+    lavit.reconstruct("nowhere.png", solver="euler")
+  with pytest.raises(errors.UsageError, match="1 to 1000"):
+    lavit.generate("without a language model", steps=1001)
+  with pytest.raises(errors.UsageError, match="progress=5"):
+    lavit.generate("without a language model", progress=5)
+  for prompts in (None, "red", ["red"]):
+    with pytest.raises(errors.UsageError, match="expected a list of"):
+      lavit.synthesize_batch(prompts)
+
+
 @pytest.mark.parametrize(
   ("codes", "says"),
   [([], "0 visual tokens"), (range(17), "17 visual tokens"), ([99], "0 to 31")],
