@@ -157,11 +157,11 @@ def test_options_reach_what_generates(lavit, monkeypatch):
     functools.partial(lavit.synthesize, ["a ring"]),
     functools.partial(lavit.synthesize_batch, [["a ring"]]),
   ):
-    call(top_k=3, guidance_scale=5.0, steps=7, crop=(1, 2))
+    call(top_k=3, guidance_scale=5.0, steps=7, ratio="1:1")
     tokens, pixels = configs
     assert (tokens.top_k, tokens.mixed_guidance_scale) == (3, 5.0)
     assert tokens.temperature == lavit.rules.draw.temperature
-    assert (pixels.steps, pixels.crop, pixels.solver) == (7, (1, 2), "ddim")
+    assert (pixels.steps, pixels.ratio, pixels.solver) == (7, "1:1", "ddim")
     configs.clear()
 
 
