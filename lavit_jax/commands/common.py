@@ -253,7 +253,7 @@ def keep_programs(args: argparse.Namespace, **options: Any) -> None:
 
 
 # So much work takes less time than to compile for it with all optimizations
-# (benchmarks/first_seconds.py): images, and parameters of the model.
+# (docs/benchmarks.md, "First seconds"): images, and parameters of the model.
 _FEW_IMAGES, _FEW_PARAMETERS = 8, 10_000_000
 
 
@@ -358,12 +358,15 @@ def require_output_folder(path: str | os.PathLike, option: str) -> None:
   """Checks, before any work, that files can be created in a folder.
 
   Args:
-    path: of the folder, which may be missing.
+    path: of the folder, which may be missing; of one in a store nothing is
+      checked.
     option: the option that names it, or a file in it, for the message.
 
   Raises:
     errors.UsageError: it is a file, or may not be written to.
   """
+  if files.is_remote(path):
+    return
   path = pathlib.Path(path).absolute()
   there = next(one for one in (path, *path.parents) if one.exists())
   if not there.is_dir():

@@ -60,8 +60,8 @@ def keep_none() -> None:
 def compile_quickly() -> None:
   """Compiles with few optimizations from here on, on a CPU.
 
-  It takes a fourth of the time, and programs run a third as fast: for little
-  work. JAX_DISABLE_MOST_OPTIMIZATIONS takes precedence.
+  It takes two fifths of the time, and programs run a third as fast: for little
+  work (docs/benchmarks.md). JAX_DISABLE_MOST_OPTIMIZATIONS takes precedence.
   """
   if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
     return

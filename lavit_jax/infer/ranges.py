@@ -5,6 +5,7 @@ would be an error of a library, or no error and another result.
 """
 
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,24 @@ def check_number(name: str, value: Any, least: float = -_LARGEST) -> float:
       f"{name}={value!r}: expected a finite number{bound}."
     )
   return float(value)
+
+
+def replace(
+  config: Any, check: Callable[..., Any], name: str, *bounds: Any
+) -> None:
+  """Replaces a field of a frozen dataclass by what its check returns.
+
+  Args:
+    config: the dataclass, in its `__post_init__`.
+    check: `check_integer` or `check_number`.
+    name: of the field.
+    *bounds: of the check.
+
+  Raises:
+    errors.UsageError: see the check.
+  """
+  value = check(name, getattr(config, name), *bounds)
+  object.__setattr__(config, name, value)
 
 
 def check_seed(seed: Any, *, optional: bool = False) -> Any:

@@ -130,12 +130,13 @@ class LatentSpaceDecoder:
       settings.require_only(self.kind, takes)
     self._steps(self._settings(settings), settings.steps)
     tile = settings.tile
-    if tile is not None and (tile < 1 or tile % self.factor):
+    if tile is not None and tile % self.factor:
       raise errors.UsageError(
         f"tile={tile}: expected a multiple of {self.factor} pixels."
       )
 
   def _steps(self, static, count) -> sampling.Steps:
+    """Returns the steps of a solver; UsageError for too many."""
     return sampling.planned(static.solver, self.schedule, count or STEPS)
 
   def _settings(

@@ -43,11 +43,10 @@ class PixelOptions:
   def __post_init__(self):
     solvers.named(self.solver)  # raises where there is none
     for name in ("steps", "tile"):
-      if (value := getattr(self, name)) is not None:
-        object.__setattr__(self, name, ranges.check_integer(name, value, 1))
-    name = "decoder_guidance_scale"
-    if (scale := self.decoder_guidance_scale) is not None:
-      object.__setattr__(self, name, ranges.check_number(name, scale))
+      if getattr(self, name) is not None:
+        ranges.replace(self, ranges.check_integer, name, 1)
+    if self.decoder_guidance_scale is not None:
+      ranges.replace(self, ranges.check_number, "decoder_guidance_scale")
     if not isinstance(self.decoder, str | None):
       raise errors.UsageError(
         f"decoder={self.decoder!r}: expected the name of a pixel decoder."

@@ -9,7 +9,7 @@ the quirks of the official code, which `parity=True` of class LaVIT adds
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from lavit_jax.core import errors
@@ -21,14 +21,6 @@ _Config = TypeVar("_Config")
 # A step looks through beams x vocabulary; a cache for each beam is held.
 MOST_BEAMS = 1024
 _LEAST_TEMPERATURE = 1e-6  # logits divided by less overflow
-
-
-def _replace(
-  config: Any, check: Callable[..., Any], name: str, *bounds
-) -> None:
-  """Replaces a field of a frozen dataclass by what its check returns."""
-  value = check(name, getattr(config, name), *bounds)
-  object.__setattr__(config, name, value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,12 +45,12 @@ class TextGenerationConfig:
   length_offset: int = 0
 
   def __post_init__(self):
-    integer = functools.partial(_replace, self, ranges.check_integer)
+    integer = functools.partial(ranges.replace, self, ranges.check_integer)
     integer("num_beams", 1, MOST_BEAMS)
     integer("min_new_tokens", 0)
     integer("max_new_tokens", 1)
     integer("length_offset", 0)
-    _replace(self, ranges.check_number, "length_penalty")
+    ranges.replace(self, ranges.check_number, "length_penalty")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +77,8 @@ class ImageGenerationConfig:
   max_new_tokens: int | None = None
 
   def __post_init__(self):
-    number = functools.partial(_replace, self, ranges.check_number)
-    integer = functools.partial(_replace, self, ranges.check_integer)
+    number = functools.partial(ranges.replace, self, ranges.check_number)
+    integer = functools.partial(ranges.replace, self, ranges.check_integer)
     number("guidance_scale")
     number("mixed_guidance_scale")
     number("temperature", 0)
