@@ -156,6 +156,7 @@ def test_options_reach_what_generates(lavit, monkeypatch):
     functools.partial(lavit.generate, "a ring"),
     functools.partial(lavit.synthesize, ["a ring"]),
     functools.partial(lavit.synthesize_batch, [["a ring"]]),
+    functools.partial(lavit.synthesize_batch, ["a ring"]),
   ):
     call(top_k=3, guidance_scale=5.0, steps=7, ratio="1:1")
     tokens, pixels = configs

@@ -235,11 +235,13 @@ class ImageTasks(model.LoadedModel):
     Returns:
       An image, or with count > 1 a list of so many.
     """
-    return self._synthesize([parts], dict(locals()))[0]
+    options = dict(locals())
+    ranges.check_sequence("parts", parts, "texts and images")
+    return self._synthesize([parts], options)[0]
 
   def synthesize_batch(
     self,
-    prompts: Sequence[Sequence[arguments.Image]],
+    prompts: Sequence[arguments.Prompt],
     *,
     count: int = 1,
     seed: int = 0,
@@ -266,7 +268,7 @@ class ImageTasks(model.LoadedModel):
     """Generates an image for each prompt of text and images.
 
     Args:
-      prompts: lists of parts, see `synthesize`.
+      prompts: each a str, or a list of parts, see `synthesize`.
       count: images for each prompt.
       seed: image i depends on its prompt and seed + i alone.
       negative_prompts: see `write_codes`.
@@ -370,8 +372,9 @@ class ImageTasks(model.LoadedModel):
     count, seed = options["count"], options["seed"]
     ranges.check_integer("count", count, 1)
     ranges.check_sequence("prompts", prompts, "prompts")
-    for parts in prompts:
-      ranges.check_sequence("a prompt", parts, "texts and images")
+    for prompt in prompts:
+      if not isinstance(prompt, str):
+        ranges.check_sequence("a prompt", prompt, "texts and images")
     pixels = arguments.fields_of(options_lib.PixelOptions, options)
     settings = self._settings(pixels, options["progress"])
     negatives = arguments.per_prompt(

@@ -173,9 +173,11 @@ def test_bad_options_are_refused_before_anything_else_is_done(lavit):
     lavit.generate("without a language model", steps=1001)
   with pytest.raises(errors.UsageError, match="progress=5"):
     lavit.generate("without a language model", progress=5)
-  for prompts in (None, "red", ["red"]):
+  for prompts in (None, "red", [3]):
     with pytest.raises(errors.UsageError, match="expected a list of"):
       lavit.synthesize_batch(prompts)
+  with pytest.raises(errors.UsageError, match="expected a list of texts and"):
+    lavit.synthesize("red")
 
 
 @pytest.mark.parametrize(
