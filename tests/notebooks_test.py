@@ -10,6 +10,11 @@ import pytest
 
 _NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 _SETTINGS = ("LAVIT_MODEL", "LAVIT_SOURCE", "LAVIT_GOLDEN", "LAVIT_PICTURE")
+# Drawings need not be good here: tests/infer/pixels take all the steps.
+_FEW_STEPS = """
+from lavit_jax.infer.pixels import latent_space, pixel_space
+latent_space.STEPS = pixel_space.STEPS = 3
+"""
 pytestmark = pytest.mark.slow
 
 
@@ -24,6 +29,8 @@ def execute(monkeypatch):
       monkeypatch.setenv(variable, str(value))
     path = _NOTEBOOKS / f"{name}.ipynb"
     notebook = nbformat.read(path, as_version=4)
+    setup, *_ = (c for c in notebook.cells if "from lavit_jax" in c.source)
+    setup.source += _FEW_STEPS
     nbclient.NotebookClient(
       notebook, timeout=600, kernel_name="python3"
     ).execute()

@@ -10,8 +10,19 @@ import pytest
 
 from lavit_jax.commands import main
 from lavit_jax.core import errors
+from lavit_jax.evaluate import suite
+from lavit_jax.infer.pixels import pixel_space
 from lavit_jax.jobs import quickstart
 from tests import micro
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_steps():
+  """Drawings are judged, but need not be good."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(suite, "_DRAWING_STEPS", 1)
+    patch.setattr(pixel_space, "STEPS", 1)
+    yield
 
 
 @pytest.fixture(scope="module")
