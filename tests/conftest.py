@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = os.environ.get("XLA_FLAGS", "")
@@ -50,7 +51,7 @@ def pytest_collection_modifyitems(items):
       item.add_marker(pytest.mark.slow)
   is_slow = lambda item: item.get_closest_marker("slow") is not None
   slow = {item.path for item in items if is_slow(item)}
-  trained = {item.path for item in items if "micro_runs" in item.fixturenames}
+  trained = {item.path for item in items if "micro_codes" in item.fixturenames}
   first = min(slow & trained, default=None)
   items.sort(
     key=lambda item: (
@@ -100,20 +101,38 @@ def _optimized(request):
 
 
 @pytest.fixture(scope="session")
-def micro_runs(tmp_path_factory, worker_id):
-  """A root with every stage trained for a few steps at width 16.
+def micro_codes(tmp_path_factory, worker_id):
+  """A root with an encoder and a tokenizer at width 16, and caches of codes.
 
-  `root / "model"` is a complete model directory, `root / "codes"` its caches.
-  Trained once, by the first process of pytest-xdist that asks for it.
+  `root / "model"` has these two parts; `root / "codes"` the caches. Trained for
+  a few steps, once, by the first process of pytest-xdist that asks for them.
   """
   from tests import micro
 
+  return _once(tmp_path_factory, worker_id, "codes", micro.train_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def micro_runs(micro_codes, tmp_path_factory, worker_id):
+  """The same with the other stages: `root / "model"` is complete."""
+  from tests import micro
+
+  def go_on(root):
+    shutil.copytree(micro_codes, root)
+    micro.train_all(root)
+
+  return _once(tmp_path_factory, worker_id, "runs", go_on)
+
+
+def _once(tmp_path_factory, worker_id, name, make):
+  """A folder of all processes that the first of them makes."""
   shared = tmp_path_factory.getbasetemp()
   if worker_id != "master":
     shared = shared.parent  # of all workers
-  root = shared / "micro"
-  with filelock.FileLock(shared / "micro.lock"):
-    if not (shared / "micro.done").exists():
-      micro.train_all(root)
-      (shared / "micro.done").touch()
+  root = shared / f"micro_{name}"
+  done = root.with_suffix(".done")
+  with filelock.FileLock(root.with_suffix(".lock")):
+    if not done.exists():
+      make(root)
+      done.touch()
   return root

@@ -120,6 +120,18 @@ def train_all(root):
     )
 
 
+def train_tokenizer(root):
+  """The first stages of `train_all`, up to the caches of codes."""
+  configs = {
+    stage: config(stage, root) for stage in ("encoder", "tokenizer", "pretrain")
+  }
+  root.mkdir()
+  with one_device():
+    for stage in ("encoder", "tokenizer", "codes"):
+      run = functools.partial(quickstart._run_stage, stage, configs, quiet=True)
+      quickstart._once(root, stage, run)
+
+
 @contextlib.contextmanager
 def devices(count):
   """Meshes of the first devices inside: eight take long to compile for."""

@@ -46,9 +46,9 @@ def _config(root):
 
 
 @pytest.fixture(scope="module")
-def compiled(micro_runs):
+def compiled(micro_codes):
   """(report, HLO, config) of the step for v5e:2x4."""
-  cfg = _config(micro_runs)
+  cfg = _config(micro_codes)
   return *ahead.compile_for(cfg, "v5e:2x4"), cfg
 
 
@@ -241,9 +241,9 @@ def test_all_phases_are_compiled_one_after_the_other(monkeypatch, capsys):
 
 
 def test_what_does_not_fit_says_so_and_exits_with_3(
-  micro_runs, monkeypatch, capsys
+  micro_codes, monkeypatch, capsys
 ):
-  cfg = _config(micro_runs)
+  cfg = _config(micro_codes)
   report, text = ahead.compile_for(cfg, "v5e:2x4", program="decode")
   assert report.fits
   assert text
@@ -254,9 +254,9 @@ def test_what_does_not_fit_says_so_and_exits_with_3(
 
 
 def test_int8_products_are_int8_on_the_chip_and_their_kernels_are_sent_so(
-  micro_runs, compiled
+  micro_codes, compiled
 ):
-  cfg = _config(micro_runs)
+  cfg = _config(micro_codes)
   cfg.model.llm.matmul = "int8"
   report, _ = ahead.compile_for(cfg, "v5e:2x4")
   plain, *_ = compiled
@@ -270,9 +270,9 @@ def test_int8_products_are_int8_on_the_chip_and_their_kernels_are_sent_so(
 
 
 def test_what_libtpu_dumps_and_what_jaxlib_reads_say_the_same(
-  micro_runs, monkeypatch
+  micro_codes, monkeypatch
 ):
-  cfg = _config(micro_runs)
+  cfg = _config(micro_codes)
   dumped, text = ahead.compile_for(cfg, "v5e:2x4", program="decode")
   compiles = jax.stages.Lowered.compile
   monkeypatch.setattr(
@@ -332,11 +332,11 @@ def test_collectives_of_a_step_are_found(compiled):
   assert "ENTRY" in text
 
 
-def test_a_sweep_ends_with_the_best_that_fits(micro_runs, tmp_path, capsys):
+def test_a_sweep_ends_with_the_best_that_fits(micro_codes, tmp_path, capsys):
   config = processes.write_config(
     tmp_path / "config.py",
     "pretrain",
-    micro_runs,
+    micro_codes,
     mesh={"data": -1, "fsdp": 2, "context": 1, "tensor": 1},
   )
   words = ["compile", "--config", str(config), "--topology", "v5e:2x4"]
@@ -352,8 +352,8 @@ def test_a_sweep_ends_with_the_best_that_fits(micro_runs, tmp_path, capsys):
   assert "decode on v5e:2x4, 8 chips (data 4 x fsdp 2)" in out
 
 
-def test_a_batch_that_does_not_divide_over_the_chips_is_an_error(micro_runs):
-  cfg = _config(micro_runs)
+def test_a_batch_that_does_not_divide_over_the_chips_is_an_error(micro_codes):
+  cfg = _config(micro_codes)
   cfg.batch_size = 6
   with pytest.raises(errors.ConfigError, match=r"data x fsdp = 4"):
     ahead.compile_for(cfg, "v5e:2x4")

@@ -28,10 +28,10 @@ def _steps(folder):
 
 
 def test_a_run_finds_the_program_that_was_compiled_ahead(
-  cache, micro_runs, tmp_path
+  cache, micro_codes, tmp_path
 ):
   """Down to the key of the cache, compiled where its model is not."""
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   sizes = {"data": -1, "fsdp": 2, "context": 1, "tensor": 1}
   cfg = micro.config("pretrain", root, mesh=sizes)
   elsewhere = micro.assuming(cfg)
@@ -49,10 +49,10 @@ def test_a_run_finds_the_program_that_was_compiled_ahead(
 
 
 def test_a_run_finds_what_was_compiled_for_between_its_phases(
-  cache, micro_runs, tmp_path
+  cache, micro_codes, tmp_path
 ):
   """Mean features and k-means, before one phase; and its moments."""
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   sizes = {"data": -1, "fsdp": 2, "context": 1, "tensor": 1}
   cfg = micro.config("tokenizer", root, mesh=sizes, schedule=("codes",))
   elsewhere = micro.assuming(cfg)

@@ -53,12 +53,12 @@ _PART = {"tokenizer": "tokenizer", "pretrain": "llm"}
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "pretrain"])
-def test_resumed_equals_uninterrupted(stage, micro_runs, tmp_path):
+def test_resumed_equals_uninterrupted(stage, micro_codes, tmp_path):
   """Stopped at an odd step and resumed: the same weights and batches.
 
   Two of the tokenizer's four phases, with the seam that makes a codebook.
   """
-  straight, again = micro.branch(micro_runs, tmp_path, 2)
+  straight, again = micro.branch(micro_codes, tmp_path, 2)
   overrides = {
     "pretrain": {"phases__train__steps": 6},
     "tokenizer": {"schedule": ("random", "codes"), "phases__codes__steps": 4},
@@ -73,12 +73,12 @@ def test_resumed_equals_uninterrupted(stage, micro_runs, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigkill_between_phases_loses_nothing(micro_runs, tmp_path):
+def test_sigkill_between_phases_loses_nothing(micro_codes, tmp_path):
   """A killed process, started again, ends bit-equal with the same batches.
 
   `kill_test.py` has more kills, of a stage with one phase.
   """
-  straight, killed = micro.branch(micro_runs, tmp_path, 2)
+  straight, killed = micro.branch(micro_codes, tmp_path, 2)
   overrides = {
     "phases__random__steps": 40,
     "schedule": ("random", "codes"),  # two have a seam, four only take longer
@@ -102,10 +102,10 @@ def test_sigkill_between_phases_loses_nothing(micro_runs, tmp_path):
 
 
 def test_sigterm_saves_the_step_it_comes_in_and_nothing_is_lost(
-  micro_runs, tmp_path, monkeypatch
+  micro_codes, tmp_path, monkeypatch
 ):
   """The notice comes between two checkpoints, as preemptions do."""
-  straight, stopped = micro.branch(micro_runs, tmp_path, 2)
+  straight, stopped = micro.branch(micro_codes, tmp_path, 2)
   overrides = {"phases__train__steps": 7, "checkpoint__every": 100}
   cfg = micro.config("pretrain", straight, **overrides)
   loop.train(cfg, straight / "run", quiet=True)
@@ -149,8 +149,8 @@ def _child(stage, root, overrides):
     child.wait()
 
 
-def test_a_finished_run_is_not_trained_again(micro_runs, tmp_path):
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+def test_a_finished_run_is_not_trained_again(micro_codes, tmp_path):
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   cfg = micro.config("pretrain", root)
   loop.train(cfg, root / "pretrain", quiet=True)
   before = _crcs(root / "pretrain")
@@ -193,8 +193,8 @@ def test_a_start_without_a_merger_keeps_that_of_stage_1(micro_runs, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, made["merger"], stage1["merger"])
 
 
-def test_a_workdir_of_another_config_is_refused(micro_runs, tmp_path):
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+def test_a_workdir_of_another_config_is_refused(micro_codes, tmp_path):
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   loop.train(micro.config("pretrain", root), root / "run", quiet=True)
   other = micro.config("pretrain", root, phases__train__lr=0.5)
   with pytest.raises(errors.ConfigError, match=r"phases.train.lr \(0.003"):
@@ -202,9 +202,9 @@ def test_a_workdir_of_another_config_is_refused(micro_runs, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(
-  micro_runs, tmp_path
+  micro_codes, tmp_path
 ):
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   cfg = micro.config(
     "pretrain",
     root,
@@ -248,10 +248,10 @@ class _Number:
 
 
 def test_a_step_is_read_when_the_next_has_begun_and_means_are_weighted(
-  micro_runs, tmp_path, monkeypatch
+  micro_codes, tmp_path, monkeypatch
 ):
   """Of seven steps, logged by threes, with 1, 2, 3 ... targets each."""
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   began, read = [], {}
 
   def step(state, frozen, batch):
@@ -328,8 +328,8 @@ def test_every_step_is_in_one_row_whatever_ends_the_run(
   assert (8 in [row["step"] for row in rows]) == (end == "preempted")
 
 
-def test_unknown_model_fields_name_the_nearest(micro_runs, tmp_path):
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+def test_unknown_model_fields_name_the_nearest(micro_codes, tmp_path):
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   cfg = micro.config("tokenizer", root)
   cfg.model.tokenizer.quantizer.num_code = 3
   with pytest.raises(errors.ConfigError, match="did you mean 'num_codes'"):
@@ -364,10 +364,10 @@ def test_metrics_are_in_json_lines_and_events(micro_runs):
 
 
 def test_a_result_that_is_not_finite_is_not_written(
-  micro_runs, tmp_path, monkeypatch
+  micro_codes, tmp_path, monkeypatch
 ):
   """As by weights that went wrong, or a checkpoint that was damaged."""
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   cfg = micro.config("pretrain", root, phases__train__steps=2)
   loop.train(cfg, root / "work", quiet=True)
   shutil.rmtree(root / "model" / "llm")

@@ -108,9 +108,9 @@ def _assert_close(path, a, b):
 
 
 @pytest.fixture(scope="module")
-def pretrain(micro_runs):
+def pretrain(micro_codes):
   """Packed rows with images that are read."""
-  case = _Case("pretrain", "train", micro_runs)
+  case = _Case("pretrain", "train", micro_codes)
   assert (case.batch["image_index"] >= 0).any()
   assert case.batch["segments"].max() > 1
   (loss, _), grads = case.one
@@ -125,15 +125,15 @@ def test_pretrain_on_any_mesh_equals_one_device(sizes, pretrain):
 
 
 @pytest.mark.parametrize(("stage", "name"), _OTHERS)
-def test_every_stage_on_two_meshes_equals_one_device(stage, name, micro_runs):
-  case = _Case(stage, name, micro_runs)
+def test_every_stage_on_two_meshes_equals_one_device(stage, name, micro_codes):
+  case = _Case(stage, name, micro_codes)
   for sizes in (_MIXED, _LONG):
     case.assert_same_on(sizes)
 
 
-def test_the_codebook_update_counts_every_device(micro_runs):
+def test_the_codebook_update_counts_every_device(micro_codes):
   """The codes phase on 8 devices moves the codebook as on one."""
-  case = _Case("tokenizer", "codes", micro_runs, start=3)
+  case = _Case("tokenizer", "codes", micro_codes, start=3)
   eight = case.assert_same_on(_MIXED)
   left, right = case.one[0][1][0]["codebook"], eight[0][1][0]["codebook"]
   np.testing.assert_allclose(left["counts"], right["counts"], atol=1e-5)

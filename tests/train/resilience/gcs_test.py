@@ -63,11 +63,11 @@ def test_checkpoints_are_saved_checked_and_restored(store):
 
 
 def test_a_run_in_the_store_is_the_run_on_a_disk(
-  store, micro_runs, tmp_path, monkeypatch
+  store, micro_codes, tmp_path, monkeypatch
 ):
   """Its model directory and code caches too."""
   monkeypatch.setenv("LAVIT_FETCHED", str(tmp_path / "fetched"))
-  here, there = micro.branch(micro_runs, tmp_path, 2)
+  here, there = micro.branch(micro_codes, tmp_path, 2)
   work, away = "gs://bucket/runs/one", "gs://bucket/there"
   fake_gcs.upload(store, there, away)
   with micro.one_device():

@@ -9,12 +9,12 @@ FOLDER = pathlib.Path(__file__).parents[3] / "benchmarks"
 
 @pytest.mark.slow
 def test_four_kills_leave_parameters_and_batches_as_they_were(
-  micro_runs, tmp_path, monkeypatch
+  micro_codes, tmp_path, monkeypatch
 ):
   monkeypatch.syspath_prepend(FOLDER)
   import kill
 
-  found = kill.compare(micro_runs, tmp_path, kills=4, steps=32)
+  found = kill.compare(micro_codes, tmp_path, kills=4, steps=32)
   assert found["same_parameters"]
   assert found["same_batches"]
   assert found["kills_in_saves"]

@@ -49,22 +49,22 @@ def _config(root, **overrides):
 
 
 @pytest.fixture(scope="module")
-def straight(micro_runs, tmp_path_factory):
+def straight(micro_codes, tmp_path_factory):
   """The root of a run by one process that nothing disturbed."""
-  (root,) = micro.branch(micro_runs, tmp_path_factory.mktemp("straight"), 1)
+  (root,) = micro.branch(micro_codes, tmp_path_factory.mktemp("straight"), 1)
   processes.run(1, _config(root), root / "run")
   return root
 
 
 def test_one_two_and_four_processes_with_kills_between_are_one_run(
-  straight, micro_runs, tmp_path
+  straight, micro_codes, tmp_path
 ):
   """Same rows to the byte and same losses to 1e-5, packed and mixed.
 
   Checkpoints are written by one number of processes and read by another, the
   parameters split among them.
   """
-  (killed,) = micro.branch(micro_runs, tmp_path, 1)
+  (killed,) = micro.branch(micro_codes, tmp_path, 1)
   work = killed / "run"
   log = work / "batches.jsonl"
   config = _config(killed)
@@ -90,10 +90,10 @@ def test_one_two_and_four_processes_with_kills_between_are_one_run(
 
 
 def test_processes_whose_devices_share_rows_read_the_same_ones(
-  straight, micro_runs, tmp_path
+  straight, micro_codes, tmp_path
 ):
   """A mesh whose `tensor` axis spans processes: each has all the rows."""
-  (shared,) = micro.branch(micro_runs, tmp_path, 1)
+  (shared,) = micro.branch(micro_codes, tmp_path, 1)
   split = {"data": 1, "fsdp": 1, "context": 1, "tensor": -1}
   processes.run(2, _config(shared, mesh=split), shared / "run")
   assert _rows(shared / "run") == _rows(straight / "run")
@@ -102,10 +102,10 @@ def test_processes_whose_devices_share_rows_read_the_same_ones(
 
 
 def test_two_processes_begin_the_phases_of_a_tokenizer_as_one(
-  micro_runs, tmp_path
+  micro_codes, tmp_path
 ):
   """Mean features and k-means are of whole batches, on two devices each."""
-  one, two = micro.branch(micro_runs, tmp_path, 2)
+  one, two = micro.branch(micro_codes, tmp_path, 2)
   settings = {"schedule": ("random", "codes"), "log__every": 1}
   with micro.one_device():
     cfg = micro.config("tokenizer", one, **settings)
@@ -132,10 +132,10 @@ def test_two_processes_begin_the_phases_of_a_tokenizer_as_one(
 
 
 def test_a_notice_to_one_stops_all_and_a_death_of_one_ends_all(
-  micro_runs, tmp_path
+  micro_codes, tmp_path
 ):
   """SIGTERM: the same step is saved by both. SIGKILL: the other says why."""
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   work = root / "run"
   log = work / "batches.jsonl"
   long = {"phases__train__steps": 100_000, "checkpoint__every": 100_000}

@@ -55,10 +55,10 @@ _MESHES = (
 
 
 def test_a_run_moves_from_8_devices_to_4_to_2_to_1(
-  micro_runs, tmp_path, restored
+  micro_codes, tmp_path, restored
 ):
   """Bit for bit what was saved, laid out for the new mesh; it learns on."""
-  straight, moved = micro.branch(micro_runs, tmp_path, 2)
+  straight, moved = micro.branch(micro_codes, tmp_path, 2)
   common = {"phases__train__steps": 8, "log__every": 1}
   with micro.devices(1):
     cfg = micro.config("pretrain", straight, **common)
@@ -87,8 +87,10 @@ def test_a_run_moves_from_8_devices_to_4_to_2_to_1(
     assert metrics[step] == pytest.approx(expected[step], abs=1e-4)
 
 
-def test_another_batch_size_goes_on_with_the_next_example(micro_runs, tmp_path):
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+def test_another_batch_size_goes_on_with_the_next_example(
+  micro_codes, tmp_path
+):
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   common = {"phases__train__steps": 6}
   with micro.devices(1):
     cfg = micro.config("pretrain", root, **common)
@@ -166,9 +168,9 @@ def _params(workdir, step):
   return ocp.StandardCheckpointer().restore(folder)
 
 
-def test_a_bad_step_is_skipped_and_counted(micro_runs, tmp_path, poisoned):
+def test_a_bad_step_is_skipped_and_counted(micro_codes, tmp_path, poisoned):
   """Parameters, moments and the rest stay; the step is left behind."""
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   poisoned.update({40, 50})  # of steps 5 and 6
   work = _train(root, "run", policy="skip", limit=2)
   skipped = _metrics(work, "skipped")
@@ -190,9 +192,9 @@ def test_a_bad_step_is_skipped_and_counted(micro_runs, tmp_path, poisoned):
 
 
 def test_a_skipped_step_changes_nothing_but_the_count(
-  micro_runs, tmp_path, poisoned
+  micro_codes, tmp_path, poisoned
 ):
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   poisoned.update({48, 56})  # of steps 6 and 7
   work = _train(root, "run", policy="skip", limit=2)
   before, after = _params(work, 6), _params(work, 8)
@@ -201,9 +203,9 @@ def test_a_skipped_step_changes_nothing_but_the_count(
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run(
-  micro_runs, tmp_path, poisoned
+  micro_codes, tmp_path, poisoned
 ):
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   poisoned.update(range(24, 64))
   with pytest.raises(errors.LavitError, match="2 steps in a row") as caught:
     _train(root, "run", policy="skip", limit=1)
@@ -211,9 +213,9 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(
 
 
 def test_a_bad_step_rolls_the_run_back_and_its_batch_is_left_out(
-  micro_runs, tmp_path, poisoned, caplog
+  micro_codes, tmp_path, poisoned, caplog
 ):
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   poisoned.add(43)  # of step 5; checkpoints come every 2 steps
   with caplog.at_level(logging.WARNING):
     work = _train(root, "run", policy="roll_back", limit=1)
@@ -228,8 +230,8 @@ def test_a_bad_step_rolls_the_run_back_and_its_batch_is_left_out(
   saved.close()
 
 
-def test_rolling_back_has_a_limit(micro_runs, tmp_path, poisoned):
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+def test_rolling_back_has_a_limit(micro_codes, tmp_path, poisoned):
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   poisoned.update(range(40, 400))
   with pytest.raises(errors.LavitError, match="later batches 2 times"):
     _train(root, "run", policy="roll_back", limit=2)

@@ -115,8 +115,8 @@ def one_device():
 
 
 @pytest.mark.usefixtures("one_device")
-def test_padding_is_not_useful(micro_runs):
-  objective = objectives.build(micro.config("pretrain", micro_runs))
+def test_padding_is_not_useful(micro_codes):
+  objective = objectives.build(micro.config("pretrain", micro_codes))
   phase, batch = objective.last_phase, next(objective.batches(0))
   count = meter.useful_flops(objective, phase)
   used = batch["segments"] > 0
@@ -143,8 +143,8 @@ def test_padding_is_not_useful(micro_runs):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_run_writes_its_rates_and_goodput(micro_runs, tmp_path, monkeypatch):
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+def test_a_run_writes_its_rates_and_goodput(micro_codes, tmp_path, monkeypatch):
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   chip = dataclasses.replace(chips.CHIPS["v5e"], flops=1e12)
   monkeypatch.setattr(chips, "of_device", lambda _: chip)
   cfg = micro.config("pretrain", root, phases__train__steps=6)
@@ -169,9 +169,9 @@ def test_a_run_writes_its_rates_and_goodput(micro_runs, tmp_path, monkeypatch):
   assert kept["kept_s"] > 0
 
 
-def test_chosen_steps_are_traced(micro_runs, tmp_path):
+def test_chosen_steps_are_traced(micro_codes, tmp_path):
   """In a process of its own: the profiler would ask a libtpu loaded here."""
-  (root,) = micro.branch(micro_runs, tmp_path, 1)
+  (root,) = micro.branch(micro_codes, tmp_path, 1)
   steps = {"phases__train__steps": 4, "log__profile": (2, 3)}
   config = processes.write_config(root / "config.py", "pretrain", root, **steps)
   processes.run(1, config, root / "run")

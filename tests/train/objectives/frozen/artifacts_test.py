@@ -22,9 +22,9 @@ def _shapes(tree):
 
 @pytest.mark.parametrize("stage", _STAGES)
 def test_batches_and_frozen_arrays_have_the_shapes_that_are_promised(
-  stage, micro_runs
+  stage, micro_codes
 ):
-  objective = objectives.build(sharding_test.stage_config(stage, micro_runs))
+  objective = objectives.build(sharding_test.stage_config(stage, micro_codes))
   batch = next(objective.batches(0))
   abstract = objective.batch_shapes()
   assert {k: x.shape for k, x in batch.items()} == {
@@ -39,9 +39,9 @@ def test_batches_and_frozen_arrays_have_the_shapes_that_are_promised(
 
 @pytest.mark.parametrize("stage", ["tokenizer", "pretrain"])
 def test_an_abstract_objective_has_the_shapes_of_the_real_one(
-  stage, micro_runs
+  stage, micro_codes
 ):
-  cfg = micro.config(stage, micro_runs)
+  cfg = micro.config(stage, micro_codes)
   real = objectives.build(cfg)
   cfg = micro.assuming(cfg)
   outline = objectives.build(cfg, artifacts.AbstractArtifacts(cfg))
@@ -54,8 +54,8 @@ def test_an_abstract_objective_has_the_shapes_of_the_real_one(
 
 
 def test_without_parts_and_without_assumptions_the_error_says_what_to_do(
-  micro_runs,
+  micro_codes,
 ):
-  cfg = micro.config("pretrain", micro_runs)
+  cfg = micro.config("pretrain", micro_codes)
   with pytest.raises(errors.ConfigError, match=r"config\.assumed"):
     artifacts.AbstractArtifacts(cfg)

@@ -14,10 +14,10 @@ from tests import micro
 
 
 @pytest.fixture(scope="module")
-def made(micro_runs, tmp_path_factory):
+def made(micro_codes, tmp_path_factory):
   """A root with a model, my.jsonl and its caches."""
   folder = tmp_path_factory.mktemp("caches")
-  (root,) = micro.branch(micro_runs, folder, 1)
+  (root,) = micro.branch(micro_codes, folder, 1)
   path = micro.images(root)
   summary = tokenize.write_caches(
     root / "model", str(path), root / "mine", quiet=True

@@ -256,7 +256,7 @@ def test_the_stored_dtype_of_a_part_changes_no_step(stage, request, tmp_path):
   if stage == "latents":
     cfg = _latents(tmp_path)
   else:
-    cfg = micro.config(stage, request.getfixturevalue("micro_runs"))
+    cfg = micro.config(stage, request.getfixturevalue("micro_codes"))
   base_text = _jaxpr(cfg)
   cfg.model_dir = _distorted(cfg.model_dir, tmp_path / "distorted")
   if stage == "latents":
