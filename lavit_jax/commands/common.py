@@ -21,6 +21,7 @@ from lavit_jax.core.storage import files
 with epy.lazy_imports():
   from lavit_jax.core import image_io
   from lavit_jax.core.storage import checkpoints
+  from lavit_jax.data.indexes import archives
   from lavit_jax.infer import pipeline
   from lavit_jax.infer.loading import parts
 
@@ -334,6 +335,24 @@ def require_files(paths: Sequence[str], *, several: bool = False) -> None:
       raise errors.UsageError(
         f"{path} is a folder, but a file is expected.{hint if several else ''}"
       )
+
+
+def require_data(path: str) -> None:
+  """Checks that the data of `--data` are there.
+
+  Args:
+    path: a file, or tar archives: one, a folder of them, or a pattern.
+
+  Raises:
+    FileNotFoundError: a file does not exist.
+    errors.LavitError: it is another folder, or a pattern that names nothing.
+  """
+  if not archives.is_named(path):
+    require_files([path])
+    return
+  first, *_ = archives.of(path)
+  if not first.exists():
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(first))
 
 
 def require_output(path: str | os.PathLike, option: str) -> None:

@@ -60,7 +60,9 @@ def _add_tokenize(subparsers) -> None:
     metavar="K",
     help="keep exactly K patches per image",
   )
-  parser.add_argument("--data", metavar="X", help="a .jsonl file, or shapes")
+  parser.add_argument(
+    "--data", metavar="X", help="a .jsonl file, .tar archives, or shapes"
+  )
   parser.add_argument(
     "--held-out",
     metavar="FILE",
@@ -97,8 +99,9 @@ def _tokenize(args: argparse.Namespace) -> None:
 
 
 def _tokenize_data(args: argparse.Namespace) -> None:
-  common.require_files([] if args.data == "shapes" else [args.data])
-  common.require_files([args.held_out] if args.held_out else [])
+  for data in (args.data, args.held_out):
+    if data and data != "shapes":
+      common.require_data(data)
   if args.data == "shapes" and args.held_out:
     raise errors.UsageError(
       "--held-out goes with --data FILE: shapes have held-out scenes of their"

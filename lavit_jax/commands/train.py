@@ -85,7 +85,9 @@ def add(subparsers: Any) -> None:
     help="fit all stages into so many minutes",
   )
   parser.add_argument(
-    "--data", metavar="FILE", help="JSON lines with image and caption"
+    "--data",
+    metavar="FILE",
+    help="JSON lines with image and caption, or tar archives of WebDataset",
   )
   common.add_data_fields(parser)
   parser.add_argument(
@@ -108,7 +110,8 @@ def _quickstart(args: argparse.Namespace) -> None:
     raise errors.UsageError(
       f"--minutes {args.minutes:g}: the budget must be more than 0 minutes."
     )
-  common.require_files([args.data] if args.data else [])
+  if args.data:
+    common.require_data(args.data)
   fields = common.data_fields(args)
   common.keep_programs(args, least=None)
   if not args.evaluate_only:

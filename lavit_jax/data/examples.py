@@ -78,8 +78,8 @@ class Source(Protocol):
   Every method is a pure function of its arguments and may be called from any
   thread, so that a row of training data depends only on its number.
 
-  A source may also be a `HasEncodedImages`, `HasStorage` or `HasContents`; one
-  that is read from a file has its location as `path`.
+  A source may also be a `HasEncodedImages`, `HasStorage`, `HasFingerprint` or
+  `HasContents`; one that is read from a file has its location as `path`.
   """
 
   @property
@@ -131,6 +131,14 @@ class HasStorage(Protocol):
 
   def stored(self) -> str:
     """Returns a digest of the files and fields that hold the images."""
+
+
+@runtime_checkable
+class HasFingerprint(Protocol):
+  """A source with too many images to hash their names one by one."""
+
+  def fingerprint(self) -> str:
+    """Returns a digest of the images' names, their order and size."""
 
 
 @runtime_checkable
@@ -204,6 +212,8 @@ def fingerprint(source: Source) -> str:
   A code cache stores it, so that codes of one dataset are never taken for
   those of another. Covers names and order; of the pixels see `image_bytes.py`.
   """
+  if isinstance(source, HasFingerprint):
+    return source.fingerprint()
   digest = hashlib.sha256()
   head = (source.name, source.image_size, source.num_images)
   digest.update(repr(head).encode())

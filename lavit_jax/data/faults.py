@@ -7,7 +7,7 @@ samples that are not bad, but are not used as they are.
 import collections
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lavit_jax.core import errors
@@ -86,6 +86,26 @@ class FaultLog:
     if first and len(self.names) <= _MAX_NAMED:
       _LOG.warning("skipped from %s: %s: %s", self.kind, name, reason)
     self.check(least=_MIN_SAMPLES)
+
+  def fault_all(self, names: Sequence[str], count: int, reason: str) -> None:
+    """Counts bad samples that were found together, and logs them in one line.
+
+    Raises nothing: `check` does.
+
+    Args:
+      names: of the first ones.
+      count: how many they are.
+      reason: why each of them is bad.
+    """
+    with self._lock:
+      self.seen += count
+      self.bad += count
+      for name in names:
+        self.names[name] += 1
+        self.reasons[name] = reason
+    _LOG.warning(
+      "skipped %d from %s, such as %s: %s", count, self.kind, names[0], reason
+    )
 
   def check(self, least: int = 1) -> None:
     """Raises DataError if too large a share of the samples is bad.

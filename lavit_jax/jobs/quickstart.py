@@ -1,4 +1,4 @@
-"""Trains every stage in order, on the embedded shapes or a user's jsonl file.
+"""Trains every stage in order, on the embedded shapes or a user's data.
 
 encoder -> tokenizer -> code cache -> pixels -> pretrain -> evaluation ->
 report. If it is interrupted, the next call skips finished stages and resumes
@@ -61,7 +61,7 @@ def run(
     workdir: everything is written here; DIR/model is the model.
     minutes: rough budget of the stages; scales every phase's steps by
       minutes / sum(MINUTES). None keeps the committed steps.
-    data: a jsonl file of the user's own images; by default the data that
+    data: a jsonl file or tar archives of the user's images; by default what
       DIR/model was trained on, else the shapes.
     fields: override those of config.data.
     evaluate_only: no training; evaluate `model` (default DIR/model).
@@ -157,7 +157,7 @@ def _data_of(workdir, data, fields):
     chosen = json.loads(stored.read_text())["data"]
   if data:
     path = str(files.absolute(data))
-    chosen |= {"kind": "jsonl", "path": path, "held_out_path": ""}
+    chosen |= {"kind": kinds.kind_of(path), "path": path, "held_out_path": ""}
   return chosen | dict(fields or {})
 
 
@@ -182,7 +182,7 @@ def _configs(workdir, make, minutes, data, fields=None):
     config = make(stage)
     config.model_dir = str(workdir / "model")
     if data:
-      config.data.kind = "jsonl"
+      config.data.kind = kinds.kind_of(data)
       config.data.path = str(files.absolute(data))
     config.data.update(fields or {})
     if minutes is not None:

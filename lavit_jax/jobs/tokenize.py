@@ -33,9 +33,10 @@ def write_caches(
 
   Args:
     model: a model directory with encoder and tokenizer.
-    data: config.data, or the path of a jsonl file, or "shapes".
+    data: config.data, or the path of a jsonl file or of tar archives, or
+      "shapes".
     out: the folder of both caches.
-    held_out: path of the jsonl file of the held-out images, if `data` is one;
+    held_out: path of the held-out images, of the same kind, if `data` is one;
       "" holds out a tenth of it, by hash.
     fields: override those of config.data.
     quiet: no progress bar.
@@ -82,7 +83,8 @@ def write_cache(
 
   Args:
     model: a model directory with encoder and tokenizer.
-    data: config.data, or the path of a jsonl file, or "shapes".
+    data: config.data, or the path of a jsonl file or of tar archives, or
+      "shapes".
     out: the cache's directory; it appears when it is complete.
     split: "train" or "held_out".
     held_out: see `write_caches`.
@@ -155,7 +157,11 @@ def _data_config(data, image_size, held_out, fields) -> dict[str, Any]:
   config = common.get_config("pretrain").data.to_dict()
   config["image_size"] = image_size
   if str(data) != "shapes":
-    config |= {"kind": "jsonl", "path": str(data), "held_out_path": held_out}
+    config |= {
+      "kind": kinds.kind_of(data),
+      "path": str(data),
+      "held_out_path": held_out,
+    }
   return config | dict(fields or {})
 
 

@@ -36,22 +36,24 @@ def test_edit_reads_the_first_image_and_writes_the_second():
 _PROTOCOLS = """
 from lavit_jax.data import examples, sequences
 from lavit_jax.data.caches import codes
-from lavit_jax.data.sources import jsonl, shapes, tfds
+from lavit_jax.data.sources import jsonl, shapes, tfds, webdataset
 from tests.data import fakes
 
 def check(
   shapes_source: shapes.ShapesSource,
   jsonl_source: jsonl.JsonlSource,
   tfds_source: tfds.TfdsSource,
+  tars: webdataset.WebDatasetSource,
   fake_source: fakes.Source,
   cache: codes.CodeCache,
   fake_cache: fakes.Cache,
 ) -> None:
   sources: list[examples.Source]
-  sources = [shapes_source, jsonl_source, tfds_source, fake_source]
-  encoded: list[examples.HasEncodedImages] = [jsonl_source, tfds_source]
-  stored: examples.HasStorage = tfds_source
-  contents: examples.HasContents = tfds_source
+  sources = [shapes_source, jsonl_source, tfds_source, tars, fake_source]
+  encoded: list[examples.HasEncodedImages] = [jsonl_source, tfds_source, tars]
+  stored: list[examples.HasStorage] = [tfds_source, tars]
+  contents: list[examples.HasContents] = [tfds_source, tars]
+  fingerprint: examples.HasFingerprint = tars
   caches: list[sequences.Codes] = [cache, fake_cache]
 """
 

@@ -8,21 +8,27 @@ from typing import Any
 from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 from lavit_jax.data import examples, faults
-from lavit_jax.data.sources import jsonl, shapes, tfds
+from lavit_jax.data.indexes import archives
+from lavit_jax.data.sources import jsonl, shapes, tfds, webdataset
 
 _LOG = logging.getLogger(__name__)
+_EXAMPLES = {  # of config.data.path, by kind
+  "jsonl": ("a file of JSON lines", "my.jsonl"),
+  "webdataset": ("tar archives", "'data/{00000..00331}.tar'"),
+}
 
 
 def build(config: Mapping[str, Any], split: str) -> examples.Source:
   """Returns the source that config.data describes.
 
   Args:
-    config: fields `kind` ("shapes", "jsonl" or "tfds"), `image_size`, `seed`
-      and those of the kind: shapes `train_size`, `held_out_size`; jsonl
-      `path`, `held_out_path` (empty: a tenth of `path`, by hash),
-      `allow_absolute`; tfds `name`, `train_split`, `held_out_split`,
-      `data_dir`, `image_feature`, `text_feature`. `limit_share` is the share
-      of bad lines or records that is an error.
+    config: fields `kind` ("shapes", "jsonl", "webdataset" or "tfds"),
+      `image_size`, `seed` and those of the kind: shapes `train_size`,
+      `held_out_size`; jsonl and webdataset `path`, `held_out_path` (empty: a
+      tenth of `path`, by hash); jsonl `allow_absolute`; tfds `name`,
+      `train_split`, `held_out_split`, `data_dir`, `image_feature`,
+      `text_feature`. `limit_share` is the share of bad lines, samples or
+      records that is an error.
     split: "train", "held_out" or (shapes only) "never_seen".
 
   Raises:
@@ -45,7 +51,19 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
       " only the embedded shapes have never_seen."
     )
   if kind == "jsonl":
-    return _build_jsonl(config, split, limit_share)
+    path, part = _path_of(config, split)
+    return jsonl.JsonlSource(
+      path,
+      config["image_size"],
+      split=part,
+      allow_absolute=config.get("allow_absolute", False),
+      limit_share=limit_share,
+    )
+  if kind == "webdataset":
+    path, part = _path_of(config, split)
+    return webdataset.WebDatasetSource(
+      path, config["image_size"], split=part, limit_share=limit_share
+    )
   if kind == "tfds":
     return tfds.TfdsSource(
       config["name"],
@@ -57,28 +75,33 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
       limit_share=limit_share,
     )
   raise errors.ConfigError(
-    f"config.data.kind={kind!r} is unknown; expected shapes, jsonl or tfds."
+    f"config.data.kind={kind!r} is unknown; expected shapes, jsonl, webdataset"
+    " or tfds."
   )
 
 
-def _build_jsonl(config, split, limit_share):
-  """Returns a JSON-lines source: a file of its own, or a part of one."""
-  path, part = config["path"], split
+def kind_of(path: str | os.PathLike[str]) -> str:
+  """Returns the kind of the data at a path: "webdataset" or "jsonl"."""
+  return "webdataset" if archives.is_named(path) else "jsonl"
+
+
+def _path_of(config, split):
+  """Returns (path, split of it): a path of its own, or a part of one.
+
+  Raises:
+    errors.ConfigError: config.data.path is empty.
+  """
+  path, part, kind = config["path"], split, config["kind"]
   if config.get("held_out_path"):
     path = config["held_out_path"] if split == "held_out" else path
     part = "all"
   if not path:
+    example = _EXAMPLES[kind]
     raise errors.ConfigError(
-      "config.data.kind='jsonl', but config.data.path is empty. Give a file"
-      " of JSON lines: --config.data.path=my.jsonl."
+      f"config.data.kind={kind!r}, but config.data.path is empty. Give"
+      f" {example[0]}: --config.data.path={example[1]}."
     )
-  return jsonl.JsonlSource(
-    path,
-    config["image_size"],
-    split=part,
-    allow_absolute=config.get("allow_absolute", False),
-    limit_share=limit_share,
-  )
+  return path, part
 
 
 def describe(
@@ -86,7 +109,7 @@ def describe(
 ) -> str:
   """Returns a description of a source that `build` returned, for messages."""
   name = source.name
-  if config["kind"] == "jsonl":
+  if config["kind"] in _EXAMPLES:
     part = "a tenth" if split == "held_out" else "nine tenths"
     part = "all" if config.get("held_out_path") else f"{split}, {part} by hash,"
     name = f"{part} of {name}"
@@ -116,6 +139,9 @@ def _count_shared(config, train, held_out) -> tuple[int, int, str]:
   """Returns (number in both, number held out, name of these)."""
   if config["kind"] == "tfds":
     return tfds.overlap(train, held_out), held_out.num_images, "records"
+  if config["kind"] == "webdataset":
+    shared = webdataset.overlap(train, held_out)
+    return shared, held_out.num_images, "samples"
   if config["kind"] != "jsonl":
     return 0, held_out.num_images, "images"
   path = config.get("held_out_path")

@@ -110,8 +110,8 @@ def _command(data, model, folder, split) -> str:
     return "lavit_jax.jobs.tokenize.write_cache with the run's config.data"
   words = ["lavit", "tokenize", "--model", model, "--out", folder]
   words += ["--split", split]
-  words += ["--data", data.path if data.kind == "jsonl" else data.kind]
-  if data.kind == "jsonl" and data.held_out_path:
+  words += ["--data", data.path if data.kind != "shapes" else data.kind]
+  if data.kind != "shapes" and data.held_out_path:
     words += ["--held-out", data.held_out_path]
   return shlex.join(words)
 

@@ -1,0 +1,113 @@
+"""Which archives a path names: one, a folder of them, or a pattern."""
+
+import fnmatch
+import glob
+import itertools
+import os
+import re
+from typing import Any
+
+from lavit_jax.core import errors
+from lavit_jax.core.storage import files
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_MOST = 1_000_000  # archives that a pattern may name
+_SUFFIXES = (".tar",)
+
+
+def is_named(path: str | os.PathLike[str]) -> bool:
+  """Returns whether a path names archives: by its suffix, or as a folder."""
+  path = os.fspath(path)
+  if path.endswith((*_SUFFIXES, ".tar}", ".tgz", ".tar.gz", ".tar.*")):
+    return True
+  return os.path.isdir(path) and any(
+    name.endswith(_SUFFIXES) for name in os.listdir(path)
+  )
+
+
+def of(path: str | os.PathLike[str]) -> list[Any]:
+  """Returns the archives that a path names, in order.
+
+  Args:
+    path: of an archive; of a folder, whose .tar files are meant; or a pattern:
+      "data/{00000..00331}.tar", "data/{train,val}*.tar", here or on gs://.
+
+  Raises:
+    errors.DataError: there are none.
+  """
+  path = os.fspath(path)
+  found: list[str] = []
+  for one in [path] if _exists(path) else _unbraced(path):
+    found += _matching(one)
+  if not found:
+    raise errors.DataError(
+      f"{path} names no tar archive. Give one, a folder with .tar files, or a"
+      " pattern such as 'data/{00000..00331}.tar'."
+    )
+  if len(set(found)) < len(found):
+    twice = next(p for p in found if found.count(p) > 1)
+    raise errors.DataError(f"{path} names {twice} twice. Name each once.")
+  return [files.input_path(one) for one in found]
+
+
+def _exists(path):
+  return os.path.exists(path) if not files.is_remote(path) else False
+
+
+def _unbraced(path):
+  """Returns the paths that braces stand for, in order.
+
+  Raises:
+    errors.DataError: they are too many.
+  """
+  parts = _BRACES.split(path)  # text, inside, text, inside, …, text
+  choices = [
+    _choices(part) if i % 2 else [part] for i, part in enumerate(parts)
+  ]
+  count = 1
+  for choice in choices:
+    count *= len(choice)
+  if count > _MOST:
+    raise errors.DataError(
+      f"{path} names {count} archives, more than {_MOST}. Check its braces."
+    )
+  return ["".join(some) for some in itertools.product(*choices)]
+
+
+def _choices(inside):
+  """Returns what braces stand for: "08..10" is 08, 09, 10."""
+  if not (match := _RANGE.fullmatch(inside)):
+    return inside.split(",")
+  first, last = match[1], match[2]
+  if abs(int(last) - int(first)) >= _MOST:
+    return [""] * (_MOST + 1)
+  step = 1 if int(first) <= int(last) else -1
+  width = len(first) if first.startswith("0") or len(last) == len(first) else 0
+  numbers = range(int(first), int(last) + step, step)
+  return [str(number).zfill(width) for number in numbers]
+
+
+def _matching(path):
+  """Returns the archives of a folder or a pattern; the path itself if none."""
+  if files.is_remote(path):
+    return _remote(path)
+  if os.path.isdir(path):
+    names = sorted(os.listdir(path))
+    return [os.path.join(path, n) for n in names if n.endswith(_SUFFIXES)]
+  if os.path.exists(path) or not glob.has_magic(path):
+    return [path]
+  return sorted(glob.glob(path))
+
+
+def _remote(path):
+  """Returns the same of an object store."""
+  if not glob.has_magic(path) and path.endswith(_SUFFIXES):
+    return [path]
+  folder, _, pattern = path.rpartition("/")
+  if not glob.has_magic(path):
+    folder, pattern = path.rstrip("/"), "*.tar"
+  names = [os.fspath(found) for found in files.listing(files.path_of(folder))]
+  return sorted(
+    name for name in names if fnmatch.fnmatch(name.rpartition("/")[2], pattern)
+  )

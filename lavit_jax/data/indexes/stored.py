@@ -1,0 +1,280 @@
+"""Keeps the index of each archive, so that it is made once.
+
+FOLDER/NAME.index: a line of JSON that says what the index is of, then the
+columns and the names of the samples (`tar_samples.py`). FOLDER is one for each
+folder of archives, in XDG_CACHE_HOME or else ~/.cache; $LAVIT_INDEXES names
+another root. An index of an archive that has changed, or that is damaged, is
+made again.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import logging
+import os
+import pathlib
+import secrets
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lavit_jax.core import errors, progress
+from lavit_jax.core.storage import fetched, files
+from lavit_jax.data.indexes import tar_members, tar_samples
+
+_LOG = logging.getLogger(__name__)
+_FORMAT = 1
+_FEW = 8  # archives that are not worth other processes
+_MOST_HEAD = 1 << 20  # bytes of the line of JSON
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+  """The index of one archive.
+
+  Attributes:
+    path: of the archive.
+    version: changes whenever the archive does.
+    samples: what it holds; without their names.
+    names_at: (file, offset) of the names.
+  """
+
+  path: Any
+  version: str
+  samples: tar_samples.Samples
+  names_at: tuple[pathlib.Path, int]
+
+  def name(self, i: int) -> str:
+    """Returns the name of sample i."""
+    ends = self.samples.columns["name_end"]
+    first, stop = int(ends[i - 1]) if i else 0, int(ends[i])
+    file, offset = self.names_at
+    return fetched.read_range(file, offset + first, offset + stop).decode()
+
+
+def folder() -> pathlib.Path:
+  """Returns the root of all indexes."""
+  if configured := os.environ.get("LAVIT_INDEXES"):
+    return pathlib.Path(configured)
+  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(caches) / "lavit_jax" / "indexes"
+
+
+def of(paths: Sequence[Any], *, quiet: bool = False) -> list[Index]:
+  """Returns the index of each archive, made where there is none.
+
+  An archive whose index is made is kept at once: an interrupted call goes on
+  where it stopped.
+
+  Args:
+    paths: of the archives, here or on gs://.
+    quiet: no progress bar.
+
+  Raises:
+    errors.DataError: an archive does not exist or is none, or the folder of
+      the indexes cannot be written.
+  """
+  found = [_load(path) for path in paths]
+  missing = [
+    path for path, index in zip(paths, found, strict=True) if not index
+  ]
+  if missing:
+    _make_all(missing, quiet)
+    found = [
+      index or _load(path) for path, index in zip(paths, found, strict=True)
+    ]
+  indexes = []
+  for path, index in zip(paths, found, strict=True):
+    if index is None:
+      raise errors.DataError(
+        f"The index of {path} is not as it was made a moment ago: the archive,"
+        f" or {folder()}, changes meanwhile. Try again when nothing writes"
+        " there."
+      )
+    indexes.append(index)
+  return indexes
+
+
+def _make_all(paths, quiet):
+  """Makes the indexes of archives, in several processes if they are many."""
+  if len(paths) < _FEW:
+    for path in paths:
+      make(path)
+    return
+  stream = io.StringIO() if quiet else None
+  label = f"index {len(paths)} archives"
+  workers = min(os.cpu_count() or 1, len(paths))
+  with (
+    progress.Progress(len(paths), label=label, stream=stream) as bar,
+    concurrent.futures.ThreadPoolExecutor(workers) as pool,
+  ):
+    shares = [paths[i::workers] for i in range(workers)]
+    done, lock = itertools.count(1), threading.Lock()
+
+    def count():
+      with lock:
+        bar.update(next(done))
+
+    for _ in pool.map(lambda share: _in_a_process(share, count), shares):
+      pass
+
+
+def _in_a_process(paths, count):
+  """Makes indexes in a process of its own; calls `count` after each.
+
+  Not by multiprocessing, which runs the script that called all this once more.
+  """
+  command = [sys.executable, "-m", "lavit_jax.data.indexes.worker"]
+  with subprocess.Popen(
+    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+  ) as worker:
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    try:
+      worker.stdin.write(json.dumps([os.fspath(path) for path in paths]))
+      worker.stdin.close()
+      for line in worker.stdout:
+        if error := json.loads(line):
+          raise errors.DataError(error)
+        count()
+    finally:
+      worker.kill()
+  if worker.returncode:
+    raise errors.DataError(
+      "A process that makes indexes of archives ended before its time (status"
+      f" {worker.returncode}); perhaps memory is short. Give the same command"
+      " again: it goes on where it stopped."
+    )
+
+
+def make(path: Any) -> None:
+  """Makes and keeps the index of one archive.
+
+  Raises:
+    errors.DataError: see `of`.
+  """
+  version, length = _version(path)
+  try:
+    with _Reader(path) as read:
+      samples = tar_samples.of(read, length)
+  except tar_members.NoTar as error:
+    raise errors.DataError(
+      f"{path} {error}. Give tar archives, as WebDataset and img2dataset write"
+      " them."
+    ) from error
+  except OSError as error:
+    raise errors.DataError(
+      f"{path} cannot be read ({error.strerror or error})."
+    ) from error
+  body = samples.columns.tobytes() + samples.names
+  head = {
+    "format": _FORMAT,
+    "archive": os.fspath(path),
+    "version": version,
+    "samples": len(samples.columns),
+    "texts": samples.texts,
+    "counts": samples.counts,
+    "faults": samples.faults,
+    "crc32": zlib.crc32(body),
+  }
+  file = _file(path)
+  unfinished = file.with_name(f"{file.name}.{secrets.token_hex(8)}.tmp")
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.write_bytes(json.dumps(head).encode() + b"\n" + body)
+    os.replace(unfinished, file)
+  except OSError as error:
+    raise errors.DataError(
+      f"The index of {path} cannot be written to {file.parent}"
+      f" ({error.strerror or error}). Set LAVIT_INDEXES to a folder that can be"
+      " written."
+    ) from error
+  finally:
+    with contextlib.suppress(OSError):  # such as a parent that is no folder
+      unfinished.unlink(missing_ok=True)
+
+
+def _load(path) -> Index | None:
+  """Returns the kept index of an archive; None if there is no valid one.
+
+  Raises:
+    errors.DataError: there is no such archive.
+  """
+  version, _ = _version(path)
+  file = _file(path)
+  try:
+    with file.open("rb") as stream:
+      line = stream.readline(_MOST_HEAD)
+      head = json.loads(line)
+      if (head["format"], head["version"]) != (_FORMAT, version):
+        return None
+      body = stream.read()
+    size = head["samples"] * tar_samples.COLUMNS.itemsize
+    columns = np.frombuffer(body[:size], tar_samples.COLUMNS)
+    if zlib.crc32(body) != head["crc32"] or len(columns) != head["samples"]:
+      raise ValueError("its checksum is another")
+    samples = tar_samples.Samples(
+      columns, b"", head["texts"], head["counts"], head["faults"]
+    )
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    _LOG.warning("%s is damaged (%s) and made again", file, error)
+    return None
+  return Index(path, version, samples, (file, len(line) + size))
+
+
+def _file(path) -> pathlib.Path:
+  """Returns where the index of an archive is kept."""
+  parent, _, name = os.fspath(files.absolute(path)).rpartition("/")
+  digest = hashlib.sha256(parent.encode()).hexdigest()[:32]
+  return folder() / digest / f"{name}.index"
+
+
+def _version(path) -> tuple[str, int]:
+  """Returns what changes whenever the archive does, and its length."""
+  try:
+    if files.is_remote(path):
+      stored = fetched.version(path)
+      return json.dumps(stored, sort_keys=True), int(stored["size"])
+    stat = os.stat(path)
+    return f"{stat.st_size} {stat.st_mtime_ns}", stat.st_size
+  except FileNotFoundError as error:
+    raise errors.DataError(
+      f"There is no archive {path}. Give the paths of tar archives, a folder of"
+      " them, or a pattern such as 'data/{00000..00331}.tar'."
+    ) from error
+  except OSError as error:
+    raise errors.DataError(
+      f"{path} cannot be read ({error.strerror or error})."
+    ) from error
+
+
+class _Reader:
+  """Reads parts of an archive: reader(start, size) gives bytes."""
+
+  def __init__(self, path):
+    self._path, self._file = path, -1
+
+  def __enter__(self):
+    if not files.is_remote(self._path):
+      self._file = os.open(self._path, os.O_RDONLY)
+    return self
+
+  def __exit__(self, *unused):
+    if self._file >= 0:
+      os.close(self._file)
+
+  def __call__(self, start: int, size: int) -> bytes:
+    if self._file >= 0:
+      return os.pread(self._file, size, start)
+    return fetched.read_range(self._path, start, start + size)

@@ -1,0 +1,206 @@
+"""Finds the files in a tar archive, without reading what is in them.
+
+Reads the formats v7, ustar, GNU and pax. Names are only names here: nothing is
+ever unpacked, so that a path that leads out of a folder, a link or a device
+does no harm; all that are no plain files are left out and counted.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+_BLOCK = 512
+_NEAR = 1 << 20  # bytes read at once where files are small
+_FAR = 1 << 12  # and where the next header is far away
+_LARGE = 1 << 16  # bytes of a file after which the next header is far away
+_MOST_NAME = 1 << 20  # bytes of an extended header
+_PLAIN = b"0\x007"  # kinds of members: plain files, in all formats
+_NO_FILES = {
+  b"1": "a hard link",
+  b"2": "a symbolic link",
+  b"3": "a device",
+  b"4": "a device",
+  b"6": "a pipe",
+  b"S": "a sparse file",
+}
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+
+# Reads `size` bytes from an offset; fewer at the end of the file.
+Read = Callable[[int, int], bytes]
+
+
+class Member(NamedTuple):
+  """A plain file in an archive.
+
+  Attributes:
+    name: its path in the archive.
+    start: offset of its first byte.
+    size: in bytes.
+  """
+
+  name: str
+  start: int
+  size: int
+
+
+class Odd(NamedTuple):
+  """Something in an archive that is no plain file.
+
+  Attributes:
+    name: its path in the archive, or a place in it.
+    reason: what it is instead, such as "is a symbolic link".
+  """
+
+  name: str
+  reason: str
+
+
+class NoTar(ValueError):
+  """The file is no tar archive, or none that can be read in place."""
+
+
+def members(window: "Window") -> Iterator[Member | Odd]:
+  """Yields the plain files of an archive in order, and what else it holds.
+
+  A file that is cut off, or a header that is none, is an `Odd`; nothing is
+  found behind it.
+
+  Args:
+    window: on the archive.
+
+  Raises:
+    NoTar: the first header is none.
+  """
+  at, length, far = 0, window.length, False
+  name, size = None, None  # of the next member, from an extended header
+  while at < length:
+    header = window.read(at, _BLOCK, _FAR if far else _NEAR)
+    if len(header) < _BLOCK:
+      if not at:
+        raise NoTar("is shorter than one header of an archive")
+      yield Odd(f"byte {at}", "is cut off in a header")
+      return
+    if header[257:262] != b"ustar" and not _is_v7(header):
+      if not header.strip(b"\0"):
+        return  # the end
+      if not at:
+        raise NoTar(_what_else(header))
+      yield Odd(f"byte {at}", "is no header: the rest of the archive is lost")
+      return
+    kind, start = header[156:157], at + _BLOCK
+    try:
+      declared = _number(header[124:136]) if size is None else size
+    except ValueError:
+      yield Odd(f"byte {at}", "has no size: the rest of the archive is lost")
+      return
+    if start + declared > length:
+      yield Odd(name or _name(header), "is cut off")
+      return
+    at = start + (declared + _BLOCK - 1) // _BLOCK * _BLOCK
+    far = declared > _LARGE
+    if kind in b"Lxg":
+      if declared > _MOST_NAME:
+        yield Odd(f"byte {start}", "is an extended header of more than 1 MiB")
+        return
+      data = window.read(start, declared)
+      if kind == b"L":
+        name = data.rstrip(b"\0").decode(errors="replace")
+      elif kind == b"x":
+        records = _records(data)
+        name, size = records.get("path", name), _size(records, size)
+      continue
+    found, name, size = name or _name(header), None, None
+    if kind in _PLAIN and not found.endswith("/"):
+      yield Member(found, start, declared)
+    elif kind in _NO_FILES:
+      yield Odd(found, f"is {_NO_FILES[kind]}")
+
+
+class Window:
+  """Reads an archive by large pieces, of which the last one is kept.
+
+  Attributes:
+    length: of the archive, in bytes.
+  """
+
+  def __init__(self, read: Read, length: int) -> None:
+    """Reads nothing yet."""
+    self.length = length
+    self._read, self._buffer, self._base = read, b"", 0
+
+  def read(self, start: int, size: int, piece: int = _NEAR) -> bytes:
+    """Returns `size` bytes from `start`; fewer at the end of the archive.
+
+    Args:
+      start: offset of the first byte.
+      size: number of bytes.
+      piece: how many are read, if these are not there yet.
+    """
+    offset = start - self._base
+    if offset < 0 or offset + size > len(self._buffer):
+      if size > piece:
+        return self._read(start, size)
+      self._base, self._buffer = start, self._read(start, piece)
+      offset = 0
+    return self._buffer[offset : offset + size]
+
+
+def _name(header):
+  """Returns the name in a header, with the prefix that ustar has."""
+  name = header[:100].partition(b"\0")[0]
+  if header[257:263] == b"ustar\0" and header[345]:
+    name = header[345:500].partition(b"\0")[0] + b"/" + name
+  return name.decode(errors="replace")
+
+
+def _number(field):
+  """Returns a number of a header: octal digits, or GNU's big-endian bytes."""
+  if not field[-1]:
+    try:
+      return int(field[:-1], 8)  # nearly all of them
+    except ValueError:
+      pass
+  if field[0] & 0x80:
+    number = int.from_bytes(field, "big") - (0x80 << 8 * (len(field) - 1))
+    if field[0] & 0x40 or number < 0:
+      raise ValueError("a negative number")
+    return number
+  return int(field.strip(b"\0 ") or b"0", 8)
+
+
+def _records(data):
+  """Returns the records of a pax header: "27 path=a name\\n" and others."""
+  records, at = {}, 0
+  while (space := data.find(b" ", at)) > 0:
+    count = data[at:space]
+    if not count.isdigit() or not (size := int(count)) > space - at:
+      break
+    name, _, value = data[space + 1 : at + size - 1].partition(b"=")
+    records[name.decode(errors="replace")] = value.decode(errors="replace")
+    at += size
+  return records
+
+
+def _size(records, size):
+  """Returns the size of a pax header, `size` if it has none."""
+  value = records.get("size", "")
+  return int(value) if value.isascii() and value.isdigit() else size
+
+
+def _is_v7(header):
+  """Whether a header without ustar's mark has the right checksum."""
+  try:
+    stored = _number(header[148:156])
+  except ValueError:
+    return False
+  return stored == sum(header) - sum(header[148:156]) + 8 * ord(" ") and any(
+    header[:100]
+  )
+
+
+def _what_else(header):
+  """Returns what a file is whose first block is no header."""
+  if header.startswith(_GZIP):
+    return "is compressed by gzip: unpack it with gunzip to read it in place"
+  if header.startswith(_ZSTD):
+    return "is compressed by zstd: unpack it with unzstd to read it in place"
+  return "is no tar archive"

@@ -1,0 +1,257 @@
+"""Reads tar archives of images and captions in place, as a Source.
+
+The archives are those of WebDataset and img2dataset: 17.jpg, 17.txt and
+17.json are a sample (`indexes/tar_samples.py`). Nothing is unpacked or
+converted; an index of each archive, made once, says where each file is. A
+sample's caption is its .txt, or the "caption" of its .json; a sample may have
+none, and is for the tokenizer alone then.
+"""
+
+import collections
+import functools
+import hashlib
+import os
+import threading
+
+import numpy as np
+
+from lavit_jax.core import errors, image_io
+from lavit_jax.core.storage import fetched, files
+from lavit_jax.data import examples, faults
+from lavit_jax.data.indexes import archives, stored, tar_samples
+
+_BUILDERS = {
+  "image_text": examples.image_text,
+  "text_image": examples.text_image,
+}
+_BLOCK = 512
+_OPEN = 256  # archives kept open
+_SPLITS = 1 << 32  # what the hashes of names run to
+
+
+class _File:
+  """An archive that is open while somebody holds this."""
+
+  def __init__(self, path):
+    self.descriptor = -1
+    self.descriptor = os.open(path, os.O_RDONLY)
+
+  def __del__(self):
+    if self.descriptor >= 0:
+      os.close(self.descriptor)
+
+
+class WebDatasetSource:
+  """The samples of tar archives; sample i is image i.
+
+  Samples come in the order of the archives, those of one by name. Samples that
+  cannot be used are left out, counted and logged in `faults`; the data are
+  refused when their share exceeds `limit_share`.
+
+  Attributes:
+    name: of the data, for messages.
+    image_size: height and width of the images, in pixels.
+    num_images: number of samples.
+    faults: the FaultLog of samples that are left out.
+    archives: the paths of the archives.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    image_size: int,
+    *,
+    split: str = "all",
+    held_out_share: float = 0.1,
+    limit_share: float = faults.LIMIT_SHARE,
+    quiet: bool = False,
+  ) -> None:
+    """Reads the indexes; makes those that are not there.
+
+    Args:
+      path: an archive, a folder of them or a pattern: see `archives.of`.
+      image_size: images are resized to this square.
+      split: "all", or "train" / "held_out" by a hash of each sample's name.
+      held_out_share: share of the samples that is held out.
+      limit_share: share of bad samples above which the data are refused.
+      quiet: no progress bar while indexes are made.
+
+    Raises:
+      errors.DataError: there are no such archives, or one cannot be read; no
+        sample can be used, or too many cannot.
+      errors.ConfigError: there is no such split.
+    """
+    if split not in ("all", "train", "held_out"):
+      raise errors.ConfigError(
+        f"split={split!r}: archives have all, train and held_out."
+      )
+    self.image_size = int(image_size)
+    self.archives = archives.of(path)
+    self.name = os.fspath(path).rstrip("/").rpartition("/")[2]
+    self._indexes = stored.of(self.archives, quiet=quiet)
+    sizes = [len(index.samples.columns) for index in self._indexes]
+    self._starts = np.cumsum([0, *sizes])
+    self._columns = np.concatenate(
+      [index.samples.columns for index in self._indexes]
+    )
+    self.faults = self._faults(limit_share)
+    self._numbers = self._chosen(split, held_out_share)
+    self.num_images = len(self._numbers)
+    has_text = self._columns["text_size"][self._numbers] > 0
+    self._captioned = np.flatnonzero(has_text).astype(np.int32)
+    self._split = (split, held_out_share)
+    if not self.num_images:
+      raise errors.DataError(
+        f"{os.fspath(path)}: no usable sample for split={split!r} in"
+        f" {len(self.archives)} archives ({self.faults.summary()}). Expected"
+        " files such as 17.jpg and 17.txt, one after the other."
+      )
+    self._files: collections.OrderedDict[int, _File]
+    self._files = collections.OrderedDict()
+    self._lock = threading.Lock()
+    self._captions = functools.lru_cache(maxsize=4096)(self._read_caption)
+
+  def _faults(self, limit_share):
+    """Returns the log of all samples that are left out of the indexes."""
+    log = faults.FaultLog(f"samples of {self.name}", limit_share)
+    log.good(len(self._columns))
+    for index in self._indexes:
+      archive = os.fspath(index.path).rpartition("/")[2]
+      for reason, (count, names) in index.samples.faults.items():
+        named = [f"{archive}/{name}" for name in names]
+        log.fault_all(named, count, reason)
+    log.check()
+    return log
+
+  def _chosen(self, split, share):
+    """Returns the numbers of the samples of a split, int32[n]."""
+    hashes = self._columns["hash"]
+    held = hashes < share * _SPLITS
+    if share and len(held) > 1 and not held.any():  # of few samples, one
+      held[np.argmin(hashes)] = True
+    if split == "all":
+      held = np.ones_like(held)
+    chosen = np.flatnonzero(~held if split == "train" else held)
+    return chosen.astype(np.int32)
+
+  def image(self, i: int) -> np.ndarray:
+    """Returns image i, uint8[size, size, 3]; ImageError for a bad one."""
+    loaded = image_io.load(self.encoded(i), name=self.image_key(i))
+    return image_io.to_uint8(loaded, self.image_size)
+
+  def encoded(self, i: int) -> bytes:
+    """Returns the encoded bytes of image i.
+
+    Raises:
+      image_io.ImageError: they cannot be read.
+    """
+    row = self._columns[self._numbers[i]]
+    try:
+      return self._read(i, int(row["image"]), int(row["image_size"]))
+    except OSError as error:
+      raise image_io.ImageError(
+        f"{self.image_key(i)}: cannot be read ({error.strerror or error})."
+      ) from error
+
+  def image_key(self, i: int) -> str:
+    """Returns the name of image i: its archive, and the sample's in that."""
+    number = int(self._numbers[i])
+    index, which = self._index_of(number)
+    archive = os.fspath(index.path).rpartition("/")[2]
+    return f"{archive}/{index.name(number - int(self._starts[which]))}"
+
+  def _index_of(self, number):
+    """Returns (index, its number) of the archive that holds a sample."""
+    which = int(np.searchsorted(self._starts, number, side="right")) - 1
+    return self._indexes[which], which
+
+  def _read(self, i, block, size) -> bytes:
+    """Returns bytes of the archive of sample i; OSError if there are fewer."""
+    index, which = self._index_of(int(self._numbers[i]))
+    start = block * _BLOCK
+    if files.is_remote(index.path):
+      data = fetched.read_range(index.path, start, start + size)
+    else:
+      data = self._read_file(which, start, size)
+    if len(data) != size:
+      raise OSError(f"{len(data)} of {size} bytes are there: it has changed")
+    return data
+
+  def _read_file(self, which, start, size):
+    """Reads of an archive that is kept open; several threads may at once."""
+    with self._lock:
+      file = self._files.pop(which, None)
+      file = file or _File(self.archives[which])
+      self._files[which] = file  # the one used last
+      if len(self._files) > _OPEN:
+        self._files.popitem(last=False)
+    return os.pread(file.descriptor, size, start)
+
+  def _read_caption(self, i):
+    row = self._columns[self._numbers[i]]
+    if not row["text_size"]:
+      return ""
+    try:
+      data = self._read(i, int(row["text"]), int(row["text_size"]))
+      return tar_samples.caption(data, bool(row["text_is_json"]))
+    except (OSError, ValueError) as error:
+      raise errors.DataError(
+        f"The caption of {self.image_key(i)} is not as it was indexed"
+        f" ({error}): the archive has changed. Start again."
+      ) from error
+
+  def captions(self, i: int) -> list[str]:
+    """Returns the caption of image i, or nothing."""
+    caption = self._captions(i)
+    return [caption] if caption else []
+
+  def tasks(self) -> tuple[str, ...]:
+    """Returns image_text and text_image, where there are captions."""
+    return tuple(_BUILDERS) if len(self._captioned) else ()
+
+  def num_examples(self, task: str) -> int:
+    """Returns the number of samples with a caption."""
+    return len(self._captioned) if task in _BUILDERS else 0
+
+  def example(self, task: str, i: int) -> examples.Example:
+    """Returns example i of a task."""
+    number = int(self._captioned[i])
+    caption = self._captions(number)
+    return _BUILDERS[task](self.image_key(number), number, caption)
+
+  def fingerprint(self) -> str:
+    """Returns a digest of the samples' names and images, and their order."""
+    return self._digest(("name_end", "hash", "image_size"), ())
+
+  def contents(self) -> str:
+    """Returns a digest of the samples' names, captions and their order."""
+    texts = [index.samples.texts for index in self._indexes]
+    return self._digest(("name_end", "hash", "length"), texts)
+
+  def stored(self) -> str:
+    """Returns a digest of where each image is."""
+    return self._digest(("image", "image_size"), ())
+
+  def _digest(self, names, more):
+    digest = hashlib.sha256()
+    digest.update(repr((self.image_size, self._split, more)).encode())
+    for name in names:
+      digest.update(np.ascontiguousarray(self._columns[name]).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def overlap(one: WebDatasetSource, other: WebDatasetSource) -> int:
+  """Returns the number of samples of `other` in archives of `one` too.
+
+  None if both are parts of the same samples, by the hash of their names.
+  """
+  if {one._split[0], other._split[0]} == {"train", "held_out"}:
+    return 0
+  mine = {os.fspath(path) for path in one.archives}
+  return sum(
+    int(stop - start)
+    for path, start, stop in zip(
+      other.archives, other._starts[:-1], other._starts[1:], strict=True
+    )
+    if os.fspath(path) in mine
+  )

@@ -1,0 +1,62 @@
+"""Paths that name archives: folders, braces, patterns."""
+
+import os
+
+import pytest
+
+from lavit_jax.core import errors
+from lavit_jax.data.indexes import archives
+from tests.data.indexes import tars
+
+
+@pytest.fixture
+def folder(tmp_path):
+  (tmp_path / "other.txt").write_text("")
+  return tars.shards(tmp_path, 12, samples=1)
+
+
+@pytest.mark.parametrize(
+  ("pattern", "numbers"),
+  [
+    ("", range(12)),
+    ("/", range(12)),
+    ("/00003.tar", [3]),
+    ("/{00002..00004}.tar", [2, 3, 4]),
+    ("/000{09..11}.tar", [9, 10, 11]),
+    ("/0000{5,1}.tar", [5, 1]),
+    ("/0000[12].tar", [1, 2]),
+    ("/0001*.tar", [10, 11]),
+    ("/0000{4..2}.tar", [4, 3, 2]),
+  ],
+)
+def test_archives_are_named(folder, pattern, numbers):
+  found = archives.of(f"{folder}{pattern}")
+  assert [path.name for path in found] == [f"{n:05d}.tar" for n in numbers]
+  assert archives.is_named(f"{folder}{pattern}")
+
+
+def test_a_name_with_brackets_is_itself(tmp_path):
+  path = tars.write(tmp_path / "a{1}[2].tar", tars.sample("1"))
+  assert archives.of(path) == [path]
+
+
+@pytest.mark.parametrize(
+  ("pattern", "says"),
+  [
+    ("/*.zip", "names no tar archive"),
+    ("/{00000,00000}.tar", "twice"),
+    ("/{0..99999999}.tar", "more than 1000000"),
+    ("/{0..999}{0..999}{0..9}.tar", "more than 1000000"),
+  ],
+)
+def test_what_names_none_is_refused(folder, pattern, says):
+  with pytest.raises(errors.DataError, match=says):
+    archives.of(f"{folder}{pattern}")
+
+
+def test_other_data_are_not_archives(tmp_path):
+  assert not archives.is_named("my.jsonl")
+  assert not archives.is_named("shapes")
+  os.mkdir(tmp_path / "empty")
+  assert not archives.is_named(tmp_path / "empty")
+  assert archives.is_named("gs://b/{0..3}.tar")

@@ -1,0 +1,201 @@
+"""Samples of tar archives: WebDataset's rules, captions, faults."""
+
+import json
+import os
+import pathlib
+import random
+
+import pytest
+
+from lavit_jax.data.indexes import tar_members, tar_samples
+from tests.data.indexes import tars
+
+
+def of(path):
+  data = pathlib.Path(path).read_bytes()
+  read = lambda start, size: data[start : start + size]
+  return tar_samples.of(read, len(data))
+
+
+def names(samples):
+  ends = samples.columns["name_end"].tolist()
+  starts = [0, *ends[:-1]]
+  return [
+    samples.names[a:b].decode() for a, b in zip(starts, ends, strict=True)
+  ]
+
+
+def captions(path):
+  data, found = pathlib.Path(path).read_bytes(), []
+  for row in of(path).columns:
+    start = int(row["text"]) * 512
+    part = data[start : start + int(row["text_size"])]
+    found.append(
+      tar_samples.caption(part, bool(row["text_is_json"])) if part else ""
+    )
+  return found
+
+
+def test_samples_are_runs_of_files_up_to_the_first_dot(tmp_path):
+  files = [
+    ("d/17.JPG", tars.jpeg()),
+    ("d/17.txt", b" a cat \n"),
+    ("d/17.seg.png", b"other"),
+    ("a.b/3.png", tars.jpeg()),
+    ("plain", b"no field"),
+    ("__meta__", b"WebDataset's own"),
+    ("d/._17.jpg", b"macOS"),
+    ("9.txt", b"\xef\xbb\xbfa dog"),
+    ("9.jpeg", tars.jpeg()),
+  ]
+  path = tars.write(tmp_path / "a.tar", files)
+  samples = of(path)
+  assert names(samples) == ["9", "a.b/3", "d/17"]  # by name
+  assert captions(path) == ["a dog", "", "a cat"]
+  assert samples.columns["length"].tolist() == [5, 0, 5]
+  assert samples.counts == {"without a caption": 1}
+  assert not samples.faults
+
+
+def test_the_order_of_the_archive_does_not_matter(tmp_path):
+  """img2dataset writes samples as they arrive."""
+  kept = [tars.sample(f"{i:04d}", f"{i}", seed=i) for i in range(9)]
+  one = of(tars.write(tmp_path / "a.tar", [f for s in kept for f in s]))
+  random.Random(1).shuffle(kept)
+  two = of(tars.write(tmp_path / "b.tar", [f for s in kept for f in s]))
+  assert one.names == two.names
+  assert one.texts == two.texts
+  for name in ("image_size", "hash", "name_end", "length"):
+    assert one.columns[name].tolist() == two.columns[name].tolist()
+
+
+def test_the_caption_of_a_json_stands_in_for_a_missing_txt(tmp_path):
+  metas = [
+    {"caption": " in json ", "width": 3},
+    {"caption": None},
+    {"url": "x"},
+  ]
+  files = []
+  for i, meta in enumerate(metas):
+    files += tars.sample(f"{i}", meta=meta)
+  files += tars.sample("3", "in txt", meta={"caption": "in json"})
+  files += tars.sample("4", "", meta={"caption": "in json"})
+  path = tars.write(tmp_path / "a.tar", files)
+  # img2dataset writes an empty txt where there is no caption.
+  assert captions(path) == ["in json", "", "", "in txt", ""]
+  assert (of(path).columns["json_size"] > 0).all()
+
+
+@pytest.mark.parametrize(
+  ("files", "says"),
+  [
+    ([("1.txt", b"alone")], "has no image"),
+    ([("1.jpg", b"")], "has an image of 0 bytes"),
+    ([("1.jpg", b"x"), ("1.JPG", b"y")], "has two files .jpg"),
+    ([("1.jpg", b"x"), ("1.txt", b"\xff")], "not UTF-8"),
+    ([("1.jpg", b"x"), ("1.json", b"{")], "json that cannot be read"),
+    ([("1.jpg", b"x"), ("1.json", b'{"caption": 3}')], "no text"),
+    ([("1.jpg", b"x"), ("1.json", b'{"caption": "\\ud83d"}')], "not UTF-8"),
+    ([("1.jpg", b"x"), ("1.txt", b"x" * (2 << 20))], "more than 1 MiB"),
+  ],
+)
+def test_what_cannot_be_used_is_counted_and_the_rest_is_used(
+  tmp_path, files, says
+):
+  path = tars.write(tmp_path / "a.tar", [*files, *tars.sample("2", "fine")])
+  samples = of(path)
+  assert names(samples) == ["2"]
+  ((reason, (count, named)),) = samples.faults.items()
+  assert says in reason
+  assert (count, named) == (1, ["1"])
+
+
+def test_samples_are_those_of_the_webdataset_library(tmp_path):
+  """But for their order, and for samples without an image."""
+  wds = pytest.importorskip("webdataset")
+  path = str(tmp_path / "a.tar")
+  with wds.TarWriter(path) as sink:
+    for i in (3, 1, 2):
+      sink.write(
+        {
+          "__key__": f"d/{i}",
+          "jpg": tars.jpeg(i),
+          "json": {"caption": f"c{i}"},
+          "txt": f"caption {i}",
+        }
+      )
+  theirs = sorted(
+    wds.DataPipeline(wds.SimpleShardList(path), wds.tarfile_samples),
+    key=lambda sample: sample["__key__"],
+  )
+  data, samples = pathlib.Path(path).read_bytes(), of(path)
+  assert names(samples) == [sample["__key__"] for sample in theirs]
+  for row, sample in zip(samples.columns, theirs, strict=True):
+    for field, size, name in (
+      ("image", "image_size", "jpg"),
+      ("text", "text_size", "txt"),
+      ("json", "json_size", "json"),
+    ):
+      start = int(row[field]) * 512
+      assert data[start : start + int(row[size])] == sample[name]
+
+
+def test_mutated_archives_are_read_or_refused_in_words(tmp_path):
+  """Whatever byte is changed, removed or added; nothing is read twice."""
+  files = [f for i in range(6) for f in tars.sample(str(i), "x", meta={"a": i})]
+  whole = tars.write(tmp_path / "a.tar", files).read_bytes()
+  rng = random.Random(0)
+  usable = 0
+  for _ in range(300):
+    data = bytearray(whole)
+    for _ in range(rng.randint(1, 20)):
+      at = rng.randrange(len(data))
+      how = rng.randrange(4)
+      if how == 0:
+        data[at] = rng.randrange(256)
+      elif how == 1:
+        del data[at : at + rng.randint(1, 2000)]
+      elif how == 2:
+        data[at:at] = rng.randbytes(rng.randint(1, 700))
+      else:
+        at -= at % 512
+        data[at : at + 512] = rng.randbytes(512)
+      if len(data) < 2000:
+        break
+    read = lambda start, size, data=data: bytes(data[start : start + size])
+    try:
+      samples = tar_samples.of(read, len(data))
+    except tar_members.NoTar:
+      continue
+    usable += len(samples.columns) > 0
+    for row in samples.columns:
+      assert int(row["image"]) * 512 + int(row["image_size"]) <= len(data)
+      assert int(row["text"]) * 512 + int(row["text_size"]) <= len(data)
+    json.dumps(samples.faults)
+  assert usable > 100
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(
+  not os.environ.get("LAVIT_SHARED"), reason="needs LAVIT_SHARED"
+)
+def test_found_archives_are_read_as_described():
+  root = pathlib.Path(os.environ["LAVIT_SHARED"]) / "data" / "F_webdataset"
+  counts = [
+    len(of(path).columns) for path in sorted(root.glob("cc3m_style/*.tar"))
+  ]
+  assert sum(counts) == 119
+  faulty = of(root / "made_faulty_00000.tar")
+  rows = json.loads((root / "made_faulty_00000.manifest.json").read_text())
+  good = {row["key"] for row in rows if row["usable"]}
+  assert good <= set(names(faulty))
+  captioned = {
+    name
+    for name, size in zip(
+      names(faulty), faulty.columns["text_size"], strict=True
+    )
+    if size
+  }
+  assert captioned == good | {"000", "007"}  # 007 is half a JPEG
+  cut = of(root / "made_cut_00000.tar")
+  assert cut.faults == {"is cut off": [1, ["000000027.jpg"]]}

@@ -1,0 +1,50 @@
+"""Writes tar archives for tests."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+
+def jpeg(seed=0, size=(24, 16)):
+  """Encoded bytes of an image of noise."""
+  pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, "JPEG")
+  return file.getvalue()
+
+
+def write(path, files, format=tarfile.USTAR_FORMAT):
+  """Writes (name, bytes) pairs; a TarInfo in place of a name as it is."""
+  with tarfile.open(path, "w", format=format) as tar:
+    for name, data in files:
+      info = name
+      if isinstance(name, str):
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+      tar.addfile(info, io.BytesIO(data))
+  return path
+
+
+def sample(key, caption=None, *, seed=0, meta=None):
+  """Files of a sample: an image, its caption, its json."""
+  files = [(f"{key}.jpg", jpeg(seed))]
+  if caption is not None:
+    files.append((f"{key}.txt", caption.encode()))
+  if meta is not None:
+    files.append((f"{key}.json", json.dumps(meta).encode()))
+  return files
+
+
+def shards(folder, count, samples=4):
+  """Archives 00000.tar …, each of some samples with captions."""
+  folder.mkdir(exist_ok=True)
+  for s in range(count):
+    files = []
+    for k in range(samples):
+      number = s * samples + k
+      files += sample(f"{number:06d}", f"image {number}", seed=number)
+    write(folder / f"{s:05d}.tar", files)
+  return folder
