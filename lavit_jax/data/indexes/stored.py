@@ -38,27 +38,37 @@ _MOST_HEAD = 1 << 20  # bytes of the line of JSON
 
 
 @dataclasses.dataclass(frozen=True)
+class Names:
+  """The names of an archive's samples, on the disk.
+
+  Attributes:
+    file: of the index.
+    offset: of the first name in it.
+  """
+
+  file: pathlib.Path
+  offset: int
+
+  def read(self, start: int, stop: int) -> str:
+    """Returns the name from one byte of all names to another."""
+    return fetched.read_range(
+      self.file, self.offset + start, self.offset + stop
+    ).decode()
+
+
+@dataclasses.dataclass(frozen=True)
 class Index:
   """The index of one archive.
 
   Attributes:
     path: of the archive.
-    version: changes whenever the archive does.
     samples: what it holds; without their names.
-    names_at: (file, offset) of the names.
+    names: of the samples.
   """
 
   path: Any
-  version: str
   samples: tar_samples.Samples
-  names_at: tuple[pathlib.Path, int]
-
-  def name(self, i: int) -> str:
-    """Returns the name of sample i."""
-    ends = self.samples.columns["name_end"]
-    first, stop = int(ends[i - 1]) if i else 0, int(ends[i])
-    file, offset = self.names_at
-    return fetched.read_range(file, offset + first, offset + stop).decode()
+  names: Names
 
 
 def folder() -> pathlib.Path:
@@ -230,7 +240,7 @@ def _load(path) -> Index | None:
   except (OSError, ValueError, KeyError, TypeError) as error:
     _LOG.warning("%s is damaged (%s) and made again", file, error)
     return None
-  return Index(path, version, samples, (file, len(line) + size))
+  return Index(path, samples, Names(file, len(line) + size))
 
 
 def _file(path) -> pathlib.Path:

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import threading
+import zlib
 
 import numpy as np
 
@@ -27,6 +28,11 @@ _BUILDERS = {
 _BLOCK = 512
 _OPEN = 256  # archives kept open
 _SPLITS = 1 << 32  # what the hashes of names run to
+_FIELDS = (  # of tar_samples.COLUMNS, that are held in memory
+  *("image", "image_size", "text", "text_size"),
+  *("text_is_json", "name_end"),
+)
+_HELD = np.dtype([(name, tar_samples.COLUMNS[name]) for name in _FIELDS])
 
 
 class _File:
@@ -88,18 +94,24 @@ class WebDatasetSource:
     self.image_size = int(image_size)
     self.archives = archives.of(path)
     self.name = os.fspath(path).rstrip("/").rpartition("/")[2]
-    self._indexes = stored.of(self.archives, quiet=quiet)
-    sizes = [len(index.samples.columns) for index in self._indexes]
+    indexes = stored.of(self.archives, quiet=quiet)
+    sizes = [len(index.samples.columns) for index in indexes]
     self._starts = np.cumsum([0, *sizes])
-    self._columns = np.concatenate(
-      [index.samples.columns for index in self._indexes]
-    )
-    self.faults = self._faults(limit_share)
-    self._numbers = self._chosen(split, held_out_share)
+    self._names = [index.names for index in indexes]
+    self._texts = [index.samples.texts for index in indexes]
+    # Only these are held, once: there may be a hundred million samples.
+    self._columns = np.empty(sum(sizes), _HELD)
+    for name in _FIELDS:
+      parts = [index.samples.columns[name] for index in indexes]
+      np.concatenate(parts, out=self._columns[name])
+    self.faults = self._faults(indexes, limit_share)
+    self._split = (split, held_out_share)
+    hashes = np.concatenate([i.samples.columns["hash"] for i in indexes])
+    self._numbers = _chosen(hashes, split, held_out_share)
     self.num_images = len(self._numbers)
     has_text = self._columns["text_size"][self._numbers] > 0
     self._captioned = np.flatnonzero(has_text).astype(np.int32)
-    self._split = (split, held_out_share)
+    self._hashes = zlib.crc32(hashes.tobytes())
     if not self.num_images:
       raise errors.DataError(
         f"{os.fspath(path)}: no usable sample for split={split!r} in"
@@ -111,28 +123,17 @@ class WebDatasetSource:
     self._lock = threading.Lock()
     self._captions = functools.lru_cache(maxsize=4096)(self._read_caption)
 
-  def _faults(self, limit_share):
+  def _faults(self, indexes, limit_share):
     """Returns the log of all samples that are left out of the indexes."""
     log = faults.FaultLog(f"samples of {self.name}", limit_share)
     log.good(len(self._columns))
-    for index in self._indexes:
+    for index in indexes:
       archive = os.fspath(index.path).rpartition("/")[2]
       for reason, (count, names) in index.samples.faults.items():
         named = [f"{archive}/{name}" for name in names]
         log.fault_all(named, count, reason)
     log.check()
     return log
-
-  def _chosen(self, split, share):
-    """Returns the numbers of the samples of a split, int32[n]."""
-    hashes = self._columns["hash"]
-    held = hashes < share * _SPLITS
-    if share and len(held) > 1 and not held.any():  # of few samples, one
-      held[np.argmin(hashes)] = True
-    if split == "all":
-      held = np.ones_like(held)
-    chosen = np.flatnonzero(~held if split == "train" else held)
-    return chosen.astype(np.int32)
 
   def image(self, i: int) -> np.ndarray:
     """Returns image i, uint8[size, size, 3]; ImageError for a bad one."""
@@ -156,21 +157,23 @@ class WebDatasetSource:
   def image_key(self, i: int) -> str:
     """Returns the name of image i: its archive, and the sample's in that."""
     number = int(self._numbers[i])
-    index, which = self._index_of(number)
-    archive = os.fspath(index.path).rpartition("/")[2]
-    return f"{archive}/{index.name(number - int(self._starts[which]))}"
+    which = self._archive_of(number)
+    ends, start = self._columns["name_end"], 0
+    if number > self._starts[which]:
+      start = int(ends[number - 1])
+    name = self._names[which].read(start, int(ends[number]))
+    return f"{os.fspath(self.archives[which]).rpartition('/')[2]}/{name}"
 
-  def _index_of(self, number):
-    """Returns (index, its number) of the archive that holds a sample."""
-    which = int(np.searchsorted(self._starts, number, side="right")) - 1
-    return self._indexes[which], which
+  def _archive_of(self, number):
+    """Returns the number of the archive that holds a sample."""
+    return int(np.searchsorted(self._starts, number, side="right")) - 1
 
   def _read(self, i, block, size) -> bytes:
     """Returns bytes of the archive of sample i; OSError if there are fewer."""
-    index, which = self._index_of(int(self._numbers[i]))
-    start = block * _BLOCK
-    if files.is_remote(index.path):
-      data = fetched.read_range(index.path, start, start + size)
+    which = self._archive_of(int(self._numbers[i]))
+    path, start = self.archives[which], block * _BLOCK
+    if files.is_remote(path):
+      data = fetched.read_range(path, start, start + size)
     else:
       data = self._read_file(which, start, size)
     if len(data) != size:
@@ -221,16 +224,15 @@ class WebDatasetSource:
 
   def fingerprint(self) -> str:
     """Returns a digest of the samples' names and images, and their order."""
-    return self._digest(("name_end", "hash", "image_size"), ())
+    return self._digest(("name_end", "image_size"), self._hashes)
 
   def contents(self) -> str:
     """Returns a digest of the samples' names, captions and their order."""
-    texts = [index.samples.texts for index in self._indexes]
-    return self._digest(("name_end", "hash", "length"), texts)
+    return self._digest(("name_end",), (self._hashes, self._texts))
 
   def stored(self) -> str:
     """Returns a digest of where each image is."""
-    return self._digest(("image", "image_size"), ())
+    return self._digest(("image", "image_size"), None)
 
   def _digest(self, names, more):
     digest = hashlib.sha256()
@@ -238,6 +240,17 @@ class WebDatasetSource:
     for name in names:
       digest.update(np.ascontiguousarray(self._columns[name]).tobytes())
     return digest.hexdigest()[:32]
+
+
+def _chosen(hashes, split, share):
+  """Returns the numbers of the samples of a split, int32[n]."""
+  held = hashes < share * _SPLITS
+  if share and len(held) > 1 and not held.any():  # of few samples, one
+    held[np.argmin(hashes)] = True
+  if split == "all":
+    held = np.ones_like(held)
+  chosen = np.flatnonzero(~held if split == "train" else held)
+  return chosen.astype(np.int32)
 
 
 def overlap(one: WebDatasetSource, other: WebDatasetSource) -> int:

@@ -35,9 +35,8 @@ def test_an_index_is_made_once(tmp_path, made):
   assert made == ["00000.tar", "00001.tar", "00002.tar"]
   for one, two in zip(first, second, strict=True):
     np.testing.assert_array_equal(one.samples.columns, two.samples.columns)
-    assert one.version == two.version
-  names = [index.name(i) for index in second for i in range(4)]
-  assert names == [f"{i:06d}" for i in range(12)]
+  names = [index.names.read(0, 24) for index in second]
+  assert names[1] == "000004000005000006000007"
 
 
 def test_an_archive_that_changed_is_indexed_again(tmp_path, made):
@@ -46,7 +45,7 @@ def test_an_archive_that_changed_is_indexed_again(tmp_path, made):
   tars.write(paths[1], tars.sample("new", "other"))
   _, index = stored.of(paths)
   assert made == ["00000.tar", "00001.tar", "00001.tar"]
-  assert index.name(0) == "new"
+  assert index.names.read(0, 3) == "new"
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "head", "empty"])
@@ -69,7 +68,8 @@ def test_a_damaged_index_is_made_again(tmp_path, kept, made, damage, caplog):
 def test_many_archives_are_indexed_by_processes(tmp_path, capsys):
   paths = archives.of(tars.shards(tmp_path, 9, samples=1))
   indexes = stored.of(paths)
-  assert [index.name(0) for index in indexes] == [f"{i:06d}" for i in range(9)]
+  names = [index.names.read(0, 6) for index in indexes]
+  assert names == [f"{i:06d}" for i in range(9)]
   assert "index 9 archives" in capsys.readouterr().err
   # One that cannot be read ends the call; what is made stays.
   other = tars.shards(tmp_path / "more", 9, samples=1)
@@ -101,7 +101,7 @@ def test_bad_places_are_named(tmp_path, monkeypatch):
 
 
 def test_an_index_is_small(tmp_path, kept):
-  """What is held of a sample in memory is a row of columns."""
+  """What is read of a sample is a row of columns."""
   (index,) = stored.of(archives.of(tars.shards(tmp_path, 1, samples=50)))
   assert index.samples.columns.itemsize <= 40
   assert not index.samples.names

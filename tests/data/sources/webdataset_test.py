@@ -13,6 +13,7 @@ from lavit_jax.data.batching import pipeline
 from lavit_jax.data.sources import kinds, webdataset
 from tests.data import fakes
 from tests.data.indexes import tars
+from tests.train import fake_gcs
 
 
 @pytest.fixture(autouse=True)
@@ -203,6 +204,23 @@ def test_samples_are_packed_into_batches(folder):
   captions = [f"image {i}" for i in range(12)] + ["from json"]
   assert {i for text_ in captions for i in text.encode(text_)} <= words
   assert batches.faults[1].names.keys() == {"odd.tar/x3"}
+
+
+def test_archives_of_an_object_store_are_read_in_place(folder, monkeypatch):
+  with fake_gcs.serving(monkeypatch) as store:
+    fake_gcs.upload(store, folder, "gs://bucket/data")
+    source = webdataset.WebDatasetSource("gs://bucket/data", 16)
+    here = webdataset.WebDatasetSource(folder, 16)
+    for i in (0, 5, 13):
+      assert source.image_key(i) == here.image_key(i)
+      assert source.captions(i) == here.captions(i)
+      assert source.encoded(i) == here.encoded(i)
+    assert examples.fingerprint(source) == examples.fingerprint(here)
+    some = webdataset.WebDatasetSource("gs://bucket/data/0000{1,2}.tar", 16)
+    assert some.num_images == 8
+    store.rm_file("/bucket/data/00001.tar")
+    with pytest.raises(errors.DataError, match=r"no archive gs://.*00001\.tar"):
+      webdataset.WebDatasetSource("gs://bucket/data/0000{1,2}.tar", 16)
 
 
 @pytest.mark.shared
