@@ -11,19 +11,25 @@ from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)|([a-z])\.\.([a-z])|([A-Z])\.\.([A-Z])")
 _MOST = 1_000_000  # archives that a pattern may name
-_SUFFIXES = (".tar",)
+_SUFFIX = ".tar"
 
 
 def is_named(path: str | os.PathLike[str]) -> bool:
-  """Returns whether a path names archives: by its suffix, or as a folder."""
+  """Returns whether a path names archives, rather than a file of JSON lines.
+
+  A folder does, a pattern, and a file of that suffix or with their mark.
+  """
   path = os.fspath(path)
-  if path.endswith((*_SUFFIXES, ".tar}", ".tgz", ".tar.gz", ".tar.*")):
+  if path.lower().endswith((_SUFFIX, ".tgz", ".tar.gz", ".tar.zst")):
     return True
-  return os.path.isdir(path) and any(
-    name.endswith(_SUFFIXES) for name in os.listdir(path)
-  )
+  if os.path.isfile(path):
+    with open(path, "rb") as file:
+      return file.read(512)[257:262] == b"ustar"
+  lines = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+  pattern = any(character in path for character in "*{[")
+  return os.path.isdir(path) or (pattern and not path.endswith(lines))
 
 
 def of(path: str | os.PathLike[str]) -> list[Any]:
@@ -31,7 +37,8 @@ def of(path: str | os.PathLike[str]) -> list[Any]:
 
   Args:
     path: of an archive; of a folder, whose .tar files are meant; or a pattern:
-      "data/{00000..00331}.tar", "data/{train,val}*.tar", here or on gs://.
+      "data/{00000..00331}.tar", "data/{train,val}*.tar", here or on gs://. A
+      bracket that is part of a name is [[] in a pattern.
 
   Raises:
     errors.DataError: there are none.
@@ -61,6 +68,11 @@ def _unbraced(path):
   Raises:
     errors.DataError: they are too many.
   """
+  if re.search(r"\{[^{}]*\{", path):
+    raise errors.DataError(
+      f"{path} has braces in braces. Write what they stand for, such as"
+      " {a,b,c} for {a,{b,c}}."
+    )
   parts = _BRACES.split(path)  # text, inside, text, inside, …, text
   choices = [
     _choices(part) if i % 2 else [part] for i, part in enumerate(parts)
@@ -78,7 +90,12 @@ def _unbraced(path):
 def _choices(inside):
   """Returns what braces stand for: "08..10" is 08, 09, 10."""
   if not (match := _RANGE.fullmatch(inside)):
-    return inside.split(",")
+    # As in a shell, braces around one word are part of the name.
+    return inside.split(",") if "," in inside else [f"{{{inside}}}"]
+  if not match[1]:
+    first, last = sorted(inside.split(".."))
+    letters = [chr(c) for c in range(ord(first), ord(last) + 1)]
+    return letters if inside.startswith(first) else letters[::-1]
   first, last = match[1], match[2]
   if abs(int(last) - int(first)) >= _MOST:
     return [""] * (_MOST + 1)
@@ -93,8 +110,10 @@ def _matching(path):
   if files.is_remote(path):
     return _remote(path)
   if os.path.isdir(path):
-    names = sorted(os.listdir(path))
-    return [os.path.join(path, n) for n in names if n.endswith(_SUFFIXES)]
+    paths = [os.path.join(path, name) for name in sorted(os.listdir(path))]
+    return [
+      p for p in paths if p.lower().endswith(_SUFFIX) and os.path.isfile(p)
+    ]
   if os.path.exists(path) or not glob.has_magic(path):
     return [path]
   return sorted(glob.glob(path))
@@ -102,7 +121,7 @@ def _matching(path):
 
 def _remote(path):
   """Returns the same of an object store."""
-  if not glob.has_magic(path) and path.endswith(_SUFFIXES):
+  if not glob.has_magic(path) and path.endswith(_SUFFIX):
     return [path]
   folder, _, pattern = path.rpartition("/")
   if not glob.has_magic(path):

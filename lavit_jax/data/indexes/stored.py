@@ -18,6 +18,7 @@ import logging
 import os
 import pathlib
 import secrets
+import stat
 import subprocess
 import sys
 import threading
@@ -35,6 +36,8 @@ _LOG = logging.getLogger(__name__)
 _FORMAT = 1
 _FEW = 8  # archives that are not worth other processes
 _MOST_HEAD = 1 << 20  # bytes of the line of JSON
+_MOST_NAME = 200  # bytes of an archive's name, to which ours adds some
+_ROOT = pathlib.Path(__file__).parents[3]  # where this package is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +54,9 @@ class Names:
 
   def read(self, start: int, stop: int) -> str:
     """Returns the name from one byte of all names to another."""
-    return fetched.read_range(
-      self.file, self.offset + start, self.offset + stop
-    ).decode()
+    offset = self.offset
+    name = fetched.read_range(self.file, offset + start, offset + stop)
+    return tar_samples.shown(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +67,13 @@ class Index:
     path: of the archive.
     samples: what it holds; without their names.
     names: of the samples.
+    state: of the archive when it was indexed, see `state_of`.
   """
 
   path: Any
   samples: tar_samples.Samples
   names: Names
+  state: tuple[int, ...]
 
 
 def folder() -> pathlib.Path:
@@ -122,48 +127,61 @@ def _make_all(paths, quiet):
     return
   stream = io.StringIO() if quiet else None
   label = f"index {len(paths)} archives"
-  workers = min(os.cpu_count() or 1, len(paths))
+  count = min(os.cpu_count() or 1, len(paths))
+  workers = [_worker(paths[i::count]) for i in range(count)]
   with (
     progress.Progress(len(paths), label=label, stream=stream) as bar,
-    concurrent.futures.ThreadPoolExecutor(workers) as pool,
+    concurrent.futures.ThreadPoolExecutor(count) as pool,
   ):
-    shares = [paths[i::workers] for i in range(workers)]
     done, lock = itertools.count(1), threading.Lock()
 
-    def count():
-      with lock:
-        bar.update(next(done))
-
-    for _ in pool.map(lambda share: _in_a_process(share, count), shares):
-      pass
-
-
-def _in_a_process(paths, count):
-  """Makes indexes in a process of its own; calls `count` after each.
-
-  Not by multiprocessing, which runs the script that called all this once more.
-  """
-  command = [sys.executable, "-m", "lavit_jax.data.indexes.worker"]
-  with subprocess.Popen(
-    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-  ) as worker:
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    try:
-      worker.stdin.write(json.dumps([os.fspath(path) for path in paths]))
-      worker.stdin.close()
+    def follow(worker):
+      """Waits for a process; shows each index that it has made."""
       for line in worker.stdout:
         if error := json.loads(line):
           raise errors.DataError(error)
-        count()
-    finally:
-      worker.kill()
-  if worker.returncode:
-    raise errors.DataError(
-      "A process that makes indexes of archives ended before its time (status"
-      f" {worker.returncode}); perhaps memory is short. Give the same command"
-      " again: it goes on where it stopped."
-    )
+        with lock:
+          bar.update(next(done))
+      if status := worker.wait():
+        raise errors.DataError(
+          "A process that makes indexes of archives ended before its time"
+          f" (status {status}); perhaps memory is short. Give the same command"
+          " again: it goes on where it stopped."
+        )
+
+    try:
+      for _ in pool.map(follow, workers):
+        pass
+    finally:  # also if it is interrupted
+      for worker in workers:
+        worker.kill()
+  for worker in workers:
+    worker.wait()
+    worker.stdout.close()
+
+
+def _worker(paths) -> Any:
+  """Starts a process that makes indexes of archives.
+
+  Not by multiprocessing, which runs the script that called all this once more.
+  It has this package and no folder of the user's on its path, and an interrupt
+  of the terminal goes to its parent alone.
+  """
+  path = os.pathsep.join(
+    filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])
+  )
+  worker = subprocess.Popen(
+    [sys.executable, "-P", "-m", "lavit_jax.data.indexes.worker"],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    env=os.environ | {"PYTHONPATH": path},
+    start_new_session=True,
+  )
+  assert worker.stdin is not None
+  with contextlib.suppress(BrokenPipeError), worker.stdin:  # its status tells
+    worker.stdin.write(json.dumps([os.fspath(path) for path in paths]))
+  return worker
 
 
 def make(path: Any) -> None:
@@ -172,7 +190,7 @@ def make(path: Any) -> None:
   Raises:
     errors.DataError: see `of`.
   """
-  version, length = _version(path)
+  version, length, _ = _version(path)
   try:
     with _Reader(path) as read:
       samples = tar_samples.of(read, length)
@@ -219,7 +237,7 @@ def _load(path) -> Index | None:
   Raises:
     errors.DataError: there is no such archive.
   """
-  version, _ = _version(path)
+  version, _, state = _version(path)
   file = _file(path)
   try:
     with file.open("rb") as stream:
@@ -240,24 +258,35 @@ def _load(path) -> Index | None:
   except (OSError, ValueError, KeyError, TypeError) as error:
     _LOG.warning("%s is damaged (%s) and made again", file, error)
     return None
-  return Index(path, samples, Names(file, len(line) + size))
+  return Index(path, samples, Names(file, len(line) + size), state)
 
 
 def _file(path) -> pathlib.Path:
   """Returns where the index of an archive is kept."""
   parent, _, name = os.fspath(files.absolute(path)).rpartition("/")
-  digest = hashlib.sha256(parent.encode()).hexdigest()[:32]
-  return folder() / digest / f"{name}.index"
+  digest = lambda text: hashlib.sha256(os.fsencode(text)).hexdigest()[:32]
+  if len(os.fsencode(name)) > _MOST_NAME:
+    name = digest(name)
+  return folder() / digest(parent) / f"{name}.index"
 
 
-def _version(path) -> tuple[str, int]:
-  """Returns what changes whenever the archive does, and its length."""
+def state_of(status: os.stat_result) -> tuple[int, ...]:
+  """Returns what changes when the contents of an archive do."""
+  return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _version(path) -> tuple[str, int, tuple[int, ...]]:
+  """Returns what changes whenever the archive does, its length and state."""
   try:
     if files.is_remote(path):
       stored = fetched.version(path)
-      return json.dumps(stored, sort_keys=True), int(stored["size"])
-    stat = os.stat(path)
-    return f"{stat.st_size} {stat.st_mtime_ns}", stat.st_size
+      return json.dumps(stored, sort_keys=True), int(stored["size"]), ()
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+      raise errors.DataError(f"{path} is no file. Give tar archives.")
+    state = state_of(status)
+    # Times of contents can be set; that of the last change to a file cannot.
+    return repr((*state, status.st_ctime_ns)), status.st_size, state
   except FileNotFoundError as error:
     raise errors.DataError(
       f"There is no archive {path}. Give the paths of tar archives, a folder of"

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 _BLOCK = 512
+_RECORD = 20 * _BLOCK  # to which archives are padded
+_BYTES = "surrogateescape"  # names may be in any encoding
 _NEAR = 1 << 20  # bytes read at once where files are small
 _FAR = 1 << 12  # and where the next header is far away
 _LARGE = 1 << 16  # bytes of a file after which the next header is far away
@@ -81,7 +83,10 @@ def members(window: "Window") -> Iterator[Member | Odd]:
       return
     if header[257:262] != b"ustar" and not _is_v7(header):
       if not header.strip(b"\0"):
-        return  # the end
+        at, hole = _behind_zeros(window, at)
+        if hole:
+          yield Odd(f"byte {at}", "follows zeros where files should be")
+        continue
       if not at:
         raise NoTar(_what_else(header))
       yield Odd(f"byte {at}", "is no header: the rest of the archive is lost")
@@ -103,7 +108,7 @@ def members(window: "Window") -> Iterator[Member | Odd]:
         return
       data = window.read(start, declared)
       if kind == b"L":
-        name = data.rstrip(b"\0").decode(errors="replace")
+        name = data.rstrip(b"\0").decode(errors=_BYTES)
       elif kind == b"x":
         records = _records(data)
         name, size = records.get("path", name), _size(records, size)
@@ -144,27 +149,43 @@ class Window:
     return self._buffer[offset : offset + size]
 
 
+def _behind_zeros(window, at):
+  """Returns where zeros end, and whether they are no end of an archive.
+
+  Behind the end of one there may be another: archives may be joined, and each
+  is padded to whole records.
+  """
+  while at < window.length:
+    data = window.read(at, min(_NEAR, window.length - at))
+    rest = data.lstrip(b"\0")
+    if rest or not data:
+      at += (len(data) - len(rest)) // _BLOCK * _BLOCK
+      return (at, at % _RECORD != 0) if data else (window.length, False)
+    at += len(data)
+  return at, False
+
+
 def _name(header):
   """Returns the name in a header, with the prefix that ustar has."""
   name = header[:100].partition(b"\0")[0]
   if header[257:263] == b"ustar\0" and header[345]:
     name = header[345:500].partition(b"\0")[0] + b"/" + name
-  return name.decode(errors="replace")
+  return name.decode(errors=_BYTES)
 
 
 def _number(field):
   """Returns a number of a header: octal digits, or GNU's big-endian bytes."""
-  if not field[-1]:
-    try:
-      return int(field[:-1], 8)  # nearly all of them
-    except ValueError:
-      pass
+  if not field[-1] and field[:-1].isdigit():
+    return int(field[:-1], 8)  # nearly all of them
   if field[0] & 0x80:
     number = int.from_bytes(field, "big") - (0x80 << 8 * (len(field) - 1))
     if field[0] & 0x40 or number < 0:
       raise ValueError("a negative number")
     return number
-  return int(field.strip(b"\0 ") or b"0", 8)
+  digits = field.strip(b"\0 ") or b"0"
+  if not digits.isdigit():  # `int` takes a sign and underscores, too
+    raise ValueError("no octal digits")
+  return int(digits, 8)
 
 
 def _records(data):
@@ -175,7 +196,7 @@ def _records(data):
     if not count.isdigit() or not (size := int(count)) > space - at:
       break
     name, _, value = data[space + 1 : at + size - 1].partition(b"=")
-    records[name.decode(errors="replace")] = value.decode(errors="replace")
+    records[name.decode(errors=_BYTES)] = value.decode(errors=_BYTES)
     at += size
   return records
 

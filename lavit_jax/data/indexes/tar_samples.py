@@ -56,7 +56,7 @@ class Samples:
 
   Attributes:
     columns: COLUMNS[n], a row each.
-    names: of all samples, one after the other, UTF-8.
+    names: of all samples, one after the other, as they are in the archive.
     texts: CRC-32 of all captions.
     counts: how many samples there are without a caption, and the like.
     faults: reason -> [how often, names of the first ones], of what is left
@@ -89,7 +89,7 @@ def of(read: tar_members.Read, length: int) -> Samples:
     if row is None:
       continue
     rows.append(row)
-    names.append(name.encode())
+    names.append(_bytes(name))
     texts.append(zlib.crc32(text.encode()))
   order = sorted(range(len(rows)), key=names.__getitem__)
   names = [names[j] for j in order]
@@ -113,7 +113,7 @@ class _Faults:
     entry = self.found.setdefault(reason, [0, []])
     entry[0] += 1
     if len(entry[1]) < _NAMED:
-      entry[1].append(name)
+      entry[1].append(shown(_bytes(name)))
 
 
 def _groups(
@@ -182,6 +182,16 @@ def _row(window, name, fields, faults):
     text_file is json_file and text != "",
   )
   return row, text
+
+
+def shown(name: bytes) -> str:
+  """Returns a name as text; what is not UTF-8 as in "caf\\xe9"."""
+  return name.decode(errors="backslashreplace")
+
+
+def _bytes(name):
+  """Returns the bytes of a name that `tar_members` decoded."""
+  return name.encode(errors="surrogateescape")
 
 
 def caption(data: bytes, is_json: bool) -> str:

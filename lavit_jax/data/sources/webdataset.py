@@ -98,6 +98,7 @@ class WebDatasetSource:
     sizes = [len(index.samples.columns) for index in indexes]
     self._starts = np.cumsum([0, *sizes])
     self._names = [index.names for index in indexes]
+    self._states = [index.state for index in indexes]
     self._texts = [index.samples.texts for index in indexes]
     # Only these are held, once: there may be a hundred million samples.
     self._columns = np.empty(sum(sizes), _HELD)
@@ -116,7 +117,8 @@ class WebDatasetSource:
       raise errors.DataError(
         f"{os.fspath(path)}: no usable sample for split={split!r} in"
         f" {len(self.archives)} archives ({self.faults.summary()}). Expected"
-        " files such as 17.jpg and 17.txt, one after the other."
+        " files such as 17.jpg and 17.txt, one after the other. What is held"
+        " out can be data of its own: config.data.held_out_path."
       )
     self._files: collections.OrderedDict[int, _File]
     self._files = collections.OrderedDict()
@@ -151,7 +153,7 @@ class WebDatasetSource:
       return self._read(i, int(row["image"]), int(row["image_size"]))
     except OSError as error:
       raise image_io.ImageError(
-        f"{self.image_key(i)}: cannot be read ({error.strerror or error})."
+        f"{self.image_key(i)}: cannot be read ({error.strerror or error})"
       ) from error
 
   def image_key(self, i: int) -> str:
@@ -177,7 +179,7 @@ class WebDatasetSource:
     else:
       data = self._read_file(which, start, size)
     if len(data) != size:
-      raise OSError(f"{len(data)} of {size} bytes are there: it has changed")
+      raise OSError(f"{len(data)} of {size} bytes are there")
     return data
 
   def _read_file(self, which, start, size):
@@ -188,6 +190,8 @@ class WebDatasetSource:
       self._files[which] = file  # the one used last
       if len(self._files) > _OPEN:
         self._files.popitem(last=False)
+    if stored.state_of(os.fstat(file.descriptor)) != self._states[which]:
+      raise OSError("the archive has changed since it was indexed")
     return os.pread(file.descriptor, size, start)
 
   def _read_caption(self, i):
@@ -199,8 +203,8 @@ class WebDatasetSource:
       return tar_samples.caption(data, bool(row["text_is_json"]))
     except (OSError, ValueError) as error:
       raise errors.DataError(
-        f"The caption of {self.image_key(i)} is not as it was indexed"
-        f" ({error}): the archive has changed. Start again."
+        f"The caption of {self.image_key(i)} cannot be read ({error}). Start"
+        " again: an archive that has changed is indexed anew."
       ) from error
 
   def captions(self, i: int) -> list[str]:
@@ -260,11 +264,14 @@ def overlap(one: WebDatasetSource, other: WebDatasetSource) -> int:
   """
   if {one._split[0], other._split[0]} == {"train", "held_out"}:
     return 0
-  mine = {os.fspath(path) for path in one.archives}
+  real = lambda path: (
+    os.fspath(path) if files.is_remote(path) else os.path.realpath(path)
+  )
+  mine = {real(path) for path in one.archives}
   return sum(
     int(stop - start)
     for path, start, stop in zip(
       other.archives, other._starts[:-1], other._starts[1:], strict=True
     )
-    if os.fspath(path) in mine
+    if real(path) in mine
   )

@@ -57,6 +57,33 @@ def test_what_names_none_is_refused(folder, pattern, says):
 def test_other_data_are_not_archives(tmp_path):
   assert not archives.is_named("my.jsonl")
   assert not archives.is_named("shapes")
-  os.mkdir(tmp_path / "empty")
-  assert not archives.is_named(tmp_path / "empty")
-  assert archives.is_named("gs://b/{0..3}.tar")
+  assert not archives.is_named("gs://b/parts*.jsonl")
+  (tmp_path / "plain").write_text('{"image": "a.jpg"}')
+  assert not archives.is_named(tmp_path / "plain")
+  for name in ("gs://b/{0..3}.tar", "d/*", "a.tar.gz", "d/{a,b}/", tmp_path):
+    assert archives.is_named(name)
+  tars.write(tmp_path / "unnamed", tars.sample("1"))
+  assert archives.is_named(tmp_path / "unnamed")
+
+
+def test_only_files_of_a_folder_are_archives(folder):
+  (folder / "folder.tar").mkdir()
+  os.mkfifo(folder / "pipe.tar")
+  tars.write(folder / "LAST.TAR", tars.sample("1"))
+  names = [path.name for path in archives.of(folder)]
+  assert len(names) == 13
+  assert names[-1] == "LAST.TAR"
+
+
+def test_braces_of_names_and_letters(tmp_path):
+  root = tmp_path / "p [1] {x}"
+  root.mkdir()
+  for letter in "abc":
+    tars.write(root / f"{letter}.tar", tars.sample("1"))
+  escaped = f"{tmp_path}/p [[]1] {{x}}"
+  for pattern in ("*.tar", "{a..c}.tar", "[abc].tar"):
+    found = archives.of(f"{escaped}/{pattern}")
+    assert [p.name for p in found] == ["a.tar", "b.tar", "c.tar"]
+  assert len(archives.of(root)) == 3
+  with pytest.raises(errors.DataError, match="braces in braces"):
+    archives.of("d/{a,{b,c}}.tar")

@@ -1,8 +1,10 @@
 """Indexes are made once, kept, and made again when an archive changes."""
 
+import itertools
 import json
 import os
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -88,6 +90,49 @@ def test_a_worker_that_is_killed_is_named(tmp_path, monkeypatch):
   monkeypatch.setattr(stored.subprocess, "Popen", dies)
   with pytest.raises(errors.DataError, match="before its time"):
     stored.of(paths, quiet=True)
+
+
+def test_a_fault_of_one_process_ends_all(tmp_path, monkeypatch):
+  paths = archives.of(tars.shards(tmp_path, 9, samples=1))
+  real, number = subprocess.Popen, itertools.count()
+
+  def slow(command, **options):
+    script = "sleep 60" if next(number) else "echo '\"a fault\"'; sleep 60"
+    return real(["sh", "-c", f"cat > /dev/null; {script}"], **options)
+
+  monkeypatch.setattr(stored.subprocess, "Popen", slow)
+  begun = time.monotonic()
+  with pytest.raises(errors.DataError, match="a fault"):
+    stored.of(paths, quiet=True)
+  assert time.monotonic() - begun < 30
+
+
+def test_processes_read_no_module_of_the_working_folder(tmp_path, monkeypatch):
+  paths = archives.of(tars.shards(tmp_path / "data", 9, samples=1))
+  (tmp_path / "json.py").write_text("raise RuntimeError")
+  monkeypatch.chdir(tmp_path)
+  assert len(stored.of(paths, quiet=True)) == 9
+
+
+def test_an_archive_of_the_same_size_and_time_is_indexed_again(tmp_path, made):
+  path = tars.write(tmp_path / "a.tar", tars.sample("1", "one"))
+  os.utime(path, (1000, 1000))
+  stored.of([path])
+  tars.write(tmp_path / "b.tar", tars.sample("2", "two"))
+  os.replace(tmp_path / "b.tar", path)
+  os.utime(path, (1000, 1000))
+  (index,) = stored.of([path])
+  assert len(made) == 2
+  assert index.names.read(0, 1) == "2"
+
+
+def test_long_and_odd_paths_have_an_index(tmp_path):
+  odd = tmp_path / b"\xe9".decode(errors="surrogateescape")
+  odd.mkdir()
+  paths = [tars.write(odd / f"{'n' * 240}.tar", tars.sample("1"))]
+  for _ in range(2):
+    (index,) = stored.of(paths)
+    assert index.names.read(0, 1) == "1"
 
 
 def test_bad_places_are_named(tmp_path, monkeypatch):

@@ -105,6 +105,43 @@ def test_sizes_of_more_than_eight_gigabytes_are_read():
   assert member == ("a.jpg", 512, 20 << 30)
 
 
+@pytest.mark.parametrize(
+  "size", [b"-0000001000\0", b"000000_1000\0", b"+0000001000\0", b"junk" * 3]
+)
+def test_a_size_that_is_none_ends_the_archive(tmp_path, size):
+  """A negative one would lead back to the same header, again and again."""
+  files = [(f"{i}.jpg", b"1" * 512) for i in range(4)]
+  data = bytearray(tars.write(tmp_path / "a.tar", files).read_bytes())
+  data[1024 + 124 : 1024 + 136] = size
+  first, odd = found(bytes(data))
+  assert first.name == "0.jpg"
+  assert odd.reason == "has no size: the rest of the archive is lost"
+
+
+def test_joined_archives_are_read_to_the_end(tmp_path):
+  parts = [[(f"{n}{i}.jpg", b"1") for i in range(3)] for n in "ab"]
+  data = [tars.write(tmp_path / "a.tar", p).read_bytes() for p in parts]
+  assert names(b"".join(data)) == ["a0.jpg", "a1.jpg", "a2.jpg"] + [
+    "b0.jpg",
+    "b1.jpg",
+    "b2.jpg",
+  ]
+  assert len(names(data[0] + bytes(5 << 20))) == 3  # zeros alone are its end
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_a_hole_is_no_end(tmp_path, blocks):
+  """What an interrupted download into a file of full size leaves."""
+  files = [(f"{i}.jpg", b"1" * 512) for i in range(8)]
+  data = bytearray(tars.write(tmp_path / "a.tar", files).read_bytes())
+  data[1024 : 1024 + 512 * blocks] = bytes(512 * blocks)
+  members = found(bytes(data))
+  odd = [m for m in members if isinstance(m, tar_members.Odd)]
+  assert "zeros" in odd[0].reason
+  if blocks > 1:  # after whole members the next ones are found
+    assert len(members) == 1 + 8 - blocks // 2
+
+
 @pytest.mark.parametrize("cut", [100, 512, 700, 1500, 1536])
 def test_a_cut_archive_gives_what_is_whole(tmp_path, cut):
   files = [("a.jpg", b"1" * 512), ("b.jpg", b"2" * 512)]

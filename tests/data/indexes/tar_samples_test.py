@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import tarfile
 
 import pytest
 
@@ -108,6 +109,20 @@ def test_what_cannot_be_used_is_counted_and_the_rest_is_used(
   ((reason, (count, named)),) = samples.faults.items()
   assert says in reason
   assert (count, named) == (1, ["1"])
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_of_other_encodings_stay_apart(tmp_path, format):
+  names_ = [b"\xe9", b"\xe8", b"\xe7"]
+  a, b, c = (name.decode(errors="surrogateescape") for name in names_)
+  files = [(f"{a}.jpg", tars.jpeg()), (f"{b}.txt", b"of another")]
+  files += tars.sample(c, "its own")
+  path = tars.write(tmp_path / "a.tar", files, format)
+  samples = of(path)
+  assert captions(path) == ["its own", ""]  # c, a
+  assert samples.names == b"\xe7\xe9"
+  assert samples.faults == {"has no image": [1, ["\\xe8"]]}
+  json.dumps(samples.faults).encode()
 
 
 def test_samples_are_those_of_the_webdataset_library(tmp_path):

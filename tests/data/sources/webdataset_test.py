@@ -141,6 +141,31 @@ def test_an_archive_that_is_cut_while_it_is_read_is_named(folder):
     source.captions(8)
 
 
+def test_an_archive_that_is_written_anew_while_it_is_read_is_named(folder):
+  """A caption must not come with the image of another archive."""
+  source = webdataset.WebDatasetSource(folder, 16)
+  source.captions(9)
+  files = [
+    f for k in range(8, 12) for f in tars.sample(f"{k:06d}", "x", seed=k)
+  ]
+  tars.write(folder / "00002.tar", files)
+  with pytest.raises(image_io.ImageError, match="has changed"):
+    source.image(9)
+  fresh = webdataset.WebDatasetSource(folder, 16)
+  assert fresh.captions(9) == ["x"]
+
+
+def test_an_archive_replaced_before_its_first_use_is_named(folder):
+  source = webdataset.WebDatasetSource(folder, 16)
+  files = [
+    f for k in range(8, 12) for f in tars.sample(f"{k:06d}", "x", seed=k)
+  ]
+  tars.write(folder / "new", files)
+  os.replace(folder / "new", folder / "00002.tar")
+  with pytest.raises(image_io.ImageError, match="has changed"):
+    source.image(9)
+
+
 def test_threads_read_more_archives_than_stay_open(folder, monkeypatch):
   monkeypatch.setattr(webdataset, "_OPEN", 1)
   source = webdataset.WebDatasetSource(folder, 16)
@@ -171,6 +196,8 @@ def test_config_builds_both_splits(folder, caplog):
   assert (train.num_images, held_out.num_images) == (8, 4)
   assert not caplog.text
   apart["held_out_path"] = str(folder / "0000[12].tar")
+  (folder / "link").symlink_to(folder)
+  apart["held_out_path"] = str(folder / "link" / "0000[12].tar")
   kinds.pair(apart)
   assert "4 of 8 held-out samples are in the training data" in caplog.text
   with pytest.raises(errors.ConfigError, match="path is empty"):
