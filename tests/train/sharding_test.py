@@ -127,7 +127,8 @@ def test_pretrain_on_any_mesh_equals_one_device(sizes, pretrain):
 @pytest.mark.parametrize(("stage", "name"), _OTHERS)
 def test_every_stage_on_two_meshes_equals_one_device(stage, name, micro_codes):
   case = _Case(stage, name, micro_codes)
-  for sizes in (_MIXED, _LONG):
+  # latents_test has U-Nets on the other mesh, and larger ones.
+  for sizes in (_MIXED,) if stage == "pixels" else (_MIXED, _LONG):
     case.assert_same_on(sizes)
 
 
