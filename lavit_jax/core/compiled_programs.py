@@ -11,6 +11,8 @@ import pathlib
 
 from etils import epy
 
+from lavit_jax.core.storage import files
+
 with epy.lazy_imports():
   import jax
 
@@ -27,8 +29,7 @@ _MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 def user_folder() -> pathlib.Path:
   """Returns the folder of the user's programs."""
-  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(caches) / "lavit_jax" / "compiled"
+  return files.user_cache("compiled")
 
 
 def keep(least: float | None = MIN_SECONDS) -> None:

@@ -161,6 +161,10 @@ def text_image(key: str, image: int, caption: str) -> Example:
   return Example(key, "text_image", parts)
 
 
+# A caption is learnt in both directions.
+OF_CAPTIONS = {"image_text": image_text, "text_image": text_image}
+
+
 def vqa(key: str, image: int, question: str, answer: str) -> Example:
   """Returns an example that reads an image and a question.
 

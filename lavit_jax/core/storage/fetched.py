@@ -117,8 +117,7 @@ def version(path: epath.Path) -> dict[str, str]:
 def _root() -> pathlib.Path:
   if configured := os.environ.get("LAVIT_FETCHED"):
     return pathlib.Path(configured)
-  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(caches) / "lavit_jax" / "fetched"
+  return files.user_cache("fetched")
 
 
 def _is_complete(path: pathlib.Path, size: int) -> bool:

@@ -55,6 +55,12 @@ def input_path(path: PathLike) -> Any:
   return path_of(path) if is_remote(path) else pathlib.Path(path)
 
 
+def user_cache(name: str) -> pathlib.Path:
+  """Returns a folder of the user's caches: in XDG_CACHE_HOME or ~/.cache."""
+  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(caches) / "lavit_jax" / name
+
+
 def same(a: PathLike | None, b: PathLike | None) -> bool:
   """Returns whether two paths are not empty and name the same folder."""
   paths = [os.fspath(path or "").rstrip("/") for path in (a, b)]

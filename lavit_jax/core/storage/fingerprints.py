@@ -74,8 +74,7 @@ def _fingerprint(directory, parts):
 
 def _folder() -> pathlib.Path:
   """Returns the cache folder of fingerprints."""
-  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(caches) / "lavit_jax" / "fingerprints"
+  return files.user_cache("fingerprints")
 
 
 def _stored(path):

@@ -80,8 +80,7 @@ def folder() -> pathlib.Path:
   """Returns the root of all indexes."""
   if configured := os.environ.get("LAVIT_INDEXES"):
     return pathlib.Path(configured)
-  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(caches) / "lavit_jax" / "indexes"
+  return files.user_cache("indexes")
 
 
 def of(paths: Sequence[Any], *, quiet: bool = False) -> list[Index]:
@@ -128,36 +127,35 @@ def _make_all(paths, quiet):
   stream = io.StringIO() if quiet else None
   label = f"index {len(paths)} archives"
   count = min(os.cpu_count() or 1, len(paths))
-  workers = [_worker(paths[i::count]) for i in range(count)]
+  done, lock = itertools.count(1), threading.Lock()
+
+  def follow(worker):
+    """Waits for a process; shows each index that it has made."""
+    for line in worker.stdout:
+      if error := json.loads(line):
+        raise errors.DataError(error)
+      with lock:
+        bar.update(next(done))
+    if status := worker.wait():
+      raise errors.DataError(
+        "A process that makes indexes of archives ended before its time"
+        f" (status {status}); perhaps memory is short. Give the same command"
+        " again: it goes on where it stopped."
+      )
+
   with (
     progress.Progress(len(paths), label=label, stream=stream) as bar,
+    contextlib.ExitStack() as ended,  # after the threads, which read of them
     concurrent.futures.ThreadPoolExecutor(count) as pool,
+    contextlib.ExitStack() as killed,  # also if it is interrupted
   ):
-    done, lock = itertools.count(1), threading.Lock()
-
-    def follow(worker):
-      """Waits for a process; shows each index that it has made."""
-      for line in worker.stdout:
-        if error := json.loads(line):
-          raise errors.DataError(error)
-        with lock:
-          bar.update(next(done))
-      if status := worker.wait():
-        raise errors.DataError(
-          "A process that makes indexes of archives ended before its time"
-          f" (status {status}); perhaps memory is short. Give the same command"
-          " again: it goes on where it stopped."
-        )
-
-    try:
-      for _ in pool.map(follow, workers):
-        pass
-    finally:  # also if it is interrupted
-      for worker in workers:
-        worker.kill()
-  for worker in workers:
-    worker.wait()
-    worker.stdout.close()
+    workers = []
+    for i in range(count):
+      workers.append(_worker(paths[i::count]))
+      ended.enter_context(workers[-1])  # closes its pipes, waits for it
+      killed.callback(workers[-1].kill)
+    for _ in pool.map(follow, workers):
+      pass
 
 
 def _worker(paths) -> Any:
@@ -210,7 +208,6 @@ def make(path: Any) -> None:
     "version": version,
     "samples": len(samples.columns),
     "texts": samples.texts,
-    "counts": samples.counts,
     "faults": samples.faults,
     "crc32": zlib.crc32(body),
   }
@@ -250,9 +247,7 @@ def _load(path) -> Index | None:
     columns = np.frombuffer(body[:size], tar_samples.COLUMNS)
     if zlib.crc32(body) != head["crc32"] or len(columns) != head["samples"]:
       raise ValueError("its checksum is another")
-    samples = tar_samples.Samples(
-      columns, b"", head["texts"], head["counts"], head["faults"]
-    )
+    samples = tar_samples.Samples(columns, b"", head["texts"], head["faults"])
   except (FileNotFoundError, NotADirectoryError):
     return None
   except (OSError, ValueError, KeyError, TypeError) as error:

@@ -16,6 +16,7 @@ _FAR = 1 << 12  # and where the next header is far away
 _LARGE = 1 << 16  # bytes of a file after which the next header is far away
 _MOST_NAME = 1 << 20  # bytes of an extended header
 _PLAIN = b"0\x007"  # kinds of members: plain files, in all formats
+_EXTENDED = b"LKxg"  # what follows is about the next member
 _NO_FILES = {
   b"1": "a hard link",
   b"2": "a symbolic link",
@@ -92,8 +93,11 @@ def members(window: "Window") -> Iterator[Member | Odd]:
       yield Odd(f"byte {at}", "is no header: the rest of the archive is lost")
       return
     kind, start = header[156:157], at + _BLOCK
-    try:
-      declared = _number(header[124:136]) if size is None else size
+    extended = kind in _EXTENDED
+    try:  # a size that an extended header gives is that of the file
+      declared = _number(header[124:136])
+      if size is not None and not extended:
+        declared = size
     except ValueError:
       yield Odd(f"byte {at}", "has no size: the rest of the archive is lost")
       return
@@ -102,7 +106,7 @@ def members(window: "Window") -> Iterator[Member | Odd]:
       return
     at = start + (declared + _BLOCK - 1) // _BLOCK * _BLOCK
     far = declared > _LARGE
-    if kind in b"Lxg":
+    if extended:
       if declared > _MOST_NAME:
         yield Odd(f"byte {start}", "is an extended header of more than 1 MiB")
         return

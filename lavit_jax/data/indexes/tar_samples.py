@@ -58,7 +58,6 @@ class Samples:
     columns: COLUMNS[n], a row each.
     names: of all samples, one after the other, as they are in the archive.
     texts: CRC-32 of all captions.
-    counts: how many samples there are without a caption, and the like.
     faults: reason -> [how often, names of the first ones], of what is left
       out.
   """
@@ -66,7 +65,6 @@ class Samples:
   columns: np.ndarray
   names: bytes
   texts: int = 0
-  counts: dict[str, int] = dataclasses.field(default_factory=dict)
   faults: dict[str, list] = dataclasses.field(default_factory=dict)
 
 
@@ -97,10 +95,7 @@ def of(read: tar_members.Read, length: int) -> Samples:
   columns["name_end"] = np.cumsum([len(name) for name in names])
   columns["hash"] = [zlib.crc32(name) for name in names]
   digest = np.array([texts[j] for j in order], "<u4").tobytes()
-  counts = {"without a caption": int((columns["text_size"] == 0).sum())}
-  return Samples(
-    columns, b"".join(names), zlib.crc32(digest), counts, faults.found
-  )
+  return Samples(columns, b"".join(names), zlib.crc32(digest), faults.found)
 
 
 class _Faults:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lavit_jax.core.storage import files
+
 _LOG = logging.getLogger(__name__)
 _THREADS = 8  # that read records
 _CHUNK = 4096  # records a task of a thread
@@ -61,8 +63,7 @@ def of(
 
 def folder() -> pathlib.Path:
   """Returns where counts are kept, in XDG_CACHE_HOME or else ~/.cache."""
-  caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(caches) / "lavit_jax" / "captions"
+  return files.user_cache("captions")
 
 
 def _read(path, count):

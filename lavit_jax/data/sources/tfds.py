@@ -20,10 +20,6 @@ from lavit_jax.core import errors, image_io
 from lavit_jax.data import examples, faults
 from lavit_jax.data.sources import caption_counts
 
-_BUILDERS = {
-  "image_text": examples.image_text,
-  "text_image": examples.text_image,
-}
 _Bounds = tuple[int, int, int]  # first record, end, records of the file
 
 
@@ -134,7 +130,7 @@ class TfdsSource:
 
   def tasks(self) -> tuple[str, ...]:
     """Returns image_text and text_image."""
-    return tuple(_BUILDERS)
+    return tuple(examples.OF_CAPTIONS)
 
   def _caption_ends(self):
     """int64[n]: number of captions of records 0 … i, for each record i."""
@@ -151,7 +147,7 @@ class TfdsSource:
 
   def num_examples(self, task: str) -> int:
     """Returns the number of captions; of records where each has one text."""
-    if task not in _BUILDERS:
+    if task not in examples.OF_CAPTIONS:
       return 0
     return int(self._caption_ends()[-1]) if self._several else self.num_images
 
@@ -172,7 +168,7 @@ class TfdsSource:
         f"{self.image_key(i)} has {len(captions)} captions, but had more when"
         f" they were counted. Delete {caption_counts.folder()}."
       )
-    return _BUILDERS[task](self.image_key(i), i, captions[which])
+    return examples.OF_CAPTIONS[task](self.image_key(i), i, captions[which])
 
   def contents(self) -> str:
     """Returns a digest of dataset, split, features, files and records."""

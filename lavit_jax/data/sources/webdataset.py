@@ -21,10 +21,6 @@ from lavit_jax.core.storage import fetched, files
 from lavit_jax.data import examples, faults
 from lavit_jax.data.indexes import archives, stored, tar_samples
 
-_BUILDERS = {
-  "image_text": examples.image_text,
-  "text_image": examples.text_image,
-}
 _BLOCK = 512
 _OPEN = 256  # archives kept open
 _SPLITS = 1 << 32  # what the hashes of names run to
@@ -214,17 +210,17 @@ class WebDatasetSource:
 
   def tasks(self) -> tuple[str, ...]:
     """Returns image_text and text_image, where there are captions."""
-    return tuple(_BUILDERS) if len(self._captioned) else ()
+    return tuple(examples.OF_CAPTIONS) if len(self._captioned) else ()
 
   def num_examples(self, task: str) -> int:
     """Returns the number of samples with a caption."""
-    return len(self._captioned) if task in _BUILDERS else 0
+    return len(self._captioned) if task in examples.OF_CAPTIONS else 0
 
   def example(self, task: str, i: int) -> examples.Example:
     """Returns example i of a task."""
     number = int(self._captioned[i])
     caption = self._captions(number)
-    return _BUILDERS[task](self.image_key(number), number, caption)
+    return examples.OF_CAPTIONS[task](self.image_key(number), number, caption)
 
   def fingerprint(self) -> str:
     """Returns a digest of the samples' names and images, and their order."""

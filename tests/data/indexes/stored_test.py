@@ -97,7 +97,9 @@ def test_a_fault_of_one_process_ends_all(tmp_path, monkeypatch):
   real, number = subprocess.Popen, itertools.count()
 
   def slow(command, **options):
-    script = "sleep 60" if next(number) else "echo '\"a fault\"'; sleep 60"
+    script = "exec sleep 60"  # a child of the shell would outlive it
+    if not next(number):
+      script = f"echo '\"a fault\"'; {script}"
     return real(["sh", "-c", f"cat > /dev/null; {script}"], **options)
 
   monkeypatch.setattr(stored.subprocess, "Popen", slow)

@@ -95,6 +95,18 @@ def test_a_v7_archive_is_read(tmp_path):
     names(bytes(data))
 
 
+def test_a_size_of_pax_is_that_of_the_file_behind_other_headers(tmp_path):
+  """Between them GNU's name may stand, which has a size of its own."""
+  info = tarfile.TarInfo("a.jpg")
+  info.size, info.pax_headers = 700, {"comment": "x", "size": "700"}
+  head = info.tobuf(tarfile.PAX_FORMAT)[:-512]
+  long = tarfile.TarInfo("n" * 150 + ".jpg")
+  long.size = 700
+  data = head + long.tobuf(tarfile.GNU_FORMAT) + bytes(1024) + bytes(1024)
+  (member,) = found(data)
+  assert member == (long.name, len(head) + 512 + 512 + 512, 700)
+
+
 def test_sizes_of_more_than_eight_gigabytes_are_read():
   header = bytearray(512)
   header[:5] = b"a.jpg"

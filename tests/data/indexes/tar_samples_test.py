@@ -54,7 +54,6 @@ def test_samples_are_runs_of_files_up_to_the_first_dot(tmp_path):
   assert names(samples) == ["9", "a.b/3", "d/17"]  # by name
   assert captions(path) == ["a dog", "", "a cat"]
   assert samples.columns["length"].tolist() == [5, 0, 5]
-  assert samples.counts == {"without a caption": 1}
   assert not samples.faults
 
 
