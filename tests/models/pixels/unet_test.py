@@ -321,7 +321,7 @@ def test_sizes_that_do_not_fit_are_named():
 
 
 def test_a_scan_over_the_layers_is_the_layers():
-  config = dataclasses.replace(_CONFIG, transformer_layers=(1, 3))
+  config = dataclasses.replace(_CONFIG, transformer_layers=(1, 2))
   init = lambda config: nn.meta.unbox(
     unet.UNet(config).init(jax.random.key(0), _X, _T, _CONDITION)
   )

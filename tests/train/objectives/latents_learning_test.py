@@ -98,6 +98,7 @@ def _check_autoencoder(root):
   paths = sorted((root / "images").iterdir())[:32]
   images = np.stack([image_io.to_uint8(image_io.load(p), 16) for p in paths])
   x = conditioning.to_unit(images)
-  mean, _ = net.apply({"params": part.params["vae"]}, x, method="encode")
+  encode = jax.jit(lambda p, x: net.apply({"params": p}, x, method="encode"))
+  mean, _ = encode(part.params["vae"], x)
   np.testing.assert_allclose(np.std(mean) * net.config.scaling_factor, 1, 0.15)
   return float(np.var(x))

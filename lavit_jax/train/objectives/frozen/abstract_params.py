@@ -4,8 +4,9 @@ A function named after a network returns its boxed, abstract parameters, as
 `jax.eval_shape` of its `init` does, with floats in the dtype they are kept in.
 """
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from lavit_jax.models.tokenizer import decoder
 from lavit_jax.models.tokenizer import tokenizer as tokenizer_lib
 from lavit_jax.train.objectives.frozen import latent_parts
 
+_Args = ParamSpec("_Args")
 Boxed: TypeAlias = Any  # nested dicts of boxed `jax.ShapeDtypeStruct`
 
 
@@ -78,12 +80,26 @@ def boxed(
   return jax.tree.map(cast, jax.eval_shape(make))
 
 
+def _once(shapes: Callable[_Args, Boxed]) -> Callable[_Args, Boxed]:
+  """Has a network traced once: a run asks for the same shapes many times."""
+  traced: Any = functools.lru_cache(maxsize=32)(shapes)
+
+  @functools.wraps(shapes)
+  def copied(*args: _Args.args, **kwargs: _Args.kwargs) -> Boxed:
+    # Callers may change the dicts that they get.
+    return jax.tree.map(lambda x: x, traced(*args, **kwargs))
+
+  return copied
+
+
+@_once
 def encoder(config: vision.ViTConfig, dtype: str = "float32") -> Boxed:
   """Returns the parameters of a `vision.EvaVit`."""
   image = (1, config.image_size, config.image_size, 3)
   return boxed(vision.EvaVit(config).init, image, dtype=dtype)["params"]
 
 
+@_once
 def tokenizer(config: tokenizer_lib.TokenizerConfig) -> Boxed:
   """Returns `params` and `codebook` of a `DynamicVisualTokenizer`."""
   mask = (1, config.num_patches)
@@ -91,12 +107,14 @@ def tokenizer(config: tokenizer_lib.TokenizerConfig) -> Boxed:
   return boxed(model.init, (*mask, config.width), mask)
 
 
+@_once
 def llm(config: llama.LlamaConfig, dtype: str = "float32") -> Boxed:
   """Returns the parameters of a `llama.Llama`."""
   tokens = ((1, 8), jnp.int32)
   return boxed(llama.Llama(config).init, tokens, dtype=dtype)["params"]
 
 
+@_once
 def conditioner(
   model: decoder.LowresDecoder | decoder.HighresDecoder, dtype: str = "float32"
 ) -> Boxed:
@@ -106,12 +124,14 @@ def conditioner(
   return boxed(model.init, vectors, (mask, bool), dtype=dtype)["params"]
 
 
+@_once
 def autoencoder(model: vae.AutoencoderKL) -> Boxed:
   """Returns the parameters of a `vae.AutoencoderKL`."""
   side = model.config.scale
   return boxed(model.init, (1, side, side, 3))["params"]
 
 
+@_once
 def denoiser(model: unet.UNet, dtype: str = "float32") -> Boxed:
   """Returns the parameters of a `unet.UNet`."""
   return boxed(lambda rng: latent_parts.init_unet(model, rng), dtype=dtype)
