@@ -12,6 +12,7 @@ text or of images must not contain. `TextTokenizer` is a SentencePiece model.
 import dataclasses
 import functools
 import io
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from lavit_jax.core.storage import files
 UNK_ID = 0  # SentencePiece's layout, the same in every LLaMA
 BOS_ID = 1
 EOS_ID = 2
+_MOST_THREADS = 16  # that tokenize texts at once
 _PAD_MULTIPLE = 128  # of embedding and head rows, so that meshes divide them
 
 
@@ -264,6 +266,20 @@ class TextTokenizer:
     """
     _check_text(text)
     return self._model.encode(text)
+
+  def lengths(self, texts: Sequence[str]) -> list[int]:
+    """Returns the number of ids of each text, computed on all cores.
+
+    Raises:
+      BadText: SentencePiece cannot tokenize one of them.
+    """
+    for text in texts:
+      _check_text(text)
+    if not texts:
+      return []
+    threads = min(os.cpu_count() or 1, _MOST_THREADS)
+    encoded = self._model.encode(list(texts), num_threads=threads)
+    return [len(ids) for ids in encoded]
 
   def decode(self, ids: Sequence[int]) -> str:
     """Maps ids to a text without unk, <s>, </s>.

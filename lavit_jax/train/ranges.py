@@ -64,7 +64,8 @@ _RANGES = {
   r"data\.(image_size|text_vocab|length|slots|window)": _COUNT,
   r"data\.text_length": Range(2, whole=True),  # a word and the end of text
   r"data\.threads": Range(0, whole=True),
-  r"data\.mixture\.\w+": Range(0),
+  r"data\.(sources\.\w+\.)?mixture\.\w+": Range(0),
+  r"data\.sources\.\w+\.weight": Range(0),
   r"optimizer\.(b1|b2)": Range(0, 1, open_high=True),
   r"optimizer\.(weight_decay|groups\.\w+)": Range(0),
   r"optimizer\.clip_norm": Range(0, math.inf, open_low=True),  # inf: never

@@ -22,6 +22,9 @@ class Words:
   def encode(self, text: str) -> list[int]:
     return [3 + sum(word.encode()) % 190 for word in text.split()]
 
+  def lengths(self, texts: Sequence[str]) -> list[int]:
+    return [len(self.encode(text)) for text in texts]
+
 
 class Source:
   """`documents[task]` are tuples of parts; image i is filled with i."""

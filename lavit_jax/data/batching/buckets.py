@@ -20,7 +20,7 @@ import numpy as np
 
 from lavit_jax.core import errors, image_io
 from lavit_jax.data import examples
-from lavit_jax.data.batching import packing
+from lavit_jax.data.batching import orders
 
 NONE = -1  # the bucket of an image that cannot be read
 _TURNS_KEPT = 256  # batches whose position in their bucket stays in memory
@@ -152,13 +152,13 @@ class BucketPlan:
     self._members = members(assigned, count)
     self._size = batch_size
     self._orders = [
-      packing.Permutation(max(len(m), 1), packing.make_seed(seed, b))
+      orders.Permutation(max(len(m), 1), orders.make_seed(seed, b))
       for b, m in enumerate(self._members)
     ]
     self._ends = np.cumsum([len(m) for m in self._members]).tolist()
     total = self._ends[-1]
     self._stride = _golden(total)
-    self._first = packing.make_seed(seed) % total
+    self._first = orders.make_seed(seed) % total
     self._turn = functools.lru_cache(maxsize=_TURNS_KEPT)(self._find_turn)
 
   def bucket(self, k: int) -> int:

@@ -8,6 +8,7 @@ divided among other processes, sees the same rows.
 """
 
 import dataclasses
+import fractions
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,8 +20,9 @@ from lavit_jax.core import errors
 from lavit_jax.core import vocabulary as vocabulary_lib
 from lavit_jax.data import examples, sequences
 from lavit_jax.data import faults as faults_lib
-from lavit_jax.data.batching import packing
+from lavit_jax.data.batching import mixtures, orders, packing
 from lavit_jax.data.batching import rows as rows_lib
+from lavit_jax.data.sources import mixed
 
 _LOG = logging.getLogger(__name__)
 _ENDLESS = 1 << 48  # rows of an endless dataset
@@ -143,11 +145,10 @@ def image_batches(
   log = faults_lib.FaultLog(f"images of {source.name}", limit_share)
   if not source.num_images:
     raise errors.DataError(f"{source.name} holds no images.")
-  order: Sequence[int] | packing.Permutation = range(source.num_images)
+  order: Sequence[int] | orders.Permutation = range(source.num_images)
   length = source.num_images
   if seed is not None:
-    order = packing.Permutation(length, packing.make_seed(seed))
-    length = _ENDLESS
+    order, length = _endless(source, seed), _ENDLESS
 
   def row(number):
     i = int(order[number])
@@ -169,6 +170,31 @@ def image_batches(
   return Batches(rows, batch_size, (log,))
 
 
+def _endless(source, seed):
+  """Returns the endless order of a source's images, by the parts' weights."""
+  if not isinstance(source, mixed.MixedSource):
+    return orders.Permutation(source.num_images, orders.make_seed(seed))
+  counts = [part.source.num_images for part in source.parts]
+  weights = [
+    part.weight if n else 0
+    for part, n in zip(source.parts, counts, strict=True)
+  ]
+  stream = mixtures.Mixture(counts, weights, seed)
+  return _Images(stream, np.cumsum([0, *counts]).tolist())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Images:
+  """The images of a mixture, in the order of a stream of documents."""
+
+  stream: mixtures.Mixture
+  starts: list[int]
+
+  def __getitem__(self, k: int) -> int:
+    part, number = self.stream.document(k)
+    return self.starts[part] + number
+
+
 def _text(ids, length):
   """Returns ids of a caption, truncated and ended by </s>, and their mask.
 
@@ -182,18 +208,21 @@ def _text(ids, length):
 
 def packed_rows(
   source: examples.Source,
-  cache: sequences.Codes | None,
+  cache: sequences.Codes | Mapping[str, sequences.Codes | None] | None,
   tokenizer: vocabulary_lib.TextTokenizer,
   vocabulary: vocabulary_lib.Vocabulary,
   *,
   mixture: Mapping[str, float],
   **kwargs: Any,
 ) -> Batches:
-  """Returns packed rows of one source: `packed_mixture` of its tasks.
+  """Returns packed rows of a source: `packed_mixture` of its tasks.
+
+  Of a mixture of sources each has its own weight, and divides it among its
+  tasks as its own `mixture` says.
 
   Args:
     source: an examples.Source.
-    cache: its CodeCache.
+    cache: its CodeCache; of a mixture that of each source, by its name.
     tokenizer: a vocabulary.TextTokenizer.
     vocabulary: a vocabulary.Vocabulary.
     mixture: weight of each task, counted in documents; one that is longer than
@@ -205,6 +234,30 @@ def packed_rows(
     errors.ConfigError: an unknown task, or no task that the source has; and
       the errors of `packed_mixture`.
   """
+  if not isinstance(source, mixed.MixedSource):
+    assert not isinstance(cache, Mapping)
+    parts = _of_tasks(source, cache, mixture)
+    return packed_mixture(parts, tokenizer, vocabulary, **kwargs)
+  assert isinstance(cache, Mapping)
+  components = []
+  for part in source.parts:
+    if part.weight:
+      parts = _of_tasks(part.source, cache[part.name], part.mixture)
+      total = sum(fractions.Fraction(str(one.weight)) for one in parts)
+      share = fractions.Fraction(str(part.weight)) / (total or 1)
+      components += [
+        dataclasses.replace(
+          one,
+          name=part.name,
+          weight=share * fractions.Fraction(str(one.weight)),
+        )
+        for one in parts
+      ]
+  return packed_mixture(components, tokenizer, vocabulary, **kwargs)
+
+
+def _of_tasks(source, cache, mixture) -> list[packing.Component]:
+  """Returns a component for each task of a source that has a weight."""
   if unknown := sorted(set(mixture) - set(examples.TASKS)):
     raise errors.ConfigError(
       f"mixture names {unknown}, which are not tasks. Expected some of"
@@ -218,12 +271,11 @@ def packed_rows(
         f"mixture names {unknown}, but {source.name} only has"
         f" {sorted(source.tasks())}; give one of these a weight."
       )
-  components = [
+  return [
     packing.Component(source, task, weight, cache)
     for task, weight in mixture.items()
     if weight and task in source.tasks() and source.num_examples(task)
   ]
-  return packed_mixture(components, tokenizer, vocabulary, **kwargs)
 
 
 def _warn_of_unused(source, mixture):

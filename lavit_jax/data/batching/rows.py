@@ -14,9 +14,9 @@ import numpy as np
 from lavit_jax.core import image_io
 from lavit_jax.core import vocabulary as vocabulary_lib
 from lavit_jax.data import examples, faults, sequences
-from lavit_jax.data.batching import packing, pieces
+from lavit_jax.data.batching import lengths, mixtures, packing, pieces
 
-_RULES = b"long documents are divided"  # of plans, for their memos
+_RULES = b"orders are enciphered"  # of plans, for their memos
 _WINDOWS_KEPT = 4  # windows whose tokenised texts stay in memory
 
 
@@ -44,6 +44,7 @@ class Documents:
   Attributes:
     image_size: height and width of images, in pixels.
     num_patches: N, patches of an image; 1 without a cache.
+    stream: component and example of each document.
     logs: counters of (bad documents, bad images, documents longer than a row).
   """
 
@@ -63,7 +64,11 @@ class Documents:
     self._vocabulary, self._limits = vocabulary, limits
     counts = [c.source.num_examples(c.task) for c in components]
     weights = [c.weight for c in components]
-    self._stream = packing.Mixture(counts, weights, seed)
+    self.stream = mixtures.Mixture(counts, weights, seed)
+    self._lengths = []
+    for c in components:
+      self._lengths.append(lengths.of(c.source, c.task, tokenizer))
+      lengths.require_codes(c.source, c.task, self._lengths[-1], c.cache)
     keep = functools.lru_cache(maxsize=_WINDOWS_KEPT * window)
     self._document = keep(self._tokenize)
     self.image_size = components[0].source.image_size
@@ -75,34 +80,47 @@ class Documents:
       faults.Tally("documents longer than a row"),
     )
 
-  def sizes(self, start: int, stop: int) -> list[np.ndarray]:
+  def sizes(self, start: int, stop: int) -> np.ndarray | list[np.ndarray]:
     """Returns sizes of documents start … stop - 1, and logs bad ones.
 
     Returns:
-      For each document int32[k, 2], positions and images of each of its k
-      pieces; [[-1, -1]] for one that is left out.
+      int64[n, 2], positions and images of each document; or, if some are
+      divided, for each of the n documents int64[k, 2], those of its k pieces.
+      A document that is left out has -1 in both.
     """
-    out, left_out = [], np.full((1, 2), -1, np.int32)
-    bad, _, long = self.logs
-    for g in range(start, stop):
-      c, i = self._stream.document(g)
-      document = self._document(c, i)
-      if document.fault:
-        bad.fault(self._key(c, i), document.fault)
-      else:
-        bad.good()
-      if document.long:
-        long.count(self._key(c, i), document.long)
-      sizes = [sequences.size(spans) for spans in document.divided]
-      out.append(np.array(sizes, np.int32) if sizes else left_out)
-    return out
+    components, chosen = self.stream.documents(start, stop)
+    sizes = np.empty((stop - start, 2), np.int64)
+    for c, component in enumerate(self._components):
+      mine = components == c
+      counts = component.cache.counts if component.cache else None
+      sizes[mine] = self._lengths[c].sizes(chosen[mine], counts)
+    unusual = (sizes == lengths.BAD).any(1) | (sizes > self._limits).any(1)
+    self.logs[0].good(int((~unusual).sum()))
+    if not unusual.any():
+      return sizes
+    pieces_of = list(sizes[:, None])
+    for j in np.flatnonzero(unusual).tolist():
+      pieces_of[j] = self._unusual(int(components[j]), int(chosen[j]))
+    return pieces_of
+
+  def _unusual(self, c, i):
+    """Returns sizes int64[k, 2] of the pieces of a document; logs it."""
+    document, (bad, _, long) = self._document(c, i), self.logs
+    if document.fault:
+      bad.fault(self._key(c, i), document.fault)
+    else:
+      bad.good()
+    if document.long:
+      long.count(self._key(c, i), document.long)
+    found = [sequences.size(spans) for spans in document.divided]
+    return np.array(found or [(lengths.BAD,) * 2], np.int64)
 
   def build(
     self, member: packing.Member
   ) -> tuple[packing.Component, sequences.Sequence]:
     """Returns component and sequence of a member of a row: g, or (g, piece)."""
     g, piece = member if isinstance(member, tuple) else (member, 0)
-    c, i = self._stream.document(g)
+    c, i = self.stream.document(g)
     component, spans = self._components[c], self._document(c, i).divided[piece]
     cache = component.cache
     return component, sequences.assemble(spans, cache, self._vocabulary)

@@ -1,10 +1,10 @@
 """Keeps the index of each archive, so that it is made once.
 
 FOLDER/NAME.index: a line of JSON that says what the index is of, then the
-columns and the names of the samples (`tar_samples.py`). FOLDER is one for each
-folder of archives, in XDG_CACHE_HOME or else ~/.cache; $LAVIT_INDEXES names
-another root. An index of an archive that has changed, or that is damaged, is
-made again.
+columns, the names and the captions of the samples (`tar_samples.py`). FOLDER is
+one for each folder of archives, in XDG_CACHE_HOME or else ~/.cache;
+$LAVIT_INDEXES names another root. An index of an archive that has changed, or
+that is damaged, is made again.
 """
 
 import concurrent.futures
@@ -33,7 +33,7 @@ from lavit_jax.core.storage import fetched, files
 from lavit_jax.data.indexes import tar_members, tar_samples
 
 _LOG = logging.getLogger(__name__)
-_FORMAT = 1
+_FORMAT = 2
 _FEW = 8  # archives that are not worth other processes
 _MOST_HEAD = 1 << 20  # bytes of the line of JSON
 _MOST_NAME = 200  # bytes of an archive's name, to which ours adds some
@@ -41,22 +41,18 @@ _ROOT = pathlib.Path(__file__).parents[3]  # where this package is
 
 
 @dataclasses.dataclass(frozen=True)
-class Names:
-  """The names of an archive's samples, on the disk.
+class Strings:
+  """Where the names and captions of an archive's samples are on the disk.
 
   Attributes:
     file: of the index.
-    offset: of the first name in it.
+    names: offset of the first name in it.
+    captions: offset of the first caption.
   """
 
   file: pathlib.Path
-  offset: int
-
-  def read(self, start: int, stop: int) -> str:
-    """Returns the name from one byte of all names to another."""
-    offset = self.offset
-    name = fetched.read_range(self.file, offset + start, offset + stop)
-    return tar_samples.shown(name)
+  names: int
+  captions: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +61,16 @@ class Index:
 
   Attributes:
     path: of the archive.
-    samples: what it holds; without their names.
-    names: of the samples.
+    samples: what it holds; their names and captions are left on the disk.
+    strings: where these are.
+    texts: CRC-32 of all captions.
     state: of the archive when it was indexed, see `state_of`.
   """
 
   path: Any
   samples: tar_samples.Samples
-  names: Names
+  strings: Strings
+  texts: int
   state: tuple[int, ...]
 
 
@@ -201,21 +199,26 @@ def make(path: Any) -> None:
     raise errors.DataError(
       f"{path} cannot be read ({error.strerror or error})."
     ) from error
-  body = samples.columns.tobytes() + samples.names
+  columns = samples.columns.tobytes()
   head = {
     "format": _FORMAT,
     "archive": os.fspath(path),
     "version": version,
     "samples": len(samples.columns),
-    "texts": samples.texts,
+    "names": len(samples.names),
+    "captions": len(samples.captions),
     "faults": samples.faults,
-    "crc32": zlib.crc32(body),
+    "crc32": [
+      zlib.crc32(part) for part in (columns, samples.names, samples.captions)
+    ],
   }
+  parts = (json.dumps(head).encode(), b"\n", columns, samples.names)
   file = _file(path)
   unfinished = file.with_name(f"{file.name}.{secrets.token_hex(8)}.tmp")
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.write_bytes(json.dumps(head).encode() + b"\n" + body)
+    with unfinished.open("wb") as stream:
+      stream.writelines((*parts, samples.captions))
     os.replace(unfinished, file)
   except OSError as error:
     raise errors.DataError(
@@ -242,18 +245,25 @@ def _load(path) -> Index | None:
       head = json.loads(line)
       if (head["format"], head["version"]) != (_FORMAT, version):
         return None
-      body = stream.read()
-    size = head["samples"] * tar_samples.COLUMNS.itemsize
-    columns = np.frombuffer(body[:size], tar_samples.COLUMNS)
-    if zlib.crc32(body) != head["crc32"] or len(columns) != head["samples"]:
+      size = head["samples"] * tar_samples.COLUMNS.itemsize
+      # The strings of a hundred million samples stay where they are.
+      strings = Strings(
+        file, len(line) + size, len(line) + size + head["names"]
+      )
+      whole = strings.captions + head["captions"]
+      if os.fstat(stream.fileno()).st_size != whole:
+        raise ValueError("its length is another")
+      body = stream.read(size)
+    if zlib.crc32(body) != head["crc32"][0]:
       raise ValueError("its checksum is another")
-    samples = tar_samples.Samples(columns, b"", head["texts"], head["faults"])
+    columns = np.frombuffer(body, tar_samples.COLUMNS)
+    samples = tar_samples.Samples(columns, faults=head["faults"])
   except (FileNotFoundError, NotADirectoryError):
     return None
   except (OSError, ValueError, KeyError, TypeError) as error:
     _LOG.warning("%s is damaged (%s) and made again", file, error)
     return None
-  return Index(path, samples, Names(file, len(line) + size), state)
+  return Index(path, samples, strings, head["crc32"][2], state)
 
 
 def _file(path) -> pathlib.Path:

@@ -8,12 +8,15 @@ does no harm; all that are no plain files are left out and counted.
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from lavit_jax.data.indexes import tar_runs
+
 _BLOCK = 512
 _RECORD = 20 * _BLOCK  # to which archives are padded
-_BYTES = "surrogateescape"  # names may be in any encoding
 _NEAR = 1 << 20  # bytes read at once where files are small
 _FAR = 1 << 12  # and where the next header is far away
 _LARGE = 1 << 16  # bytes of a file after which the next header is far away
+_SHORT = 8  # files of a run that was not worth looking for
+_MOST_WAIT = 1024  # headers that are read one by one after short runs
 _MOST_NAME = 1 << 20  # bytes of an extended header
 _PLAIN = b"0\x007"  # kinds of members: plain files, in all formats
 _EXTENDED = b"LKxg"  # what follows is about the next member
@@ -35,12 +38,12 @@ class Member(NamedTuple):
   """A plain file in an archive.
 
   Attributes:
-    name: its path in the archive.
+    name: its path in the archive, in whatever encoding.
     start: offset of its first byte.
     size: in bytes.
   """
 
-  name: str
+  name: bytes
   start: int
   size: int
 
@@ -53,7 +56,7 @@ class Odd(NamedTuple):
     reason: what it is instead, such as "is a symbolic link".
   """
 
-  name: str
+  name: bytes
   reason: str
 
 
@@ -75,22 +78,37 @@ def members(window: "Window") -> Iterator[Member | Odd]:
   """
   at, length, far = 0, window.length, False
   name, size = None, None  # of the next member, from an extended header
+  wait, next_wait = 0, _SHORT  # headers before a run is looked for again
   while at < length:
+    if not (wait or far or name or size):
+      run = tar_runs.find(window.piece(at, _NEAR), at, length)
+      for member in map(Member, run.names, run.starts, run.sizes):
+        if not member.name.endswith(b"/"):
+          yield member
+      at, far = run.end, bool(run.sizes) and run.sizes[-1] > _LARGE
+      if len(run.sizes) < _SHORT:
+        wait, next_wait = next_wait, min(2 * next_wait, _MOST_WAIT)
+      else:
+        next_wait = _SHORT
+      continue
+    wait = max(0, wait - 1)
     header = window.read(at, _BLOCK, _FAR if far else _NEAR)
     if len(header) < _BLOCK:
       if not at:
         raise NoTar("is shorter than one header of an archive")
-      yield Odd(f"byte {at}", "is cut off in a header")
+      yield Odd(b"byte %d" % at, "is cut off in a header")
       return
     if header[257:262] != b"ustar" and not _is_v7(header):
       if not header.strip(b"\0"):
         at, hole = _behind_zeros(window, at)
         if hole:
-          yield Odd(f"byte {at}", "follows zeros where files should be")
+          yield Odd(b"byte %d" % at, "follows zeros where files should be")
         continue
       if not at:
         raise NoTar(_what_else(header))
-      yield Odd(f"byte {at}", "is no header: the rest of the archive is lost")
+      yield Odd(
+        b"byte %d" % at, "is no header: the rest of the archive is lost"
+      )
       return
     kind, start = header[156:157], at + _BLOCK
     extended = kind in _EXTENDED
@@ -99,7 +117,7 @@ def members(window: "Window") -> Iterator[Member | Odd]:
       if size is not None and not extended:
         declared = size
     except ValueError:
-      yield Odd(f"byte {at}", "has no size: the rest of the archive is lost")
+      yield Odd(b"byte %d" % at, "has no size: the rest of the archive is lost")
       return
     if start + declared > length:
       yield Odd(name or _name(header), "is cut off")
@@ -108,24 +126,26 @@ def members(window: "Window") -> Iterator[Member | Odd]:
     far = declared > _LARGE
     if extended:
       if declared > _MOST_NAME:
-        yield Odd(f"byte {start}", "is an extended header of more than 1 MiB")
+        yield Odd(
+          b"byte %d" % start, "is an extended header of more than 1 MiB"
+        )
         return
       data = window.read(start, declared)
       if kind == b"L":
-        name = data.rstrip(b"\0").decode(errors=_BYTES)
+        name = data.rstrip(b"\0")
       elif kind == b"x":
         records = _records(data)
-        name, size = records.get("path", name), _size(records, size)
+        name, size = records.get(b"path", name), _size(records, size)
       continue
     found, name, size = name or _name(header), None, None
-    if kind in _PLAIN and not found.endswith("/"):
+    if kind in _PLAIN and not found.endswith(b"/"):
       yield Member(found, start, declared)
     elif kind in _NO_FILES:
       yield Odd(found, f"is {_NO_FILES[kind]}")
 
 
 class Window:
-  """Reads an archive by large pieces, of which the last one is kept.
+  """Reads an archive by large pieces, of which the last two are kept.
 
   Attributes:
     length: of the archive, in bytes.
@@ -133,8 +153,9 @@ class Window:
 
   def __init__(self, read: Read, length: int) -> None:
     """Reads nothing yet."""
-    self.length = length
-    self._read, self._buffer, self._base = read, b"", 0
+    self.length, self._read = length, read
+    self._buffer, self._base = b"", 0
+    self._earlier, self._earlier_base = b"", 0
 
   def read(self, start: int, size: int, piece: int = _NEAR) -> bytes:
     """Returns `size` bytes from `start`; fewer at the end of the archive.
@@ -145,12 +166,28 @@ class Window:
       piece: how many are read, if these are not there yet.
     """
     offset = start - self._base
-    if offset < 0 or offset + size > len(self._buffer):
-      if size > piece:
-        return self._read(start, size)
-      self._base, self._buffer = start, self._read(start, piece)
+    if 0 <= offset <= len(self._buffer) - size:
+      return self._buffer[offset : offset + size]
+    offset = start - self._earlier_base
+    if 0 <= offset <= len(self._earlier) - size:
+      return self._earlier[offset : offset + size]
+    if size > piece:
+      return self._read(start, size)
+    return self.piece(start, piece)[:size]
+
+  def piece(self, start: int, size: int) -> bytes:
+    """Returns what is there from `start`, read if that is not a whole block.
+
+    Args:
+      start: offset of the first byte.
+      size: number of bytes that are read; fewer at the end of the archive.
+    """
+    offset = start - self._base
+    if not 0 <= offset <= len(self._buffer) - _BLOCK:
+      self._earlier, self._earlier_base = self._buffer, self._base
+      self._base, self._buffer = start, self._read(start, size)
       offset = 0
-    return self._buffer[offset : offset + size]
+    return self._buffer[offset:] if offset else self._buffer
 
 
 def _behind_zeros(window, at):
@@ -174,7 +211,7 @@ def _name(header):
   name = header[:100].partition(b"\0")[0]
   if header[257:263] == b"ustar\0" and header[345]:
     name = header[345:500].partition(b"\0")[0] + b"/" + name
-  return name.decode(errors=_BYTES)
+  return name
 
 
 def _number(field):
@@ -200,15 +237,15 @@ def _records(data):
     if not count.isdigit() or not (size := int(count)) > space - at:
       break
     name, _, value = data[space + 1 : at + size - 1].partition(b"=")
-    records[name.decode(errors=_BYTES)] = value.decode(errors=_BYTES)
+    records[name] = value
     at += size
   return records
 
 
 def _size(records, size):
   """Returns the size of a pax header, `size` if it has none."""
-  value = records.get("size", "")
-  return int(value) if value.isascii() and value.isdigit() else size
+  value = records.get(b"size", b"")
+  return int(value) if value.isdigit() else size
 
 
 def _is_v7(header):

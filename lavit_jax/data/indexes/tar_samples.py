@@ -22,8 +22,9 @@ from lavit_jax.data.indexes import tar_members
 # Names that are taken for images. What the bytes are is seen when they are
 # decoded: downloaders write .jpg for whatever they got.
 IMAGES = (
-  *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"),
-  *("jfif", "jpe", "jp2", "ppm", "pgm", "pbm", "pnm", "heic", "img", "image"),
+  *(b"jpg", b"jpeg", b"png", b"webp", b"gif", b"bmp", b"tif", b"tiff"),
+  *(b"avif", b"jfif", b"jpe", b"jp2", b"ppm", b"pgm", b"pbm", b"pnm"),
+  *(b"heic", b"img", b"image"),
 )
 _MOST_TEXT = 1 << 20  # bytes of a caption, or of a json with one
 _NAMED = 20  # faults of a kind whose names are kept
@@ -33,21 +34,21 @@ COLUMNS = np.dtype(
   [
     ("image", "<u4"),  # first block of the image
     ("image_size", "<u4"),
-    ("text", "<u4"),  # first block of the file with the caption
-    ("text_size", "<u4"),  # 0: no caption
     ("json", "<u4"),
     ("json_size", "<u4"),  # 0: no json
     ("hash", "<u4"),  # CRC-32 of the name, which divides into splits
     ("name_end", "<u4"),  # in the names of all samples, one after the other
-    ("length", "<u2"),  # characters of the caption, at most 65,535
-    ("text_is_json", "u1"),
+    ("caption_end", "<u4"),  # in their captions; an empty one is none
+    ("length", "<u4"),  # characters of the caption
   ]
 )
 _BLOCK = 512
 _MOST_ARCHIVE = 1 << 41  # bytes
-_OWN = re.compile("__[^/]*__(/|$)")  # metadata of WebDataset
-_NONE = tar_members.Member("", 0, 0)
-_Fields = dict[str, tar_members.Member]
+_MOST_STRINGS = 1 << 32  # bytes of all names, and of all captions
+_BOM = b"\xef\xbb\xbf"
+_OWN = re.compile(b"__[^/]*__(/|$)")  # metadata of WebDataset
+_NONE = tar_members.Member(b"", 0, 0)
+_Fields = dict[bytes, tar_members.Member]
 
 
 @dataclasses.dataclass
@@ -57,14 +58,14 @@ class Samples:
   Attributes:
     columns: COLUMNS[n], a row each.
     names: of all samples, one after the other, as they are in the archive.
-    texts: CRC-32 of all captions.
+    captions: of all samples, one after the other, in UTF-8.
     faults: reason -> [how often, names of the first ones], of what is left
       out.
   """
 
   columns: np.ndarray
-  names: bytes
-  texts: int = 0
+  names: bytes = b""
+  captions: bytes = b""
   faults: dict[str, list] = dataclasses.field(default_factory=dict)
 
 
@@ -76,26 +77,30 @@ def of(read: tar_members.Read, length: int) -> Samples:
     length: of the archive, in bytes.
 
   Raises:
-    tar_members.NoTar: it is none, or larger than 2 TB.
+    tar_members.NoTar: it is none, or larger than 2 TB, or its names or
+      captions are more than 4 GB.
   """
   if length > _MOST_ARCHIVE:
     raise tar_members.NoTar("is larger than 2 TB")
   faults, window = _Faults(), tar_members.Window(read, length)
-  rows, names, texts = [], [], []
+  rows, names, captions = [], [], []
   for name, fields in _groups(tar_members.members(window), faults):
     row, text = _row(window, name, fields, faults)
     if row is None:
       continue
     rows.append(row)
-    names.append(_bytes(name))
-    texts.append(zlib.crc32(text.encode()))
+    names.append(name)
+    captions.append(text)
   order = sorted(range(len(rows)), key=names.__getitem__)
-  names = [names[j] for j in order]
-  columns = np.array([rows[j] for j in order], COLUMNS)
-  columns["name_end"] = np.cumsum([len(name) for name in names])
+  names, captions = ([some[j] for j in order] for some in (names, captions))
+  columns = np.fromiter((rows[j] for j in order), COLUMNS, len(rows))
   columns["hash"] = [zlib.crc32(name) for name in names]
-  digest = np.array([texts[j] for j in order], "<u4").tobytes()
-  return Samples(columns, b"".join(names), zlib.crc32(digest), faults.found)
+  for end, strings in (("name_end", names), ("caption_end", captions)):
+    ends = np.cumsum([len(string) for string in strings], dtype=np.int64)
+    if len(ends) and ends[-1] >= _MOST_STRINGS:
+      raise tar_members.NoTar("has names or captions of more than 4 GB")
+    columns[end] = ends
+  return Samples(columns, b"".join(names), b"".join(captions), faults.found)
 
 
 class _Faults:
@@ -104,54 +109,57 @@ class _Faults:
   def __init__(self):
     self.found: dict[str, list] = {}
 
-  def add(self, name: str, reason: str) -> None:
+  def add(self, name: bytes, reason: str) -> None:
     entry = self.found.setdefault(reason, [0, []])
     entry[0] += 1
     if len(entry[1]) < _NAMED:
-      entry[1].append(shown(_bytes(name)))
+      entry[1].append(shown(name))
 
 
 def _groups(
   members: Iterator[tar_members.Member | tar_members.Odd], faults: _Faults
-) -> Iterator[tuple[str, _Fields]]:
+) -> Iterator[tuple[bytes, _Fields]]:
   """Yields (name, fields) of each sample; none of one with a field twice."""
-  name: str = ""
+  name = b""
   fields: _Fields = {}
-  twice = ""  # a field that the sample has two of
+  twice = b""  # a field that the sample has two of
   for member in members:
     if isinstance(member, tar_members.Odd):
       faults.add(member.name, member.reason)
       continue
     path = member.name
-    base = path.rfind("/") + 1
-    dot = path.find(".", base)
+    base = path.rfind(b"/") + 1
+    dot = path.find(b".", base)
     # No field; a hidden file, such as those of macOS; WebDataset's own.
-    if dot <= base or (path.startswith("__") and _OWN.match(path)):
+    if dot <= base or (path.startswith(b"__") and _OWN.match(path)):
       continue
     if path[:dot] != name:
       if fields and not twice:
         yield name, fields
-      name, fields, twice = path[:dot], {}, ""
+      name, fields, twice = path[:dot], {}, b""
     field = path[dot + 1 :].lower()
     if field in fields and not twice:
       twice = field
-      faults.add(name, f"has two files .{field}")
+      faults.add(name, f"has two files .{shown(field)}")
     fields[field] = member
   if fields and not twice:
     yield name, fields
 
 
 def _row(window, name, fields, faults):
-  """Returns (row without name and hash, the caption), or (None, "")."""
-  image = next((fields[kind] for kind in IMAGES if kind in fields), None)
+  """Returns (row of COLUMNS, UTF-8 of the caption); (None, b"") of none.
+
+  What is of the name, and of all samples together, is zero in the row.
+  """
+  image = _image(fields)
   if image is None:
     faults.add(name, "has no image")
-    return None, ""
+    return None, b""
   if not 0 < image.size < 1 << 32:
     faults.add(name, f"has an image of {image.size} bytes")
-    return None, ""
-  json_file = fields.get("json", _NONE)
-  text_file = fields.get("txt", json_file)
+    return None, b""
+  json_file = fields.get(b"json", _NONE)
+  text_file = fields.get(b"txt", json_file)
   text = ""
   try:
     if text_file.size > _MOST_TEXT:
@@ -161,32 +169,22 @@ def _row(window, name, fields, faults):
       text = caption(data, text_file is json_file)
   except ValueError as error:
     faults.add(name, str(error))
-    return None, ""
-  if not text:
-    text_file = _NONE
-  row = (
-    image.start // _BLOCK,
-    image.size,
-    text_file.start // _BLOCK,
-    text_file.size,
-    json_file.start // _BLOCK,
-    json_file.size,
-    0,
-    0,
-    min(len(text), 65_535),
-    text_file is json_file and text != "",
-  )
-  return row, text
+    return None, b""
+  places = image.start // _BLOCK, image.size, json_file.start // _BLOCK
+  return (*places, json_file.size, 0, 0, 0, len(text)), text.encode()
+
+
+def _image(fields):
+  """Returns the image among the files of a sample; None if there is none."""
+  for kind in IMAGES:
+    if kind in fields:
+      return fields[kind]
+  return None
 
 
 def shown(name: bytes) -> str:
   """Returns a name as text; what is not UTF-8 as in "caf\\xe9"."""
   return name.decode(errors="backslashreplace")
-
-
-def _bytes(name):
-  """Returns the bytes of a name that `tar_members` decoded."""
-  return name.encode(errors="surrogateescape")
 
 
 def caption(data: bytes, is_json: bool) -> str:
@@ -205,7 +203,7 @@ def caption(data: bytes, is_json: bool) -> str:
 def _text(data):
   """Returns a text without the white space around it."""
   try:
-    return data.decode("utf-8-sig").strip()
+    return data.removeprefix(_BOM).decode().strip()
   except UnicodeDecodeError as error:
     raise ValueError("has a caption that is not UTF-8") from error
 

@@ -1,4 +1,14 @@
-"""Builds the source that config.data describes; the one list of data kinds."""
+"""Builds the source that config.data describes; the one list of data kinds.
+
+With config.data.sources it is a mixture of several:
+
+  data.sources = dict(
+    coco=dict(kind="jsonl", path="coco.jsonl", weight=1.0),
+    web=dict(kind="webdataset", path="web/*.tar", weight=3.0),
+  )
+
+Fields that a source lacks are those of config.data.
+"""
 
 import logging
 import os
@@ -9,13 +19,40 @@ from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 from lavit_jax.data import examples, faults
 from lavit_jax.data.indexes import archives
-from lavit_jax.data.sources import jsonl, shapes, tfds, webdataset
+from lavit_jax.data.sources import jsonl, mixed, shapes, tfds, webdataset
 
 _LOG = logging.getLogger(__name__)
+_OF_MIXTURES = ("weight",)  # fields of a source that config.data has not
 _EXAMPLES = {  # of config.data.path, by kind
   "jsonl": ("a file of JSON lines", "my.jsonl"),
   "webdataset": ("tar archives", "'data/{00000..00331}.tar'"),
 }
+
+
+def parts_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Returns config.data of each source of a mixture; {} if there is only one.
+
+  Raises:
+    errors.ConfigError: a source has a field that config.data does not know, or
+      is no set of fields.
+  """
+  shared = {name: config[name] for name in config if name != "sources"}
+  parts = {}
+  for name, fields in dict(config.get("sources") or {}).items():
+    if not isinstance(fields, Mapping) and not hasattr(fields, "items"):
+      raise errors.ConfigError(
+        f"config.data.sources.{name}={fields!r}: expected the fields of a"
+        " source, such as kind, path and weight."
+      )
+    fields = dict(fields.items())
+    if unknown := sorted(set(fields) - set(shared) - set(_OF_MIXTURES)):
+      raise errors.ConfigError(
+        f"config.data.sources.{name} has the fields {unknown}, which"
+        f" config.data has not. It has {sorted(shared)}, and a source of a"
+        f" mixture {list(_OF_MIXTURES)}."
+      )
+    parts[name] = {**shared, "weight": 1.0, **fields}
+  return parts
 
 
 def build(config: Mapping[str, Any], split: str) -> examples.Source:
@@ -28,7 +65,7 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
       tenth of `path`, by hash); jsonl `allow_absolute`; tfds `name`,
       `train_split`, `held_out_split`, `data_dir`, `image_feature`,
       `text_feature`. `limit_share` is the share of bad lines, samples or
-      records that is an error.
+      records that is an error. Or `sources`, see above.
     split: "train", "held_out" or (shapes only) "never_seen".
 
   Raises:
@@ -36,6 +73,15 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
       limit_share that is not a share.
     errors.DataError: the data cannot be read.
   """
+  if parts := parts_of(config):
+    return mixed.MixedSource(
+      [
+        mixed.Part(
+          name, build(part, split), part["weight"], part.get("mixture", {})
+        )
+        for name, part in parts.items()
+      ]
+    )
   limit_share = faults.share_of(config)
   kind = config["kind"]
   if kind == "shapes":
@@ -109,6 +155,11 @@ def describe(
 ) -> str:
   """Returns a description of a source that `build` returned, for messages."""
   name = source.name
+  if isinstance(source, mixed.MixedSource):
+    parts = parts_of(config)
+    return "; ".join(
+      describe(parts[part.name], split, part.source) for part in source.parts
+    )
   if config["kind"] in _EXAMPLES:
     part = "a tenth" if split == "held_out" else "nine tenths"
     part = "all" if config.get("held_out_path") else f"{split}, {part} by hash,"
@@ -121,6 +172,19 @@ def pair(
 ) -> tuple[examples.Source, examples.Source]:
   """Returns the (train, held-out) sources; warns if they share images."""
   train, held_out = build(config, "train"), build(config, "held_out")
+  if not isinstance(train, mixed.MixedSource):
+    _warn_of_shared(config, train, held_out)
+    return train, held_out
+  assert isinstance(held_out, mixed.MixedSource)
+  for part, one, two in zip(
+    parts_of(config).values(), train.parts, held_out.parts, strict=True
+  ):
+    _warn_of_shared(part, one.source, two.source)
+  return train, held_out
+
+
+def _warn_of_shared(config, train, held_out):
+  """Warns if training and held-out data share images."""
   shared, total, unit = _count_shared(config, train, held_out)
   if shared:
     _LOG.warning(
@@ -132,7 +196,6 @@ def pair(
       train.name,
       held_out.name,
     )
-  return train, held_out
 
 
 def _count_shared(config, train, held_out) -> tuple[int, int, str]:

@@ -8,7 +8,6 @@ none, and is for the tokenizer alone then.
 """
 
 import collections
-import functools
 import hashlib
 import os
 import threading
@@ -22,17 +21,15 @@ from lavit_jax.data import examples, faults
 from lavit_jax.data.indexes import archives, stored, tar_samples
 
 _BLOCK = 512
-_OPEN = 256  # archives kept open
+_OPEN = 512  # archives and indexes kept open
 _SPLITS = 1 << 32  # what the hashes of names run to
-_FIELDS = (  # of tar_samples.COLUMNS, that are held in memory
-  *("image", "image_size", "text", "text_size"),
-  *("text_is_json", "name_end"),
-)
+# Of tar_samples.COLUMNS, those that are held in memory.
+_FIELDS = ("image", "image_size", "name_end", "caption_end")
 _HELD = np.dtype([(name, tar_samples.COLUMNS[name]) for name in _FIELDS])
 
 
 class _File:
-  """An archive that is open while somebody holds this."""
+  """A file that is open while somebody holds this."""
 
   def __init__(self, path):
     self.descriptor = -1
@@ -93,9 +90,9 @@ class WebDatasetSource:
     indexes = stored.of(self.archives, quiet=quiet)
     sizes = [len(index.samples.columns) for index in indexes]
     self._starts = np.cumsum([0, *sizes])
-    self._names = [index.names for index in indexes]
+    self._strings = [index.strings for index in indexes]
     self._states = [index.state for index in indexes]
-    self._texts = [index.samples.texts for index in indexes]
+    self._texts = [index.texts for index in indexes]
     # Only these are held, once: there may be a hundred million samples.
     self._columns = np.empty(sum(sizes), _HELD)
     for name in _FIELDS:
@@ -106,8 +103,9 @@ class WebDatasetSource:
     hashes = np.concatenate([i.samples.columns["hash"] for i in indexes])
     self._numbers = _chosen(hashes, split, held_out_share)
     self.num_images = len(self._numbers)
-    has_text = self._columns["text_size"][self._numbers] > 0
-    self._captioned = np.flatnonzero(has_text).astype(np.int32)
+    lengths = np.concatenate([i.samples.columns["length"] for i in indexes])
+    captioned = np.flatnonzero(lengths[self._numbers])
+    self._captioned = captioned.astype(np.int32)
     self._hashes = zlib.crc32(hashes.tobytes())
     if not self.num_images:
       raise errors.DataError(
@@ -116,10 +114,9 @@ class WebDatasetSource:
         " files such as 17.jpg and 17.txt, one after the other. What is held"
         " out can be data of its own: config.data.held_out_path."
       )
-    self._files: collections.OrderedDict[int, _File]
+    self._files: collections.OrderedDict[os.PathLike[str], _File]
     self._files = collections.OrderedDict()
     self._lock = threading.Lock()
-    self._captions = functools.lru_cache(maxsize=4096)(self._read_caption)
 
   def _faults(self, indexes, limit_share):
     """Returns the log of all samples that are left out of the indexes."""
@@ -154,13 +151,31 @@ class WebDatasetSource:
 
   def image_key(self, i: int) -> str:
     """Returns the name of image i: its archive, and the sample's in that."""
+    archive, name = self._string(i, "name")
+    archive = os.fspath(archive).rpartition("/")[2]
+    return f"{archive}/{tar_samples.shown(name)}"
+
+  def _string(self, i, kind):
+    """Returns (archive, the "name" or "caption" of sample i in its index)."""
     number = int(self._numbers[i])
     which = self._archive_of(number)
-    ends, start = self._columns["name_end"], 0
+    ends, start = self._columns[f"{kind}_end"], 0
     if number > self._starts[which]:
       start = int(ends[number - 1])
-    name = self._names[which].read(start, int(ends[number]))
-    return f"{os.fspath(self.archives[which]).rpartition('/')[2]}/{name}"
+    strings, size = self._strings[which], int(ends[number]) - start
+    try:
+      file = self._open(strings.file)
+      offset = getattr(strings, f"{kind}s") + start
+      data = os.pread(file.descriptor, size, offset)
+      if len(data) != size:
+        raise OSError("it ends too early")
+    except OSError as error:
+      raise errors.DataError(
+        f"{strings.file} cannot be read any more ({error.strerror or error}):"
+        " indexes must stay while they are in use. Start again: it is made"
+        " anew."
+      ) from error
+    return self.archives[which], data
 
   def _archive_of(self, number):
     """Returns the number of the archive that holds a sample."""
@@ -178,35 +193,26 @@ class WebDatasetSource:
       raise OSError(f"{len(data)} of {size} bytes are there")
     return data
 
-  def _read_file(self, which, start, size):
-    """Reads of an archive that is kept open; several threads may at once."""
+  def _open(self, path):
+    """Returns a file that is kept open; several threads may read of it."""
     with self._lock:
-      file = self._files.pop(which, None)
-      file = file or _File(self.archives[which])
-      self._files[which] = file  # the one used last
+      file = self._files.pop(path, None) or _File(path)
+      self._files[path] = file  # the one used last
       if len(self._files) > _OPEN:
         self._files.popitem(last=False)
+    return file
+
+  def _read_file(self, which, start, size):
+    """Reads of an archive, as long as it is the one that was indexed."""
+    file = self._open(self.archives[which])
     if stored.state_of(os.fstat(file.descriptor)) != self._states[which]:
       raise OSError("the archive has changed since it was indexed")
     return os.pread(file.descriptor, size, start)
 
-  def _read_caption(self, i):
-    row = self._columns[self._numbers[i]]
-    if not row["text_size"]:
-      return ""
-    try:
-      data = self._read(i, int(row["text"]), int(row["text_size"]))
-      return tar_samples.caption(data, bool(row["text_is_json"]))
-    except (OSError, ValueError) as error:
-      raise errors.DataError(
-        f"The caption of {self.image_key(i)} cannot be read ({error}). Start"
-        " again: an archive that has changed is indexed anew."
-      ) from error
-
   def captions(self, i: int) -> list[str]:
     """Returns the caption of image i, or nothing."""
-    caption = self._captions(i)
-    return [caption] if caption else []
+    _, caption = self._string(i, "caption")
+    return [caption.decode()] if caption else []
 
   def tasks(self) -> tuple[str, ...]:
     """Returns image_text and text_image, where there are captions."""
@@ -219,7 +225,7 @@ class WebDatasetSource:
   def example(self, task: str, i: int) -> examples.Example:
     """Returns example i of a task."""
     number = int(self._captioned[i])
-    caption = self._captions(number)
+    (caption,) = self.captions(number)
     return examples.OF_CAPTIONS[task](self.image_key(number), number, caption)
 
   def fingerprint(self) -> str:
@@ -228,7 +234,8 @@ class WebDatasetSource:
 
   def contents(self) -> str:
     """Returns a digest of the samples' names, captions and their order."""
-    return self._digest(("name_end",), (self._hashes, self._texts))
+    texts = self._hashes, self._texts
+    return self._digest(("name_end", "caption_end"), texts)
 
   def stored(self) -> str:
     """Returns a digest of where each image is."""

@@ -115,20 +115,25 @@ class PretrainObjective(base.Objective):
     if self.artifacts.is_abstract:
       return config.assumed.capacity
     self._caches = caches.codes(config, (self.source, self.held_out))
-    return int(max(cache.counts.max() for cache in self._caches))
+    return int(
+      max(
+        cache.counts.max()
+        for found in self._caches
+        for cache in caches.each(found).values()
+      )
+    )
 
   def provenance(self) -> dict[str, str]:
     """Returns data, caches, text tokenizer, encoder, tokenizer; LoRA's LLM."""
-    train, held_out = self._caches
     prints = (
       super().provenance()
       | self.artifacts.tokenizer_provenance(self.config)
       | self.artifacts.text_provenance(self.config)
-      | {
-        "train_cache": train.fingerprint(),
-        "held_out_cache": held_out.fingerprint(),
-      }
     )
+    for split, found in zip(("train", "held_out"), self._caches, strict=True):
+      for name, cache in caches.each(found).items():
+        key = f"{split}_cache.{name}".rstrip(".")
+        prints[key] = cache.fingerprint()
     if self.lora["rank"]:
       folder = self.config.start_from
       prints["llm"] = fingerprints.of_part(folder, self.part, "llm")

@@ -26,15 +26,12 @@ def names(samples):
   ]
 
 
-def captions(path):
-  data, found = pathlib.Path(path).read_bytes(), []
-  for row in of(path).columns:
-    start = int(row["text"]) * 512
-    part = data[start : start + int(row["text_size"])]
-    found.append(
-      tar_samples.caption(part, bool(row["text_is_json"])) if part else ""
-    )
-  return found
+def captions(samples):
+  ends = samples.columns["caption_end"].tolist()
+  starts = [0, *ends[:-1]]
+  return [
+    samples.captions[a:b].decode() for a, b in zip(starts, ends, strict=True)
+  ]
 
 
 def test_samples_are_runs_of_files_up_to_the_first_dot(tmp_path):
@@ -52,7 +49,7 @@ def test_samples_are_runs_of_files_up_to_the_first_dot(tmp_path):
   path = tars.write(tmp_path / "a.tar", files)
   samples = of(path)
   assert names(samples) == ["9", "a.b/3", "d/17"]  # by name
-  assert captions(path) == ["a dog", "", "a cat"]
+  assert captions(of(path)) == ["a dog", "", "a cat"]
   assert samples.columns["length"].tolist() == [5, 0, 5]
   assert not samples.faults
 
@@ -64,7 +61,7 @@ def test_the_order_of_the_archive_does_not_matter(tmp_path):
   random.Random(1).shuffle(kept)
   two = of(tars.write(tmp_path / "b.tar", [f for s in kept for f in s]))
   assert one.names == two.names
-  assert one.texts == two.texts
+  assert one.captions == two.captions
   for name in ("image_size", "hash", "name_end", "length"):
     assert one.columns[name].tolist() == two.columns[name].tolist()
 
@@ -82,7 +79,7 @@ def test_the_caption_of_a_json_stands_in_for_a_missing_txt(tmp_path):
   files += tars.sample("4", "", meta={"caption": "in json"})
   path = tars.write(tmp_path / "a.tar", files)
   # img2dataset writes an empty txt where there is no caption.
-  assert captions(path) == ["in json", "", "", "in txt", ""]
+  assert captions(of(path)) == ["in json", "", "", "in txt", ""]
   assert (of(path).columns["json_size"] > 0).all()
 
 
@@ -118,7 +115,7 @@ def test_names_of_other_encodings_stay_apart(tmp_path, format):
   files += tars.sample(c, "its own")
   path = tars.write(tmp_path / "a.tar", files, format)
   samples = of(path)
-  assert captions(path) == ["its own", ""]  # c, a
+  assert captions(of(path)) == ["its own", ""]  # c, a
   assert samples.names == b"\xe7\xe9"
   assert samples.faults == {"has no image": [1, ["\\xe8"]]}
   json.dumps(samples.faults).encode()
@@ -144,10 +141,11 @@ def test_samples_are_those_of_the_webdataset_library(tmp_path):
   )
   data, samples = pathlib.Path(path).read_bytes(), of(path)
   assert names(samples) == [sample["__key__"] for sample in theirs]
+  texts = [sample["txt"].decode() for sample in theirs]
+  assert captions(samples) == texts
   for row, sample in zip(samples.columns, theirs, strict=True):
     for field, size, name in (
       ("image", "image_size", "jpg"),
-      ("text", "text_size", "txt"),
       ("json", "json_size", "json"),
     ):
       start = int(row[field]) * 512
@@ -181,10 +179,11 @@ def test_mutated_archives_are_read_or_refused_in_words(tmp_path):
       samples = tar_samples.of(read, len(data))
     except tar_members.NoTar:
       continue
+    tars.found(bytes(data))
     usable += len(samples.columns) > 0
     for row in samples.columns:
       assert int(row["image"]) * 512 + int(row["image_size"]) <= len(data)
-      assert int(row["text"]) * 512 + int(row["text_size"]) <= len(data)
+      assert int(row["json"]) * 512 + int(row["json_size"]) <= len(data)
     json.dumps(samples.faults)
   assert usable > 100
 
@@ -203,13 +202,8 @@ def test_found_archives_are_read_as_described():
   rows = json.loads((root / "made_faulty_00000.manifest.json").read_text())
   good = {row["key"] for row in rows if row["usable"]}
   assert good <= set(names(faulty))
-  captioned = {
-    name
-    for name, size in zip(
-      names(faulty), faulty.columns["text_size"], strict=True
-    )
-    if size
-  }
+  texts = zip(names(faulty), captions(faulty), strict=True)
+  captioned = {name for name, text in texts if text}
   assert captioned == good | {"000", "007"}  # 007 is half a JPEG
   cut = of(root / "made_cut_00000.tar")
   assert cut.faults == {"is cut off": [1, ["000000027.jpg"]]}

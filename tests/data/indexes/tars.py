@@ -3,9 +3,12 @@
 import io
 import json
 import tarfile
+from unittest import mock
 
 import numpy as np
 from PIL import Image
+
+from lavit_jax.data.indexes import tar_members, tar_runs
 
 
 def jpeg(seed=0, size=(24, 16)):
@@ -48,3 +51,16 @@ def shards(folder, count, samples=4):
       files += sample(f"{number:06d}", f"image {number}", seed=number)
     write(folder / f"{s:05d}.tar", files)
   return folder
+
+
+def found(data):
+  """All in the bytes of an archive, found by runs and also one by one."""
+  read = lambda start, size: data[start : start + size]
+  members = lambda: list(
+    tar_members.members(tar_members.Window(read, len(data)))
+  )
+  by_runs = members()
+  no_run = lambda piece, at, length: tar_runs.Run([], [], [], at)
+  with mock.patch.object(tar_runs, "find", no_run):
+    assert members() == by_runs
+  return by_runs

@@ -1,5 +1,6 @@
 """A run's caches, checked against its data and the networks that made them."""
 
+import functools
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,51 +13,77 @@ from lavit_jax.data import examples, image_bytes
 from lavit_jax.data.caches import codes as codes_lib
 from lavit_jax.data.caches import latents as latents_lib
 from lavit_jax.data.caches import shards
-from lavit_jax.data.sources import kinds
+from lavit_jax.data.sources import kinds, mixed
 from lavit_jax.models.pixels import vae as vae_lib
 from lavit_jax.train.objectives.frozen import latent_parts
+
+# Of a mixture a cache of each source, by name; None for one without images.
+Caches = codes_lib.CodeCache | dict[str, codes_lib.CodeCache | None]
 
 
 def codes(
   config: ml_collections.ConfigDict,
   sources: Sequence[examples.Source],
-) -> list[codes_lib.CodeCache]:
+) -> list[Caches]:
   """Opens the code caches of training and held-out images.
 
   Args:
     config: of a run of stage pretrain; `accept` may name train_cache.source,
-      .tokenizer and .pictures, and likewise of held_out_cache.
+      .tokenizer and .pictures, and likewise of held_out_cache; of a source of
+      a mixture train_cache.NAME.source and so on.
     sources: its (training, held-out) examples.
 
   Raises:
     errors.DataError: a cache is missing, is of other images, or was made by
       another tokenizer than model_dir's, whose codes mean something else.
   """
-  data = config.data
   # The lead process alone hashes the tokenizer: if it fails, all do.
   tokenizer = ""
   if hosts.is_lead():
     tokenizer = fingerprints.of_tokenizer(config.model_dir)
-  caches = []
-  for split, folder, source in zip(
-    ("train", "held_out"),
-    (data.cache_dir, data.held_out_cache_dir),
-    sources,
-    strict=True,
-  ):
-    cache = codes_lib.CodeCache.load(folder)
-    expected: dict[str, tuple[str, str]] = {
-      "source": (
-        examples.fingerprint(source),
-        kinds.describe(data, split, source),
-      ),
-      "tokenizer": (tokenizer, str(config.model_dir)),
-    }
-    if cache.meta.pictures and (images := _image_bytes(source)):
-      expected["pictures"] = images, ""
-    _check(config, f"{split}_cache", cache, expected, folder, split)
+  caches: list[Caches] = []
+  parts = kinds.parts_of(config.data)
+  for split, source in zip(("train", "held_out"), sources, strict=True):
+    open_one = functools.partial(_open, config, tokenizer, split)
+    if isinstance(source, mixed.MixedSource):
+      caches.append(
+        {
+          part.name: open_one(parts[part.name], part.source, f".{part.name}")
+          for part in source.parts
+        }
+      )
+      continue
+    cache = open_one(config.data, source, "")
+    assert cache is not None
     caches.append(cache)
   return caches
+
+
+def _open(config, tokenizer, split, data, source, suffix):
+  """Opens and checks the code cache of a source; None if it has no images."""
+  field = "cache_dir" if split == "train" else "held_out_cache_dir"
+  if suffix and not source.num_images:
+    return None
+  folder = data[field]
+  cache = codes_lib.CodeCache.load(folder)
+  expected: dict[str, tuple[str, str]] = {
+    "source": (
+      examples.fingerprint(source),
+      kinds.describe(data, split, source),
+    ),
+    "tokenizer": (tokenizer, str(config.model_dir)),
+  }
+  if cache.meta.pictures and (images := _image_bytes(source)):
+    expected["pictures"] = images, ""
+  _check(config, data, f"{split}_cache{suffix}", cache, expected, folder, split)
+  return cache
+
+
+def each(caches: Caches) -> dict[str, codes_lib.CodeCache]:
+  """Returns the caches of a mixture by name; of one source {"": its cache}."""
+  if isinstance(caches, dict):
+    return {name: cache for name, cache in caches.items() if cache is not None}
+  return {"": caches}
 
 
 def latents(
@@ -106,13 +133,14 @@ def latents_provenance(data: ml_collections.ConfigDict) -> dict[str, str]:
 
 def _command(data, model, folder, split) -> str:
   """Returns the command that writes the cache of a split of config.data."""
-  if data.kind == "tfds":
+  kind = data["kind"]
+  if kind == "tfds":
     return "lavit_jax.jobs.tokenize.write_cache with the run's config.data"
   words = ["lavit", "tokenize", "--model", model, "--out", folder]
   words += ["--split", split]
-  words += ["--data", data.path if data.kind != "shapes" else data.kind]
-  if data.kind != "shapes" and data.held_out_path:
-    words += ["--held-out", data.held_out_path]
+  words += ["--data", data["path"] if kind != "shapes" else kind]
+  if kind != "shapes" and data["held_out_path"]:
+    words += ["--held-out", data["held_out_path"]]
   return shlex.join(words)
 
 
@@ -123,6 +151,7 @@ def _image_bytes(source: examples.Source) -> str:
 
 def _check(
   config: ml_collections.ConfigDict,
+  data: Mapping[str, Any],
   name: str,
   cache: codes_lib.CodeCache,
   expected: Mapping[str, tuple[str, str]],
@@ -141,7 +170,7 @@ def _check(
     "tokenizer": (cache.meta.tokenizer, cache.meta.model),
     "pictures": (cache.meta.pictures, ""),
   }
-  command = _command(config.data, config.model_dir, folder, split)
+  command = _command(data, config.model_dir, folder, split)
   way_out = f"delete it and write it again for this run: {command}"
   differences = [
     agreement.Difference(
