@@ -67,6 +67,23 @@ class NoTar(ValueError):
 def members(window: "Window") -> Iterator[Member | Odd]:
   """Yields the plain files of an archive in order, and what else it holds.
 
+  See `runs`, whose files are taken one by one.
+  """
+  for found in runs(window):
+    if isinstance(found, tar_runs.Run):
+      for name, start, size in found.files():
+        if not name.endswith(b"/"):
+          yield Member(name, start, size)
+    else:
+      yield found
+
+
+def runs(window: "Window") -> Iterator[tar_runs.Run | Member | Odd]:
+  """Yields the plain files of an archive in order, and what else it holds.
+
+  Files are found many at once where that is possible. A name of a run that ends
+  in a slash is that of a folder.
+
   A file that is cut off, or a header that is none, is an `Odd`; nothing is
   found behind it.
 
@@ -82,10 +99,9 @@ def members(window: "Window") -> Iterator[Member | Odd]:
   while at < length:
     if not (wait or far or name or size):
       run = tar_runs.find(window.piece(at, _NEAR), at, length)
-      for member in map(Member, run.names, run.starts, run.sizes):
-        if not member.name.endswith(b"/"):
-          yield member
-      at, far = run.end, bool(run.sizes) and run.sizes[-1] > _LARGE
+      if len(run.sizes):
+        yield run
+      at, far = run.end, bool((run.sizes[-1:] > _LARGE).any())
       if len(run.sizes) < _SHORT:
         wait, next_wait = next_wait, min(2 * next_wait, _MOST_WAIT)
       else:

@@ -5,6 +5,7 @@ times as fast as a loop does. A run ends before the first header of another
 form: `tar_members` reads that one, and is what defines the formats.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -21,16 +22,31 @@ class Run(NamedTuple):
   """Plain files, one after the other.
 
   Attributes:
-    names: paths in the archive.
-    starts: offsets of their first bytes.
-    sizes: in bytes.
+    names: uint8[n, 100], paths in the archive; zeros follow the shorter ones.
+    starts: int64[n], offsets of their first bytes.
+    sizes: int64[n], in bytes.
     end: offset of what follows.
   """
 
-  names: list[bytes]
-  starts: list[int]
-  sizes: list[int]
+  names: np.ndarray
+  starts: np.ndarray
+  sizes: np.ndarray
   end: int
+
+  def part(self, start: int, stop: int) -> "Run":
+    """Returns files start … stop - 1."""
+    some = slice(start, stop)
+    return self._replace(
+      names=self.names[some], starts=self.starts[some], sizes=self.sizes[some]
+    )
+
+  def files(self) -> Iterator[tuple[bytes, int, int]]:
+    """Yields (name, start, size) of each file."""
+    names = np.ascontiguousarray(self.names).view("S100").ravel().tolist()
+    for name, start, size in zip(
+      names, self.starts.tolist(), self.sizes.tolist(), strict=True
+    ):
+      yield name.partition(b"\0")[0], start, size
 
 
 def find(piece: bytes, at: int, length: int) -> Run:
@@ -61,15 +77,8 @@ def find(piece: bytes, at: int, length: int) -> Run:
     & ((plain & no_prefix & (found[:, 0] != 0)) | (pax & (ends < count)))
   )
   chain, end = _follow(piece, headers, ends, usual, pax)
-  names = [
-    name.partition(b"\0")[0]
-    for name in np.ascontiguousarray(found[chain, :100])
-    .view("S100")
-    .ravel()
-    .tolist()
-  ]
   starts = at + (headers[chain] + 1) * _BLOCK
-  return Run(names, starts.tolist(), sizes[chain].tolist(), at + end * _BLOCK)
+  return Run(found[chain, :100], starts, sizes[chain], at + end * _BLOCK)
 
 
 def _follow(piece, headers, ends, usual, pax):

@@ -13,11 +13,10 @@ import dataclasses
 import json
 import re
 import zlib
-from collections.abc import Iterator
 
 import numpy as np
 
-from lavit_jax.data.indexes import tar_members
+from lavit_jax.data.indexes import tar_groups, tar_members, tar_runs
 
 # Names that are taken for images. What the bytes are is seen when they are
 # decoded: downloaders write .jpg for whatever they got.
@@ -44,11 +43,11 @@ COLUMNS = np.dtype(
 )
 _BLOCK = 512
 _MOST_ARCHIVE = 1 << 41  # bytes
+_MOST_IMAGE = 1 << 32  # bytes
 _MOST_STRINGS = 1 << 32  # bytes of all names, and of all captions
 _BOM = b"\xef\xbb\xbf"
 _OWN = re.compile(b"__[^/]*__(/|$)")  # metadata of WebDataset
 _NONE = tar_members.Member(b"", 0, 0)
-_Fields = dict[bytes, tar_members.Member]
 
 
 @dataclasses.dataclass
@@ -82,25 +81,140 @@ def of(read: tar_members.Read, length: int) -> Samples:
   """
   if length > _MOST_ARCHIVE:
     raise tar_members.NoTar("is larger than 2 TB")
-  faults, window = _Faults(), tar_members.Window(read, length)
-  rows, names, captions = [], [], []
-  for name, fields in _groups(tar_members.members(window), faults):
-    row, text = _row(window, name, fields, faults)
-    if row is None:
-      continue
-    rows.append(row)
-    names.append(name)
-    captions.append(text)
-  order = sorted(range(len(rows)), key=names.__getitem__)
-  names, captions = ([some[j] for j in order] for some in (names, captions))
-  columns = np.fromiter((rows[j] for j in order), COLUMNS, len(rows))
-  columns["hash"] = [zlib.crc32(name) for name in names]
-  for end, strings in (("name_end", names), ("caption_end", captions)):
-    ends = np.cumsum([len(string) for string in strings], dtype=np.int64)
-    if len(ends) and ends[-1] >= _MOST_STRINGS:
-      raise tar_members.NoTar("has names or captions of more than 4 GB")
-    columns[end] = ends
-  return Samples(columns, b"".join(names), b"".join(captions), faults.found)
+  window = tar_members.Window(read, length)
+  found = _Found(window)
+  for some in tar_members.runs(window):
+    if isinstance(some, tar_runs.Run):
+      found.add_run(some)
+    elif isinstance(some, tar_members.Odd):
+      found.faults.add(some.name, some.reason)
+    else:
+      found.add(some)
+  return found.samples()
+
+
+class _Found:
+  """Samples in the order of the archive, as they are found.
+
+  Attributes:
+    faults: what is left out.
+  """
+
+  def __init__(self, window):
+    self.faults = _Faults()
+    self._window = window
+    self._columns: list[np.ndarray] = []
+    self._rows: list[tuple] = []  # behind those of the columns
+    self._names: list[bytes] = []
+    self._captions: list[bytes] = []
+    # The sample of the last file: its name, its files, a field it has twice.
+    self._name, self._fields, self._twice = b"", {}, b""
+
+  def add_run(self, run: tar_runs.Run) -> None:
+    """Adds the files of a run."""
+    groups = tar_groups.of(run, IMAGES)
+    if groups is None:
+      self._add_files(run)
+      return
+    self._add_files(run.part(0, int(groups.first[0])))
+    self._end()
+    text, json_file = groups.text, groups.json
+    text = np.where(text == tar_groups.NONE, json_file, text)
+    sizes = np.where(text == tar_groups.NONE, 0, run.sizes[text])
+    usual = (groups.image != tar_groups.NONE) & (sizes <= _MOST_TEXT)
+    size = run.sizes[groups.image]
+    usual &= (size > 0) & (size < _MOST_IMAGE)
+    places = zip(run.starts[text].tolist(), sizes.tolist(), strict=True)
+    captions, lengths = [], []
+    for i, (start, count) in enumerate(places):
+      try:
+        data = self._window.read(start, count) if count and usual[i] else b""
+        found = caption(data, text[i] == json_file[i]) if data else ""
+      except ValueError:  # counted file by file
+        usual[i], found = False, ""
+      captions.append(found.encode())
+      lengths.append(len(found))
+    columns = np.zeros(len(usual), COLUMNS)
+    for name, file in (("image", groups.image), ("json", json_file)):
+      there = file != tar_groups.NONE
+      columns[name] = np.where(there, run.starts[file] // _BLOCK, 0)
+      columns[f"{name}_size"] = np.where(there, run.sizes[file], 0)
+    columns["length"] = lengths
+    self._add_groups(run, groups, usual, columns, captions)
+    self._add_files(run.part(int(groups.stop[-1]), len(run.sizes)))
+
+  def _add_groups(self, run, groups, usual, columns, captions):
+    """Adds the usual samples of a run, and the others file by file."""
+    begin = 0
+    for i in [*np.flatnonzero(~usual).tolist(), len(usual)]:
+      if begin < i:
+        self._flush()
+        self._columns.append(columns[begin:i])
+        self._names += groups.names[begin:i]
+        self._captions += captions[begin:i]
+      if i < len(usual):
+        self._add_files(run.part(int(groups.first[i]), int(groups.stop[i])))
+        self._end()
+      begin = i + 1
+
+  def _add_files(self, run):
+    for file in run.files():
+      self.add(tar_members.Member(*file))
+
+  def add(self, member: tar_members.Member) -> None:
+    """Adds a file."""
+    path = member.name
+    base = path.rfind(b"/") + 1
+    dot = path.find(b".", base)
+    # No field; a hidden file, such as those of macOS; WebDataset's own.
+    if dot <= base or (path.startswith(b"__") and _OWN.match(path)):
+      return
+    if path[:dot] != self._name:
+      self._end()
+      self._name = path[:dot]
+    field = path[dot + 1 :].lower()
+    if field in self._fields and not self._twice:
+      self._twice = field
+      self.faults.add(self._name, f"has two files .{shown(field)}")
+    self._fields[field] = member
+
+  def _end(self):
+    """Ends the sample of the last file; none if it has a field twice."""
+    name, fields, twice = self._name, self._fields, self._twice
+    self._name, self._fields, self._twice = b"", {}, b""
+    if not fields or twice:
+      return
+    row, text = _row(self._window, name, fields, self.faults)
+    if row is not None:
+      self._rows.append(row)
+      self._names.append(name)
+      self._captions.append(text)
+
+  def _flush(self):
+    if self._rows:
+      self._columns.append(np.array(self._rows, COLUMNS))
+      self._rows = []
+
+  def samples(self) -> Samples:
+    """Returns all samples, sorted by name.
+
+    Raises:
+      tar_members.NoTar: their names or captions are too long.
+    """
+    self._end()
+    self._flush()
+    names, captions = self._names, self._captions
+    order = sorted(range(len(names)), key=names.__getitem__)
+    names, captions = ([some[j] for j in order] for some in (names, captions))
+    columns = np.concatenate([np.zeros(0, COLUMNS), *self._columns])[order]
+    columns["hash"] = [zlib.crc32(name) for name in names]
+    for end, strings in (("name_end", names), ("caption_end", captions)):
+      ends = np.cumsum([len(string) for string in strings], dtype=np.int64)
+      if len(ends) and ends[-1] >= _MOST_STRINGS:
+        raise tar_members.NoTar("has names or captions of more than 4 GB")
+      columns[end] = ends
+    found = self.faults.found
+    return Samples(columns, b"".join(names), b"".join(captions), found)
 
 
 class _Faults:
@@ -116,36 +230,6 @@ class _Faults:
       entry[1].append(shown(name))
 
 
-def _groups(
-  members: Iterator[tar_members.Member | tar_members.Odd], faults: _Faults
-) -> Iterator[tuple[bytes, _Fields]]:
-  """Yields (name, fields) of each sample; none of one with a field twice."""
-  name = b""
-  fields: _Fields = {}
-  twice = b""  # a field that the sample has two of
-  for member in members:
-    if isinstance(member, tar_members.Odd):
-      faults.add(member.name, member.reason)
-      continue
-    path = member.name
-    base = path.rfind(b"/") + 1
-    dot = path.find(b".", base)
-    # No field; a hidden file, such as those of macOS; WebDataset's own.
-    if dot <= base or (path.startswith(b"__") and _OWN.match(path)):
-      continue
-    if path[:dot] != name:
-      if fields and not twice:
-        yield name, fields
-      name, fields, twice = path[:dot], {}, b""
-    field = path[dot + 1 :].lower()
-    if field in fields and not twice:
-      twice = field
-      faults.add(name, f"has two files .{shown(field)}")
-    fields[field] = member
-  if fields and not twice:
-    yield name, fields
-
-
 def _row(window, name, fields, faults):
   """Returns (row of COLUMNS, UTF-8 of the caption); (None, b"") of none.
 
@@ -155,7 +239,7 @@ def _row(window, name, fields, faults):
   if image is None:
     faults.add(name, "has no image")
     return None, b""
-  if not 0 < image.size < 1 << 32:
+  if not 0 < image.size < _MOST_IMAGE:
     faults.add(name, f"has an image of {image.size} bytes")
     return None, b""
   json_file = fields.get(b"json", _NONE)

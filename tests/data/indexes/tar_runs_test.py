@@ -64,8 +64,8 @@ def test_a_run_goes_to_the_end_of_plain_files():
       tar.addfile(info, io.BytesIO(b"words"))
   data = file.getvalue()
   run = tar_runs.find(data, 0, len(data))
-  assert run.names == [b"%d.txt" % i for i in range(50)]
-  assert [data[start : start + 5] for start in run.starts] == [b"words"] * 50
-  assert run.sizes == [5] * 50
+  files = list(run.files())
+  assert [name for name, _, _ in files] == [b"%d.txt" % i for i in range(50)]
+  assert {data[start : start + size] for _, start, size in files} == {b"words"}
   assert run.end == 50 * 2048
-  assert not tar_runs.find(data, 0, 100).names  # the archive is cut off
+  assert not len(tar_runs.find(data, 0, 100).names)  # the archive is cut off

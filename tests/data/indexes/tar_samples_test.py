@@ -8,14 +8,12 @@ import tarfile
 
 import pytest
 
-from lavit_jax.data.indexes import tar_members, tar_samples
+from lavit_jax.data.indexes import tar_members
 from tests.data.indexes import tars
 
 
 def of(path):
-  data = pathlib.Path(path).read_bytes()
-  read = lambda start, size: data[start : start + size]
-  return tar_samples.of(read, len(data))
+  return tars.samples(pathlib.Path(path).read_bytes())
 
 
 def names(samples):
@@ -152,6 +150,48 @@ def test_samples_are_those_of_the_webdataset_library(tmp_path):
       assert data[start : start + int(row[size])] == sample[name]
 
 
+def _odd_sample(rng, key):
+  """Files of a sample, now and then of an unusual one."""
+  files = tars.sample(key, f" {key} \n", meta={"caption": "c", "n": 1})
+  image, text, json_file = files
+  odd = [
+    [image, text],
+    [image, json_file],
+    [text, json_file],
+    [image, text, image],
+    [(image[0].upper(), image[1]), text],
+    [(f"{key}.png", image[1]), image, text],
+    [(f"{key}.segmentation.png", b"x"), *files],
+    [image, (text[0], b"\xff"), json_file],
+    [image, (f"{key}.json", b"{")],
+    [image, (f"{key}.json", b'{"caption": null}')],
+    [(image[0], b""), text],
+    [image, (f"{key}.txt", b"")],
+    [image, ("plain", b""), text],
+    [image, ("__own__/x.txt", b""), text],
+    [(f"d/._{key}.jpg", b""), *files],
+    [(f"d.x/{name}", data) for name, data in files],
+    [(f"{key}.a/{name}", data) for name, data in files],
+    [image, (f"{key}.txt2", b"x"), (f"{key}.TXT", b"capital")],
+    [(f"{key}.{i}", b"") for i in range(20)] + files,
+  ]
+  return rng.choice(odd) if rng.random() < 0.15 else files
+
+
+def test_samples_of_runs_are_those_of_files(tmp_path):
+  rng = random.Random(2)
+  reasons = set()
+  for number, format in enumerate(
+    (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT) * 2
+  ):
+    keys = [f"{k:07d}" for k in range(300)] + ["0000007", "n" * 95]
+    files = [file for key in keys for file in _odd_sample(rng, key)]
+    samples = of(tars.write(tmp_path / f"{number}.tar", files, format))
+    assert len(samples.columns) > 250
+    reasons |= set(samples.faults)
+  assert len(reasons) >= 5
+
+
 def test_mutated_archives_are_read_or_refused_in_words(tmp_path):
   """Whatever byte is changed, removed or added; nothing is read twice."""
   files = [f for i in range(6) for f in tars.sample(str(i), "x", meta={"a": i})]
@@ -174,9 +214,8 @@ def test_mutated_archives_are_read_or_refused_in_words(tmp_path):
         data[at : at + 512] = rng.randbytes(512)
       if len(data) < 2000:
         break
-    read = lambda start, size, data=data: bytes(data[start : start + size])
     try:
-      samples = tar_samples.of(read, len(data))
+      samples = tars.samples(bytes(data))
     except tar_members.NoTar:
       continue
     tars.found(bytes(data))

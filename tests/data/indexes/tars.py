@@ -8,7 +8,12 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from lavit_jax.data.indexes import tar_members, tar_runs
+from lavit_jax.data.indexes import (
+  tar_groups,
+  tar_members,
+  tar_runs,
+  tar_samples,
+)
 
 
 def jpeg(seed=0, size=(24, 16)):
@@ -60,7 +65,23 @@ def found(data):
     tar_members.members(tar_members.Window(read, len(data)))
   )
   by_runs = members()
-  no_run = lambda piece, at, length: tar_runs.Run([], [], [], at)
+  empty = np.zeros((0, 100), np.uint8), np.zeros(0, int), np.zeros(0, int)
+  no_run = lambda piece, at, length: tar_runs.Run(*empty, at)
   with mock.patch.object(tar_runs, "find", no_run):
     assert members() == by_runs
+  return by_runs
+
+
+def samples(data):
+  """The samples in the bytes of an archive, grouped by runs and by files."""
+  read = lambda start, size: data[start : start + size]
+  by_runs = tar_samples.of(read, len(data))
+  with mock.patch.object(tar_groups, "of", return_value=None):
+    by_files = tar_samples.of(read, len(data))
+  assert by_runs.columns.tolist() == by_files.columns.tolist()
+  assert by_runs.names == by_files.names
+  assert by_runs.captions == by_files.captions
+  assert sorted(by_runs.faults) == sorted(by_files.faults)
+  for reason, (count, _) in by_runs.faults.items():
+    assert count == by_files.faults[reason][0]
   return by_runs
