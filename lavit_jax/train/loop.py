@@ -344,7 +344,8 @@ class _Run:
     that goes on from there.
     """
     if window:
-      self.logs.write_steps(step, window, bar.rates())
+      data = self.objective.data_progress(self.position.example(step))
+      self.logs.write_steps(step, window, bar.rates() | data)
       window.clear()
 
   def _evaluate(self, step: int, state) -> dict[str, float]:

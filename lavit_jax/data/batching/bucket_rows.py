@@ -75,7 +75,10 @@ def batches(
   crop_seed = seed if crop == "random" else None
   rows = _Rows(source, sizes, plan, batch_size, log, latents, crop_seed)
   return pipeline.Batches(
-    grain.MapDataset.range(length).map(rows), batch_size, (log,)
+    grain.MapDataset.range(length).map(rows),
+    batch_size,
+    (log,),
+    lambda row: {"epoch": row / max(source.num_images, 1)},
   )
 
 

@@ -161,6 +161,18 @@ class PackingPlan:
         return self.row(number)
       return self._window_rows(window)[0][number - self._starts[window]]
 
+  def documents_before(self, number: int) -> int:
+    """Returns about how many documents come before a row.
+
+    Exact where a window begins; within it its rows are taken as equally full.
+    """
+    self.row(number)
+    with self._lock:
+      window = bisect.bisect_right(self._starts, number) - 1
+      start, stop = self._starts[window : window + 2]
+    share = (number - start) / (stop - start)
+    return int((window + share) * self.window)
+
   def _check(self, window):
     """Whether a window is as in the memo; drops the memo if it is not."""
     rows, checksum = self._window_rows(window)

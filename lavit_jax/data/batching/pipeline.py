@@ -10,7 +10,7 @@ divided among other processes, sees the same rows.
 import dataclasses
 import fractions
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain.python as grain
@@ -37,11 +37,14 @@ class Batches:
     rows: a grain.MapDataset of dicts of arrays.
     batch_size: B, global number of rows.
     faults: FaultLogs and Tallies of the rows made so far.
+    progress: gives metrics of the data before a row: how far it is, and how
+      often each part of the data was gone through.
   """
 
   rows: grain.MapDataset
   batch_size: int
   faults: tuple[Any, ...] = ()
+  progress: Callable[[int], dict[str, float]] = lambda row: {}
 
   def __len__(self) -> int:
     """Returns the number of batches; the last one may be padded."""
@@ -145,7 +148,8 @@ def image_batches(
   log = faults_lib.FaultLog(f"images of {source.name}", limit_share)
   if not source.num_images:
     raise errors.DataError(f"{source.name} holds no images.")
-  order: Sequence[int] | orders.Permutation = range(source.num_images)
+  order: Sequence[int] | orders.Permutation | _Images
+  order = range(source.num_images)
   length = source.num_images
   if seed is not None:
     order, length = _endless(source, seed), _ENDLESS
@@ -166,8 +170,14 @@ def image_batches(
       out["text"], out["text_mask"] = _text(ids, text_length)
     return out
 
+  def progress(number: int) -> dict[str, float]:
+    if isinstance(order, _Images):
+      epochs = order.stream.epochs(number).tolist()
+      return dict(zip(order.names, epochs, strict=True))
+    return {"epoch": number / source.num_images}
+
   rows = grain.MapDataset.range(length).map(row)
-  return Batches(rows, batch_size, (log,))
+  return Batches(rows, batch_size, (log,), progress)
 
 
 def _endless(source, seed):
@@ -180,7 +190,8 @@ def _endless(source, seed):
     for part, n in zip(source.parts, counts, strict=True)
   ]
   stream = mixtures.Mixture(counts, weights, seed)
-  return _Images(stream, np.cumsum([0, *counts]).tolist())
+  names = [f"epoch/{part.name}" for part in source.parts]
+  return _Images(stream, np.cumsum([0, *counts]).tolist(), names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +199,8 @@ class _Images:
   """The images of a mixture, in the order of a stream of documents."""
 
   stream: mixtures.Mixture
-  starts: list[int]
+  starts: list[int]  # of each part
+  names: list[str]  # of each part's epochs, for logs
 
   def __getitem__(self, k: int) -> int:
     part, number = self.stream.document(k)
@@ -345,7 +357,14 @@ def packed_mixture(
   memo = rows_lib.memo_path(components, tokenizer, **settings)
   plan = packing.PackingPlan(documents.sizes, memo=memo, **settings)
   rows = grain.MapDataset.range(_ENDLESS).map(rows_lib.Rows(plan, documents))
-  return Batches(rows, batch_size, documents.logs)
+
+  def progress(row: int) -> dict[str, float]:
+    before = plan.documents_before(row)
+    names = [f"epoch/{c.name}/{c.task}".replace("//", "/") for c in components]
+    epochs = documents.stream.epochs(before).tolist()
+    return {"documents": float(before), **dict(zip(names, epochs, strict=True))}
+
+  return Batches(rows, batch_size, documents.logs, progress)
 
 
 def _check_components(components, vocabulary):

@@ -319,6 +319,12 @@ class Objective(abc.ABC):
       skip=skip,
     )
 
+  def data_progress(self, example: int) -> dict[str, float]:
+    """Returns metrics of the training data before an example; {} for none."""
+    if self._train_data is None:
+      return {}
+    return self._train_data.progress(example)
+
   def held_out_batches(
     self, rows: np.ndarray | None = None
   ) -> Iterator[dict[str, np.ndarray]]:

@@ -129,6 +129,16 @@ def test_rows_have_each_source_in_its_share(config):
         if not read and first != _WORDS.encode("picture")[0]:
           kind = "words" if first == _WORDS.encode("text")[0] else "web"
         documents[kind] += 1
+  progress = batches.progress(48)
+  assert progress["documents"] == pytest.approx(
+    sum(documents.values()), rel=0.2
+  )
+  epochs = [f"epoch/{name}" for name in ("own/image_text", "words/text")]
+  parts = {part.name: part.source for part in source.parts}
+  assert progress[epochs[0]] == pytest.approx(
+    progress["documents"] / 8 / parts["own"].num_images, rel=0.05
+  )
+  assert progress[epochs[1]] > 0.5
   total = sum(documents.values())
   assert total > 150
   assert documents["words"] / total == pytest.approx(1 / 4, abs=0.05)
@@ -144,6 +154,7 @@ def test_single_images_are_drawn_by_weight(config):
   own = source.parts[0].source.num_images
   assert (index < own).mean() == pytest.approx(1 / 3, abs=0.01)
   assert index.max() < source.num_images
+  assert batches.progress(300)["epoch/own"] == pytest.approx(100 / own)
   once = pipeline.image_batches(source, 30)
   assert once[0]["index"].tolist() == list(range(30))
 
