@@ -61,6 +61,12 @@ def get_config():
   cfg.data.mixture = dict(
     image_text=1.0, text_image=1.0, vqa=0.0, edit=0.0, document=0.0, text=4.0
   )
+  # Several sources in place of one, {name: fields of data, and weight}: see
+  # docs/data.md. Weights are shares of the documents, or of the "tokens", and
+  # may change: {"2000000": {"web": 0.5}} from that document on.
+  cfg.data.sources = dict()
+  cfg.data.weight_by = "documents"
+  cfg.data.reweighted = dict()
   cfg.optimizer.b2 = 0.95
   cfg.optimizer.weight_decay = 0.1
   cfg.optimizer.moments = "float32"  # or "bfloat16", "factored"

@@ -36,6 +36,12 @@ def get_config():
   cfg.data.mixture = dict(
     image_text=1.0, text_image=1.0, vqa=0.6, edit=0.7, document=0.2, text=0.3
   )
+  # Several sources in place of one, {name: fields of data, and weight}: see
+  # docs/data.md. Weights are shares of the documents, or of the "tokens", and
+  # may change: {"2000000": {"web": 0.5}} from that document on.
+  cfg.data.sources = dict()
+  cfg.data.weight_by = "documents"
+  cfg.data.reweighted = dict()
   cfg.optimizer.groups = dict(llm=1.0, visual=1.0)
   cfg.schedule = ("train",)
   cfg.phases = dict(

@@ -76,7 +76,7 @@ def evaluate(
     )
     for part in lavit.parts
   }
-  if data["kind"] != "shapes":
+  if data["kind"] != "shapes" or data.get("sources"):
     source = kinds.build(data, "held_out")
     _evaluate_user_data(lavit, source, metrics, exhibits)
     return metrics, exhibits

@@ -186,6 +186,7 @@ class _Run:
       self.config.batch_size,
       self.objective.batch_size_may_change,
     )
+    self.objective.check_data(restored.meta["data"])
     return restored.state
 
   def _roll_back(self, bad_step: int) -> step_lib.TrainState:
@@ -359,7 +360,8 @@ class _Run:
     """Starts to save a checkpoint."""
     meta = {
       "config": json.loads(self.config.to_json_best_effort()),
-      "data": self.position.meta(step),
+      "data": self.position.meta(step)
+      | self.objective.data_meta(self.position.example(step)),
       "made_of": self.provenance,
       "stage": self.config.stage,
     }

@@ -161,6 +161,17 @@ class PackingPlan:
         return self.row(number)
       return self._window_rows(window)[0][number - self._starts[window]]
 
+  def settled(self, number: int) -> int:
+    """Returns the first document that no row before a row can hold.
+
+    What is decided from it on, such as other weights, changes none of them.
+    """
+    if not number:
+      return 0
+    self.row(number - 1)
+    with self._lock:
+      return bisect.bisect_right(self._starts, number - 1) * self.window
+
   def documents_before(self, number: int) -> int:
     """Returns about how many documents come before a row.
 

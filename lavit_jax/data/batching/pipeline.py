@@ -30,6 +30,19 @@ _AHEAD = 4  # batches decoded ahead of the one in use
 
 
 @dataclasses.dataclass(frozen=True)
+class Plan:
+  """What may change of the rows of a run, and from where on.
+
+  Attributes:
+    changes: weights that change: {number of a document: {name: weight}}.
+    settled: gives the first document that no row before a row can hold.
+  """
+
+  changes: Mapping[int, Mapping[str, float]]
+  settled: Callable[[int], int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Batches:
   """Rows by number, and the global batch size.
 
@@ -39,12 +52,14 @@ class Batches:
     faults: FaultLogs and Tallies of the rows made so far.
     progress: gives metrics of the data before a row: how far it is, and how
       often each part of the data was gone through.
+    plan: of packed rows.
   """
 
   rows: grain.MapDataset
   batch_size: int
   faults: tuple[Any, ...] = ()
   progress: Callable[[int], dict[str, float]] = lambda row: {}
+  plan: Plan | None = None
 
   def __len__(self) -> int:
     """Returns the number of batches; the last one may be padded."""
@@ -225,6 +240,7 @@ def packed_rows(
   vocabulary: vocabulary_lib.Vocabulary,
   *,
   mixture: Mapping[str, float],
+  changes: Mapping[int, Mapping[str, float]] | None = None,
   **kwargs: Any,
 ) -> Batches:
   """Returns packed rows of a source: `packed_mixture` of its tasks.
@@ -240,6 +256,8 @@ def packed_rows(
     mixture: weight of each task, counted in documents; one that is longer than
       a row counts once. 0 leaves a task out, and so does a source without
       examples of it.
+    changes: other weights of some sources of a mixture, by the number of the
+      document from which on they have them.
     **kwargs: as of `packed_mixture`.
 
   Raises:
@@ -251,21 +269,42 @@ def packed_rows(
     parts = _of_tasks(source, cache, mixture)
     return packed_mixture(parts, tokenizer, vocabulary, **kwargs)
   assert isinstance(cache, Mapping)
+  weights = _weights(source.parts, changes or {})
   components = []
   for part in source.parts:
-    if part.weight:
+    if any(some[part.name] for some in weights.values()):
       parts = _of_tasks(part.source, cache[part.name], part.mixture)
       total = sum(fractions.Fraction(str(one.weight)) for one in parts)
-      share = fractions.Fraction(str(part.weight)) / (total or 1)
       components += [
         dataclasses.replace(
           one,
           name=part.name,
-          weight=share * fractions.Fraction(str(one.weight)),
+          weight=fractions.Fraction(str(one.weight)) / (total or 1),
         )
         for one in parts
       ]
-  return packed_mixture(components, tokenizer, vocabulary, **kwargs)
+  return packed_mixture(
+    components, tokenizer, vocabulary, weights=weights, **kwargs
+  )
+
+
+def _weights(parts, changes):
+  """Returns the weights of all sources, by the document they begin with.
+
+  Raises:
+    errors.ConfigError: a change names no source.
+  """
+  now = {part.name: part.weight for part in parts}
+  weights = {0: now}
+  for start, changed in sorted(changes.items()):
+    if unknown := sorted(set(changed) - set(now)):
+      raise errors.ConfigError(
+        f"config.data.reweighted at document {start} names {unknown}, but the"
+        f" sources are {sorted(now)}."
+      )
+    now = now | dict(changed)
+    weights[start] = now
+  return weights
 
 
 def _of_tasks(source, cache, mixture) -> list[packing.Component]:
@@ -318,6 +357,8 @@ def packed_mixture(
   seed: int = 0,
   window: int = 1024,
   limit_share: float = faults_lib.LIMIT_SHARE,
+  weights: Mapping[int, Mapping[str, float]] | None = None,
+  by_tokens: bool = False,
 ) -> Batches:
   """Returns packed rows of several sources and tasks in exact proportions.
 
@@ -332,6 +373,9 @@ def packed_mixture(
     window: documents packed together.
     limit_share: share of bad documents, or of bad images, that stops the run;
       documents longer than a row are not bad, and are counted separately.
+    weights: of the components' names, which those of the components divide:
+      {0: …}, and others by the number of the document from which on they hold.
+    by_tokens: weights are shares of the positions, not of the documents.
 
   Returns:
     Batches of tokens, targets, segments, positions, image_index, token_index
@@ -352,9 +396,13 @@ def packed_mixture(
     seed=seed,
     limit_share=limit_share,
     window=window,
+    weights=_of_components(components, weights),
+    by_tokens=by_tokens,
   )
   settings: dict[str, Any] = dict(limits=limits, seed=seed, window=window)
-  memo = rows_lib.memo_path(components, tokenizer, **settings)
+  memo = rows_lib.memo_path(
+    components, tokenizer, **settings, weights=weights, by_tokens=by_tokens
+  )
   plan = packing.PackingPlan(documents.sizes, memo=memo, **settings)
   rows = grain.MapDataset.range(_ENDLESS).map(rows_lib.Rows(plan, documents))
 
@@ -364,7 +412,21 @@ def packed_mixture(
     epochs = documents.stream.epochs(before).tolist()
     return {"documents": float(before), **dict(zip(names, epochs, strict=True))}
 
-  return Batches(rows, batch_size, documents.logs, progress)
+  changes = {start: some for start, some in (weights or {}).items() if start}
+  kept = Plan(changes, plan.settled)
+  return Batches(rows, batch_size, documents.logs, progress, kept)
+
+
+def _of_components(components, weights):
+  """Returns the weight of each component, by the document they begin with."""
+  weights = weights or {0: {c.name: 1 for c in components}}
+  return {
+    start: [
+      fractions.Fraction(str(c.weight)) * fractions.Fraction(str(some[c.name]))
+      for c in components
+    ]
+    for start, some in weights.items()
+  }
 
 
 def _check_components(components, vocabulary):

@@ -1,12 +1,13 @@
 """Turns the row numbers of a packing plan into arrays of packed documents."""
 
 import dataclasses
+import fractions
 import functools
 import hashlib
 import pathlib
 import pickle
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from lavit_jax.data import examples, faults, sequences
 from lavit_jax.data.batching import lengths, mixtures, packing, pieces
 
 _RULES = b"orders are enciphered"  # of plans, for their memos
+_MEASURED = 100_000  # documents whose mean length is taken for that of all
 _WINDOWS_KEPT = 4  # windows whose tokenised texts stay in memory
 
 
@@ -58,17 +60,38 @@ class Documents:
     seed: int,
     limit_share: float,
     window: int,
+    weights: Mapping[int, Sequence[fractions.Fraction]],
+    by_tokens: bool = False,
   ) -> None:
-    """Reads nothing yet; for the arguments see `pipeline.packed_mixture`."""
+    """Reads the lengths of all examples.
+
+    Args:
+      components: of the mixture.
+      tokenizer: of their texts.
+      vocabulary: of texts and codes.
+      limits: (positions, images) a row.
+      seed: of mixture and orders.
+      limit_share: share of bad documents, or of bad images, that stops the run.
+      window: documents that are planned together.
+      weights: of each component: {0: …}, and others by the number of the
+        document from which on they hold.
+      by_tokens: weights are shares of the positions, not of the documents.
+    """
     self._components, self._tokenizer = components, tokenizer
     self._vocabulary, self._limits = vocabulary, limits
     counts = [c.source.num_examples(c.task) for c in components]
-    weights = [c.weight for c in components]
-    self.stream = mixtures.Mixture(counts, weights, seed)
     self._lengths = []
     for c in components:
       self._lengths.append(lengths.of(c.source, c.task, tokenizer))
       lengths.require_codes(c.source, c.task, self._lengths[-1], c.cache)
+    if by_tokens:
+      means = [self._mean_positions(c) for c in range(len(components))]
+      weights = {
+        start: [w / mean for w, mean in zip(some, means, strict=True)]
+        for start, some in weights.items()
+      }
+    first, *changes = sorted(weights.items())
+    self.stream = mixtures.Mixture(counts, first[1], seed, dict(changes))
     keep = functools.lru_cache(maxsize=_WINDOWS_KEPT * window)
     self._document = keep(self._tokenize)
     self.image_size = components[0].source.image_size
@@ -79,6 +102,14 @@ class Documents:
       faults.FaultLog("images", limit_share),
       faults.Tally("documents longer than a row"),
     )
+
+  def _mean_positions(self, c):
+    """Returns the mean positions of a component's usable documents."""
+    found, cache = self._lengths[c], self._components[c].cache
+    some = np.linspace(0, len(found.text) - 1, _MEASURED).astype(np.int64)
+    sizes = found.sizes(some, cache.counts if cache else None)
+    usable = sizes[sizes[:, 0] != lengths.BAD, 0]
+    return fractions.Fraction(float(usable.mean()) if len(usable) else 1.0)
 
   def sizes(self, start: int, stop: int) -> np.ndarray | list[np.ndarray]:
     """Returns sizes of documents start … stop - 1, and logs bad ones.

@@ -325,6 +325,15 @@ class Objective(abc.ABC):
       return {}
     return self._train_data.progress(example)
 
+  def data_meta(self, example: int) -> dict[str, Any]:
+    """Returns what a checkpoint keeps of the data before an example."""
+    del example
+    return {}
+
+  def check_data(self, stored: Mapping[str, Any]) -> None:
+    """Checks that a run's data go on as `data_meta` of its checkpoint says."""
+    del stored
+
   def held_out_batches(
     self, rows: np.ndarray | None = None
   ) -> Iterator[dict[str, np.ndarray]]:

@@ -11,6 +11,7 @@ changes of its matrices train in its place: fine-tuning on a single host.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from lavit_jax.core import averages, image_io, vocabulary
+from lavit_jax.core import averages, errors, image_io, vocabulary
 from lavit_jax.core.storage import fingerprints
 from lavit_jax.data import faults
 from lavit_jax.data.batching import pipeline
@@ -35,6 +36,29 @@ from lavit_jax.train.objectives.frozen import (
   precision,
 )
 from lavit_jax.train.objectives.frozen import artifacts as artifacts_lib
+
+
+def _by_tokens(data: ml_collections.ConfigDict) -> bool:
+  """Whether weights are shares of tokens, as config.data.weight_by says."""
+  if (by := data.get("weight_by", "documents")) not in ("documents", "tokens"):
+    raise errors.ConfigError(
+      f"config.data.weight_by={by!r}: expected documents or tokens."
+    )
+  return by == "tokens"
+
+
+def _changes(data: ml_collections.ConfigDict) -> dict[int, dict[str, float]]:
+  """Returns config.data.reweighted: {document: {source: weight}}."""
+  changes = dict((data.get("reweighted") or {}).items())
+  wrong = [name for name in changes if not (name.isdigit() and int(name))]
+  if wrong or (changes and not data.get("sources")):
+    raise errors.ConfigError(
+      f"config.data.reweighted={changes}: expected the numbers of documents, 1"
+      " or more, with weights of sources of config.data.sources from there on:"
+      ' {"2000000": {"web": 0.5}}.'
+    )
+  return {int(start): dict(some.items()) for start, some in changes.items()}
+
 
 _INTS = (
   "tokens",
@@ -183,6 +207,8 @@ class PretrainObjective(base.Objective):
       text,
       self.vocabulary,
       mixture=data.mixture.to_dict(),
+      changes=_changes(data),
+      by_tokens=_by_tokens(data),
       length=data.length,
       slots=data.slots,
       seed=self.config.seed,
@@ -192,6 +218,37 @@ class PretrainObjective(base.Objective):
     )
     self._train_data = make(self.source, self._caches[0])
     self._held_out_data = make(self.held_out, self._caches[1])
+
+  def data_meta(self, example: int) -> dict[str, Any]:
+    """Returns which documents are decided on, and weights that change."""
+    plan = self._train_data.plan
+    return {
+      "settled": plan.settled(example),
+      "reweighted": {str(g): dict(some) for g, some in plan.changes.items()},
+    }
+
+  def check_data(self, stored: Mapping[str, Any]) -> None:
+    """Checks that weights change only where no row was trained on yet.
+
+    Args:
+      stored: `data_meta` of the checkpoint.
+
+    Raises:
+      errors.DataError: the rows before the checkpoint would be others now.
+    """
+    if "settled" not in stored:  # by an earlier version
+      return
+    plan, settled = self._train_data.plan, stored["settled"]
+    now = {str(g): dict(some) for g, some in plan.changes.items()}
+    before = stored["reweighted"]
+    for start in sorted({*now, *before}, key=int):
+      if int(start) < settled and now.get(start) != before.get(start):
+        raise errors.DataError(
+          f"config.data.reweighted has {now.get(start)} from document {start}"
+          f" on, this run had {before.get(start)}; but its rows hold documents"
+          f" up to {settled - 1} already. Weights can change from document"
+          f" {settled} on."
+        )
 
   # Parameters.
 

@@ -26,8 +26,10 @@ _MAY_CHANGE = (
   "accept",
 )
 # Likewise at any depth: of every network, and the bad examples data may have.
-_MAY_CHANGE_ANYWHERE = ("remat", "unroll", "limit_share")
-_DEFAULTS = {"dtype": "float32"}  # of networks whose config lacks the field
+# Weights may change as `Objective.check_data` allows.
+_MAY_CHANGE_ANYWHERE = ("remat", "unroll", "limit_share", "reweighted")
+# Of configs that lack the field.
+_DEFAULTS = {"dtype": "float32", "weight_by": "documents"}
 
 _LOG = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from lavit_jax.models.tokenizer import decoder
 from lavit_jax.models.tokenizer import tokenizer as tokenizer_lib
 from lavit_jax.train.objectives.frozen import latent_parts
 
-_Args = ParamSpec("_Args")
+Args = ParamSpec("Args")
 Boxed: TypeAlias = Any  # nested dicts of boxed `jax.ShapeDtypeStruct`
 
 
@@ -80,12 +80,12 @@ def boxed(
   return jax.tree.map(cast, jax.eval_shape(make))
 
 
-def _once(shapes: Callable[_Args, Boxed]) -> Callable[_Args, Boxed]:
+def _once(shapes: Callable[Args, Boxed]) -> Callable[Args, Boxed]:
   """Has a network traced once: a run asks for the same shapes many times."""
   traced: Any = functools.lru_cache(maxsize=32)(shapes)
 
   @functools.wraps(shapes)
-  def copied(*args: _Args.args, **kwargs: _Args.kwargs) -> Boxed:
+  def copied(*args: Args.args, **kwargs: Args.kwargs) -> Boxed:
     # Callers may change the dicts that they get.
     return jax.tree.map(lambda x: x, traced(*args, **kwargs))
 

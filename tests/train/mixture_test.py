@@ -1,0 +1,81 @@
+"""A run on several sources at once: its shares, its log, its resumption."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lavit_jax.core import errors
+from lavit_jax.train import loop
+from lavit_jax.train.telemetry import writers
+from tests import micro
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def config(micro_codes, tmp_path):
+  """Scenes with their codes, and texts of two files."""
+  (tmp_path / "model").symlink_to(micro_codes / "model")
+  (tmp_path / "codes").symlink_to(micro_codes / "codes")
+  cfg = micro.config("pretrain", tmp_path)
+  for name in ("prose", "verse"):
+    rows = [{"text": f"{name} red circle {i} " * 3} for i in range(60)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / f"{name}.jsonl").write_text(text)
+  texts = lambda name, weight: dict(
+    kind="jsonl", path=str(tmp_path / f"{name}.jsonl"), weight=weight
+  )
+  cfg.data.sources = dict(
+    scenes=dict(kind="shapes", weight=2.0),
+    prose=texts("prose", 1.0),
+    verse=texts("verse", 1.0),
+  )
+  cfg.phases.train.steps = 6
+  cfg.data.window = 16
+  return cfg
+
+
+def test_a_mixture_is_trained_and_goes_on_as_it_was(config, tmp_path):
+  loop.train(config, tmp_path / "straight", quiet=True)
+  with micro.one_device():
+    loop.train(config, tmp_path / "run", quiet=True, stop_at=3)
+    loop.train(config, tmp_path / "run", quiet=True)
+  crcs, rows = [], []
+  for name in ("straight", "run"):
+    lines = writers.read_json_lines(tmp_path / name / "batches.jsonl")
+    crcs.append({line["step"]: line["crc32"] for line in lines})
+    logged = writers.read_json_lines(tmp_path / name / "metrics.jsonl")
+    rows.append([row for row in logged if "documents" in row][-1])
+  assert crcs[0] == crcs[1]
+  assert len(crcs[0]) == 6
+  assert rows[0]["documents"] == rows[1]["documents"] > 16
+  epochs = {k: v for k, v in rows[0].items() if k.startswith("epoch/")}
+  assert {"epoch/prose/text", "epoch/verse/text"} < set(epochs)
+  # A tenth of the sixty texts is held out.
+  np.testing.assert_allclose(
+    54 * epochs["epoch/prose/text"], rows[0]["documents"] / 4, rtol=0.1
+  )
+
+
+def test_weights_change_from_a_document_on_and_not_before(config, tmp_path):
+  run = tmp_path / "run"
+  loop.train(config, run, quiet=True, stop_at=2)
+  again = lambda: loop.train(config, run, quiet=True, stop_at=3)
+  config.data.reweighted = {"1": {"prose": 3.0}}
+  with pytest.raises(errors.DataError, match="can change from document 48 on"):
+    again()
+  config.data.reweighted = {"48": {"prose": 3.0, "verse": 0}}
+  again()
+  config.data.reweighted = {"48": {"prose": 2.0}}
+  with pytest.raises(errors.DataError, match="document 48 on, this run had"):
+    again()
+  config.data.reweighted = {"x": {"prose": 2.0}}
+  with pytest.raises(errors.ConfigError, match="numbers of documents"):
+    again()
+  config.data.reweighted = {"80": {"poem": 2.0}}
+  with pytest.raises(errors.ConfigError, match=r"names \['poem'\]"):
+    again()
+  config.data.weight_by = "letters"
+  with pytest.raises(errors.ConfigError, match="documents or tokens"):
+    loop.train(config, tmp_path / "other", quiet=True)
