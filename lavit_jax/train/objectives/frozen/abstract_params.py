@@ -6,7 +6,7 @@ A function named after a network returns its boxed, abstract parameters, as
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from lavit_jax.models.tokenizer import decoder
 from lavit_jax.models.tokenizer import tokenizer as tokenizer_lib
 from lavit_jax.train.objectives.frozen import latent_parts
 
-Args = ParamSpec("Args")
+Shapes = TypeVar("Shapes", bound=Callable[..., Any])
 Boxed: TypeAlias = Any  # nested dicts of boxed `jax.ShapeDtypeStruct`
 
 
@@ -80,16 +80,16 @@ def boxed(
   return jax.tree.map(cast, jax.eval_shape(make))
 
 
-def _once(shapes: Callable[Args, Boxed]) -> Callable[Args, Boxed]:
+def _once(shapes: Shapes) -> Shapes:
   """Has a network traced once: a run asks for the same shapes many times."""
   traced: Any = functools.lru_cache(maxsize=32)(shapes)
 
   @functools.wraps(shapes)
-  def copied(*args: Args.args, **kwargs: Args.kwargs) -> Boxed:
+  def copied(*args: Any, **kwargs: Any) -> Boxed:
     # Callers may change the dicts that they get.
     return jax.tree.map(lambda x: x, traced(*args, **kwargs))
 
-  return copied
+  return cast(Shapes, copied)
 
 
 @_once
