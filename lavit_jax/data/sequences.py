@@ -175,7 +175,7 @@ def spans(
 
 def _check_learnt(parts):
   """Raises Unusable unless a target has a weight; the first id is no target."""
-  if not any([s.part.weight for s in parts for _ in range(s.count)][1:]):
+  if not any(s.part.weight and (s.count > 1 or i) for i, s in enumerate(parts)):
     raise Unusable("holds nothing to learn: no part has a weight")
 
 
@@ -196,13 +196,30 @@ def assemble(
 ) -> Sequence:
   """Returns the Sequence of `spans`; reads codes, but no image."""
   images: list[int] = []
-  rows = [_expand(span, cache, vocabulary, images) for span in parts]
-  ids, image_index, token_index = (
-    np.concatenate(column).astype(np.int32)
-    for column in zip(*rows, strict=True)
-  )
-  weights = np.array([span.part.weight for span in parts], np.float32)
-  weights = np.repeat(weights, [span.count for span in parts])[1:]
+  total = sum(span.count for span in parts)
+  ids = np.empty(total, np.int32)
+  weights = np.empty(total, np.float32)
+  image_index = np.full(total, -1, np.int32)
+  token_index = np.zeros(total, np.int32)
+  start = 0
+  for span in parts:
+    stop = start + span.count
+    weights[start:stop] = span.part.weight
+    if span.ids is not None:
+      ids[start:stop] = span.ids
+    else:
+      part, inner = span.part, slice(start + 1, stop - 1)
+      assert isinstance(part, examples.ImagePart)
+      assert cache is not None
+      ids[start], ids[stop - 1] = vocabulary.image_begin, vocabulary.image_end
+      ids[inner] = vocabulary.to_ids(cache.codes(part.image))
+      if not part.write:
+        if part.image not in images:
+          images.append(part.image)
+        image_index[inner] = images.index(part.image)
+        token_index[inner] = np.arange(span.count - 2)
+    start = stop
+  weights = weights[1:]
   targets, last = ids[1:].copy(), -1
   for span in parts:
     last += span.count  # index of its last id; the very last id is </s> already
@@ -217,25 +234,6 @@ def assemble(
     token_index=token_index[:-1],
     images=tuple(images),
   )
-
-
-def _expand(span, cache, vocabulary, images):
-  """Returns (ids, image_index, token_index) of a span.
-
-  An image that is read is added to `images`.
-  """
-  image_index, token_index = np.full(span.count, -1), np.zeros(span.count, int)
-  if span.ids is not None:
-    return span.ids, image_index, token_index
-  image = span.part.image
-  codes = vocabulary.to_ids(cache.codes(image)).tolist()
-  ids = [vocabulary.image_begin, *codes, vocabulary.image_end]
-  if not span.part.write:
-    if image not in images:
-      images.append(image)
-    image_index[1:-1] = images.index(image)
-    token_index[1:-1] = np.arange(len(codes))
-  return ids, image_index, token_index
 
 
 def build(

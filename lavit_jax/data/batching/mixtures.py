@@ -63,7 +63,7 @@ class Mixture:
 
   def document(self, g: int) -> tuple[int, int]:
     """Returns (component, example index) of document g."""
-    components, found = self.documents(int(g), int(g) + 1)
+    components, found = self.at(np.array([g], np.int64))
     return int(components[0]), int(found[0])
 
   def documents(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,17 +73,24 @@ class Mixture:
       start: number of the first document.
       stop: number after the last one.
     """
-    starts = [era.start for era in self._eras]
-    components, ordinals = [], []
-    while start < stop:
-      which = bisect.bisect_right(starts, start)
-      end = min([stop, *starts[which : which + 1]])
-      one, two = self._eras[which - 1].documents(start, end)
-      components.append(one)
-      ordinals.append(two)
-      start = end
-    component = np.concatenate(components or [np.empty(0, np.int64)])
-    ordinal = np.concatenate(ordinals or [np.empty(0, np.int64)])
+    return self.at(np.arange(start, stop))
+
+  def at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (components int64[n], example indices int64[n]) of documents.
+
+    Args:
+      numbers: int64[n], of the documents.
+    """
+    if len(self._eras) == 1:
+      component, ordinal = self._eras[0].at(numbers)
+    else:
+      starts = [era.start for era in self._eras]
+      era_of = np.searchsorted(starts, numbers, side="right") - 1
+      component = np.empty(len(numbers), np.int64)
+      ordinal = np.empty(len(numbers), np.int64)
+      for era in np.unique(era_of).tolist():
+        mine = era_of == era
+        component[mine], ordinal[mine] = self._eras[era].at(numbers[mine])
     found = np.empty_like(ordinal)
     for c in np.unique(component).tolist():
       chosen = component == c
@@ -120,11 +127,9 @@ class _Era:
     self._before = np.zeros((period + 1, len(shares)), np.int64)
     np.cumsum(ones, axis=0, out=self._before[1:])
 
-  def documents(self, start, stop):
+  def at(self, numbers):
     """Returns (components, how many of each component came before)."""
-    periods, places = np.divmod(
-      np.arange(start - self.start, stop - self.start), len(self._pattern)
-    )
+    periods, places = np.divmod(numbers - self.start, len(self._pattern))
     component = self._pattern[places]
     ordinal = periods * self._before[-1][component]
     ordinal += self._before[places, component]

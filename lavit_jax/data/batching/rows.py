@@ -7,7 +7,7 @@ import hashlib
 import pathlib
 import pickle
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,14 +147,19 @@ class Documents:
     return np.array(found or [(lengths.BAD,) * 2], np.int64)
 
   def build(
-    self, member: packing.Member
-  ) -> tuple[packing.Component, sequences.Sequence]:
-    """Returns component and sequence of a member of a row: g, or (g, piece)."""
-    g, piece = member if isinstance(member, tuple) else (member, 0)
-    c, i = self.stream.document(g)
-    component, spans = self._components[c], self._document(c, i).divided[piece]
-    cache = component.cache
-    return component, sequences.assemble(spans, cache, self._vocabulary)
+    self, members: Sequence[packing.Member]
+  ) -> Iterator[tuple[packing.Component, sequences.Sequence]]:
+    """Yields component and sequence of each member of a row."""
+    pairs = [m if isinstance(m, tuple) else (m, 0) for m in members]
+    numbers = np.array([g for g, _ in pairs], np.int64)
+    components, chosen = (x.tolist() for x in self.stream.at(numbers))
+    for c, i, (_, piece) in zip(components, chosen, pairs, strict=True):
+      component, spans = (
+        self._components[c],
+        self._document(c, i).divided[piece],
+      )
+      cache = component.cache
+      yield component, sequences.assemble(spans, cache, self._vocabulary)
 
   def _key(self, c, i):
     component = self._components[c]
@@ -238,8 +243,8 @@ class Rows:
     row = self._blank(number)
     start = images = 0
     members = self._plan.row(int(number))
-    for segment, member in enumerate(members, start=1):
-      component, doc = self._documents.build(member)
+    documents = self._documents.build(members)
+    for segment, (component, doc) in enumerate(documents, start=1):
       span = slice(start, start + len(doc))
       row["tokens"][span], row["targets"][span] = doc.tokens, doc.targets
       row["weights"][span] = doc.weights
