@@ -35,7 +35,8 @@ QWIX = "qwix>=0.1.5"  # int8 and fp8 products in training
 SAFETENSORS = "safetensors>=0.8.0"
 HUB = "huggingface_hub>=1.32.0"
 LEMMAS = "simplemma>=1.1.1"  # of answers
-OPTIONAL = [QWIX, SAFETENSORS, HUB, LEMMAS]
+PYARROW = "pyarrow>=18.0"  # Parquet, and what `datasets` saves
+OPTIONAL = [QWIX, SAFETENSORS, HUB, LEMMAS, PYARROW]
 
 # Checkpoints in and out. The lanes run with the newest: older builds of PyPI
 # bring CUDA with them. Before 2.6 torch.load can be made to run code.
@@ -57,6 +58,7 @@ TEST_CORE = [
   "mypy>=1.18",  # checks the annotations
   "nbclient>=0.10",
   "nbformat>=5.10",
+  PYARROW,
   "pytest>=8.4",
   "pytest-xdist>=3.8",
   QWIX,
@@ -82,6 +84,7 @@ EXTRAS = {
   "gcs": ["gcsfs>=2025.3", "google-cloud-storage>=2.19"],
   "torch": [HUB, SAFETENSORS, TORCH],
   "eval": [LEMMAS],
+  "parquet": [PYARROW],
   "docs": DOCS,
   "test-core": TEST_CORE,
   "test": [

@@ -11,6 +11,7 @@ import pytest
 
 from lavit_jax.core import errors, sharding
 from lavit_jax.core.storage import checkpoints
+from lavit_jax.data.records import filters
 from lavit_jax.data.sources import kinds
 from lavit_jax.diffusion import stable_diffusion
 from lavit_jax.models import lora
@@ -133,3 +134,18 @@ def test_a_full_size_run_without_weights_to_start_from_says_what_to_do(
     errors.ConfigError, match="start_from=nowhere has no part"
   ):
     objectives.build(cfg)
+
+
+def test_the_web_s_pairs_and_texts_have_the_paper_s_shares():
+  data = _module("lavit_7b/pretrain_web.py").get_config().data
+  weights = {name: source.weight for name, source in data.sources.items()}
+  pairs = sum(weights.values()) - weights["text"]
+  assert weights["text"] == pytest.approx(2 * pairs)
+  assert weights["laion"] == pytest.approx(pairs / 2)  # it is written
+  parts = kinds.parts_of(data)
+  for name, part in parts.items():
+    assert not filters.Filters.of(part["filters"]).keep_all
+    assert set(part["mixture"]) == {
+      "text": {"text"},
+      "laion": {"text_image"},
+    }.get(name, {"image_text"})

@@ -99,7 +99,8 @@ def test_the_metadata_names_the_command_and_no_heavy_requirement(wheel):
   assert metadata["Requires-Python"] == ">=3.11"
   assert metadata["License-Expression"] == "Apache-2.0"
   assert "Typing :: Typed" in metadata.get_all("Classifier")
-  extras = {"tpu", "cuda", "gcs", "torch", "eval", "docs", "test", "test-core"}
+  extras = {"tpu", "cuda", "gcs", "torch", "eval", "parquet"}
+  extras |= {"docs", "test", "test-core"}
   assert set(metadata.get_all("Provides-Extra")) == extras
   base = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
   names = {r.split(">")[0].split("=")[0].strip().lower() for r in base}

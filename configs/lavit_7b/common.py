@@ -20,7 +20,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
   cfg.start_from = config_dict.placeholder(str)  # has to be given
   cfg.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)  # -1: the rest
   cfg.data = dict(
-    # Or "webdataset", "tfds": see lavit_jax/data/sources/kinds.py.
+    # Or another kind: see lavit_jax/data/sources/kinds.py.
     kind="jsonl",
     image_size=224,  # what the encoder sees
     seed=0,
@@ -28,6 +28,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     held_out_path="",  # "": a tenth of path
     allow_absolute=False,  # images outside the folder of path
     limit_share=0.05,  # of bad lines, images or documents: more is an error
+    filters=dict(),  # of images and texts: see data/records/filters.py
     name="",
     train_split="train",
     held_out_split="validation",

@@ -22,6 +22,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     held_out_path="",
     allow_absolute=False,  # images outside the folder of path
     limit_share=0.05,  # of bad lines, images or documents: more is an error
+    filters=dict(),  # of images and texts: see data/records/filters.py
     name="",
     train_split="train",
     held_out_split="test",

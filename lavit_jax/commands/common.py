@@ -22,6 +22,7 @@ with epy.lazy_imports():
   from lavit_jax.core import image_io
   from lavit_jax.core.storage import checkpoints
   from lavit_jax.data.indexes import archives
+  from lavit_jax.data.sources import kinds, parquet
   from lavit_jax.infer import pipeline
   from lavit_jax.infer.loading import parts
 
@@ -341,13 +342,20 @@ def require_data(path: str) -> None:
   """Checks that the data of `--data` are there.
 
   Args:
-    path: a file, or tar archives: one, a folder of them, or a pattern.
+    path: a file, or what `kinds.kind_of` knows: tar archives or Parquet files,
+      one, a folder of them, or a pattern; or a folder of `datasets`.
 
   Raises:
     FileNotFoundError: a file does not exist.
     errors.LavitError: it is another folder, or a pattern that names nothing.
   """
-  if not archives.is_named(path):
+  kind = kinds.kind_of(path)
+  if kind == "hf":  # it exists: that is how it was known
+    return
+  if kind == "parquet":
+    require_files([os.fspath(one) for one in parquet.files_of(path)])
+    return
+  if kind != "webdataset":
     require_files([path])
     return
   first, *_ = archives.of(path)

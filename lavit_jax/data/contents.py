@@ -10,6 +10,14 @@ _EXAMPLES_HASHED = 16  # of each task
 _CHUNK = 1 << 20  # bytes read at once: an array may be one line
 
 
+def is_stored(source: examples.Source) -> bool:
+  """Returns whether a source's examples are stored, and not computed."""
+  return (
+    isinstance(source, examples.HasContents)
+    or getattr(source, "path", None) is not None
+  )
+
+
 def of(source: examples.Source) -> str:
   """Returns a hex digest of the images' names, the texts and their order.
 

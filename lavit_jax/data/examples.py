@@ -7,7 +7,7 @@ tokens.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -123,6 +123,30 @@ class HasEncodedImages(Protocol):
 
   def encoded(self, i: int) -> Any:
     """Returns image i as `image_io.load` takes it: a path, or bytes."""
+
+
+@runtime_checkable
+class HasFields(Protocol):
+  """A source whose images have a json with more about them."""
+
+  def fields(self, i: int) -> Mapping[str, Any]:
+    """Returns the json of image i; {} if it has none."""
+
+
+@runtime_checkable
+class HasUsable(Protocol):
+  """A source of which only some images are to be used."""
+
+  @property
+  def usable(self) -> np.ndarray:
+    """Returns the numbers of these images in order, int[n]."""
+
+
+def usable(source: Source) -> np.ndarray:
+  """Returns the numbers of the images that are to be used, int32[n]."""
+  if isinstance(source, HasUsable):
+    return source.usable
+  return np.arange(source.num_images, dtype=np.int32)
 
 
 @runtime_checkable

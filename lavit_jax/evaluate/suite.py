@@ -80,7 +80,8 @@ def evaluate(
     source = kinds.build(data, "held_out")
     _evaluate_user_data(lavit, source, metrics, exhibits)
     return metrics, exhibits
-  sized = dict(data) | {"held_out_size": max(scenes, CODE_IMAGES)}
+  more = {"held_out_size": max(scenes, CODE_IMAGES), "filters": {}}
+  sized = dict(data) | more
   held_out = kinds.build(sized, "held_out")
   never_seen = kinds.build(sized, "never_seen")
   with progress.Progress(

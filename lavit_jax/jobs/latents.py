@@ -11,7 +11,7 @@ import numpy as np
 
 from lavit_jax.core import image_io, progress
 from lavit_jax.core.storage import files
-from lavit_jax.data import examples, faults, image_bytes
+from lavit_jax.data import examples, faults, image_bytes, image_sizes
 from lavit_jax.data.batching import bucket_rows
 from lavit_jax.data.batching import buckets as buckets_lib
 from lavit_jax.data.caches import latents
@@ -57,7 +57,7 @@ def write_cache(
   latent_parts.check_buckets(data["buckets"], net.config)
   description = kinds.describe(data, split, source)
   meta = _meta(source, data["buckets"], net, params, description, model)
-  assigned = buckets_lib.assign(buckets_lib.sizes_of(source), meta.buckets)
+  assigned = buckets_lib.assign(image_sizes.of(source), meta.buckets)
   log = faults.FaultLog("images", faults.share_of(data))
   encode = _encoder(net, params)
   with progress.Progress(

@@ -36,7 +36,9 @@ def test_edit_reads_the_first_image_and_writes_the_second():
 _PROTOCOLS = """
 from lavit_jax.data import examples, sequences
 from lavit_jax.data.caches import codes
-from lavit_jax.data.sources import jsonl, shapes, tfds, webdataset
+from lavit_jax.data.sources import (
+  filtered, hf, jsonl, mixed, parquet, shapes, tfds, webdataset
+)
 from tests.data import fakes
 
 def check(
@@ -44,16 +46,25 @@ def check(
   jsonl_source: jsonl.JsonlSource,
   tfds_source: tfds.TfdsSource,
   tars: webdataset.WebDatasetSource,
+  tables: parquet.ParquetSource,
+  folder: hf.HfSource,
+  mixture: mixed.MixedSource,
+  kept: filtered.FilteredSource,
   fake_source: fakes.Source,
   cache: codes.CodeCache,
   fake_cache: fakes.Cache,
 ) -> None:
   sources: list[examples.Source]
   sources = [shapes_source, jsonl_source, tfds_source, tars, fake_source]
+  sources += [tables, folder, mixture, kept]
   encoded: list[examples.HasEncodedImages] = [jsonl_source, tfds_source, tars]
-  stored: list[examples.HasStorage] = [tfds_source, tars]
-  contents: list[examples.HasContents] = [tfds_source, tars]
-  fingerprint: examples.HasFingerprint = tars
+  encoded += [tables, folder, mixture, kept]
+  stored: list[examples.HasStorage] = [tfds_source, tars, tables, folder]
+  contents: list[examples.HasContents] = [tfds_source, tars, tables, folder]
+  contents += [mixture, kept]
+  fingerprints: list[examples.HasFingerprint] = [tars, tables, folder, mixture]
+  fields: list[examples.HasFields] = [tars, tables, folder]
+  usable: list[examples.HasUsable] = [mixture, kept]
   caches: list[sequences.Codes] = [cache, fake_cache]
 """
 

@@ -1,5 +1,6 @@
 """Small stand-ins: a tokenizer, a source and a cache made of plain numbers."""
 
+import hashlib
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 
@@ -39,6 +40,10 @@ class Source:
     bad: Collection[int] = (),
   ):
     self.documents, self.num_images, self.bad = documents, num_images, bad
+
+  def contents(self) -> str:
+    digest = hashlib.sha256(repr((self.documents, self.num_images)).encode())
+    return digest.hexdigest()
 
   def image(self, i: int) -> np.ndarray:
     if i in self.bad:

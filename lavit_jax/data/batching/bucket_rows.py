@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from lavit_jax.core import errors, image_io
-from lavit_jax.data import examples
+from lavit_jax.data import examples, image_sizes
 from lavit_jax.data import faults as faults_lib
 from lavit_jax.data.batching import buckets as buckets_lib
 from lavit_jax.data.batching import pipeline
@@ -59,9 +59,14 @@ def batches(
   _check(source, crop, seed, latents)
   sizes = [tuple(int(side) for side in pair) for pair in buckets]
   if latents is None:
-    assigned = buckets_lib.assign(buckets_lib.sizes_of(source), sizes)
+    assigned = buckets_lib.assign(image_sizes.of(source), sizes)
   else:
     assigned = latents.assigned
+  log = faults_lib.FaultLog(f"images of {source.name}", limit_share)
+  _log_unreadable(source, assigned, log)
+  unused = np.ones(source.num_images, bool)
+  unused[examples.usable(source)] = False
+  assigned = np.where(unused, buckets_lib.NONE, assigned)
   plan: buckets_lib.BucketPlan | buckets_lib.OnePass
   if seed is None:
     plan = buckets_lib.OnePass(assigned, len(sizes), batch_size)
@@ -70,8 +75,6 @@ def batches(
     _warn_of_rare(source, sizes, assigned, batch_size)
     plan = buckets_lib.BucketPlan(assigned, len(sizes), batch_size, seed)
     length = _ENDLESS
-  log = faults_lib.FaultLog(f"images of {source.name}", limit_share)
-  _log_unreadable(source, assigned, log)
   crop_seed = seed if crop == "random" else None
   rows = _Rows(source, sizes, plan, batch_size, log, latents, crop_seed)
   return pipeline.Batches(

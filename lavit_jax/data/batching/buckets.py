@@ -4,13 +4,12 @@ A bucket is a height and a width that images are scaled and cropped to. All
 images of a batch are of one bucket (Podell et al., arXiv 2307.01952, section
 2.3). Batch k is a pure function of the arguments and k:
 
-  assigned = assign(sizes_of(source), buckets)
+  assigned = assign(image_sizes.of(source), buckets)
   plan = BucketPlan(assigned, len(buckets), batch_size, seed)
   plan.batch(k) -> (bucket, image numbers)
 """
 
 import bisect
-import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -18,33 +17,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lavit_jax.core import errors, image_io
-from lavit_jax.data import examples
+from lavit_jax.core import errors
 from lavit_jax.data.batching import orders
 
 NONE = -1  # the bucket of an image that cannot be read
 _TURNS_KEPT = 256  # batches whose position in their bucket stays in memory
-_THREADS = 8  # that read headers
-
-
-def sizes_of(source: examples.Source) -> np.ndarray:
-  """Returns heights and widths of a source's images, int32[num_images, 2].
-
-  Reads only the headers; (0, 0) stands for an image that cannot be read. Of a
-  source without `encoded`, which has only squares, nothing is read.
-  """
-  if not isinstance(source, examples.HasEncodedImages):
-    return np.full((source.num_images, 2), source.image_size, np.int32)
-
-  def size_of(i):
-    try:
-      return image_io.size_of(source.encoded(i), name=source.image_key(i))
-    except image_io.ImageError:
-      return 0, 0  # logged by whoever makes the rows
-
-  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    sizes = list(pool.map(size_of, range(source.num_images)))
-  return np.array(sizes, np.int32).reshape(-1, 2)
 
 
 def assign(

@@ -125,9 +125,19 @@ def computed(
   source: examples.Source,
   task: str,
   tokenizer: vocabulary_lib.TextTokenizer,
+  chosen: np.ndarray | None = None,
 ) -> Lengths:
-  """Returns the lengths of all examples of a task, computed anew."""
-  count = source.num_examples(task)
+  """Returns the lengths of examples of a task, computed anew.
+
+  Args:
+    source: an examples.Source.
+    task: one of its tasks.
+    tokenizer: of the texts.
+    chosen: int64[n], which examples; all by default.
+  """
+  if chosen is None:
+    chosen = np.arange(source.num_examples(task))
+  count = len(chosen)
   text, reads = np.empty(count, np.int32), np.empty(count, np.int32)
   ends, images = np.empty(count, np.int64), []
   bar: Any = contextlib.nullcontext()
@@ -138,7 +148,8 @@ def computed(
   with bar:
     for start in range(0, count, _CHUNK):
       stop = min(start + _CHUNK, count)
-      some = [source.example(task, i) for i in range(start, stop)]
+      numbers = chosen[start:stop].tolist()
+      some = [source.example(task, i) for i in numbers]
       text[start:stop] = _text_lengths(some, tokenizer)
       for i, example in enumerate(some, start):
         found = [

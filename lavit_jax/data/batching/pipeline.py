@@ -20,7 +20,7 @@ from lavit_jax.core import errors
 from lavit_jax.core import vocabulary as vocabulary_lib
 from lavit_jax.data import examples, sequences
 from lavit_jax.data import faults as faults_lib
-from lavit_jax.data.batching import mixtures, orders, packing
+from lavit_jax.data.batching import image_orders, packing
 from lavit_jax.data.batching import rows as rows_lib
 from lavit_jax.data.sources import mixed
 
@@ -161,13 +161,14 @@ def image_batches(
     errors.DataError: the source holds no images.
   """
   log = faults_lib.FaultLog(f"images of {source.name}", limit_share)
-  if not source.num_images:
+  usable = examples.usable(source)
+  if not len(usable):
     raise errors.DataError(f"{source.name} holds no images.")
-  order: Sequence[int] | orders.Permutation | _Images
-  order = range(source.num_images)
-  length = source.num_images
+  order: np.ndarray | image_orders.Order = usable
+  length, progress = len(usable), lambda number: {"epoch": number / len(usable)}
   if seed is not None:
-    order, length = _endless(source, seed), _ENDLESS
+    endless = image_orders.of(source, seed)
+    order, length, progress = endless, _ENDLESS, endless.epochs
 
   def row(number):
     i = int(order[number])
@@ -185,41 +186,8 @@ def image_batches(
       out["text"], out["text_mask"] = _text(ids, text_length)
     return out
 
-  def progress(number: int) -> dict[str, float]:
-    if isinstance(order, _Images):
-      epochs = order.stream.epochs(number).tolist()
-      return dict(zip(order.names, epochs, strict=True))
-    return {"epoch": number / source.num_images}
-
   rows = grain.MapDataset.range(length).map(row)
   return Batches(rows, batch_size, (log,), progress)
-
-
-def _endless(source, seed):
-  """Returns the endless order of a source's images, by the parts' weights."""
-  if not isinstance(source, mixed.MixedSource):
-    return orders.Permutation(source.num_images, orders.make_seed(seed))
-  counts = [part.source.num_images for part in source.parts]
-  weights = [
-    part.weight if n else 0
-    for part, n in zip(source.parts, counts, strict=True)
-  ]
-  stream = mixtures.Mixture(counts, weights, seed)
-  names = [f"epoch/{part.name}" for part in source.parts]
-  return _Images(stream, np.cumsum([0, *counts]).tolist(), names)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Images:
-  """The images of a mixture, in the order of a stream of documents."""
-
-  stream: mixtures.Mixture
-  starts: list[int]  # of each part
-  names: list[str]  # of each part's epochs, for logs
-
-  def __getitem__(self, k: int) -> int:
-    part, number = self.stream.document(k)
-    return self.starts[part] + number
 
 
 def _text(ids, length):

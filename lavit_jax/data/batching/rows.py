@@ -14,11 +14,12 @@ import numpy as np
 
 from lavit_jax.core import image_io
 from lavit_jax.core import vocabulary as vocabulary_lib
-from lavit_jax.data import examples, faults, sequences
+from lavit_jax.data import contents, examples, faults, sequences
 from lavit_jax.data.batching import lengths, mixtures, packing, pieces
 
 _RULES = b"orders are enciphered"  # of plans, for their memos
 _MEASURED = 100_000  # documents whose mean length is taken for that of all
+_MEASURED_ALONE = 500  # of those whose lengths are not known
 _WINDOWS_KEPT = 4  # windows whose tokenised texts stay in memory
 
 
@@ -63,7 +64,10 @@ class Documents:
     weights: Mapping[int, Sequence[fractions.Fraction]],
     by_tokens: bool = False,
   ) -> None:
-    """Reads the lengths of all examples.
+    """Reads the lengths of all examples that are stored.
+
+    Of computed ones, which may be endless and slow to make, each length is
+    found when its document is planned.
 
     Args:
       components: of the mixture.
@@ -80,10 +84,13 @@ class Documents:
     self._components, self._tokenizer = components, tokenizer
     self._vocabulary, self._limits = vocabulary, limits
     counts = [c.source.num_examples(c.task) for c in components]
-    self._lengths = []
+    self._lengths: list[lengths.Lengths | None] = []
     for c in components:
-      self._lengths.append(lengths.of(c.source, c.task, tokenizer))
-      lengths.require_codes(c.source, c.task, self._lengths[-1], c.cache)
+      found = None
+      if contents.is_stored(c.source):
+        found = lengths.of(c.source, c.task, tokenizer)
+        lengths.require_codes(c.source, c.task, found, c.cache)
+      self._lengths.append(found)
     if by_tokens:
       means = [self._mean_positions(c) for c in range(len(components))]
       weights = {
@@ -105,9 +112,18 @@ class Documents:
 
   def _mean_positions(self, c):
     """Returns the mean positions of a component's usable documents."""
-    found, cache = self._lengths[c], self._components[c].cache
-    some = np.linspace(0, len(found.text) - 1, _MEASURED).astype(np.int64)
-    sizes = found.sizes(some, cache.counts if cache else None)
+    component, found = self._components[c], self._lengths[c]
+    count = component.source.num_examples(component.task)
+    measured = _MEASURED if found else _MEASURED_ALONE
+    some = np.unique(np.linspace(0, count - 1, measured).astype(np.int64))
+    if found is None:
+      found = lengths.computed(
+        component.source, component.task, self._tokenizer, some
+      )
+      some = np.arange(len(some))
+    sizes = found.sizes(
+      some, component.cache.counts if component.cache else None
+    )
     usable = sizes[sizes[:, 0] != lengths.BAD, 0]
     return fractions.Fraction(float(usable.mean()) if len(usable) else 1.0)
 
@@ -122,9 +138,12 @@ class Documents:
     components, chosen = self.stream.documents(start, stop)
     sizes = np.empty((stop - start, 2), np.int64)
     for c, component in enumerate(self._components):
-      mine = components == c
+      mine, found = components == c, self._lengths[c]
       counts = component.cache.counts if component.cache else None
-      sizes[mine] = self._lengths[c].sizes(chosen[mine], counts)
+      if found is None:
+        sizes[mine] = lengths.BAD  # not known before it is tokenized
+      else:
+        sizes[mine] = found.sizes(chosen[mine], counts)
     unusual = (sizes == lengths.BAD).any(1) | (sizes > self._limits).any(1)
     self.logs[0].good(int((~unusual).sum()))
     if not unusual.any():

@@ -32,13 +32,20 @@ def is_named(path: str | os.PathLike[str]) -> bool:
   return os.path.isdir(path) or (pattern and not path.endswith(lines))
 
 
-def of(path: str | os.PathLike[str]) -> list[Any]:
+def of(
+  path: str | os.PathLike[str],
+  suffix: str = _SUFFIX,
+  kind: str = "tar archive",
+) -> list[Any]:
   """Returns the archives that a path names, in order.
 
   Args:
     path: of an archive; of a folder, whose .tar files are meant; or a pattern:
       "data/{00000..00331}.tar", "data/{train,val}*.tar", here or on gs://. A
       bracket that is part of a name is [[] in a pattern.
+    suffix: of the files of a folder that are meant, where others than archives
+      are looked for.
+    kind: what these are, for the message.
 
   Raises:
     errors.DataError: there are none.
@@ -46,11 +53,11 @@ def of(path: str | os.PathLike[str]) -> list[Any]:
   path = os.fspath(path)
   found: list[str] = []
   for one in [path] if _exists(path) else _unbraced(path):
-    found += _matching(one)
+    found += _matching(one, suffix)
   if not found:
     raise errors.DataError(
-      f"{path} names no tar archive. Give one, a folder with .tar files, or a"
-      " pattern such as 'data/{00000..00331}.tar'."
+      f"{path} names no {kind}. Give one, a folder with {suffix} files, or a"
+      f" pattern such as 'data/{{00000..00331}}{suffix}'."
     )
   if len(set(found)) < len(found):
     twice = next(p for p in found if found.count(p) > 1)
@@ -82,7 +89,7 @@ def _unbraced(path):
     count *= len(choice)
   if count > _MOST:
     raise errors.DataError(
-      f"{path} names {count} archives, more than {_MOST}. Check its braces."
+      f"{path} names {count} files, more than {_MOST}. Check its braces."
     )
   return ["".join(some) for some in itertools.product(*choices)]
 
@@ -105,27 +112,27 @@ def _choices(inside):
   return [str(number).zfill(width) for number in numbers]
 
 
-def _matching(path):
+def _matching(path, suffix):
   """Returns the archives of a folder or a pattern; the path itself if none."""
   if files.is_remote(path):
-    return _remote(path)
+    return _remote(path, suffix)
   if os.path.isdir(path):
     paths = [os.path.join(path, name) for name in sorted(os.listdir(path))]
     return [
-      p for p in paths if p.lower().endswith(_SUFFIX) and os.path.isfile(p)
+      p for p in paths if p.lower().endswith(suffix) and os.path.isfile(p)
     ]
   if os.path.exists(path) or not glob.has_magic(path):
     return [path]
   return sorted(glob.glob(path))
 
 
-def _remote(path):
+def _remote(path, suffix):
   """Returns the same of an object store."""
-  if not glob.has_magic(path) and path.endswith(_SUFFIX):
+  if not glob.has_magic(path) and path.endswith(suffix):
     return [path]
   folder, _, pattern = path.rpartition("/")
   if not glob.has_magic(path):
-    folder, pattern = path.rstrip("/"), "*.tar"
+    folder, pattern = path.rstrip("/"), f"*{suffix}"
   names = [os.fspath(found) for found in files.listing(files.path_of(folder))]
   return sorted(
     name for name in names if fnmatch.fnmatch(name.rpartition("/")[2], pattern)

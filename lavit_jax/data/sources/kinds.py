@@ -19,14 +19,28 @@ from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 from lavit_jax.data import examples, faults
 from lavit_jax.data.indexes import archives
-from lavit_jax.data.sources import jsonl, mixed, shapes, tfds, webdataset
+from lavit_jax.data.records import columns, filters
+from lavit_jax.data.sources import (
+  filtered,
+  hf,
+  jsonl,
+  mixed,
+  parquet,
+  shapes,
+  tables,
+  tfds,
+  webdataset,
+)
 
 _LOG = logging.getLogger(__name__)
 _OF_MIXTURES = ("weight",)  # fields of a source that config.data has not
 _EXAMPLES = {  # of config.data.path, by kind
   "jsonl": ("a file of JSON lines", "my.jsonl"),
   "webdataset": ("tar archives", "'data/{00000..00331}.tar'"),
+  "parquet": ("Parquet files", "'data/train-*.parquet'"),
+  "hf": ("a folder of the library `datasets`", "my_dataset"),
 }
+_OF_TABLES = {"parquet": parquet.ParquetSource, "hf": hf.HfSource}
 
 
 def parts_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -59,13 +73,15 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
   """Returns the source that config.data describes.
 
   Args:
-    config: fields `kind` ("shapes", "jsonl", "webdataset" or "tfds"),
-      `image_size`, `seed` and those of the kind: shapes `train_size`,
-      `held_out_size`; jsonl and webdataset `path`, `held_out_path` (empty: a
-      tenth of `path`, by hash); jsonl `allow_absolute`; tfds `name`,
-      `train_split`, `held_out_split`, `data_dir`, `image_feature`,
-      `text_feature`. `limit_share` is the share of bad lines, samples or
-      records that is an error. Or `sources`, see above.
+    config: fields `kind` ("shapes", "jsonl", "webdataset", "parquet", "hf" or
+      "tfds"), `image_size`, `seed` and those of the kind: shapes `train_size`,
+      `held_out_size`; tfds `name`, `train_split`, `held_out_split`,
+      `data_dir`, `image_feature`, `text_feature`; the others `path`,
+      `held_out_path` (empty: a tenth of `path`, by hash); jsonl, parquet and
+      hf `allow_absolute`; parquet and hf `image_feature`, `text_feature`; hf
+      `train_split`, `held_out_split`. `limit_share` is the share of bad lines,
+      samples, rows or records that is an error; `filters` choose images and
+      texts (`filters.py`). Or `sources`, see above.
     split: "train", "held_out" or (shapes only) "never_seen".
 
   Raises:
@@ -82,6 +98,10 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
         for name, part in parts.items()
       ]
     )
+  chosen = filters.Filters.of(config.get("filters"))
+  if not chosen.keep_all:
+    whole = build({**config, "filters": {}}, split)
+    return filtered.FilteredSource(whole, chosen)
   limit_share = faults.share_of(config)
   kind = config["kind"]
   if kind == "shapes":
@@ -110,6 +130,24 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
     return webdataset.WebDatasetSource(
       path, config["image_size"], split=part, limit_share=limit_share
     )
+  if kind in _OF_TABLES:
+    path, part = _path_of(config, split)
+    if kind == "hf" and part == split:
+      path, part = hf.part_of(
+        path,
+        split,
+        config.get("train_split", "train"),
+        config.get("held_out_split", "test"),
+      )
+    return _OF_TABLES[kind](
+      path,
+      config["image_size"],
+      split=part,
+      image_column=config.get("image_feature", columns.IMAGE),
+      text_column=config.get("text_feature", columns.TEXT),
+      allow_absolute=config.get("allow_absolute", False),
+      limit_share=limit_share,
+    )
   if kind == "tfds":
     return tfds.TfdsSource(
       config["name"],
@@ -121,13 +159,20 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
       limit_share=limit_share,
     )
   raise errors.ConfigError(
-    f"config.data.kind={kind!r} is unknown; expected shapes, jsonl, webdataset"
-    " or tfds."
+    f"config.data.kind={kind!r} is unknown; expected shapes, jsonl,"
+    " webdataset, parquet, hf or tfds."
   )
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-  """Returns the kind of the data at a path: "webdataset" or "jsonl"."""
+  """Returns the kind of the data at a path, by its name and what is there.
+
+  It is "parquet", "hf", "webdataset" or "jsonl".
+  """
+  if parquet.is_named(path):
+    return "parquet"
+  if hf.is_named(path):
+    return "hf"
   return "webdataset" if archives.is_named(path) else "jsonl"
 
 
@@ -162,7 +207,9 @@ def describe(
     )
   if config["kind"] in _EXAMPLES:
     part = "a tenth" if split == "held_out" else "nine tenths"
-    part = "all" if config.get("held_out_path") else f"{split}, {part} by hash,"
+    whole = getattr(source, "source", source)  # of a filtered one
+    apart = config.get("held_out_path") or getattr(whole, "split", "") == "all"
+    part = "all" if apart else f"{split}, {part} by hash,"
     name = f"{part} of {name}"
   return f"{name}: {source.num_images} images of {source.image_size} pixels"
 
@@ -200,11 +247,17 @@ def _warn_of_shared(config, train, held_out):
 
 def _count_shared(config, train, held_out) -> tuple[int, int, str]:
   """Returns (number in both, number held out, name of these)."""
+  train, held_out = (
+    one.source if isinstance(one, filtered.FilteredSource) else one
+    for one in (train, held_out)
+  )
   if config["kind"] == "tfds":
     return tfds.overlap(train, held_out), held_out.num_images, "records"
   if config["kind"] == "webdataset":
     shared = webdataset.overlap(train, held_out)
     return shared, held_out.num_images, "samples"
+  if config["kind"] in _OF_TABLES:
+    return tables.overlap(train, held_out), held_out.num_rows, "rows"
   if config["kind"] != "jsonl":
     return 0, held_out.num_images, "images"
   path = config.get("held_out_path")

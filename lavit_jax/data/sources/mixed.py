@@ -121,6 +121,15 @@ class MixedSource:
       parts=tuple(_moved(part, start) for part in example.parts),
     )
 
+  @property
+  def usable(self) -> np.ndarray:
+    """Returns the images that the parts have for use, int32[n]."""
+    found = [
+      examples.usable(part.source) + start
+      for part, start in zip(self.parts, self._images[:-1], strict=True)
+    ]
+    return np.concatenate(found).astype(np.int32)
+
   def fingerprint(self) -> str:
     """Returns a digest of the images' names, their order and size."""
     return self._digest(examples.fingerprint)

@@ -8,10 +8,13 @@ none, and is for the tokenizer alone then.
 """
 
 import collections
+import functools
 import hashlib
+import json
 import os
 import threading
 import zlib
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +24,7 @@ from lavit_jax.data import examples, faults
 from lavit_jax.data.indexes import archives, stored, tar_samples
 
 _BLOCK = 512
+_MOST_JSON = 1 << 20  # bytes
 _OPEN = 512  # archives and indexes kept open
 _SPLITS = 1 << 32  # what the hashes of names run to
 # Of tar_samples.COLUMNS, those that are held in memory.
@@ -213,6 +217,30 @@ class WebDatasetSource:
     """Returns the caption of image i, or nothing."""
     _, caption = self._string(i, "caption")
     return [caption.decode()] if caption else []
+
+  def fields(self, i: int) -> dict[str, Any]:
+    """Returns the json of sample i; {} without one, or if it is no object."""
+    block, size = self._jsons[self._numbers[i]].tolist()
+    if not 0 < size <= _MOST_JSON:
+      return {}
+    try:
+      found = json.loads(self._read(i, block, size))
+    except (OSError, ValueError, RecursionError):  # a filter leaves it out
+      return {}
+    return found if isinstance(found, dict) else {}
+
+  @functools.cached_property
+  def _jsons(self):
+    """Where the json of each sample is, uint32[n, 2]: block and size.
+
+    Read when it is first asked for: only filters need it.
+    """
+    return np.concatenate(
+      [
+        np.stack([index.samples.columns[n] for n in ("json", "json_size")], 1)
+        for index in stored.of(self.archives, quiet=True)
+      ]
+    )
 
   def tasks(self) -> tuple[str, ...]:
     """Returns image_text and text_image, where there are captions."""

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from lavit_jax.core import errors
+from lavit_jax.data import image_sizes
 from lavit_jax.data.batching import bucket_rows, buckets, pipeline
 from lavit_jax.data.sources import jsonl
 
@@ -40,7 +41,7 @@ def _batches(source, **kwargs):
 
 
 def test_a_batch_has_one_shape_and_all_images_its_ratio(source):
-  assigned = buckets.assign(buckets.sizes_of(source), _BUCKETS)
+  assigned = buckets.assign(image_sizes.of(source), _BUCKETS)
   seen = set()
   data = pipeline.iterate(_batches(source), num_threads=0)
   for _ in range(30):
@@ -55,7 +56,7 @@ def test_a_batch_has_one_shape_and_all_images_its_ratio(source):
 
 
 def test_a_bucket_with_fewer_images_than_a_batch_is_warned_of(source, caplog):
-  assigned = buckets.assign(buckets.sizes_of(source), _BUCKETS)
+  assigned = buckets.assign(image_sizes.of(source), _BUCKETS)
   assert buckets.rare(assigned, 3, 4) == {0: 3, 1: 3, 2: 2}
   assert buckets.rare(assigned, 3, 3) == {2: 2}
   _batches(source)

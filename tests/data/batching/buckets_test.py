@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from lavit_jax.core import errors
+from lavit_jax.data import image_sizes
 from lavit_jax.data.batching import buckets
 from lavit_jax.diffusion import stable_diffusion
 
@@ -180,5 +181,5 @@ class _Files:
 
 
 def test_sizes_come_from_headers_upright(tmp_path):
-  found = buckets.sizes_of(_Files(tmp_path)).tolist()
+  found = image_sizes.of(_Files(tmp_path)).tolist()
   assert found == [[10, 20], [20, 10], [0, 0]]

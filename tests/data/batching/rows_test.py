@@ -426,3 +426,28 @@ def test_an_unknown_task_in_the_mixture_is_refused():
     errors.ConfigError, match=r"\['documents'\], which are no"
   ):
     _packed(source, _cache(0), mixture={"document": 1.0, "documents": 1.0})
+
+
+class _Computed(fakes.Source):
+  """A source whose examples are not stored, such as the scenes."""
+
+  contents = None
+
+
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_computed_and_stored_examples_give_the_same_rows(by_tokens):
+  texts = [_long(n) for n in (3, 40, 90, 5, 0, 17)] * 5
+  documents = {"document": _documents(5), "text": texts}
+  seen = []
+  for kind in (fakes.Source, _Computed):
+    packed = _packed(
+      kind(documents),
+      _cache(),
+      mixture={"document": 1, "text": 0.7},
+      by_tokens=by_tokens,
+    )
+    seen.append([packed[k] for k in range(6)])
+    assert packed.faults[2].seen > 0
+  for one, two in zip(*seen, strict=True):
+    for name in one:
+      np.testing.assert_array_equal(one[name], two[name])

@@ -35,6 +35,19 @@ def test_archives_are_named(folder, pattern, numbers):
   assert archives.is_named(f"{folder}{pattern}")
 
 
+def test_files_of_another_suffix_are_named_alike(folder):
+  for name in ("b.parquet", "a.PARQUET", "c.parquet.crc"):
+    (folder / name).write_text("")
+  of = lambda path: archives.of(path, ".parquet", "Parquet file")
+  assert [p.name for p in of(folder)] == ["a.PARQUET", "b.parquet"]
+  assert [p.name for p in of(f"{folder}/{{b,c}}*")] == [
+    "b.parquet",
+    "c.parquet.crc",
+  ]
+  with pytest.raises(errors.DataError, match=r"no Parquet file.*31}\.parquet'"):
+    of(f"{folder}/*.zip")
+
+
 def test_a_name_with_brackets_is_itself(tmp_path):
   path = tars.write(tmp_path / "a{1}[2].tar", tars.sample("1"))
   assert archives.of(path) == [path]
