@@ -29,7 +29,8 @@ def _value_and_grad(loss, hidden, head, targets, weights, **kwargs):
     total, nll = loss(hidden, head, targets, weights, **kwargs)
     return total, nll
 
-  return jax.value_and_grad(scalar, (0, 1), has_aux=True)(hidden, head)
+  run = jax.jit(jax.value_and_grad(scalar, (0, 1), has_aux=True))
+  return run(hidden, head)
 
 
 @pytest.mark.parametrize("block", [3, 64])

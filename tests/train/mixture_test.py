@@ -37,8 +37,8 @@ def config(micro_codes, tmp_path):
 
 
 def test_a_mixture_is_trained_and_goes_on_as_it_was(config, tmp_path):
-  loop.train(config, tmp_path / "straight", quiet=True)
   with micro.one_device():
+    loop.train(config, tmp_path / "straight", quiet=True)
     loop.train(config, tmp_path / "run", quiet=True, stop_at=3)
     loop.train(config, tmp_path / "run", quiet=True)
   crcs, rows = [], []
@@ -60,8 +60,12 @@ def test_a_mixture_is_trained_and_goes_on_as_it_was(config, tmp_path):
 
 def test_weights_change_from_a_document_on_and_not_before(config, tmp_path):
   run = tmp_path / "run"
-  loop.train(config, run, quiet=True, stop_at=2)
-  again = lambda: loop.train(config, run, quiet=True, stop_at=3)
+
+  def again(stop=3):
+    with micro.one_device():
+      loop.train(config, run, quiet=True, stop_at=stop)
+
+  again(stop=2)
   config.data.reweighted = {"1": {"prose": 3.0}}
   with pytest.raises(errors.DataError, match="can change from document 48 on"):
     again()

@@ -14,10 +14,13 @@ from tests import micro
 from tests.golden import load
 
 
+# Compiled as a whole here and below: operation by operation takes longer.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def unit(rng, *shape):
   return layers.l2_normalize(jax.random.normal(rng, shape))
 
 
+@functools.cache
 def clusters(count=8, each=16, dim=6):
   """Unit vectors round `count` far apart directions; vectors, directions."""
   directions = unit(jax.random.key(3), 200, dim)
@@ -59,21 +62,25 @@ def test_quantize_gives_the_code_and_the_gradient_of_z():
   vectors, ids = quantizer.quantize(z, codes)
   np.testing.assert_allclose(vectors, codes[ids], atol=1e-7)
   weights = jnp.arange(3.0)
-  to_codes = jax.grad(lambda codes: quantizer.quantize(z, codes)[0].sum())
-  assert float(jnp.abs(to_codes(codes)).max()) == 0.0
-  through = jax.grad(
-    lambda z: (quantizer.quantize(z, codes)[0] @ weights).sum()
+  to_codes = jax.jit(
+    jax.grad(lambda codes: quantizer.quantize(z, codes)[0].sum())
   )
-  plain = jax.grad(lambda z: (layers.l2_normalize(z) @ weights).sum())
+  assert float(jnp.abs(to_codes(codes)).max()) == 0.0
+  through = jax.jit(
+    jax.grad(lambda z: (quantizer.quantize(z, codes)[0] @ weights).sum())
+  )
+  plain = jax.jit(jax.grad(lambda z: (layers.l2_normalize(z) @ weights).sum()))
   np.testing.assert_allclose(through(z), plain(z), atol=1e-6)
 
 
+@jax.jit
 def _moved(stats, z, ids, weights, decay=0.99):
   """Statistics after a batch."""
   batch = quantizer.assigned(z, ids, weights, len(stats["codes"]))
   return quantizer.ema_update(stats, batch, decay)
 
 
+@jax.jit
 def _revived(stats, z, weights, rng, threshold):
   """Statistics with what died started anew from a batch."""
   order = 1 + jax.random.permutation(rng, weights.size).reshape(weights.shape)
@@ -91,10 +98,12 @@ def test_codes_and_statistics_get_no_gradient():
     commit = quantizer.commitment(z, codes, ids)
     return commit.sum(), moved["codes"].sum()
 
-  gradient = jax.grad(lambda *a: loss(*a)[0], (0, 1))(stats["codes"], z)
+  gradient = jax.jit(jax.grad(lambda *a: loss(*a)[0], (0, 1)))(
+    stats["codes"], z
+  )
   assert float(jnp.abs(gradient[0]).max()) == 0.0
   assert float(jnp.abs(gradient[1]).max()) > 0.0
-  moved = jax.grad(lambda z: loss(stats["codes"], z)[1])(z)
+  moved = jax.jit(jax.grad(lambda z: loss(stats["codes"], z)[1]))(z)
   assert float(jnp.abs(moved).max()) == 0.0
 
 
@@ -105,8 +114,9 @@ def test_ema_moves_codes_to_their_vectors_and_keeps_them_unit():
   )
   stats = quantizer.init_stats(jax.random.key(0), 8, 6)
   stats |= {"codes": start, "sums": start}
+  lookup = jax.jit(quantizer.lookup)
   for _ in range(40):
-    ids = quantizer.lookup(z, stats["codes"])
+    ids = lookup(z, stats["codes"])
     stats = _moved(stats, z, ids, jnp.ones(len(z)), 0.9)
   np.testing.assert_allclose(
     jnp.linalg.norm(stats["codes"], axis=-1), 1.0, rtol=1e-5
@@ -160,7 +170,8 @@ def test_kmeans_recovers_clusters():
   noise = unit(jax.random.key(9), 64, 6)  # of weight zero
   vectors = jnp.concatenate([noise, z])
   weights = jnp.concatenate([jnp.zeros(64), jnp.ones(len(z))])
-  stats = quantizer.kmeans_init(jax.random.key(0), vectors, weights, 8, 10)
+  run = jax.jit(lambda *args: quantizer.kmeans_init(*args, 8, 10))
+  stats = run(jax.random.key(0), vectors, weights)
   nearest = (centres @ stats["codes"].T).max(1)
   assert float(nearest.min()) > 0.995
   np.testing.assert_allclose(stats["counts"], 1.0, rtol=1e-5)
