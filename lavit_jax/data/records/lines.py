@@ -1,7 +1,7 @@
 """Reads a user's file of JSON lines as rows, or says what the file is instead.
 
-The file holds one JSON object a line, or one JSON array of objects, and may be
-gzipped.
+The file holds one JSON object a line, or one JSON array of objects, or COCO's
+annotations (`annotations.py`), and may be gzipped.
 """
 
 import codecs
@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from lavit_jax.core import errors
 from lavit_jax.core.storage import files
+from lavit_jax.data.records import annotations
 
 _MAX_LENGTH = 64 << 20  # bytes of a line, characters of an array's item
 _MAX_DEPTH = 64  # nested objects and lists of a line
@@ -58,8 +59,16 @@ def rows(path: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
   try:
     with unpacked(path) as file:
       start = file.peek(4096)[:4096]
+      text = start.removeprefix(codecs.BOM_UTF8)
+      if annotations.is_likely(text):
+        found = annotations.rows(path, file)
+        if found is not None:
+          for number, row in found:
+            yield number, _row(row)
+          return
+        file.seek(0)
       _check(path, start)
-      begin = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+      begin = text.lstrip()[:1]
       yield from (_items if begin == b"[" else _lines)(path, file)
   except (gzip.BadGzipFile, EOFError, zlib.error) as error:
     raise errors.DataError(
@@ -95,8 +104,8 @@ def _check(path, start):
   if first.strip() == b"{":
     raise errors.DataError(
       f"{path} has JSON objects over several lines; {_EXPECTED}:"
-      " jq -c . OLD > NEW writes it so. (From one object that holds lists,"
-      " such as COCO's annotations, write a line for each image.)"
+      " jq -c . OLD > NEW writes it so. (Of one object that holds lists only"
+      " COCO's annotations are read, of images and captions.)"
     )
 
 
