@@ -134,6 +134,14 @@ class HasFields(Protocol):
 
 
 @runtime_checkable
+class HasStates(Protocol):
+  """A source that knows when its files change."""
+
+  def states(self) -> str:
+    """Returns what changes whenever a file of the source does."""
+
+
+@runtime_checkable
 class HasUsable(Protocol):
   """A source of which only some images are to be used."""
 

@@ -8,12 +8,13 @@ from lavit_jax.core import image_io
 from lavit_jax.data import examples
 
 _THREADS = 8  # that read headers
+_CHUNK = 4096  # images that are looked at together
 
 
 def of(source: examples.Source) -> np.ndarray:
   """Returns heights and widths of a source's images, int32[num_images, 2].
 
-  Reads only the headers; (0, 0) stands for an image that cannot be read. Of a
+  Decodes only the headers; (0, 0) stands for an image that cannot be read. Of a
   source without `encoded`, which has only squares, nothing is read.
   """
   if not isinstance(source, examples.HasEncodedImages):
@@ -25,6 +26,9 @@ def of(source: examples.Source) -> np.ndarray:
     except image_io.ImageError:
       return 0, 0  # logged by whoever makes the rows
 
+  sizes = np.zeros((source.num_images, 2), np.int32)
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    sizes = list(pool.map(size_of, range(source.num_images)))
-  return np.array(sizes, np.int32).reshape(-1, 2)
+    for start in range(0, len(sizes), _CHUNK):  # `map` submits all at once
+      some = range(start, min(start + _CHUNK, len(sizes)))
+      sizes[some.start : some.stop] = list(pool.map(size_of, some))
+  return sizes

@@ -80,6 +80,23 @@ def test_weights_change_from_a_document_on_and_not_before(config, tmp_path):
   config.data.reweighted = {"80": {"poem": 2.0}}
   with pytest.raises(errors.ConfigError, match=r"names \['poem'\]"):
     again()
+  for odd in ({"032": {"prose": 2}}, {"32": 3}, {"32": {"prose": "x"}}):
+    config.data.reweighted = odd
+    with pytest.raises(errors.ConfigError, match="numbers of documents"):
+      again()
+  config.data.reweighted = {}
   config.data.weight_by = "letters"
   with pytest.raises(errors.ConfigError, match="documents or tokens"):
+    loop.train(config, tmp_path / "other", quiet=True)
+
+
+def test_texts_alone_are_trained_and_missing_codes_are_named(config, tmp_path):
+  del config.data.sources.scenes
+  config.phases.train.steps = 1
+  with micro.one_device():
+    loop.train(config, tmp_path / "run", quiet=True)
+  rows = writers.read_json_lines(tmp_path / "run" / "metrics.jsonl")
+  assert any("epoch/verse/text" in row for row in rows)
+  config.data.sources.scenes = dict(kind="shapes", cache_dir="")
+  with pytest.raises(errors.ConfigError, match=r"sources\.scenes\.cache_dir"):
     loop.train(config, tmp_path / "other", quiet=True)

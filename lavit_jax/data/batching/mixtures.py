@@ -3,6 +3,7 @@
 import bisect
 import fractions
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -31,6 +32,7 @@ class Mixture:
     weights: Sequence[float | fractions.Fraction],
     seed: int,
     changes: Mapping[int, Sequence[float | fractions.Fraction]] | None = None,
+    names: Sequence[str] | None = None,
   ) -> None:
     """Makes the stream.
 
@@ -40,16 +42,19 @@ class Mixture:
       seed: of the orders.
       changes: other weights, by the number of the first document that has
         them. Earlier documents stay, and each component goes on in its order.
+      names: of the components, which decide their orders, so that one with a
+        weight of 0 may be added; "": its number decides.
 
     Raises:
       errors.ConfigError: negative or only zero weights, a component with a
         weight and no examples, or a change before the first document.
     """
     self._counts = np.array([max(n, 1) for n in counts], np.int64)
-    self._orders = [
-      orders.Permutation(n, orders.make_seed(seed, c))
-      for c, n in enumerate(self._counts.tolist())
-    ]
+    self._orders = []
+    for c, n in enumerate(self._counts.tolist()):
+      name = names[c] if names else ""
+      own = zlib.crc32(name.encode()) if name else c
+      self._orders.append(orders.Permutation(n, orders.make_seed(seed, own)))
     self._eras = [_Era(0, _shares(counts, weights), 0)]
     for start, changed in sorted((changes or {}).items()):
       last = self._eras[-1]
@@ -185,17 +190,17 @@ def _assign(shares, period):
   The chairman assignment problem (1980): every component stays within
   1 - 1/(2C - 2) of its share at every position.
   """
-  size = len(shares)
+  size = sum(share > 0 for share in shares)  # one without a share adds nothing
   if size == 1:
-    return np.zeros(period, np.int64)
+    return np.full(period, shares.index(1), np.int64)
   slack = 1 - fractions.Fraction(1, 2 * size - 2)
   scale = slack.denominator * period  # everything below is an exact integer
   step = [int(s * scale) for s in shares]
-  slack, taken = int(slack * scale), [0] * size
+  slack, taken = int(slack * scale), [0] * len(shares)
   pattern = np.empty(period, np.int64)
   for position in range(1, period + 1):
     best, numerator, denominator = -1, 0, 1  # of when the best one is due
-    for c in range(size):
+    for c in range(len(shares)):
       owed = step[c] * position - taken[c] * scale
       if step[c] and owed >= scale - slack:
         due = slack - owed

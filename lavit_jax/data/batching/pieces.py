@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from lavit_jax.data import sequences
 
-_DIVISIBLE = ("document", "text")  # tasks
+DIVISIBLE = ("document", "text")  # tasks
 Limits = tuple[int, int]  # positions and images of a row
 Spans = Sequence[sequences.Span]
 
@@ -48,7 +48,7 @@ def divide(
     else f"{images} images read, more than slots={limits[1]}"
   )
   pieces = []
-  if task in _DIVISIBLE:
+  if task in DIVISIBLE:
     all_learnt = all(span.part.weight for span in spans)
     pieces = _split(spans, *limits) if all_learnt else _cut(spans, limits)
   if not pieces:

@@ -240,17 +240,25 @@ def packed_rows(
   weights = _weights(source.parts, changes or {})
   components = []
   for part in source.parts:
-    if any(some[part.name] for some in weights.values()):
-      parts = _of_tasks(part.source, cache[part.name], part.mixture)
-      total = sum(fractions.Fraction(str(one.weight)) for one in parts)
-      components += [
-        dataclasses.replace(
-          one,
-          name=part.name,
-          weight=fractions.Fraction(str(one.weight)) / (total or 1),
-        )
-        for one in parts
-      ]
+    if not any(some[part.name] for some in weights.values()):
+      continue
+    parts = _of_tasks(part.source, cache[part.name], part.mixture)
+    if not parts:
+      raise errors.ConfigError(
+        f"Source {part.name!r} has the weight {part.weight}, but its mixture"
+        f" {dict(part.mixture)} gives none of its tasks"
+        f" {list(part.source.tasks())} a weight. Give one, or its source the"
+        " weight 0."
+      )
+    total = sum(fractions.Fraction(str(one.weight)) for one in parts)
+    components += [
+      dataclasses.replace(
+        one,
+        name=part.name,
+        weight=fractions.Fraction(str(one.weight)) / total,
+      )
+      for one in parts
+    ]
   return packed_mixture(
     components, tokenizer, vocabulary, weights=weights, **kwargs
   )
@@ -369,7 +377,12 @@ def packed_mixture(
   )
   settings: dict[str, Any] = dict(limits=limits, seed=seed, window=window)
   memo = rows_lib.memo_path(
-    components, tokenizer, **settings, weights=weights, by_tokens=by_tokens
+    components,
+    tokenizer,
+    **settings,
+    weights=weights,
+    by_tokens=by_tokens,
+    lengths=documents.digest(),
   )
   plan = packing.PackingPlan(documents.sizes, memo=memo, **settings)
   rows = grain.MapDataset.range(_ENDLESS).map(rows_lib.Rows(plan, documents))

@@ -98,7 +98,8 @@ class Documents:
         for start, some in weights.items()
       }
     first, *changes = sorted(weights.items())
-    self.stream = mixtures.Mixture(counts, first[1], seed, dict(changes))
+    names = [f"{c.name}/{c.task}" if c.name else "" for c in components]
+    self.stream = mixtures.Mixture(counts, first[1], seed, dict(changes), names)
     keep = functools.lru_cache(maxsize=_WINDOWS_KEPT * window)
     self._document = keep(self._tokenize)
     self.image_size = components[0].source.image_size
@@ -111,7 +112,10 @@ class Documents:
     )
 
   def _mean_positions(self, c):
-    """Returns the mean positions of a component's usable documents."""
+    """Returns the mean positions in rows of a component's documents.
+
+    Those that are left out count as none: they are drawn, too.
+    """
     component, found = self._components[c], self._lengths[c]
     count = component.source.num_examples(component.task)
     measured = _MEASURED if found else _MEASURED_ALONE
@@ -124,8 +128,20 @@ class Documents:
     sizes = found.sizes(
       some, component.cache.counts if component.cache else None
     )
-    usable = sizes[sizes[:, 0] != lengths.BAD, 0]
-    return fractions.Fraction(float(usable.mean()) if len(usable) else 1.0)
+    left_out = (sizes == lengths.BAD).any(axis=1)
+    if component.task not in pieces.DIVISIBLE:
+      left_out |= (sizes > self._limits).any(axis=1)
+    mean = np.where(left_out, 0, sizes[:, 0]).mean() if len(sizes) else 0.0
+    return fractions.Fraction(float(mean) or 1.0)
+
+  def digest(self) -> int:
+    """Returns a checksum of all lengths that are known."""
+    crc = 0
+    for found in self._lengths:
+      if found is not None:
+        for column in (found.text, found.reads):
+          crc = zlib.crc32(np.ascontiguousarray(column).data, crc)
+    return crc
 
   def sizes(self, start: int, stop: int) -> np.ndarray | list[np.ndarray]:
     """Returns sizes of documents start … stop - 1, and logs bad ones.

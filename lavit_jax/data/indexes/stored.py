@@ -65,6 +65,7 @@ class Index:
     strings: where these are.
     texts: CRC-32 of all captions.
     state: of the archive when it was indexed, see `state_of`.
+    version: a text that is another whenever the archive is.
   """
 
   path: Any
@@ -72,6 +73,7 @@ class Index:
   strings: Strings
   texts: int
   state: tuple[int, ...]
+  version: str
 
 
 def folder() -> pathlib.Path:
@@ -263,7 +265,7 @@ def _load(path) -> Index | None:
   except (OSError, ValueError, KeyError, TypeError) as error:
     _LOG.warning("%s is damaged (%s) and made again", file, error)
     return None
-  return Index(path, samples, strings, head["crc32"][2], state)
+  return Index(path, samples, strings, head["crc32"][2], state, version)
 
 
 def _file(path) -> pathlib.Path:

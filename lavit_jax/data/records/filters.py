@@ -16,6 +16,7 @@ documents are chosen by their images alone.
 
 import dataclasses
 import functools
+import math
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -69,6 +70,11 @@ class Filters:
   )
 
   def __post_init__(self):
+    for name in ("script", "pattern", "without"):
+      if not isinstance(getattr(self, name), str):
+        raise errors.ConfigError(
+          f"filters.{name}={getattr(self, name)!r}: expected a text."
+        )
     if self.script and self.script not in _SCRIPTS:
       raise errors.ConfigError(
         f"filters.script={self.script!r}: expected one of {sorted(_SCRIPTS)}."
@@ -76,22 +82,32 @@ class Filters:
     for name in ("pattern", "without"):
       try:
         re.compile(getattr(self, name))
-      except (re.error, TypeError) as error:
+      except (re.error, RecursionError, OverflowError) as error:
         raise errors.ConfigError(
           f"filters.{name}={getattr(self, name)!r} is no regular expression"
           f" ({error})."
         ) from error
     for name in ("min_side", "max_aspect", "min_chars", "max_chars"):
       value = getattr(self, name)
-      if not isinstance(value, (int, float)) or value < 0:
+      if not _is_number(value) or not 0 <= value < math.inf:
         raise errors.ConfigError(
           f"filters.{name}={value!r}: expected a number, 0 or more."
         )
+    if 0 < self.max_aspect < 1:
+      raise errors.ConfigError(
+        f"filters.max_aspect={self.max_aspect}: expected 1 or more, the longer"
+        " side over the shorter one; or 0 for any."
+      )
+    if 0 < self.max_chars < self.min_chars:
+      raise errors.ConfigError(
+        f"filters.min_chars={self.min_chars} is more than"
+        f" max_chars={self.max_chars}: no text has both."
+      )
     for name, limits in self.fields.items():
       if not _are_limits(limits):
         raise errors.ConfigError(
           f"filters.fields.{name}={limits!r}: expected (least, most), numbers"
-          " or None."
+          " or None, the smaller one first."
         )
 
   @classmethod
@@ -101,7 +117,12 @@ class Filters:
     Raises:
       errors.ConfigError: a filter is unknown, or cannot be.
     """
-    given = dict((config or {}).items())
+    config = {} if config is None else config
+    if not hasattr(config, "items"):
+      raise errors.ConfigError(
+        f"filters={config!r}: expected filters by name, such as min_side=200."
+      )
+    given = {str(name): value for name, value in config.items()}
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(given) - known):
       raise errors.ConfigError(
@@ -109,7 +130,12 @@ class Filters:
         f" {sorted(known)}."
       )
     if "fields" in given:
-      fields = dict(given["fields"].items())
+      if not hasattr(given["fields"], "items"):
+        raise errors.ConfigError(
+          f"filters.fields={given['fields']!r}: expected limits by name, such"
+          ' as {"similarity": (0.28, None)}.'
+        )
+      fields = {str(name): x for name, x in given["fields"].items()}
       given["fields"] = {
         name: tuple(limits) if isinstance(limits, list) else limits
         for name, limits in sorted(fields.items())
@@ -170,11 +196,15 @@ class Filters:
 
 def _are_limits(limits):
   """Whether they are a pair of numbers or None."""
-  return (
-    isinstance(limits, tuple)
-    and len(limits) == 2
-    and all(x is None or isinstance(x, (int, float)) for x in limits)
-  )
+  if not isinstance(limits, tuple) or len(limits) != 2:
+    return False
+  numbers = [x for x in limits if x is not None]
+  return all(map(_is_number, numbers)) and numbers == sorted(numbers)
+
+
+def _is_number(value):
+  number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  return number and not math.isnan(value)
 
 
 def _is_of(text, names):

@@ -54,10 +54,12 @@ class FilteredSource:
     self.source, self._filters = source, filters
     self.name, self.image_size = source.name, source.image_size
     self.num_images = source.num_images
-    if filters.fields and not isinstance(source, examples.HasFields):
+    if filters.fields and not (
+      isinstance(source, examples.HasFields) and source.num_images
+    ):
       raise errors.ConfigError(
-        f"filters.fields={dict(filters.fields)}, but {source.name} has no json"
-        " with such fields. Tar archives have, and tables."
+        f"filters.fields={dict(filters.fields)}, but {source.name} has no"
+        " images with such fields. Those of tar archives and of tables have."
       )
     kept = self._kept()
     self.usable = np.flatnonzero(kept.pop("images")).astype(np.int32)
@@ -83,8 +85,10 @@ class FilteredSource:
     counts = {task: source.num_examples(task) for task in source.tasks()}
     if max(source.num_images, *counts.values(), 0) < _KEPT:
       return self._choose()
-    what = (_RULES, contents.of(source), image_bytes.of(source), self._filters)
-    digest = hashlib.sha256(repr(what).encode()).hexdigest()[:32]
+    states = source.states() if isinstance(source, examples.HasStates) else ""
+    of_data = contents.of(source), image_bytes.of(source), states
+    what = repr((_RULES, *of_data, self._filters))
+    digest = hashlib.sha256(what.encode()).hexdigest()[:32]
     path = stored.folder() / "filters" / f"{digest}.npz"
     kept = _read(path, counts | {"images": source.num_images})
     if kept is None:
@@ -95,11 +99,19 @@ class FilteredSource:
   def _choose(self):
     images = self._choose_images()
     kept = {"images": images}
+    captioned = np.zeros((2, len(images)), bool)  # before and after
     for task in self.source.tasks():
       count = self.source.num_examples(task)
-      kept[task] = np.fromiter(
-        (self._keeps(task, i, images) for i in range(count)), bool, count
-      )
+      kept[task] = np.zeros(count, bool)
+      for i in range(count):
+        example = self.source.example(task, i)
+        kept[task][i] = keeps = self._keeps(example, images)
+        if task == "image_text":
+          for part in example.parts:
+            if isinstance(part, examples.ImagePart):
+              captioned[:, part.image] |= (True, keeps)
+    # An image whose captions are all left out is left out, too.
+    kept["images"] = images & (captioned[1] | ~captioned[0])
     return kept
 
   def _choose_images(self):
@@ -107,7 +119,8 @@ class FilteredSource:
     chosen = np.ones(source.num_images, bool)
     if filters.of_sizes:
       sizes = image_sizes.of(source).tolist()
-      chosen &= [filters.keeps_size(*size) for size in sizes]
+      kept = [filters.keeps_size(*size) for size in sizes]
+      chosen &= np.array(kept, bool)
     if filters.fields:
       assert isinstance(source, examples.HasFields)
       label = f"filter {source.num_images} samples of {source.name}"
@@ -118,15 +131,17 @@ class FilteredSource:
             bar.update(i)
     return chosen
 
-  def _keeps(self, task, i, images):
+  def _keeps(self, example, images):
     """Whether an example is kept."""
     texts = []
-    for part in self.source.example(task, i).parts:
+    for part in example.parts:
       if isinstance(part, examples.TextPart):
         texts.append(part.text.strip())
       elif not images[part.image]:
         return False
-    if task not in _OF_TEXTS or not self._filters.of_texts:
+    if self._filters.fields and len(texts) == len(example.parts):
+      return False  # a text alone has no json
+    if example.task not in _OF_TEXTS or not self._filters.of_texts:
       return True
     return self._filters.keeps_text("".join(texts))
 

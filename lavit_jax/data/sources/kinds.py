@@ -11,7 +11,9 @@ Fields that a source lacks are those of config.data.
 """
 
 import logging
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,7 +35,9 @@ from lavit_jax.data.sources import (
 )
 
 _LOG = logging.getLogger(__name__)
-_OF_MIXTURES = ("weight",)  # fields of a source that config.data has not
+# Fields of a source that config.data may not have.
+_OF_MIXTURES = ("weight", "mixture", "cache_dir", "held_out_cache_dir")
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _EXAMPLES = {  # of config.data.path, by kind
   "jsonl": ("a file of JSON lines", "my.jsonl"),
   "webdataset": ("tar archives", "'data/{00000..00331}.tar'"),
@@ -52,7 +56,13 @@ def parts_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   """
   shared = {name: config[name] for name in config if name != "sources"}
   parts = {}
-  for name, fields in dict(config.get("sources") or {}).items():
+  sources = config.get("sources") or {}
+  if not hasattr(sources, "items"):
+    raise errors.ConfigError(
+      f"config.data.sources={sources!r}: expected sources by name, such as"
+      ' {"coco": {"kind": "jsonl", "path": "coco.jsonl"}}.'
+    )
+  for name, fields in sources.items():
     if not isinstance(fields, Mapping) and not hasattr(fields, "items"):
       raise errors.ConfigError(
         f"config.data.sources.{name}={fields!r}: expected the fields of a"
@@ -66,7 +76,47 @@ def parts_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         f" mixture {list(_OF_MIXTURES)}."
       )
     parts[name] = {**shared, "weight": 1.0, **fields}
-  return parts
+    _check_part(name, parts[name])
+  later = config.get("reweighted") or {}
+  changed = {
+    name for some in later.values() if hasattr(some, "items") for name in some
+  }
+  # What has no weight now or later need not be there.
+  return {
+    name: part
+    for name, part in parts.items()
+    if part["weight"] or name in changed
+  }
+
+
+def _check_part(name, part):
+  """Checks name, weight and mixture of a source of a mixture."""
+  if not isinstance(name, str) or not _NAME.fullmatch(name):
+    raise errors.ConfigError(
+      f"config.data.sources has the name {name!r}: expected letters, digits, _"
+      " and -."
+    )
+  mixture = part.get("mixture", {})
+  if not hasattr(mixture, "items"):
+    raise errors.ConfigError(
+      f"config.data.sources.{name}.mixture={mixture!r}: expected weights of"
+      ' tasks, such as {"image_text": 1.0}.'
+    )
+  for field, value in (
+    ("weight", part["weight"]),
+    *((f"mixture.{task}", weight) for task, weight in mixture.items()),
+  ):
+    if not is_weight(value):
+      raise errors.ConfigError(
+        f"config.data.sources.{name}.{field}={value!r}: expected a number, 0 or"
+        " more."
+      )
+
+
+def is_weight(value: Any) -> bool:
+  """Returns whether a value can be a weight: a finite number, 0 or more."""
+  number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  return number and 0 <= value < math.inf
 
 
 def build(config: Mapping[str, Any], split: str) -> examples.Source:
@@ -147,6 +197,11 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
       text_column=config.get("text_feature", columns.TEXT),
       allow_absolute=config.get("allow_absolute", False),
       limit_share=limit_share,
+    )
+  if kind == "tfds" and not config.get("name"):
+    raise errors.ConfigError(
+      "config.data.kind='tfds', but config.data.name is empty. Give the name of"
+      " a prepared dataset: --config.data.name=my_dataset."
     )
   if kind == "tfds":
     return tfds.TfdsSource(
@@ -295,6 +350,10 @@ def sentences(source: examples.Source, limit: int) -> list[str]:
 
   Takes one example of every task in turn.
   """
+  if isinstance(source, mixed.MixedSource):
+    share = -(-limit // len(source.parts))
+    found = [sentences(part.source, share) for part in source.parts]
+    return [text for some in found for text in some][:limit]
   texts: list[str] = []
   tasks = [t for t in source.tasks() if source.num_examples(t)]
   index = 0

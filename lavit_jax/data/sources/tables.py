@@ -259,6 +259,10 @@ class TableSource:
     row, which = self._images.find(i)
     return list(self._row(row)[1].entry.questions) if not which else []
 
+  def states(self) -> str:
+    """Returns what changes whenever a table does."""
+    return repr([index.state for index in self._indexes])
+
   def fields(self, i: int) -> dict[str, Any]:
     """Returns the numbers in the row of image i, for filters.
 

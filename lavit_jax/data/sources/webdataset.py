@@ -96,6 +96,7 @@ class WebDatasetSource:
     self._starts = np.cumsum([0, *sizes])
     self._strings = [index.strings for index in indexes]
     self._states = [index.state for index in indexes]
+    self._versions = [index.version for index in indexes]
     self._texts = [index.texts for index in indexes]
     # Only these are held, once: there may be a hundred million samples.
     self._columns = np.empty(sum(sizes), _HELD)
@@ -218,6 +219,10 @@ class WebDatasetSource:
     _, caption = self._string(i, "caption")
     return [caption.decode()] if caption else []
 
+  def states(self) -> str:
+    """Returns what changes whenever an archive does."""
+    return repr(self._versions)
+
   def fields(self, i: int) -> dict[str, Any]:
     """Returns the json of sample i; {} without one, or if it is no object."""
     block, size = self._jsons[self._numbers[i]].tolist()
@@ -225,7 +230,12 @@ class WebDatasetSource:
       return {}
     try:
       found = json.loads(self._read(i, block, size))
-    except (OSError, ValueError, RecursionError):  # a filter leaves it out
+    except OSError as error:  # not the sample's fault, nor for ever
+      raise errors.DataError(
+        f"The json of {self.image_key(i)} cannot be read ({error}). Give the"
+        " same command again."
+      ) from error
+    except (ValueError, RecursionError):  # a filter leaves it out
       return {}
     return found if isinstance(found, dict) else {}
 

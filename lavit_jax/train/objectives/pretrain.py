@@ -24,6 +24,7 @@ from lavit_jax.core import averages, errors, image_io, vocabulary
 from lavit_jax.core.storage import fingerprints
 from lavit_jax.data import faults
 from lavit_jax.data.batching import pipeline
+from lavit_jax.data.sources import kinds
 from lavit_jax.models import llama, lora, unified
 from lavit_jax.models.tokenizer import tokenizer
 from lavit_jax.train import losses, phases
@@ -49,9 +50,15 @@ def _by_tokens(data: ml_collections.ConfigDict) -> bool:
 
 def _changes(data: ml_collections.ConfigDict) -> dict[int, dict[str, float]]:
   """Returns config.data.reweighted: {document: {source: weight}}."""
-  changes = dict((data.get("reweighted") or {}).items())
-  wrong = [name for name in changes if not (name.isdigit() and int(name))]
-  if wrong or (changes and not data.get("sources")):
+  found = data.get("reweighted") or {}
+  changes = dict(found.items()) if hasattr(found, "items") else {"": found}
+  good = data.get("sources") or not changes
+  for start, some in changes.items():
+    digits = isinstance(start, str) and start.isascii() and start.isdigit()
+    good = good and digits and str(int(start)) == start != "0"
+    good = good and hasattr(some, "items")
+    good = good and all(kinds.is_weight(w) for w in some.values())
+  if not good:
     raise errors.ConfigError(
       f"config.data.reweighted={changes}: expected the numbers of documents, 1"
       " or more, with weights of sources of config.data.sources from there on:"
@@ -139,13 +146,12 @@ class PretrainObjective(base.Objective):
     if self.artifacts.is_abstract:
       return config.assumed.capacity
     self._caches = caches.codes(config, (self.source, self.held_out))
-    return int(
-      max(
-        cache.counts.max()
-        for found in self._caches
-        for cache in caches.each(found).values()
-      )
-    )
+    counts = [
+      int(cache.counts.max())
+      for found in self._caches
+      for cache in caches.each(found).values()
+    ]
+    return max(counts, default=1)  # none where there are texts alone
 
   def provenance(self) -> dict[str, str]:
     """Returns data, caches, text tokenizer, encoder, tokenizer; LoRA's LLM."""

@@ -74,6 +74,19 @@ def test_many_documents_at_once_are_those_one_by_one():
   assert all(len(some) == 0 for some in mixture.documents(5, 5))
 
 
+def test_a_component_that_is_added_later_changes_nothing_before():
+  """Wherever it stands among the others."""
+  names = ["a/text", "b/text", "c/text"]
+  two = mixtures.Mixture([11, 13], [1, 1.5], 3, names=["a/text", "c/text"])
+  three = mixtures.Mixture([11, 17, 13], [1, 0, 1.5], 3, {90: [1, 2, 0]}, names)
+  components, found = three.documents(0, 90)
+  np.testing.assert_array_equal(components // 2, two.documents(0, 90)[0])
+  np.testing.assert_array_equal(found, two.documents(0, 90)[1])
+  assert set(three.documents(90, 120)[0]) == {0, 1}
+  alone = mixtures.Mixture([11, 17], [0, 1], 3, names=names[:2])
+  assert set(alone.documents(0, 20)[0]) == {1}
+
+
 def test_weights_change_at_a_document_and_orders_go_on():
   counts = [11, 13]
   before = mixtures.Mixture(counts, [1, 1], 3)

@@ -451,3 +451,68 @@ def test_computed_and_stored_examples_give_the_same_rows(by_tokens):
   for one, two in zip(*seen, strict=True):
     for name in one:
       np.testing.assert_array_equal(one[name], two[name])
+
+
+def test_shares_of_tokens_are_those_of_the_rows():
+  """Of components whose documents differ in length, some too long for a row."""
+  short = fakes.Source({"text": [_long(4)] * 50})
+  long = fakes.Source({"text": [_long(19)] * 50})
+  turns = lambda n: (
+    examples.ImagePart(1, False, 0.0),
+    examples.TextPart("word " * n),
+  )
+  some = [turns(10)] * 25 + [turns(90)] * 25  # these are left out
+  captions = fakes.Source({"image_text": some})
+  packed = pipeline.packed_mixture(
+    [
+      packing.Component(short, "text", name="a"),
+      packing.Component(long, "text", name="b"),
+      packing.Component(captions, "image_text", 1.0, _cache(), name="c"),
+    ],
+    _WORDS,
+    _VOCABULARY,
+    length=32,
+    slots=2,
+    batch_size=8,
+    window=64,
+    limit_share=1.0,
+    weights={0: {"a": 1, "b": 1, "c": 2}},
+    by_tokens=True,
+  )
+  tokens = dict.fromkeys("abc", 0)
+  for k in range(12):
+    batch = packed[k]
+    for segments, index in zip(
+      batch["segments"], batch["image_index"], strict=True
+    ):
+      for segment in range(1, segments.max() + 1):
+        mine = segments == segment
+        kind = "c" if (index[mine] >= 0).any() else "ab"[int(mine.sum()) > 9]
+        tokens[kind] += int(mine.sum())
+  total = sum(tokens.values())
+  assert tokens["a"] / total == pytest.approx(0.25, abs=0.05)
+  assert tokens["b"] / total == pytest.approx(0.25, abs=0.05)
+  assert tokens["c"] / total == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_memo_of_other_lengths_is_not_used(tmp_path):
+  """Even where the window that differs is not the one that is read."""
+  cache = _cache()
+  cache.directory = tmp_path
+  texts = [_long(1 + i % 9) for i in range(2000)]
+  make = lambda texts: _packed(
+    fakes.Source({"text": texts}), cache, batch_size=1
+  )
+  make(texts).rows[300]
+  assert list((tmp_path / "plans").iterdir())
+  changed = list(texts)
+  for g in range(1999):  # of all but the last documents
+    changed[g] = _long(1 + (g + 3) % 9)
+  cache.directory = tmp_path / "fresh"
+  expected = make(changed)
+  cache.directory = tmp_path
+  found = make(changed)
+  for row in (300, 310):
+    np.testing.assert_array_equal(
+      found.rows[row]["tokens"], expected.rows[row]["tokens"]
+    )

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pathlib
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from lavit_jax.data import contents, examples, image_sizes
 from lavit_jax.data.batching import bucket_rows, pipeline
 from lavit_jax.data.indexes import stored
 from lavit_jax.data.records import filters
-from lavit_jax.data.sources import filtered, kinds
+from lavit_jax.data.sources import filtered, kinds, webdataset
 from tests.data.indexes import tars
 
 _TEXTS = [
@@ -77,6 +78,18 @@ def test_texts_are_kept_by_length_words_and_script(text, chosen, kept):
     ({"max_aspect": -1}, "0 or more"),
     ({"min_chars": "many"}, "0 or more"),
     ({"fields": {"similarity": 0.3}}, "least, most"),
+    ({"fields": {"similarity": (0.5, 0.3)}}, "smaller one first"),
+    ({"fields": {"similarity": (float("nan"), 1)}}, "least, most"),
+    ({"fields": ["similarity"]}, "limits by name"),
+    ({"fields": None}, "limits by name"),
+    ({"min_chars": float("nan")}, "0 or more"),
+    ({"min_chars": 9, "max_chars": 5}, "no text has both"),
+    ({"max_aspect": 0.5}, "1 or more"),
+    ({"script": ["latin"]}, "expected a text"),
+    ({"pattern": b"d"}, "expected a text"),
+    ({1: 2}, "'1'"),
+    ("latin", "filters by name"),
+    (["min_side"], "filters by name"),
     ({"fields": {"similarity": ("a", None)}}, "least, most"),
   ],
 )
@@ -108,8 +121,11 @@ def test_images_and_examples_are_those_that_all_filters_keep(config):
       if height <= 1.6 * width and "http" not in text and len(text) >= 3:
         expected[i] = text
   assert captions == expected
+  # An image without a caption stays, one whose caption is left out does not.
   assert source.usable.tolist() == [
-    i for i, size in enumerate(sizes.tolist()) if max(size) <= 1.6 * min(size)
+    i
+    for i, size in enumerate(sizes.tolist())
+    if max(size) <= 1.6 * min(size) and (i in expected or not whole.captions(i))
   ]
   assert isinstance(source, examples.Source)
   assert source.fingerprint() == whole.fingerprint()  # its codes fit
@@ -140,6 +156,46 @@ def test_batches_hold_kept_images_alone(config):
     assert set(index[valid]) == set(source.usable)
 
 
+def test_a_read_that_fails_is_not_a_choice(config, monkeypatch):
+  """Nor kept: the next start chooses among all."""
+  real = webdataset.WebDatasetSource._read
+
+  def read(self, i, block, size):
+    if i == 3:
+      raise OSError("the disk is away")
+    return real(self, i, block, size)
+
+  monkeypatch.setattr(webdataset.WebDatasetSource, "_read", read)
+  with pytest.raises(errors.DataError, match=r"003 cannot be read .*is away"):
+    _kept(config, fields={"similarity": (0, None)})
+  monkeypatch.undo()
+
+
+def test_a_changed_json_is_chosen_anew(config, monkeypatch):
+  monkeypatch.setattr(filtered, "_KEPT", 5)
+  chosen = {"fields": {"similarity": (0.35, 0.45)}}
+  first, _ = _kept(config, **chosen)
+  path = pathlib.Path(config["path"])
+  data = path.read_bytes()
+  changed = data.replace(b'"similarity": 0.4', b'"similarity": 0.1')
+  assert changed != data
+  path.write_bytes(changed.replace(b'"similarity": 0.0', b'"similarity": 0.4'))
+  again, _ = _kept(config, **chosen)
+  assert set(first.usable) & set(again.usable) == set()
+  assert len(again.usable) >= 4
+
+
+def test_texts_alone_have_no_json(config, tmp_path):
+  rows = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(9))
+  (tmp_path / "a.jsonl").write_text(rows)
+  config |= {"kind": "jsonl", "path": str(tmp_path / "a.jsonl")}
+  config |= {"held_out_path": config["path"]}
+  source, _ = _kept(config, min_side=3, pattern="[3-5]")
+  assert source.num_examples("text") == 3
+  with pytest.raises(errors.ConfigError, match="no images with such"):
+    _kept(config, fields={"score": (0, None)})
+
+
 def test_other_kinds_have_no_fields(config, tmp_path):
   Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "0.png")
   row = {"image": "0.png", "caption": "a cat"}
@@ -147,7 +203,7 @@ def test_other_kinds_have_no_fields(config, tmp_path):
   config |= {"kind": "jsonl", "path": str(tmp_path / "a.jsonl")}
   config |= {"held_out_path": config["path"]}
   assert _kept(config, min_side=9)[1] == {0: "a cat"}
-  with pytest.raises(errors.ConfigError, match="no json with such fields"):
+  with pytest.raises(errors.ConfigError, match="no images with such fields"):
     _kept(config, fields={"similarity": (0, None)})
 
 

@@ -175,6 +175,62 @@ def test_what_is_wrong_with_a_source_is_named(config):
     mixed.MixedSource([])
 
 
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"weight": -1}, r"sources.web.weight=-1: expected a number"),
+    ({"weight": "x"}, r"sources.web.weight='x'"),
+    ({"weight": float("nan")}, r"sources.web.weight=nan"),
+    ({"mixture": ["text"]}, r"sources.web.mixture=\['text'\]"),
+    ({"mixture": {"text": "x"}}, r"sources.web.mixture.text='x'"),
+  ],
+)
+def test_odd_weights_are_named(config, change, said):
+  config["sources"]["web"] |= change
+  with pytest.raises(errors.ConfigError, match=said):
+    kinds.pair(config)
+
+
+def test_odd_sources_are_named(config):
+  part = config["sources"]["own"]
+  for sources in ([part], "own", {"a b": part}, {3: part}):
+    with pytest.raises(errors.ConfigError, match=r"config\.data\.sources"):
+      kinds.pair(config | {"sources": sources})
+
+
+def test_a_source_without_a_weight_need_not_be_there(config):
+  config["sources"]["gone"] = {"kind": "jsonl", "path": "/no", "weight": 0}
+  source, _ = kinds.pair(config)
+  assert [part.name for part in source.parts] == ["own", "web", "words"]
+  config["reweighted"] = {"100": {"gone": 1.0}}
+  with pytest.raises(errors.DataError, match="/no"):
+    kinds.pair(config)
+
+
+def test_a_weight_without_a_task_is_refused(config):
+  config["sources"] = {
+    "words": config["sources"]["words"],
+    "own": config["sources"]["own"] | {"mixture": {"image_text": 0.0}},
+  }
+  source, _ = kinds.pair(config)
+  caches = {"words": None, "own": fakes.Cache([3] * 40)}
+  with pytest.raises(errors.ConfigError, match=r"'own' has the weight 1\.0"):
+    pipeline.packed_rows(
+      *(source, caches, _WORDS, _VOCABULARY),
+      mixture={},
+      length=64,
+      slots=8,
+      batch_size=4,
+    )
+
+
+def test_sentences_come_from_every_source(config):
+  source, _ = kinds.pair(config)
+  texts = kinds.sentences(source, 30)
+  for word in ("picture", "image", "text of"):
+    assert sum(text.startswith(word) for text in texts) == 10
+
+
 def test_an_example_s_codes_are_those_of_its_own_source(config):
   """Images are numbered in their part, whatever the mixture numbers them."""
   source, _ = kinds.pair(config)

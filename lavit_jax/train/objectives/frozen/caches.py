@@ -64,7 +64,13 @@ def _open(config, tokenizer, split, data, source, suffix):
   field = "cache_dir" if split == "train" else "held_out_cache_dir"
   if suffix and not source.num_images:
     return None
-  folder = data[field]
+  folder = data.get(field)
+  if not folder:
+    where = f"sources{suffix}.{field}" if suffix else field
+    raise errors.ConfigError(
+      f"config.data.{where} is empty, but {source.name} has images. Give the"
+      " folder of its code cache, made by `lavit tokenize`."
+    )
   cache = codes_lib.CodeCache.load(folder)
   expected: dict[str, tuple[str, str]] = {
     "source": (
