@@ -127,7 +127,9 @@ class Span:
   def ended(self) -> "Span":
     """Returns the span of the same text with </s> after it."""
     assert self.ids is not None
-    return Span.of(self.part, np.append(self.ids, vocabulary_lib.EOS_ID))
+    ids = np.empty(self.count + 1, np.int32)
+    ids[:-1], ids[-1] = self.ids, vocabulary_lib.EOS_ID
+    return Span.of(self.part, ids)
 
 
 def spans(
