@@ -7,6 +7,7 @@ import pytest
 
 from lavit_jax.core import errors
 from lavit_jax.train import loop
+from lavit_jax.train.objectives.frozen import artifacts
 from lavit_jax.train.telemetry import writers
 from tests import micro
 
@@ -100,3 +101,13 @@ def test_texts_alone_are_trained_and_missing_codes_are_named(config, tmp_path):
   config.data.sources.scenes = dict(kind="shapes", cache_dir="")
   with pytest.raises(errors.ConfigError, match=r"sources\.scenes\.cache_dir"):
     loop.train(config, tmp_path / "other", quiet=True)
+
+
+@pytest.mark.parametrize(
+  "fields", [{"weight_by": "tokens"}, {"reweighted": {"9": {"a": 1.0}}}]
+)
+def test_stages_of_single_images_refuse_weights_of_rows(tmp_path, fields):
+  cfg = micro.config("encoder", tmp_path)
+  cfg.data.update(fields)
+  with pytest.raises(errors.ConfigError, match="of stage pretrain alone"):
+    artifacts.Artifacts().image_batches(cfg, ())

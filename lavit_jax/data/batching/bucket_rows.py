@@ -18,6 +18,7 @@ from lavit_jax.data import examples, image_sizes
 from lavit_jax.data import faults as faults_lib
 from lavit_jax.data.batching import buckets as buckets_lib
 from lavit_jax.data.batching import pipeline
+from lavit_jax.data.sources import mixed
 
 _LOG = logging.getLogger(__name__)
 CROPS = ("center", "random")
@@ -87,6 +88,13 @@ def batches(
 
 def _check(source, crop, seed, latents):
   """Raises every error that can be found before an image is read."""
+  if isinstance(source, mixed.MixedSource) and seed is not None:
+    weights = {part.name: part.weight for part in source.parts}
+    if len(set(weights.values())) > 1:
+      raise errors.ConfigError(
+        f"config.data.sources have the weights {weights}, but batches of one"
+        " size show all images equally often. Give all the same weight."
+      )
   if crop not in CROPS:
     raise errors.ConfigError(f"data.crop={crop!r}: expected one of {CROPS}.")
   if crop == "random" and (latents is not None or seed is None):

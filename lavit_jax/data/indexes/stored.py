@@ -23,7 +23,7 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -215,16 +215,29 @@ def make(path: Any) -> None:
     ],
   }
   parts = (json.dumps(head).encode(), b"\n", columns, samples.names)
-  file = _file(path)
+  keep(_file(path), path, (*parts, samples.captions))
+
+
+def keep(file: pathlib.Path, of: Any, parts: Iterable[bytes]) -> None:
+  """Writes an index as a whole, whoever else writes it at the same time.
+
+  Args:
+    file: of the index, in `folder()`.
+    of: what the index is of, for the message.
+    parts: of its contents, one after the other.
+
+  Raises:
+    errors.DataError: it cannot be written.
+  """
   unfinished = file.with_name(f"{file.name}.{secrets.token_hex(8)}.tmp")
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
     with unfinished.open("wb") as stream:
-      stream.writelines((*parts, samples.captions))
+      stream.writelines(parts)
     os.replace(unfinished, file)
   except OSError as error:
     raise errors.DataError(
-      f"The index of {path} cannot be written to {file.parent}"
+      f"The index of {of} cannot be written to {file.parent}"
       f" ({error.strerror or error}). Set LAVIT_INDEXES to a folder that can be"
       " written."
     ) from error

@@ -43,12 +43,13 @@ def choose(entries: Sequence[forms.Entry], share: float) -> list[bool]:
       len(entries),
       len(large),
     )
-  return [k not in large and _hash(k) < share * 2**32 for k in keys]
+  return [k not in large and hash_of(k) < share * 2**32 for k in keys]
 
 
-def _hash(key):
-  """Returns a number below 2**32 for a path or text."""
-  return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
+def hash_of(key: str) -> int:
+  """Returns a number below 2**32 for a name or text, which decides its half."""
+  digest = hashlib.sha256(key.encode(errors="surrogatepass")).digest()
+  return int.from_bytes(digest[:4], "big")
 
 
 class _Groups:

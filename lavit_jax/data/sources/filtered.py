@@ -6,10 +6,9 @@ whole source fits.
 """
 
 import hashlib
+import io
 import logging
-import os
 import pathlib
-import secrets
 import zipfile
 from typing import Any
 
@@ -213,17 +212,9 @@ def _read(path: pathlib.Path, counts) -> dict[str, np.ndarray] | None:
 
 def _write(path: pathlib.Path, kept) -> None:
   """Keeps what was chosen, if its folder can be written."""
-  unfinished = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.tmp")
+  data = io.BytesIO()
+  np.savez(data, **{name: np.packbits(some) for name, some in kept.items()})
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished.open("wb") as file:
-      np.savez(file, **{n: np.packbits(chosen) for n, chosen in kept.items()})
-    os.replace(unfinished, path)
-  except OSError as error:
-    _LOG.warning(
-      "What filters keep could not be stored in %s (%s): it is computed again"
-      " by the next run. LAVIT_INDEXES names another folder.",
-      path.parent,
-      error,
-    )
-    unfinished.unlink(missing_ok=True)
+    stored.keep(path, "what filters keep", [data.getvalue()])
+  except errors.DataError as error:
+    _LOG.warning("%s Until then the next run computes it again.", error)

@@ -26,7 +26,7 @@ from lavit_jax.data.indexes.tables import (
 )
 from lavit_jax.data.indexes.tables import tables as tables_lib
 from lavit_jax.data.records import fields as fields_lib
-from lavit_jax.data.records import lines, table_rows
+from lavit_jax.data.records import held_out, lines, table_rows
 
 _LOG = logging.getLogger(__name__)
 _OPEN = 64  # tables kept open
@@ -147,7 +147,8 @@ class TableSource:
       (
         (chosen["images"] > 0) & (chosen["kind"] & scan.FILE == 0),
         lambda some: [
-          scan.hash_of(self._places.name(row)) for row in good[some].tolist()
+          held_out.hash_of(self._places.name(row))
+          for row in good[some].tolist()
         ],
       ),
       share,

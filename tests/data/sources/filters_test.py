@@ -156,6 +156,20 @@ def test_batches_hold_kept_images_alone(config):
     assert set(index[valid]) == set(source.usable)
 
 
+def test_a_choice_that_cannot_be_kept_is_used(config, monkeypatch, caplog):
+  monkeypatch.setattr(filtered, "_KEPT", 5)
+  real = stored.keep
+
+  def refused(file, of, parts):
+    real(file.parent / "file" if of == "what filters keep" else file, of, parts)
+
+  (stored.folder() / "filters" / "file").mkdir(parents=True)
+  monkeypatch.setattr(stored, "keep", refused)
+  source, _ = _kept(config, max_aspect=1.6)
+  assert len(source.usable)
+  assert "Set LAVIT_INDEXES" in caplog.text
+
+
 def test_a_read_that_fails_is_not_a_choice(config, monkeypatch):
   """Nor kept: the next start chooses among all."""
   real = webdataset.WebDatasetSource._read

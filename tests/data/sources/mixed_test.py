@@ -9,7 +9,7 @@ from PIL import Image
 
 from lavit_jax.core import errors, vocabulary
 from lavit_jax.data import contents, examples, image_bytes, sequences
-from lavit_jax.data.batching import pipeline
+from lavit_jax.data.batching import bucket_rows, pipeline
 from lavit_jax.data.sources import kinds, mixed
 from tests.data import fakes
 from tests.data.indexes import tars
@@ -157,6 +157,17 @@ def test_single_images_are_drawn_by_weight(config):
   assert batches.progress(300)["epoch/own"] == pytest.approx(100 / own)
   once = pipeline.image_batches(source, 30)
   assert once[0]["index"].tolist() == list(range(30))
+
+
+def test_batches_of_one_size_take_no_weights(config):
+  del config["sources"]["words"]
+  source, _ = kinds.pair(config)
+  with pytest.raises(errors.ConfigError, match=r"'web': 2\.0.*same weight"):
+    bucket_rows.batches(source, ((8, 8),), 4, seed=1)
+  config["sources"]["web"]["weight"] = 1.0
+  source, _ = kinds.pair(config)
+  batches = bucket_rows.batches(source, ((8, 8),), 4, seed=1)
+  assert batches[0]["valid"].all()
 
 
 def test_what_is_wrong_with_a_source_is_named(config):

@@ -7,7 +7,6 @@ damaged, it is found again.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -15,7 +14,6 @@ import json
 import logging
 import os
 import pathlib
-import secrets
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -154,22 +152,8 @@ def _write(index, version) -> None:
     "crc32": [zlib.crc32(part) for part in parts],
   }
   head |= {name: getattr(index.scanned, name) for name in _VALUES}
-  target = _path(index.file)
-  unfinished = target.with_name(f"{target.name}.{secrets.token_hex(8)}.tmp")
-  try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished.open("wb") as stream:
-      stream.writelines((json.dumps(head).encode(), b"\n", *parts))
-    os.replace(unfinished, target)
-  except OSError as error:
-    raise errors.DataError(
-      f"The index of {index.file.path} cannot be written to {target.parent}"
-      f" ({error.strerror or error}). Set LAVIT_INDEXES to a folder that can be"
-      " written."
-    ) from error
-  finally:
-    with contextlib.suppress(OSError):  # such as a parent that is no folder
-      unfinished.unlink(missing_ok=True)
+  parts = [json.dumps(head).encode(), b"\n", *parts]
+  stored.keep(_path(index.file), index.file.path, parts)
 
 
 def _load(file) -> Index | None:

@@ -4,7 +4,6 @@ Reads the texts of a table and whether there are images, not the images.
 """
 
 import dataclasses
-import hashlib
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from lavit_jax.core import errors
 from lavit_jax.data import examples
 from lavit_jax.data.indexes.tables import tables
-from lavit_jax.data.records import known_fields, lines, table_rows
+from lavit_jax.data.records import held_out, known_fields, lines, table_rows
 
 # Of each row. A bad one has nothing.
 COLUMNS = np.dtype(
@@ -87,12 +86,6 @@ def of(table: tables.Table, file: tables.File) -> Scanned:
   )
 
 
-def hash_of(key: str) -> int:
-  """Returns a number below 2**32 for a name or text; as of JSON lines."""
-  digest = hashlib.sha256(key.encode(errors="surrogatepass")).digest()
-  return int.from_bytes(digest[:4], "big")
-
-
 class _Found:
   """What has been found of the rows so far.
 
@@ -128,14 +121,14 @@ class _Found:
       if not text:
         return None
       self._count_words([], [], [], [], text)
-      return hash_of(text), 0, 0, 0, 0, TEXT
+      return held_out.hash_of(text), 0, 0, 0, 0, TEXT
     if table_rows.MARK in text:
       return None
     self._count_words([text] if text else [], [], [], [], None)
     return self._key_of(plain.names[j]), 1, int(bool(text)), 0, 0, 0
 
   def _key_of(self, name):
-    return hash_of(name or f"{self._name}:{self._number}")
+    return held_out.hash_of(name or f"{self._name}:{self._number}")
 
   def _row(self, rows, j) -> tuple:
     """Returns a row of COLUMNS, having read all of it."""
@@ -158,14 +151,14 @@ class _Found:
     kind = DOCUMENT * bool(entry.parts) + TEXT * bool(entry.text)
     if not row.names:
       texts = [part.text for part in entry.parts]
-      key = hash_of(entry.text or "\n".join(texts))
+      key = held_out.hash_of(entry.text or "\n".join(texts))
     elif row.names[0] in row.cells:
       cell = row.cells[row.names[0]]
       key = self._key_of(rows.name(j, cell.column, cell.place))
     else:
-      key, kind = hash_of(row.names[0]), kind | FILE
+      key, kind = held_out.hash_of(row.names[0]), kind | FILE
     if len(files) > 1:
-      self.joined += [(self._number, hash_of(name)) for name in files]
+      self.joined += [(self._number, held_out.hash_of(name)) for name in files]
     self._count_words(
       entry.captions, entry.questions, entry.edits, entry.parts, entry.text
     )

@@ -55,7 +55,17 @@ class Artifacts:
       sources: of examples.
       text: the tokenizer of captions; None for images alone.
       text_length: tokens of a caption.
+
+    Raises:
+      errors.ConfigError: weights are of tokens, or change on the way, which
+        only packed rows know.
     """
+    data = config.data
+    if data.get("reweighted") or data.get("weight_by", "documents") == "tokens":
+      raise errors.ConfigError(
+        f"config.data.reweighted and weight_by are of stage pretrain alone:"
+        f" stage {config.stage!r} draws single images, by weights that stay."
+      )
     return [
       pipeline.image_batches(
         source,
