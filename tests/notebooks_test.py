@@ -15,7 +15,7 @@ _FEW_STEPS = """
 from lavit_jax.infer.pixels import latent_space, pixel_space
 latent_space.STEPS = pixel_space.STEPS = 3
 """
-# Each of the six is compiled for by itself, in four seconds.
+# Each of the six is compiled for by itself.
 _FEW_RATIOS = """
 from lavit_jax.diffusion import stable_diffusion
 stable_diffusion.RATIOS = dict(list(stable_diffusion.RATIOS.items())[:2])

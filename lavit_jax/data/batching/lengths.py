@@ -171,7 +171,7 @@ _NO_IMAGE = np.empty(0, np.int32)
 def _text_lengths(some: Sequence[examples.Example], tokenizer) -> list[int]:
   """Returns the ids of the texts of each example, BAD if it is unusable.
 
-  Texts are encoded together: one by one takes twice as long.
+  Texts are encoded together, on all cores.
   """
   texts = [_separate(example) for example in some]
   together = [text for found in texts for text in found or ()]
