@@ -46,11 +46,13 @@ class ImagePart:
     write: False for a condition, read as continuous tokens; True for a target,
       written as code ids.
     weight: loss weight of its code targets and of [IMG] and [/IMG].
+    optional: whether the example is of use without it, where it cannot be read.
   """
 
   image: int
   write: bool
   weight: float = 1.0
+  optional: bool = dataclasses.field(default=False, repr=False)
 
 
 Part = TextPart | ImagePart

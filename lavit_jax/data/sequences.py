@@ -155,8 +155,12 @@ def spans(
   before = ""
   for part in example.parts:
     if isinstance(part, examples.ImagePart):
-      out.append(Span(part, None, _count(example, part, cache) + 2))
-      before = ""
+      count = _count(example, part, cache)
+      if count > 0:
+        out.append(Span(part, None, count + 2))
+        before = ""
+      elif not part.optional:
+        raise Unusable(f"image {part.image} could not be tokenised")
       continue
     try:
       ids = text_ids(tokenizer, part.text, before)
@@ -254,13 +258,10 @@ def build(
 
 
 def _count(example, part, cache):
-  """Returns the number of codes of an image; DataError without a cache."""
+  """Returns the number of codes of an image, -1 for a bad one."""
   if cache is None:
     raise errors.DataError(
       f"Example {example.key} has an image, but its source has no code cache."
       " Run `lavit tokenize --data … --out DIR` and give DIR as its cache."
     )
-  count = int(cache.counts[part.image])
-  if count < 1:
-    raise Unusable(f"image {part.image} could not be tokenised")
-  return count
+  return int(cache.counts[part.image])

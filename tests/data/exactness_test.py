@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.data.batching import pipeline
+from lavit_jax.data.sources import kinds
 from tests.data import five_sources
 
 
@@ -54,3 +55,13 @@ def test_every_part_of_the_mixture_is_there(config):
   images = np.concatenate([batches[k]["keep"] for k in range(8)]).any(axis=-1)
   assert images.mean() > 0.3
   assert batches.plan.changes
+  unfiltered = {"filters": {}}
+  for name in ("captions", "web"):
+    part = kinds.parts_of(config)[name]
+    kept, whole = (
+      kinds.build(part, "train"),
+      kinds.build(part | unfiltered, "train"),
+    )
+    assert (
+      0 < kept.num_examples("image_text") < whole.num_examples("image_text")
+    )

@@ -1,4 +1,4 @@
-"""Five sources of data, mixed and packed: what the tests of exactness read."""
+"""Five sources, filtered, mixed and packed: what the tests of exactness read."""
 
 import json
 import pathlib
@@ -42,7 +42,9 @@ def write(root, count=30):
   ):
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (root / f"{name}.jsonl").write_text(lines)
-  tars.shards(root / "web", 3, samples=count // 3)
+  (root / "web").mkdir()
+  for s in range(3):
+    tars.write(root / "web" / f"{s}.tar", _samples(s, count // 3))
   file = lambda name: {"kind": "jsonl", "path": str(root / f"{name}.jsonl")}
   return {
     "image_size": _SIZE,
@@ -51,17 +53,37 @@ def write(root, count=30):
     "path": "",
     "held_out_path": "",
     "limit_share": 0.05,
+    "filters": {},
     "train_size": count,
     "held_out_size": 10,
     "mixture": {"image_text": 1.0, "text_image": 0.7},
     "sources": {
-      "captions": file("captions"),
-      "web": {"kind": "webdataset", "path": str(root / "web"), "weight": 1.7},
+      "captions": file("captions") | {"filters": {"min_chars": 8}},
+      "web": {
+        "kind": "webdataset",
+        "path": str(root / "web"),
+        "weight": 1.7,
+        "filters": {"fields": {"similarity": (0.1, None)}, "max_aspect": 2.0},
+      },
       "scenes": {"kind": "shapes", "mixture": {"edit": 1.0, "document": 0.3}},
       "texts": file("texts") | {"weight": 0.4, "mixture": {"text": 1.0}},
       "dialogues": file("dialogues") | {"mixture": {"vqa": 1.0}},
     },
   }
+
+
+def _samples(shard, count):
+  """Files of an archive, of which one sample in four is for a filter."""
+  files = []
+  for k in range(count):
+    number = shard * count + k
+    files += tars.sample(
+      f"{number:06d}",
+      f"image {number}",
+      seed=number,
+      meta={"similarity": number % 4 / 4},
+    )
+  return files
 
 
 def batches(config, size):
@@ -73,7 +95,7 @@ def batches(config, size):
     config: of `write`.
     size: rows a batch.
   """
-  source, _ = kinds.pair(config)
+  source = kinds.build(config, "train")
   caches = {}
   for part in source.parts:
     count = part.source.num_images

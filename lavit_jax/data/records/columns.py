@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lavit_jax.core import errors
-from lavit_jax.data.records import known_fields, lines
+from lavit_jax.data.records import foreign, known_fields, lines
 
 # Defaults of config.data.image_feature and text_feature: the columns are found
 # by their names and types.
@@ -100,6 +100,7 @@ def layout(
       meant, or none can be read.
   """
   by_name = {column.name: column for column in columns}
+  form = _form(by_name) if (image, text) == (IMAGE, TEXT) else ()
   for given, default, field in (
     (image, IMAGE, "image_feature"),
     (text, TEXT, "text_feature"),
@@ -109,10 +110,17 @@ def layout(
         f"{name} has no column {given!r}, which config.data.{field} names. It"
         f" has {_listed(by_name)}."
       )
-  images = _images(by_name, name, image)
+  if form:
+    images = {n: by_name[n] for n in foreign.images_in(by_name)}
+  else:
+    images = _images(by_name, name, image)
   taken = {column.name for column in images.values()}
   rest = [column for column in columns if column.name not in taken]
-  fields = _fields(rest, text, images)
+  if form:
+    rename = {"raw_content": "text"}  # as which `table_rows` reads it quickly
+    fields = {n: rename.get(n, n) for n in form if n not in images}
+  else:
+    fields = _fields(rest, text, images)
   _check_spelling(name, rest, fields, images)
   if not fields and not images:
     raise errors.DataError(
@@ -129,6 +137,13 @@ def layout(
     tuple(c.name for c in rest if c.name not in fields and _has_words(c)),
     tuple(c.name for c in rest if c.kind == "number" and not c.many),
   )
+
+
+def _form(by_name) -> tuple[str, ...]:
+  """Returns the fields of another project's form that the columns are of."""
+  holding = [by_name[name] for name in foreign.images_in(by_name)]
+  able = all(column.kind in _ABLE for column in holding)
+  return foreign.fields_of(by_name) if able else ()
 
 
 def _has_words(column) -> bool:

@@ -9,7 +9,13 @@ from collections.abc import Collection
 from typing import Any
 
 from lavit_jax.data import examples
-from lavit_jax.data.records import fields, known_fields, lines, messages
+from lavit_jax.data.records import (
+  fields,
+  foreign,
+  known_fields,
+  lines,
+  messages,
+)
 
 Question = fields.Question
 
@@ -81,6 +87,7 @@ class Reader:
     Raises:
       lines.BadLine: the row cannot be used.
     """
+    row = foreign.rewritten(row)
     known_fields.check_spelling(row)
     row = known_fields.filled(row)
     entry = Entry()

@@ -26,7 +26,7 @@ FIELDS = {
 } | {
   field: {
     *("role", "from", "content", "value", "type", "text"),
-    *("image", "image_url", "path", "url", "write"),
+    *("image", "image_url", "path", "url", "write", "end", "optional"),
   }
   for field in MESSAGES
 }

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from lavit_jax.core import errors
@@ -155,9 +155,27 @@ def _row(value):
   if not isinstance(value, dict):
     return BadLine(f"is a JSON {type(value).__name__}, expected an object")
   try:
-    return _present(value)
+    return _present(value) | paired(value, lambda item: _present(item, 3))
   except BadLine as error:
     return error
+
+
+def paired(
+  row: Mapping[str, Any], plain: Callable[[Any], Any]
+) -> dict[str, list[Any]]:
+  """Returns the images and texts of OBELICS, where a null has a place.
+
+  Args:
+    row: of any form, with its nulls; {} is returned for one without these.
+    plain: what is to be done to each of the items that are not null.
+  """
+  found = [(name, row.get(name)) for name in ("images", "texts")]
+  if not all(isinstance(some, list) for _, some in found):
+    return {}
+  return {
+    name: [None if _missing(item) else plain(item) for item in some or ()]
+    for name, some in found
+  }
 
 
 def _present(value, depth=1):

@@ -139,20 +139,38 @@ def _parts_of_item(item, learn, images):
     item = {"type": "text", "text": item}
   kind = item.get("type")
   if kind == "text":
-    _check_read(item, {"type", "text", "write"}, "a part")
+    _check_read(item, {"type", "text", "write", "end"}, "a part")
     known_fields.check_alone(item, "messages")
-    return _split_at_marks(fields.raw_text(item, "text"), weight, learn, images)
+    text = fields.raw_text(item, "text")
+    parts = _split_at_marks(text, weight, learn, images)
+    if _flag(item, "end", False) and parts:
+      parts[-1] = _ended(parts[-1])
+    return parts
   if kind not in ("image", "image_url"):
     raise lines.BadLine(
       f"a part of type {kind!r}; known: text, image, image_url"
     )
   named = next((f for f in _IMAGE_FIELDS if f in item), None)
-  _check_read(item, {"type", "write", named}, "a part")
-  write = item.get("write", bool(learn))
-  if not isinstance(write, bool):
-    raise lines.BadLine(f"write is {write!r:.40}, expected true or false")
+  _check_read(item, {"type", "write", "optional", named}, "a part")
+  write = _flag(item, "write", bool(learn))
+  optional = _flag(item, "optional", False)
   path = images.take() if named is None else images.named(item[named])
-  return [examples.ImagePart(path, write, weight)]
+  return [examples.ImagePart(path, write, weight, optional)]
+
+
+def _flag(item, name, default):
+  """Returns a field of a part that is true or false."""
+  value = item.get(name, default)
+  if not isinstance(value, bool):
+    raise lines.BadLine(f"{name} is {value!r:.40}, expected true or false")
+  return value
+
+
+def _ended(part):
+  """Returns a text after which the end is learnt; an image as it is."""
+  if isinstance(part, examples.TextPart):
+    return dataclasses.replace(part, end=True)
+  return part
 
 
 def _split_at_marks(text, weight, learn, images):

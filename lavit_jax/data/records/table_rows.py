@@ -10,14 +10,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lavit_jax.data.records import columns, forms, known_fields, lines
+from lavit_jax.data.records import columns, foreign, forms, known_fields, lines
 
 _MAX_DEPTH = 64  # nested values of a row
 _CELL = "<image {} of the row>"  # stands for a path in a line
 MARK = "<image>"  # of messages, which words about one image may not have
 _ABOUT_ONE = ("question", "questions", "edits")
 # Fields that hold a list of records; a table may hold a record of lists.
-_RECORDS = ("questions", "edits", *known_fields.MESSAGES)
+_RECORDS = (
+  *("questions", "edits", *known_fields.MESSAGES),
+  *("prompt", "chosen", "completion", "texts", "image_info"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,8 @@ class Reader:
     """
     if (quick := self._quick(values)) is not None:
       return quick
-    row, cells = self._row(values)
+    raw, cells = self._row(values)
+    row = dict(foreign.rewritten(raw))
     several = _several(row)
     entry = self._reader.entry(number, row)
     names = dict.fromkeys(entry.images())
@@ -138,11 +142,7 @@ class Reader:
     for field, column in self._layout.images.items():
       value = values.get(column.name)
       if column.many:
-        value = [
-          named(item, column, place)
-          for place, item in enumerate(value or ())
-          if item is not None
-        ]
+        value = [named(v, column, place) for place, v in enumerate(value or ())]
       if value is not None and value != []:
         row[field] = named(value, column)
     for name, field in self._layout.fields.items():
@@ -152,8 +152,8 @@ class Reader:
       if field in _RECORDS:
         value = _records(value)
       if not _missing(value):
-        row[field] = plain(value)
-    return row, cells
+        row[field] = value
+    return plain_row(row), cells
 
 
 def _several(row) -> list[str]:
@@ -188,6 +188,15 @@ def _class_of(value, names, column):
       f"{column} is {value!r:.40}, expected one of {len(names)} classes"
     )
   return names[value]
+
+
+def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a row as a JSON line would hold it: see `plain`.
+
+  Raises:
+    lines.BadLine: as of `plain`.
+  """
+  return plain(row) | lines.paired(row, lambda item: plain(item, 2))
 
 
 def plain(value: Any, depth: int = 0) -> Any:

@@ -3,8 +3,9 @@
 What `save_to_disk` wrote: Arrow files, which are mapped into memory, of one
 split or of several. And what it calls an imagefolder: images beside a
 metadata.csv, .jsonl or .parquet, whose file_name (or mask_file_name, or
-file_names) names them, in the folder or in folders below it; or images in a
-folder for each class, whose name is their caption.
+file_names) names them, in the folder or in folders below it; or images with a
+.txt of the same name beside them, their caption; or, where there is no such
+text, in a folder for each class, whose name is their caption.
 
 A row is what a JSON line of `jsonl.py` is, and what a row of `parquet.py` is.
 """
@@ -33,6 +34,7 @@ _SPLITS = {
   *("train", "training", "test", "testing", "dev", "eval"),
   *("val", "valid", "validation"),
 }
+_MOST_TEXT = 1 << 20  # bytes of a text beside an image
 _LOOKED_AT = 1000  # entries of a folder that tell what it is
 _SUFFIXES = {f".{kind.decode()}" for kind in tar_samples.IMAGES}
 
@@ -245,7 +247,7 @@ def _listing(path, name, options) -> tables_lib.File:
 
 
 def _of_classes(folder, below, options) -> tables_lib.File:
-  """Returns a table of the images in folders of classes.
+  """Returns a table of images with texts beside them, or in folders of classes.
 
   It is written beside the indexes, and anew where it has changed.
   """
@@ -258,16 +260,14 @@ def _of_classes(folder, below, options) -> tables_lib.File:
       f"{folder} has neither a {_STATE}, as `datasets` saves it, nor a"
       f" metadata.csv, .jsonl or .parquet, nor images{more}"
     )
+  texts = {name for name in below if name.endswith(".txt")}
   digest = hashlib.sha256(os.fsencode(files.absolute(folder))).hexdigest()
   path = stored.folder() / digest[:32] / "classes.jsonl"
   unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with unfinished.open("w") as stream:
-      for name in images:
-        row = {"file_name": name}
-        if label := name.rpartition("/")[0].rpartition("/")[2]:
-          row["caption"] = label
+      for row in _rows(folder, images, texts):
         stream.write(json.dumps(row) + "\n")
     if not path.exists() or not filecmp.cmp(path, unfinished, shallow=False):
       os.replace(unfinished, path)
@@ -286,6 +286,29 @@ def _of_classes(folder, below, options) -> tables_lib.File:
     folder=folder,
     **options,
   )
+
+
+def _rows(folder, images, texts) -> Iterator[dict[str, str]]:
+  """Yields the name and the caption of each image.
+
+  Args:
+    folder: of all.
+    images: paths of the images, relative to it.
+    texts: paths of the texts beside them. If any image has one, the names of
+      folders are no captions.
+  """
+  beside = {name: f"{os.path.splitext(name)[0]}.txt" for name in images}
+  if not texts.intersection(beside.values()):
+    for name in images:
+      label = name.rpartition("/")[0].rpartition("/")[2]
+      yield {"file_name": name} | ({"caption": label} if label else {})
+    return
+  for name in images:
+    row = {"file_name": name}
+    if beside[name] in texts:
+      data = (folder / beside[name]).read_bytes()[:_MOST_TEXT]
+      row["caption"] = data.decode("utf-8-sig", "surrogateescape").strip()
+    yield row
 
 
 def _files(folder) -> list[str]:

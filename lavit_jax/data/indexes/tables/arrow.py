@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from lavit_jax.core import errors
 from lavit_jax.data.records import columns
 
@@ -161,6 +163,25 @@ def is_list(type_: Any) -> bool:
     or types.is_fixed_size_list(type_)
     or types.is_list_view(type_)
     or types.is_large_list_view(type_)
+  )
+
+
+def marks_of(column: Any) -> Any:
+  """Returns a column of lists with True in place of each item, null of a null.
+
+  Args:
+    column: pyarrow.ChunkedArray of lists; a null becomes an empty list.
+  """
+  import pyarrow.compute as compute  # optional extra
+
+  library_ = library()
+  lengths = compute.fill_null(compute.list_value_length(column), 0)
+  stops = np.cumsum(lengths.to_numpy())
+  valid = compute.is_valid(compute.list_flatten(column)).combine_chunks()
+  none = library_.scalar(None, library_.bool_())
+  marks = compute.if_else(valid, True, none)
+  return library_.ListArray.from_arrays(
+    library_.array(np.r_[0, stops], library_.int32()), marks
   )
 
 

@@ -113,7 +113,7 @@ class TextFile:
         row = self._of_cells(value)
       if isinstance(row, dict):
         try:
-          row = _renamed(table_rows.plain(row), self._file)
+          row = _renamed(table_rows.plain_row(row), self._file)
         except lines.BadLine as error:
           row = error
       yield row, end

@@ -59,14 +59,12 @@ class ParquetFile:
       image=file.image,
       text=file.text,
     )
-    for column in self.layout.images.values():
-      if column.many and not self._light_of(column):
-        raise errors.DataError(
-          f"{file.path}: column {column.name!r} holds lists of encoded images."
-          " How many a row has could only be seen by reading all of them."
-          " Write lists of records of bytes and path, as the library `datasets`"
-          " does."
-        )
+    # How many encoded images a list has is only seen by reading them.
+    self._lists = [
+      column.name
+      for column in self.layout.images.values()
+      if column.many and column.kind == "bytes"
+    ]
 
   @functools.cached_property
   def _groups(self) -> list[footer.Group]:
@@ -97,7 +95,7 @@ class ParquetFile:
   def _bytes_of(self, name) -> list[int]:
     """Returns the number of the leaf with the bytes of images, in a list."""
     some = self._numbers_of(name)
-    if len(some) == 1 and self._leaves[some[0]].path == name:
+    if len(some) == 1:
       return some
     return [n for n in some if self._leaves[n].path.endswith(".bytes")]
 
@@ -114,7 +112,7 @@ class ParquetFile:
     return leaves
 
   def _light_of(self, column) -> list[str]:
-    if column.kind == "text":
+    if column.kind == "text" or column.name in self._lists:
       return self._leaves_of(column.name)
     return self._paths_of(column.name) if column.kind == "image" else []
 
@@ -191,7 +189,8 @@ class ParquetFile:
     for batch in opened.iter_batches(
       batch_size=_BATCH, row_groups=[block], columns=leaves, use_threads=False
     ):
-      yield library.Table.from_batches([batch]), len(batch)
+      table = library.Table.from_batches([batch])
+      yield self._without_images(table), len(batch)
 
   def _warn_of_large(self):
     """Warns if an image can only be read with very many others."""
@@ -235,6 +234,15 @@ class ParquetFile:
     """
     return self._rows(block, self.layout, self._light())
 
+  def _without_images(self, table):
+    """Returns a table with marks in place of the images in lists."""
+    for name in self._lists:
+      if name in table.column_names:
+        number = table.column_names.index(name)
+        marks = arrow.marks_of(table.column(number))
+        table = table.set_column(number, name, marks)
+    return table
+
   def numbers(self, block: int) -> arrow_rows.Rows:
     """Returns the columns of numbers of a row group, read or not.
 
@@ -247,7 +255,7 @@ class ParquetFile:
   def _rows(self, block, layout, leaves) -> arrow_rows.Rows:
     with tables.named(self._path, _KIND):
       if leaves:
-        table = self._read(block, leaves)
+        table = self._without_images(self._read(block, leaves))
         count = len(table)
       else:
         table, count = arrow.library().table({}), self._groups[block].rows
