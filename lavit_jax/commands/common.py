@@ -22,7 +22,8 @@ with epy.lazy_imports():
   from lavit_jax.core import image_io
   from lavit_jax.core.storage import checkpoints
   from lavit_jax.data.indexes import archives
-  from lavit_jax.data.sources import kinds, parquet
+  from lavit_jax.data.sources import kinds
+  from lavit_jax.data.sources.tables import parquet
   from lavit_jax.infer import pipeline
   from lavit_jax.infer.loading import parts
 

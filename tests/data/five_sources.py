@@ -1,4 +1,4 @@
-"""Five sources, filtered, mixed and packed: what the tests of exactness read."""
+"""Five sources with filters, mixed and packed, for the tests of exactness."""
 
 import json
 import pathlib

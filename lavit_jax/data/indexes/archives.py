@@ -27,14 +27,15 @@ def is_named(path: str | os.PathLike[str]) -> bool:
   if os.path.isfile(path):
     with open(path, "rb") as file:
       return file.read(512)[257:262] == b"ustar"
-  lines = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+  lines = (".jsonl", ".json", ".ndjson")
+  bare = path.removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2")
   pattern = any(character in path for character in "*{[")
-  return os.path.isdir(path) or (pattern and not path.endswith(lines))
+  return os.path.isdir(path) or (pattern and not bare.endswith(lines))
 
 
 def of(
   path: str | os.PathLike[str],
-  suffix: str = _SUFFIX,
+  suffix: str | tuple[str, ...] = _SUFFIX,
   kind: str = "tar archive",
 ) -> list[Any]:
   """Returns the archives that a path names, in order.
@@ -44,20 +45,21 @@ def of(
       "data/{00000..00331}.tar", "data/{train,val}*.tar", here or on gs://. A
       bracket that is part of a name is [[] in a pattern.
     suffix: of the files of a folder that are meant, where others than archives
-      are looked for.
+      are looked for; or several.
     kind: what these are, for the message.
 
   Raises:
     errors.DataError: there are none.
   """
   path = os.fspath(path)
+  suffixes = (suffix,) if isinstance(suffix, str) else suffix
   found: list[str] = []
   for one in [path] if _exists(path) else _unbraced(path):
-    found += _matching(one, suffix)
+    found += _matching(one, suffixes)
   if not found:
     raise errors.DataError(
-      f"{path} names no {kind}. Give one, a folder with {suffix} files, or a"
-      f" pattern such as 'data/{{00000..00331}}{suffix}'."
+      f"{path} names no {kind}. Give one, a folder with {suffixes[0]} files, or"
+      f" a pattern such as 'data/{{00000..00331}}{suffixes[0]}'."
     )
   if len(set(found)) < len(found):
     twice = next(p for p in found if found.count(p) > 1)
@@ -132,8 +134,12 @@ def _remote(path, suffix):
     return [path]
   folder, _, pattern = path.rpartition("/")
   if not glob.has_magic(path):
-    folder, pattern = path.rstrip("/"), f"*{suffix}"
+    folder, pattern = path.rstrip("/"), "*"
   names = [os.fspath(found) for found in files.listing(files.path_of(folder))]
+  named = glob.has_magic(path)
   return sorted(
-    name for name in names if fnmatch.fnmatch(name.rpartition("/")[2], pattern)
+    name
+    for name in names
+    if fnmatch.fnmatch(name.rpartition("/")[2], pattern)
+    and (named or name.endswith(suffix))
   )

@@ -1,22 +1,20 @@
 """Reads a user's file of JSON lines as rows, or says what the file is instead.
 
 The file holds one JSON object a line, or one JSON array of objects, or COCO's
-annotations (`annotations.py`), and may be gzipped.
+annotations (`annotations.py`), and may be compressed (`compressed.py`).
 """
 
 import codecs
 import contextlib
-import gzip
 import io
 import json
 import math
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from lavit_jax.core import errors
-from lavit_jax.core.storage import files
+from lavit_jax.core.storage import compressed, files
 from lavit_jax.data.records import annotations
 
 _MAX_LENGTH = 64 << 20  # bytes of a line, characters of an array's item
@@ -30,9 +28,6 @@ _SIGNATURES = (  # first bytes of other files, what they are, what to do
     "write its rows with pandas' or datasets' to_json",
   ),
   (b"PK\x03\x04", "a zip archive", "unzip it"),
-  (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it with unzstd"),
-  (b"BZh", "compressed by bzip2", "unpack it with bunzip2"),
-  (b"\xfd7zXZ", "compressed by xz", "unpack it with unxz"),
 )
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -70,9 +65,9 @@ def rows(path: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
       _check(path, start)
       begin = text.lstrip()[:1]
       yield from (_items if begin == b"[" else _lines)(path, file)
-  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+  except compressed.Damaged as error:
     raise errors.DataError(
-      f"{path} is a damaged gzip file ({error}). Download or pack it again."
+      f"{path} is {error}. Download or pack it again."
     ) from error
   except OSError as error:
     raise errors.DataError(
@@ -81,11 +76,10 @@ def rows(path: Any) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
 
 
 @contextlib.contextmanager
-def unpacked(path: Any) -> Iterator[io.BufferedReader | gzip.GzipFile]:
-  """Opens a file to read its bytes; a gzip file is decompressed."""
+def unpacked(path: Any) -> Iterator[io.BufferedReader]:
+  """Opens a file to read its bytes, decompressed: see `compressed.py`."""
   with files.open_bytes(path) as plain:
-    packed = plain.peek(2)[:2] == b"\x1f\x8b"
-    yield gzip.GzipFile(fileobj=plain) if packed else plain
+    yield compressed.opened(plain)
 
 
 def _check(path, start):

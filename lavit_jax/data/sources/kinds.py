@@ -24,15 +24,14 @@ from lavit_jax.data.indexes import archives
 from lavit_jax.data.records import columns, filters
 from lavit_jax.data.sources import (
   filtered,
-  hf,
   jsonl,
   mixed,
-  parquet,
   shapes,
-  tables,
   tfds,
   webdataset,
 )
+from lavit_jax.data.sources.tables import hf, json_lines, parquet
+from lavit_jax.data.sources.tables import source as tables
 
 _LOG = logging.getLogger(__name__)
 # Fields of a source that config.data may not have.
@@ -168,6 +167,16 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
     )
   if kind == "jsonl":
     path, part = _path_of(config, split)
+    if json_lines.is_meant(path):
+      return json_lines.JsonLinesSource(
+        path,
+        config["image_size"],
+        split=part,
+        image_column=config.get("image_feature", columns.IMAGE),
+        text_column=config.get("text_feature", columns.TEXT),
+        allow_absolute=config.get("allow_absolute", False),
+        limit_share=limit_share,
+      )
     return jsonl.JsonlSource(
       path,
       config["image_size"],
@@ -226,6 +235,8 @@ def kind_of(path: str | os.PathLike[str]) -> str:
   """
   if parquet.is_named(path):
     return "parquet"
+  if json_lines.is_folder(path):
+    return "jsonl"
   if hf.is_named(path):
     return "hf"
   return "webdataset" if archives.is_named(path) else "jsonl"
@@ -311,9 +322,13 @@ def _count_shared(config, train, held_out) -> tuple[int, int, str]:
   if config["kind"] == "webdataset":
     shared = webdataset.overlap(train, held_out)
     return shared, held_out.num_images, "samples"
-  if config["kind"] in _OF_TABLES:
+  if isinstance(train, tables.TableSource):
+    if not isinstance(held_out, tables.TableSource):
+      return 0, held_out.num_images, "images"
     return tables.overlap(train, held_out), held_out.num_rows, "rows"
-  if config["kind"] != "jsonl":
+  if not isinstance(train, jsonl.JsonlSource) or not isinstance(
+    held_out, jsonl.JsonlSource
+  ):
     return 0, held_out.num_images, "images"
   path = config.get("held_out_path")
   if not held_out.num_images and path and files.same(path, config["path"]):

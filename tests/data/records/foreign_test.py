@@ -55,7 +55,7 @@ def test_the_end_of_a_document_in_obelics_is_no_words():
 
 
 @pytest.mark.parametrize(
-  "images, texts, reason",
+  ("images", "texts", "reason"),
   [
     (["a.jpg"], ["words"], "in place 0 of images and texts"),
     (["a.jpg", None], ["words"], "2 images and 1 texts"),
@@ -129,7 +129,7 @@ def test_edits_of_bagel():
 
 
 @pytest.mark.parametrize(
-  "before, instruction, after",
+  ("before", "instruction", "after"),
   [
     ("source_image", "instruction", "target_image"),
     ("original_image", "edit_prompt", "edited_image"),

@@ -11,7 +11,8 @@ import pytest
 from lavit_jax.core import vocabulary
 from lavit_jax.data import examples
 from lavit_jax.data.batching import pipeline
-from lavit_jax.data.sources import hf, jsonl, parquet
+from lavit_jax.data.sources import jsonl
+from lavit_jax.data.sources.tables import hf, parquet
 from tests.data import fakes
 from tests.data.indexes import table_files
 
@@ -224,5 +225,6 @@ def test_real_documents_say_the_same_in_each_form(name):
       ]  # fmt: skip
       assert texts[0] == texts[1]
   batch, batches = _packed(source, length=1024)
-  assert batch["keep"].any() and not batches.faults[0].bad
+  assert batch["keep"].any()
+  assert not batches.faults[0].bad
   assert np.isfinite(batch["weights"]).all()

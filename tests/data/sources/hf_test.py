@@ -12,7 +12,8 @@ from lavit_jax.core import errors, image_io, vocabulary
 from lavit_jax.data import contents, examples
 from lavit_jax.data.batching import pipeline
 from lavit_jax.data.indexes import stored
-from lavit_jax.data.sources import hf, kinds
+from lavit_jax.data.sources import kinds
+from lavit_jax.data.sources.tables import hf
 from tests.data import fakes
 from tests.data.indexes import table_files
 from tests.train import fake_gcs

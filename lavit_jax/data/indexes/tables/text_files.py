@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lavit_jax.core import errors
+from lavit_jax.data.indexes import unpacked
 from lavit_jax.data.indexes.tables import tables
 from lavit_jax.data.records import columns, lines, table_rows
 
@@ -79,8 +80,8 @@ class TextFile:
       OSError: it cannot be read.
     """
     self._file, self._blocks = file, blocks
-    self._bytes = tables.Bytes(file.path)
-    self.state = self._bytes.state
+    version, self.state = tables.version_of(file.path)
+    self._bytes = tables.Bytes(unpacked.of(file.path, version))
     start = self._bytes.read(0, 64)
     tables.check_start(file.path, start, "a list of images")
     self._first = 3 if start.startswith(codecs.BOM_UTF8) else 0

@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 from lavit_jax.data.indexes.tables import arrow, arrow_rows, tables
 from lavit_jax.data.indexes.tables.parquet import footer, pages, thrift

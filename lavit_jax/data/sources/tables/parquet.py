@@ -1,8 +1,8 @@
 """Reads Parquet files in place, as a Source.
 
-A row is what a JSON line of `jsonl.py` is: its columns are the fields of one,
-but for its images, which the file may hold itself. A column of images is
-found by its type, or by the name of a field:
+A row is what a JSON line of `sources/jsonl.py` is: its columns are the fields
+of one, but for its images, which the file may hold itself. A column of images
+is found by its type, or by the name of a field:
 
   {bytes, path}          as the library `datasets` writes images; of bytes that
                          are null the path counts, relative to the file
@@ -28,7 +28,7 @@ from lavit_jax.data import faults
 from lavit_jax.data.indexes import archives
 from lavit_jax.data.indexes.tables import tables as tables_lib
 from lavit_jax.data.records import columns
-from lavit_jax.data.sources import tables
+from lavit_jax.data.sources.tables import source
 
 SUFFIX = ".parquet"
 # How the hub of `datasets` names files: train-00000-of-00005.parquet.
@@ -37,7 +37,7 @@ _OF_SPLIT = re.compile(
 )
 
 
-class ParquetSource(tables.TableSource):
+class ParquetSource(source.TableSource):
   """The rows of Parquet files, those of one file after those of another."""
 
   def __init__(
@@ -58,7 +58,7 @@ class ParquetSource(tables.TableSource):
     Args:
       path: a file, a folder of them or a pattern: see `archives.of`.
       image_size: images are resized to this square.
-      split: "all", or "train" / "held_out": see `tables.TableSource`.
+      split: "all", or "train" / "held_out": see `source.TableSource`.
       held_out_share: share of the rows that is held out.
       image_column: column of the images; "image" also finds one of another
         name.

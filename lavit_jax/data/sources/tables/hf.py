@@ -7,7 +7,7 @@ file_names) names them, in the folder or in folders below it; or images with a
 .txt of the same name beside them, their caption; or, where there is no such
 text, in a folder for each class, whose name is their caption.
 
-A row is what a JSON line of `jsonl.py` is, and what a row of `parquet.py` is.
+A row is what a row of `parquet.py` is.
 """
 
 import filecmp
@@ -26,7 +26,7 @@ from lavit_jax.data import faults
 from lavit_jax.data.indexes import stored, tar_samples
 from lavit_jax.data.indexes.tables import tables as tables_lib
 from lavit_jax.data.records import columns
-from lavit_jax.data.sources import tables
+from lavit_jax.data.sources.tables import source
 
 _STATE, _DICT, _INFO = "state.json", "dataset_dict.json", "dataset_info.json"
 _LISTINGS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -39,7 +39,7 @@ _LOOKED_AT = 1000  # entries of a folder that tell what it is
 _SUFFIXES = {f".{kind.decode()}" for kind in tar_samples.IMAGES}
 
 
-class HfSource(tables.TableSource):
+class HfSource(source.TableSource):
   """The rows of one split of a dataset in a folder."""
 
   def __init__(
@@ -60,7 +60,7 @@ class HfSource(tables.TableSource):
     Args:
       path: the folder, or a metadata file in it.
       image_size: images are resized to this square.
-      split: "all", or "train" / "held_out": see `tables.TableSource`.
+      split: "all", or "train" / "held_out": see `source.TableSource`.
       held_out_share: share of the rows that is held out.
       image_column: column of the images; "image" also finds one of another
         name.
