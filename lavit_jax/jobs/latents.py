@@ -11,10 +11,11 @@ import numpy as np
 
 from lavit_jax.core import image_io, progress
 from lavit_jax.core.storage import files
-from lavit_jax.data import examples, faults, image_bytes, image_sizes
+from lavit_jax.data import examples, faults
 from lavit_jax.data.batching import bucket_rows
 from lavit_jax.data.batching import buckets as buckets_lib
 from lavit_jax.data.caches import latents
+from lavit_jax.data.images import image_bytes, image_sizes
 from lavit_jax.data.sources import kinds
 from lavit_jax.train.objectives.frozen import conditioning, latent_parts
 

@@ -11,8 +11,9 @@ import numpy as np
 from lavit_jax.configs.tiny import common
 from lavit_jax.core import image_io, progress
 from lavit_jax.core.storage import files, fingerprints
-from lavit_jax.data import examples, faults, image_bytes
+from lavit_jax.data import examples, faults
 from lavit_jax.data.caches import codes
+from lavit_jax.data.images import image_bytes
 from lavit_jax.data.sources import kinds
 from lavit_jax.infer.loading import parts
 

@@ -14,10 +14,11 @@ import numpy as np
 from PIL import Image
 
 from lavit_jax.core import errors, image_io
-from lavit_jax.data import examples, image_sizes
+from lavit_jax.data import examples
 from lavit_jax.data import faults as faults_lib
 from lavit_jax.data.batching import buckets as buckets_lib
 from lavit_jax.data.batching import pipeline
+from lavit_jax.data.images import image_sizes
 from lavit_jax.data.sources import mixed
 
 _LOG = logging.getLogger(__name__)

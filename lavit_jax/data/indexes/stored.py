@@ -7,23 +7,18 @@ $LAVIT_INDEXES names another root. An index of an archive that has changed, or
 that is damaged, is made again.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
 import logging
 import os
 import pathlib
 import secrets
 import stat
-import subprocess
-import sys
-import threading
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,13 +26,14 @@ import numpy as np
 from lavit_jax.core import errors, progress
 from lavit_jax.core.storage import fetched, files
 from lavit_jax.data.indexes import tar_members, tar_samples
+from lavit_jax.data.workers import pool
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 2
 _FEW = 8  # archives that are not worth other processes
+_LONGEST = 3600.0  # seconds that one archive may take
 _MOST_HEAD = 1 << 20  # bytes of the line of JSON
 _MOST_NAME = 200  # bytes of an archive's name, to which ours adds some
-_ROOT = pathlib.Path(__file__).parents[3]  # where this package is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,62 +120,26 @@ def _make_all(paths, quiet):
     for path in paths:
       make(path)
     return
-  stream = io.StringIO() if quiet else None
-  label = f"index {len(paths)} archives"
-  count = min(os.cpu_count() or 1, len(paths))
-  done, lock = itertools.count(1), threading.Lock()
-
-  def follow(worker):
-    """Waits for a process; shows each index that it has made."""
-    for line in worker.stdout:
-      if error := json.loads(line):
-        raise errors.DataError(error)
-      with lock:
-        bar.update(next(done))
-    if status := worker.wait():
-      raise errors.DataError(
-        "A process that makes indexes of archives ended before its time"
-        f" (status {status}); perhaps memory is short. Give the same command"
-        " again: it goes on where it stopped."
-      )
-
-  with (
-    progress.Progress(len(paths), label=label, stream=stream) as bar,
-    contextlib.ExitStack() as ended,  # after the threads, which read of them
-    concurrent.futures.ThreadPoolExecutor(count) as pool,
-    contextlib.ExitStack() as killed,  # also if it is interrupted
-  ):
-    workers = []
-    for i in range(count):
-      workers.append(_worker(paths[i::count]))
-      ended.enter_context(workers[-1])  # closes its pipes, waits for it
-      killed.callback(workers[-1].kill)
-    for _ in pool.map(follow, workers):
-      pass
+  with progress.Progress(
+    len(paths),
+    label=f"index {len(paths)} archives",
+    stream=io.StringIO() if quiet else None,
+  ) as bar:
+    made = pool.run(
+      "lavit_jax.data.indexes.stored:maker",
+      None,
+      [os.fspath(path) for path in paths],
+      count=min(os.cpu_count() or 1, len(paths)),
+      timeout=_LONGEST,
+    )
+    for done, _ in enumerate(made, 1):
+      bar.update(done)
 
 
-def _worker(paths) -> Any:
-  """Starts a process that makes indexes of archives.
-
-  Not by multiprocessing, which runs the script that called all this once more.
-  It has this package and no folder of the user's on its path, and an interrupt
-  of the terminal goes to its parent alone.
-  """
-  path = os.pathsep.join(
-    filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])
-  )
-  worker = subprocess.Popen(
-    [sys.executable, "-P", "-m", "lavit_jax.data.indexes.worker"],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    text=True,
-    env=os.environ | {"PYTHONPATH": path},
-    start_new_session=True,
-  )
-  assert worker.stdin is not None
-  with contextlib.suppress(BrokenPipeError), worker.stdin:  # its status tells
-    worker.stdin.write(json.dumps([os.fspath(path) for path in paths]))
-  return worker
+def maker(setup: None) -> Callable[[str], None]:
+  """Returns what makes the index of an archive, in a process of its own."""
+  del setup
+  return lambda path: make(files.input_path(path))
 
 
 def make(path: Any) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from lavit_jax.core import errors, progress
-from lavit_jax.data import contents, examples, image_bytes, image_sizes
+from lavit_jax.data import contents, examples
+from lavit_jax.data.images import image_bytes, image_sizes
 from lavit_jax.data.indexes import stored
 from lavit_jax.data.records import filters as filters_lib
 

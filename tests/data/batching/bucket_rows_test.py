@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from lavit_jax.core import errors
-from lavit_jax.data import image_sizes
 from lavit_jax.data.batching import bucket_rows, buckets, pipeline
+from lavit_jax.data.images import image_sizes
 from lavit_jax.data.sources import jsonl
 
 _BUCKETS = ((32, 32), (24, 32), (32, 24))

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from lavit_jax.core import errors
-from lavit_jax.data import image_sizes
 from lavit_jax.data.batching import buckets
+from lavit_jax.data.images import image_sizes
 from lavit_jax.diffusion import stable_diffusion
 
 _SDXL = tuple(stable_diffusion.RATIOS.values())

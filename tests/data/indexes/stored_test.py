@@ -1,10 +1,7 @@
 """Indexes are made once, kept, and made again when an archive changes."""
 
-import itertools
 import json
 import os
-import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -84,35 +81,6 @@ def test_many_archives_are_indexed_by_processes(tmp_path, capsys):
   (other / "00008.tar").write_bytes(b"no archive" * 100)
   with pytest.raises(errors.DataError, match=r"00008.tar is no tar archive"):
     stored.of(archives.of(other), quiet=True)
-
-
-def test_a_worker_that_is_killed_is_named(tmp_path, monkeypatch):
-  paths = archives.of(tars.shards(tmp_path, 9, samples=1))
-  real = subprocess.Popen
-
-  def dies(command, **options):
-    return real(["sh", "-c", "cat > /dev/null; kill -9 $$"], **options)
-
-  monkeypatch.setattr(stored.subprocess, "Popen", dies)
-  with pytest.raises(errors.DataError, match="before its time"):
-    stored.of(paths, quiet=True)
-
-
-def test_a_fault_of_one_process_ends_all(tmp_path, monkeypatch):
-  paths = archives.of(tars.shards(tmp_path, 9, samples=1))
-  real, number = subprocess.Popen, itertools.count()
-
-  def slow(command, **options):
-    script = "exec sleep 60"  # a child of the shell would outlive it
-    if not next(number):
-      script = f"echo '\"a fault\"'; {script}"
-    return real(["sh", "-c", f"cat > /dev/null; {script}"], **options)
-
-  monkeypatch.setattr(stored.subprocess, "Popen", slow)
-  begun = time.monotonic()
-  with pytest.raises(errors.DataError, match="a fault"):
-    stored.of(paths, quiet=True)
-  assert time.monotonic() - begun < 30
 
 
 def test_processes_read_no_module_of_the_working_folder(tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from lavit_jax.core import errors
-from lavit_jax.data import contents, examples, image_sizes
+from lavit_jax.data import contents, examples
 from lavit_jax.data.batching import bucket_rows, pipeline
+from lavit_jax.data.images import image_sizes
 from lavit_jax.data.indexes import stored
 from lavit_jax.data.records import filters
 from lavit_jax.data.sources import filtered, kinds, webdataset

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from lavit_jax.core import errors, vocabulary
-from lavit_jax.data import contents, examples, image_bytes, sequences
+from lavit_jax.data import contents, examples, sequences
 from lavit_jax.data.batching import bucket_rows, pipeline
+from lavit_jax.data.images import image_bytes
 from lavit_jax.data.sources import kinds, mixed
 from tests.data import fakes
 from tests.data.indexes import tars

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from lavit_jax.core import errors, image_io, vocabulary
-from lavit_jax.data import contents, examples, image_bytes
+from lavit_jax.data import contents, examples
 from lavit_jax.data.batching import pipeline
+from lavit_jax.data.images import image_bytes
 from lavit_jax.data.indexes import stored
 from lavit_jax.data.indexes.tables import arrow_rows, kept
 from lavit_jax.data.indexes.tables import tables as tables_lib

@@ -11,8 +11,9 @@ from PIL import Image
 tensorflow_datasets = pytest.importorskip("tensorflow_datasets")
 
 from lavit_jax.core import errors, image_io
-from lavit_jax.data import examples, image_bytes
+from lavit_jax.data import examples
 from lavit_jax.data.batching import pipeline
+from lavit_jax.data.images import image_bytes
 from lavit_jax.data.sources import caption_counts, kinds, tfds
 
 

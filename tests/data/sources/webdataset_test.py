@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from lavit_jax.core import errors, image_io, vocabulary
-from lavit_jax.data import contents, examples, image_bytes
+from lavit_jax.data import contents, examples
 from lavit_jax.data.batching import pipeline
+from lavit_jax.data.images import image_bytes
 from lavit_jax.data.indexes import stored
 from lavit_jax.data.sources import kinds, webdataset
 from tests.data import fakes

@@ -9,10 +9,11 @@ import ml_collections
 
 from lavit_jax.core import agreement, errors, hosts
 from lavit_jax.core.storage import fingerprints
-from lavit_jax.data import examples, image_bytes
+from lavit_jax.data import examples
 from lavit_jax.data.caches import codes as codes_lib
 from lavit_jax.data.caches import latents as latents_lib
 from lavit_jax.data.caches import shards
+from lavit_jax.data.images import image_bytes
 from lavit_jax.data.sources import kinds, mixed
 from lavit_jax.models.pixels import vae as vae_lib
 from lavit_jax.train.objectives.frozen import latent_parts

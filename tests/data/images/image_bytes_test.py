@@ -7,7 +7,8 @@ from PIL import Image
 
 from lavit_jax.core import errors
 from lavit_jax.core.storage import fetched
-from lavit_jax.data import examples, image_bytes
+from lavit_jax.data import examples
+from lavit_jax.data.images import image_bytes
 from lavit_jax.data.sources import jsonl, shapes
 from tests.data import fakes
 from tests.train import fake_gcs
