@@ -26,6 +26,7 @@ from lavit_jax.data.sources import (
   filtered,
   jsonl,
   mixed,
+  prepared,
   shapes,
   tfds,
   webdataset,
@@ -42,6 +43,7 @@ _EXAMPLES = {  # of config.data.path, by kind
   "webdataset": ("tar archives", "'data/{00000..00331}.tar'"),
   "parquet": ("Parquet files", "'data/train-*.parquet'"),
   "hf": ("a folder of the library `datasets`", "my_dataset"),
+  "arrayrecord": ("a folder that lavit data prepare wrote", "my_prepared"),
 }
 _OF_TABLES = {"parquet": parquet.ParquetSource, "hf": hf.HfSource}
 
@@ -122,10 +124,11 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
   """Returns the source that config.data describes.
 
   Args:
-    config: fields `kind` ("shapes", "jsonl", "webdataset", "parquet", "hf" or
-      "tfds"), `image_size`, `seed` and those of the kind: shapes `train_size`,
-      `held_out_size`; tfds `name`, `train_split`, `held_out_split`,
-      `data_dir`, `image_feature`, `text_feature`; the others `path`,
+    config: fields `kind` ("shapes", "jsonl", "webdataset", "parquet", "hf",
+      "arrayrecord" or "tfds"), `image_size`, `seed` and those of the kind:
+      shapes `train_size`, `held_out_size`; tfds `name`, `train_split`,
+      `held_out_split`, `data_dir`, `image_feature`, `text_feature`; the others
+      `path`,
       `held_out_path` (empty: a tenth of `path`, by hash); jsonl, parquet and
       hf `allow_absolute`; parquet and hf `image_feature`, `text_feature`; hf
       `train_split`, `held_out_split`. `limit_share` is the share of bad lines,
@@ -189,6 +192,11 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
     return webdataset.WebDatasetSource(
       path, config["image_size"], split=part, limit_share=limit_share
     )
+  if kind == "arrayrecord":
+    path, part = _path_of(config, split)
+    return prepared.PreparedSource(
+      path, config["image_size"], split=part, limit_share=limit_share
+    )
   if kind in _OF_TABLES:
     path, part = _path_of(config, split)
     if kind == "hf" and part == split:
@@ -224,15 +232,17 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
     )
   raise errors.ConfigError(
     f"config.data.kind={kind!r} is unknown; expected shapes, jsonl,"
-    " webdataset, parquet, hf or tfds."
+    " webdataset, parquet, hf, arrayrecord or tfds."
   )
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
   """Returns the kind of the data at a path, by its name and what is there.
 
-  It is "parquet", "hf", "webdataset" or "jsonl".
+  It is "arrayrecord", "parquet", "hf", "webdataset" or "jsonl".
   """
+  if prepared.is_named(path):
+    return "arrayrecord"
   if parquet.is_named(path):
     return "parquet"
   if json_lines.is_folder(path):
@@ -319,6 +329,10 @@ def _count_shared(config, train, held_out) -> tuple[int, int, str]:
   )
   if config["kind"] == "tfds":
     return tfds.overlap(train, held_out), held_out.num_images, "records"
+  if isinstance(train, prepared.PreparedSource):
+    same = isinstance(held_out, prepared.PreparedSource)
+    shared = prepared.overlap(train, held_out) if same else 0
+    return shared, held_out.num_images, "images"
   if config["kind"] == "webdataset":
     shared = webdataset.overlap(train, held_out)
     return shared, held_out.num_images, "samples"
