@@ -23,7 +23,7 @@ with epy.lazy_imports():
   from lavit_jax.core.storage import checkpoints
   from lavit_jax.data.indexes import archives
   from lavit_jax.data.sources import kinds
-  from lavit_jax.data.sources.tables import parquet
+  from lavit_jax.data.sources.tables import json_lines, parquet
   from lavit_jax.infer import pipeline
   from lavit_jax.infer.loading import parts
 
@@ -351,8 +351,10 @@ def require_data(path: str) -> None:
     errors.LavitError: it is another folder, or a pattern that names nothing.
   """
   kind = kinds.kind_of(path)
-  if kind == "hf":  # it exists: that is how it was known
+  if kind in ("hf", "arrayrecord"):  # it exists: that is how it was known
     return
+  if kind == "jsonl" and json_lines.is_meant(path):
+    path, *_ = map(os.fspath, json_lines.files_of(path))
   if kind == "parquet":
     require_files([os.fspath(one) for one in parquet.files_of(path)])
     return

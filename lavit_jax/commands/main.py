@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from lavit_jax import __version__
 from lavit_jax.commands import (
   common,
+  data,
   draw,
   info,
   latents,
@@ -46,14 +47,16 @@ LAVIT_DEBUG=1 in the environment shows the traceback of an error.
 """
 
 # In the order of `lavit --help`.
-_MODULES = (train, latents, compile_command, report, read, draw, port, info)
+_MODULES = (
+  *(train, latents, compile_command, report, read, draw, data, port, info),
+)
 # These read `--config.FIELD=VALUE`, which argparse cannot, and their own help.
 _CONFIG_COMMANDS = {
   "train": train.train,
   "latents": latents.latents,
   "compile": compile_command.run,
 }
-_RESUMABLE = {"quickstart", "train", "tokenize", "latents"}
+_RESUMABLE = {"quickstart", "train", "tokenize", "latents", "data"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -216,7 +216,7 @@ class _Job:
     self._source, self._folder, self._settings = source, folder, settings
     self._workers = workers or os.cpu_count() or 1
     self._limit, self._quiet = faults.share_of(config), quiet
-    self._setup = {"config": _plain(config), "split": split}
+    self._setup = {"config": plain(config), "split": split}
 
   def run(self) -> dict[str, Any]:
     """Does what is not yet done; returns the manifest."""
@@ -344,7 +344,7 @@ class _Job:
         bar.update(done)
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns config.data as JSON holds it."""
   return json.loads(json.dumps(dict(config), default=lambda v: v.to_dict()))
 

@@ -111,6 +111,8 @@ def is_named(path: str | os.PathLike[str]) -> bool:
   if not os.path.isdir(path):
     return False
   names = [name.lower() for name in os.listdir(path)]
+  if any(name.endswith(".tar") for name in names):
+    return False  # img2dataset has a table of its downloads by each archive
   return any(n.endswith(SUFFIX) for n in names if n != "metadata.parquet")
 
 

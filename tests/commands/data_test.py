@@ -1,0 +1,141 @@
+"""`lavit data`: check, show and prepare, on small data."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lavit_jax.commands import main
+from lavit_jax.jobs import downloads
+from tests.data.indexes import table_files, tars
+
+
+@pytest.fixture(autouse=True)
+def _indexes(tmp_path, monkeypatch):
+  monkeypatch.setenv("LAVIT_INDEXES", str(tmp_path / "kept"))
+
+
+def _lines(tmp_path, count=6, bad=()):
+  rows = [{"image": f"{i}.png", "caption": f"image {i}"} for i in range(count)]
+  rows += [{"text": "some words"}]
+  for i in range(count):
+    data = b"no image" if i in bad else table_files.encoded(i)
+    (tmp_path / f"{i}.png").write_bytes(data)
+  path = tmp_path / "my.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def _run(*words):
+  return main.main(["data", *map(str, words)])
+
+
+def test_good_data_pass_and_bad_data_are_listed(tmp_path, capsys):
+  path = _lines(tmp_path)
+  assert _run("check", path, "--workers", 1) == 0
+  out = capsys.readouterr().out
+  assert "my.jsonl: 6 images" in out
+  assert "6 image_text" in out
+  assert "1 text" in out
+  assert "can be trained on" in out
+
+  _lines(tmp_path, bad=(2,))
+  with path.open("a") as file:
+    file.write("{no json\n")
+  listed = tmp_path / "bad.jsonl"
+  words = ("check", path, "--workers", 1, "--json", "--bad", listed)
+  assert _run(*words) == 1
+  summary = json.loads(capsys.readouterr().out)
+  assert (summary["bad_images"], summary["left_out"]) == (1, 1)
+  assert summary["passed"] is False
+  assert list(summary["reasons"]) == ["is no image of a known format"]
+  bad = [json.loads(line) for line in listed.read_text().splitlines()]
+  assert [one["name"] for one in bad] == ["my.jsonl:8", "2.png"]
+  assert _run(*words, "--limit-share", 0.5) == 0
+
+
+def test_a_page_shows_samples_and_what_is_bad(tmp_path, capsys):
+  path = _lines(tmp_path, bad=(2,))
+  page = tmp_path / "pages" / "my.html"
+  assert _run("show", path, "--html", page, "--workers", 1) == 0
+  text = page.read_text()
+  assert text.count("data:image/png;base64,") >= 5
+  for words in (
+    "image 3",
+    "some words",
+    "2.png",
+    "shorter side",
+    "What is bad",
+  ):
+    assert words in text
+  assert "http" not in text.replace("http://www.w3.org", "")
+  assert str(page) in capsys.readouterr().out
+
+
+def test_prepared_data_are_data_again(tmp_path, capsys):
+  path, out = _lines(tmp_path), tmp_path / "out"
+  words = ("prepare", path, out, "--workers", 1, "--license", "CC0")
+  assert _run(*words, "--min-chars", 2, "--duplicates", "same") == 0
+  said = capsys.readouterr().out
+  assert "6 images, 6 captions, 1 text in 2 shards" in said
+  assert f"--config.data.path={out}" in said
+  assert json.loads((out / "manifest.json").read_text())["license"] == "CC0"
+  assert _run("check", out, "--workers", 1) == 0
+  shard = out / "about-00000-of-00001.array_record"
+  shard.write_bytes(shard.read_bytes() + b" ")
+  capsys.readouterr()
+  assert _run("check", out, "--workers", 1, "--limit-share", 1) in (1, 2)
+  captured = capsys.readouterr()
+  assert shard.name in captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+  ("words", "said"),
+  [
+    (("check", "none.jsonl"), "no such file or directory"),
+    (("prepare", "{data}", "gs://bucket/x"), "on this machine's disk|local"),
+    (("prepare", "{data}", "{data}"), "is a file, but a folder"),
+    (("show", "{data}", "--html", "{folder}"), "is a folder"),
+    (("check", "{data}", "--retry-list", "{folder}/x.txt"), "img2dataset"),
+    (("prepare", "{data}", "{folder}"), "is no prepared data"),
+  ],
+)
+def test_mistakes_are_told_before_any_work(tmp_path, words, said, capsys):
+  names = {"data": _lines(tmp_path), "folder": tmp_path}
+  words = [word.format(**names) for word in words]
+  assert _run(*words) == 2
+  err = capsys.readouterr().err
+  assert any(one in err for one in said.split("|")), err
+
+
+def _downloaded(folder):
+  """Archives of img2dataset, with the table of what it tried to download."""
+  tars.shards(folder, 1)
+  rows = {
+    "url": [f"http://a.org/{i}.jpg" for i in range(6)],
+    "caption": ["a", None, "c", "d", "e", "f"],
+    "status": ["success"] * 4 + ["failed_to_download", "failed_to_resize"],
+    "error_message": [None] * 4
+    + ["HTTP Error 404: Not Found", "Image decoding error"],
+  }
+  pq.write_table(pa.table(rows), folder / "00000.parquet")
+  return folder
+
+
+def test_downloads_are_counted_and_tried_again(tmp_path, capsys):
+  folder = _downloaded(tmp_path / "web")
+  retry = tmp_path / "retry.jsonl"
+  words = ("check", folder, "--workers", 1, "--retry-list", retry)
+  assert _run(*words) == 0
+  out = capsys.readouterr().out
+  assert "4 success" in out
+  assert "1 failed_to_download: HTTP Error 404: Not Found" in out
+  assert [json.loads(line) for line in retry.read_text().splitlines()] == [
+    {"url": "http://a.org/4.jpg", "caption": "e"},
+    {"url": "http://a.org/5.jpg", "caption": "f"},
+  ]
+  plain = tmp_path / "retry.txt"
+  rows = downloads.rows(downloads.beside(folder))
+  assert downloads.write_retries(plain, rows) == 2
+  assert plain.read_text() == "http://a.org/4.jpg\nhttp://a.org/5.jpg\n"
