@@ -36,7 +36,9 @@ SAFETENSORS = "safetensors>=0.8.0"
 HUB = "huggingface_hub>=1.32.0"
 LEMMAS = "simplemma>=1.1.1"  # of answers
 PYARROW = "pyarrow>=18.0"  # Parquet, and what `datasets` saves
-OPTIONAL = [QWIX, SAFETENSORS, HUB, LEMMAS, PYARROW]
+SIMPLEJPEG = "simplejpeg>=1.8.2"  # decodes JPEGs faster than Pillow
+RESIZER = "cykooz_resizer>=4.0.1"  # and resizes them
+OPTIONAL = [QWIX, SAFETENSORS, HUB, LEMMAS, PYARROW, SIMPLEJPEG, RESIZER]
 
 # Checkpoints in and out. The lanes run with the newest: older builds of PyPI
 # bring CUDA with them. Before 2.6 torch.load can be made to run code.
@@ -59,6 +61,8 @@ TEST_CORE = [
   "nbclient>=0.10",
   "nbformat>=5.10",
   PYARROW,
+  RESIZER,
+  SIMPLEJPEG,
   "pytest>=8.4",
   "pytest-xdist>=3.8",
   QWIX,
@@ -85,6 +89,7 @@ EXTRAS = {
   "torch": [HUB, SAFETENSORS, TORCH],
   "eval": [LEMMAS],
   "parquet": [PYARROW],
+  "fast": [SIMPLEJPEG, RESIZER],
   "docs": DOCS,
   "test-core": TEST_CORE,
   "test": [

@@ -35,7 +35,9 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     data_dir="",
     image_feature="image",
     text_feature="caption",
-    threads=16,
+    threads=16,  # of each process, that read images and make rows
+    workers=0,  # processes that decode images; 0: the threads do
+    decoding="exact",  # or "fast": see data/images/squares.py
   )
   cfg.optimizer = dict(
     b1=0.9,

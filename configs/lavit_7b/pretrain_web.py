@@ -40,6 +40,7 @@ def get_config():
   # Text and image alternate in a row: captions are short, and images of the
   # half that is written take no slot.
   cfg.data.slots = 6
+  cfg.data.threads, cfg.data.workers = 48, 32
   cfg.data.sources = dict(
     cc3m=_archives("cc3m", 331, 0.1, "image_text"),
     cc12m=_archives("cc12m", 1242, 0.36, "image_text"),

@@ -31,7 +31,9 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     text_feature="caption",
     text_vocab=512,
     text_length=48,
-    threads=2,
+    threads=2,  # of each process, that read images and make rows
+    workers=0,  # processes that decode images; 0: the threads do
+    decoding="exact",  # or "fast": see data/images/squares.py
   )
   cfg.optimizer = dict(
     b1=0.9,

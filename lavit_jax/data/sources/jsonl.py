@@ -46,9 +46,10 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax.core import errors, image_io
+from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 from lavit_jax.data import examples, faults
+from lavit_jax.data.images import squares
 from lavit_jax.data.records import forms, held_out, lines
 
 _LOG = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class JsonlSource:
     limit: int | None = None,
     allow_absolute: bool = False,
     limit_share: float = faults.LIMIT_SHARE,
+    decode: squares.Decode = squares.exact,
   ) -> None:
     """Reads the file, not the images.
 
@@ -98,6 +100,7 @@ class JsonlSource:
       limit: use only the first `limit` lines of the split.
       allow_absolute: let images lie outside the file's folder.
       limit_share: share of bad lines above which the file is refused.
+      decode: makes the square of an encoded image.
 
     Raises:
       errors.DataError: there is no such file, or it is of another kind; it has
@@ -105,7 +108,7 @@ class JsonlSource:
       errors.ConfigError: there is no such split.
     """
     self.path, self.image_size = files.input_path(path), int(image_size)
-    self.name = self.path.name
+    self.name, self._square = self.path.name, decode
     self.faults = faults.FaultLog(f"lines of {self.name}", limit_share)
     self._images: dict[str, int] = {}
     self._captions: dict[int, list[str]] = collections.defaultdict(list)
@@ -161,8 +164,7 @@ class JsonlSource:
     return self._decoded(i)
 
   def _decode(self, i):
-    loaded = image_io.load(self.image_path(i))
-    pixels = image_io.to_uint8(loaded, self.image_size)
+    pixels = self._square(self.image_path(i), self.image_size, None)
     pixels.flags.writeable = False  # callers share it
     return pixels
 

@@ -10,6 +10,7 @@ With config.data.sources it is a mixture of several:
 Fields that a source lacks are those of config.data.
 """
 
+import functools
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ from typing import Any
 from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 from lavit_jax.data import examples, faults
+from lavit_jax.data.images import squares
 from lavit_jax.data.indexes import archives
 from lavit_jax.data.records import columns, filters
 from lavit_jax.data.sources import (
@@ -33,10 +35,12 @@ from lavit_jax.data.sources import (
 )
 from lavit_jax.data.sources.tables import hf, json_lines, parquet
 from lavit_jax.data.sources.tables import source as tables
+from lavit_jax.data.workers import decoders
 
 _LOG = logging.getLogger(__name__)
 # Fields of a source that config.data may not have.
 _OF_MIXTURES = ("weight", "mixture", "cache_dir", "held_out_cache_dir")
+_MOST_WORKERS = 512
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _EXAMPLES = {  # of config.data.path, by kind
   "jsonl": ("a file of JSON lines", "my.jsonl"),
@@ -133,7 +137,8 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
       hf `allow_absolute`; parquet and hf `image_feature`, `text_feature`; hf
       `train_split`, `held_out_split`. `limit_share` is the share of bad lines,
       samples, rows or records that is an error; `filters` choose images and
-      texts (`filters.py`). Or `sources`, see above.
+      texts (`filters.py`); `workers` is the number of processes that decode
+      images, and `decoding` how (`images/squares.py`). Or `sources`, see above.
     split: "train", "held_out" or (shapes only) "never_seen".
 
   Raises:
@@ -154,7 +159,9 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
   if not chosen.keep_all:
     whole = build({**config, "filters": {}}, split)
     return filtered.FilteredSource(whole, chosen)
-  limit_share = faults.share_of(config)
+  common: dict[str, Any] = dict(
+    limit_share=faults.share_of(config), decode=_decoding(config)
+  )
   kind = config["kind"]
   if kind == "shapes":
     return shapes.ShapesSource(
@@ -178,24 +185,24 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
         image_column=config.get("image_feature", columns.IMAGE),
         text_column=config.get("text_feature", columns.TEXT),
         allow_absolute=config.get("allow_absolute", False),
-        limit_share=limit_share,
+        **common,
       )
     return jsonl.JsonlSource(
       path,
       config["image_size"],
       split=part,
       allow_absolute=config.get("allow_absolute", False),
-      limit_share=limit_share,
+      **common,
     )
   if kind == "webdataset":
     path, part = _path_of(config, split)
     return webdataset.WebDatasetSource(
-      path, config["image_size"], split=part, limit_share=limit_share
+      path, config["image_size"], split=part, **common
     )
   if kind == "arrayrecord":
     path, part = _path_of(config, split)
     return prepared.PreparedSource(
-      path, config["image_size"], split=part, limit_share=limit_share
+      path, config["image_size"], split=part, **common
     )
   if kind in _OF_TABLES:
     path, part = _path_of(config, split)
@@ -213,7 +220,7 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
       image_column=config.get("image_feature", columns.IMAGE),
       text_column=config.get("text_feature", columns.TEXT),
       allow_absolute=config.get("allow_absolute", False),
-      limit_share=limit_share,
+      **common,
     )
   if kind == "tfds" and not config.get("name"):
     raise errors.ConfigError(
@@ -228,12 +235,34 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
       image_feature=config["image_feature"],
       text_feature=config["text_feature"],
       image_size=config["image_size"],
-      limit_share=limit_share,
+      **common,
     )
   raise errors.ConfigError(
     f"config.data.kind={kind!r} is unknown; expected shapes, jsonl,"
     " webdataset, parquet, hf, arrayrecord or tfds."
   )
+
+
+def _decoding(config) -> squares.Decode:
+  """Returns what decodes the images, in this process or in others.
+
+  Raises:
+    errors.ConfigError: config.data.decoding is unknown, or workers is no
+      number.
+  """
+  count, way = config.get("workers", 0), config.get("decoding", "exact")
+  if type(count) is not int or not 0 <= count <= _MOST_WORKERS:
+    raise errors.ConfigError(
+      f"config.data.workers={count!r}: expected the number of processes that"
+      f" decode images, 0 (this one) to {_MOST_WORKERS}."
+    )
+  return _decoders(count, way) if count else squares.way(way)
+
+
+@functools.cache
+def _decoders(count, way) -> decoders.Decoders:
+  """Returns the processes, which all sources share."""
+  return decoders.Decoders(count, way)
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:

@@ -35,6 +35,7 @@ from array_record.python import array_record_module
 from lavit_jax.core import errors, image_io
 from lavit_jax.core.storage import fetched, files
 from lavit_jax.data import examples, faults
+from lavit_jax.data.images import squares
 from lavit_jax.data.indexes.tables import decoded, numbers, splits
 
 MANIFEST = "manifest.json"
@@ -103,6 +104,7 @@ class PreparedSource:
     split: str = "all",
     held_out_share: float = 0.1,
     limit_share: float = faults.LIMIT_SHARE,
+    decode: squares.Decode = squares.exact,
   ) -> None:
     """Reads the manifest and the columns.
 
@@ -113,6 +115,7 @@ class PreparedSource:
         of a text; what shares images stays together.
       held_out_share: share that is held out.
       limit_share: share of images that may turn out to be damaged.
+      decode: makes the square of an encoded image.
 
     Raises:
       errors.DataError: there is no such folder, it is unfinished, damaged or
@@ -125,7 +128,7 @@ class PreparedSource:
       )
     folder = files.input_path(os.fspath(path).rstrip("/"))
     self.name, self.image_size = folder.name, int(image_size)
-    self.manifest = read_manifest(folder)
+    self.manifest, self._square = read_manifest(folder), decode
     self.faults = faults.FaultLog(f"images of {self.name}", limit_share)
     self.split, self._share = split, held_out_share
     self._folder = fetched.folder(folder, sorted(self.manifest["files"]))
@@ -222,8 +225,8 @@ class PreparedSource:
 
   def image(self, i: int) -> np.ndarray:
     """Returns image i, uint8[size, size, 3]; ImageError for a bad one."""
-    loaded = image_io.load(self.encoded(i), name=f"{self.name}:{i}")
-    return image_io.to_uint8(loaded, self.image_size)
+    name = f"{self.name}:{i}"
+    return self._square(self.encoded(i), self.image_size, name)
 
   def encoded(self, i: int) -> bytes:
     """Returns the encoded bytes of image i.

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from lavit_jax.core import errors, image_io
+from lavit_jax.core import errors
 from lavit_jax.data import examples, faults
+from lavit_jax.data.images import squares
 from lavit_jax.data.sources import caption_counts
 
 _Bounds = tuple[int, int, int]  # first record, end, records of the file
@@ -48,6 +49,7 @@ class TfdsSource:
     text_feature: str = "caption",
     data_dir: str | None = None,
     limit_share: float = faults.LIMIT_SHARE,
+    decode: squares.Decode = squares.exact,
   ) -> None:
     """Opens the split; decodes nothing but the texts of its first record.
 
@@ -62,13 +64,14 @@ class TfdsSource:
       data_dir: where TFDS keeps its data; None for its default.
       limit_share: share of texts that are not UTF-8 above which reading stops;
         such a text is left out and logged in `faults`.
+      decode: makes the square of an encoded image.
 
     Raises:
       errors.DataError: the dataset, split or a feature does not exist, a
         feature is of another type, or the files are in a format that TFDS
         cannot read record by record.
     """
-    self.image_size = int(image_size)
+    self.image_size, self._square = int(image_size), decode
     self._image, self._text = image_feature, text_feature
     self._records, info = _open(name, split, image_feature, data_dir)
     self.name = f"tfds:{info.full_name}:{split}"
@@ -101,8 +104,8 @@ class TfdsSource:
 
   def image(self, i: int) -> np.ndarray:
     """Returns image i, uint8[size, size, 3]; ImageError for a bad one."""
-    loaded = image_io.load(self.encoded(i), name=self.image_key(i))
-    return image_io.to_uint8(loaded, self.image_size)
+    name = self.image_key(i)
+    return self._square(self.encoded(i), self.image_size, name)
 
   def encoded(self, i: int) -> bytes:
     """Returns the encoded bytes of image i."""

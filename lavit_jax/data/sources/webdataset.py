@@ -21,6 +21,7 @@ import numpy as np
 from lavit_jax.core import errors, image_io
 from lavit_jax.core.storage import fetched, files
 from lavit_jax.data import examples, faults
+from lavit_jax.data.images import squares
 from lavit_jax.data.indexes import archives, stored, tar_samples
 
 _BLOCK = 512
@@ -67,6 +68,7 @@ class WebDatasetSource:
     split: str = "all",
     held_out_share: float = 0.1,
     limit_share: float = faults.LIMIT_SHARE,
+    decode: squares.Decode = squares.exact,
     quiet: bool = False,
   ) -> None:
     """Reads the indexes; makes those that are not there.
@@ -77,6 +79,7 @@ class WebDatasetSource:
       split: "all", or "train" / "held_out" by a hash of each sample's name.
       held_out_share: share of the samples that is held out.
       limit_share: share of bad samples above which the data are refused.
+      decode: makes the square of an encoded image.
       quiet: no progress bar while indexes are made.
 
     Raises:
@@ -88,7 +91,7 @@ class WebDatasetSource:
       raise errors.ConfigError(
         f"split={split!r}: archives have all, train and held_out."
       )
-    self.image_size = int(image_size)
+    self.image_size, self._square = int(image_size), decode
     self.archives = archives.of(path)
     self.name = os.fspath(path).rstrip("/").rpartition("/")[2]
     indexes = stored.of(self.archives, quiet=quiet)
@@ -137,8 +140,8 @@ class WebDatasetSource:
 
   def image(self, i: int) -> np.ndarray:
     """Returns image i, uint8[size, size, 3]; ImageError for a bad one."""
-    loaded = image_io.load(self.encoded(i), name=self.image_key(i))
-    return image_io.to_uint8(loaded, self.image_size)
+    name = self.image_key(i)
+    return self._square(self.encoded(i), self.image_size, name)
 
   def encoded(self, i: int) -> bytes:
     """Returns the encoded bytes of image i.

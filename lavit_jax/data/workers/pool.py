@@ -2,8 +2,7 @@
 
 A process that ends or does not answer in time is replaced, and its item tried
 again in the new one. Items and answers are JSON; what is large goes through
-files or shared memory. Not by multiprocessing, which runs the script that
-called all this once more, and waits for ever for a process that was killed.
+files.
 
   for index, answer in pool.run("lavit_jax.x:make", setup, items, count=4):
     …
@@ -18,7 +17,6 @@ import importlib
 import json
 import logging
 import os
-import pathlib
 import queue
 import select
 import subprocess
@@ -29,9 +27,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lavit_jax.core import errors
+from lavit_jax.data.workers import process
 
 _LOG = logging.getLogger(__name__)
-_ROOT = pathlib.Path(__file__).parents[3]  # where this package is
 _TRIES = 3  # processes that an item may take with it
 _CHUNK = 1 << 16  # bytes read at once
 _POLL = 0.1  # seconds between two looks at whether all is over
@@ -101,7 +99,7 @@ def run(
 
 def _serve(make, setup, timeout, todo, done, over) -> None:
   """Lets one process after another work on items, until all is over."""
-  process = None
+  running = None
   try:
     while not over.is_set():
       try:
@@ -110,12 +108,12 @@ def _serve(make, setup, timeout, todo, done, over) -> None:
         over.wait(_POLL)  # an item may come back
         continue
       try:
-        process = process or _Process(make, setup)
-        done.put((item.index, process.ask(item.value, timeout, over)))
+        running = running or _Process(make, setup)
+        done.put((item.index, running.ask(item.value, timeout, over)))
       except _Ended as error:
-        if process is not None:
-          process.kill()
-        process = None
+        if running is not None:
+          running.kill()
+        running = None
         if over.is_set():
           break
         item.tries += 1
@@ -135,26 +133,15 @@ def _serve(make, setup, timeout, todo, done, over) -> None:
   except BaseException as error:  # is raised where the answers are read
     done.put(error)
   finally:
-    if process is not None:
-      process.kill()
+    if running is not None:
+      running.kill()
 
 
 class _Process:
   """A process that answers one item after another."""
 
   def __init__(self, make, setup):
-    path = os.pathsep.join(
-      filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])
-    )
-    # It has this package and no folder of the user's on its path, and an
-    # interrupt of the terminal goes to its parent alone.
-    self._process = subprocess.Popen(
-      [sys.executable, "-P", "-m", "lavit_jax.data.workers.pool"],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      env=os.environ | {"PYTHONPATH": path},
-      start_new_session=True,
-    )
+    self._process = process.start("lavit_jax.data.workers.pool")
     self._rest = b""
     self._lines: collections.deque[bytes] = collections.deque()
     self._send([make, setup])
@@ -208,12 +195,7 @@ class _Process:
 
   def kill(self) -> None:
     """Ends the process, whatever it does, and waits for its end."""
-    self._process.kill()
-    self._process.wait()
-    for stream in (self._process.stdin, self._process.stdout):
-      assert stream is not None
-      with contextlib.suppress(OSError):
-        stream.close()
+    process.kill(self._process)
 
 
 def main() -> None:

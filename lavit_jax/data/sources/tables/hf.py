@@ -23,6 +23,7 @@ from typing import Any
 from lavit_jax.core import errors
 from lavit_jax.core.storage import fetched, files
 from lavit_jax.data import faults
+from lavit_jax.data.images import squares
 from lavit_jax.data.indexes import stored, tar_samples
 from lavit_jax.data.indexes.tables import tables as tables_lib
 from lavit_jax.data.records import columns
@@ -53,6 +54,7 @@ class HfSource(source.TableSource):
     text_column: str = columns.TEXT,
     allow_absolute: bool = False,
     limit_share: float = faults.LIMIT_SHARE,
+    decode: squares.Decode = squares.exact,
     quiet: bool = False,
   ) -> None:
     """Reads the texts of the dataset once; later their index.
@@ -67,6 +69,7 @@ class HfSource(source.TableSource):
       text_column: column of the words; "caption" also finds others.
       allow_absolute: let images lie outside the folder.
       limit_share: share of bad rows above which the data are refused.
+      decode: makes the square of an encoded image.
       quiet: no progress bar while indexes are made.
 
     Raises:
@@ -87,6 +90,7 @@ class HfSource(source.TableSource):
       split=split,
       held_out_share=held_out_share,
       limit_share=limit_share,
+      decode=decode,
       quiet=quiet,
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from lavit_jax.core.storage import fetched, files
 from lavit_jax.data import faults
+from lavit_jax.data.images import squares
 from lavit_jax.data.indexes import archives
 from lavit_jax.data.indexes.tables import tables as tables_lib
 from lavit_jax.data.records import columns
@@ -41,6 +42,7 @@ class JsonLinesSource(source.TableSource):
     text_column: str = columns.TEXT,
     allow_absolute: bool = False,
     limit_share: float = faults.LIMIT_SHARE,
+    decode: squares.Decode = squares.exact,
     quiet: bool = False,
   ) -> None:
     """Reads the lines of the files once; later their index.
@@ -55,6 +57,7 @@ class JsonLinesSource(source.TableSource):
       text_column: field of the words; "caption" also finds the others.
       allow_absolute: let images lie outside the folder of a file.
       limit_share: share of bad lines above which the data are refused.
+      decode: makes the square of an encoded image.
       quiet: no progress bar while indexes are made.
 
     Raises:
@@ -80,6 +83,7 @@ class JsonLinesSource(source.TableSource):
       split=split,
       held_out_share=held_out_share,
       limit_share=limit_share,
+      decode=decode,
       quiet=quiet,
     )
 

@@ -25,6 +25,7 @@ from typing import Any
 from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 from lavit_jax.data import faults
+from lavit_jax.data.images import squares
 from lavit_jax.data.indexes import archives
 from lavit_jax.data.indexes.tables import tables as tables_lib
 from lavit_jax.data.records import columns
@@ -51,6 +52,7 @@ class ParquetSource(source.TableSource):
     text_column: str = columns.TEXT,
     allow_absolute: bool = False,
     limit_share: float = faults.LIMIT_SHARE,
+    decode: squares.Decode = squares.exact,
     quiet: bool = False,
   ) -> None:
     """Reads the texts of the files once; later their index.
@@ -65,6 +67,7 @@ class ParquetSource(source.TableSource):
       text_column: column of the words; "caption" also finds others.
       allow_absolute: let images lie outside the folder of a file.
       limit_share: share of bad rows above which the data are refused.
+      decode: makes the square of an encoded image.
       quiet: no progress bar while indexes are made.
 
     Raises:
@@ -91,6 +94,7 @@ class ParquetSource(source.TableSource):
       split=split,
       held_out_share=held_out_share,
       limit_share=limit_share,
+      decode=decode,
       quiet=quiet,
     )
 

@@ -17,6 +17,7 @@ import numpy as np
 from lavit_jax.core import errors, image_io
 from lavit_jax.core.storage import files
 from lavit_jax.data import examples, faults
+from lavit_jax.data.images import squares
 from lavit_jax.data.indexes.tables import (
   decoded,
   kept,
@@ -69,6 +70,7 @@ class TableSource:
     split: str = "all",
     held_out_share: float = 0.1,
     limit_share: float = faults.LIMIT_SHARE,
+    decode: squares.Decode = squares.exact,
     quiet: bool = False,
   ) -> None:
     """Reads the indexes of the tables; makes those that are not there.
@@ -81,6 +83,7 @@ class TableSource:
         image, or text: see `splits.held_out`.
       held_out_share: share of the rows that is held out.
       limit_share: share of bad rows above which the data are refused.
+      decode: makes the square of an encoded image.
       quiet: no progress bar while indexes are made.
 
     Raises:
@@ -93,6 +96,7 @@ class TableSource:
         f"split={split!r}: tables have all, train and held_out."
       )
     self.name, self.image_size = name, int(image_size)
+    self._square = decode
     self.tables = list(tables)
     indexes = kept.of(self.tables, quiet=quiet)
     self.faults = _faults(name, indexes, limit_share)
@@ -197,7 +201,7 @@ class TableSource:
       raise image_io.ImageError(f"{name}: {reason}.")
     if not isinstance(source, bytes):
       name = f"{name} ({source})"
-    return image_io.to_uint8(image_io.load(source, name=name), self.image_size)
+    return self._square(source, self.image_size, name)
 
   def encoded(self, i: int) -> Any:
     """Returns the bytes of image i, or its path; b"" if there is neither.
