@@ -99,7 +99,7 @@ def test_the_metadata_names_the_command_and_no_heavy_requirement(wheel):
   assert metadata["Requires-Python"] == ">=3.11"
   assert metadata["License-Expression"] == "Apache-2.0"
   assert "Typing :: Typed" in metadata.get_all("Classifier")
-  extras = {"tpu", "cuda", "gcs", "torch", "eval", "parquet"}
+  extras = {"tpu", "cuda", "gcs", "torch", "eval", "parquet", "fast"}
   extras |= {"docs", "test", "test-core"}
   assert set(metadata.get_all("Provides-Extra")) == extras
   base = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
