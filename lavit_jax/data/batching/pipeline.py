@@ -127,11 +127,27 @@ def iterate(
 
   stop = len(batches) * share
   local = grain.MapDataset.range(min(start_batch * share, stop), stop)
+  # A thread makes a part of a batch, not all of it: Grain has at most as many
+  # threads at work as elements are ahead.
+  part = _part_of(share, num_threads)
+  parts = share // part
   options = grain.ReadOptions(
-    num_threads=num_threads, prefetch_buffer_size=_AHEAD if num_threads else 0
+    num_threads=num_threads,
+    prefetch_buffer_size=max(_AHEAD * parts, num_threads) if num_threads else 0,
   )
-  dataset = local.map(row).batch(share).to_iter_dataset(options)
-  return Iterator(dataset, start_batch)
+  dataset = local.map(row).batch(part).to_iter_dataset(options).batch(parts)
+  return Iterator(dataset.map(_joined), start_batch)
+
+
+def _part_of(share, num_threads) -> int:
+  """Returns how many of the rows of a batch a thread makes: a divisor."""
+  most = max(1, share // max(num_threads, 1))
+  return max(d for d in range(1, most + 1) if share % d == 0)
+
+
+def _joined(parts):
+  """Returns arrays [parts, rows, ...] as [rows, ...]."""
+  return {name: x.reshape(-1, *x.shape[2:]) for name, x in parts.items()}
 
 
 def image_batches(
@@ -176,8 +192,10 @@ def image_batches(
     out = {"image": pixels, "valid": np.float32(valid), "index": np.int64(i)}
     if tokenizer is not None:
       captions = source.captions(i)
-      rng = np.random.default_rng([seed or 0, number])
-      text = captions[rng.integers(len(captions))] if captions else ""
+      text = captions[0] if captions else ""
+      if len(captions) > 1:
+        rng = np.random.default_rng([seed or 0, number])
+        text = captions[rng.integers(len(captions))]
       try:
         ids = sequences.text_ids(tokenizer, text)
       except vocabulary_lib.BadText as error:

@@ -140,8 +140,11 @@ class WebDatasetSource:
 
   def image(self, i: int) -> np.ndarray:
     """Returns image i, uint8[size, size, 3]; ImageError for a bad one."""
-    name = self.image_key(i)
-    return self._square(self.encoded(i), self.image_size, name)
+    encoded, side = self.encoded(i), self.image_size
+    try:
+      return self._square(encoded, side, None)
+    except image_io.ImageError:  # only then its name is read
+      return self._square(encoded, side, self.image_key(i))
 
   def encoded(self, i: int) -> bytes:
     """Returns the encoded bytes of image i.

@@ -146,13 +146,13 @@ class _Worker:
       )
     assert self._process.stdin is not None
     assert self._process.stdout is not None
+    self._pixels = np.frombuffer(self._memory, np.uint8)
     self._in, self._out = self._process.stdin, self._process.stdout.fileno()
     self._send(way.encode() + b"\n")
 
   def _send(self, data):
     try:
-      self._in.write(data)
-      self._in.flush()
+      os.write(self._in.fileno(), data)  # less than a pipe holds
     except (OSError, ValueError) as error:
       raise _Ended(self._why()) from error
 
@@ -178,8 +178,7 @@ class _Worker:
       if status == _BAD:
         raise image_io.ImageError(message)
       raise RuntimeError(f"in another process: {message}")
-    square = np.frombuffer(self._memory, np.uint8, size).copy()
-    return square.reshape(side, side, 3)
+    return self._pixels[:size].reshape(side, side, 3).copy()
 
   def _receive(self, count, stop, timeout) -> bytes:
     data = b""
@@ -209,6 +208,7 @@ class _Worker:
 def main() -> None:
   """Decodes what the parent asks for."""
   memory = mmap.mmap(int(sys.argv[1]), _SPACE)
+  pixels = np.frombuffer(memory, np.uint8)
   questions = sys.stdin.buffer
   answers = os.fdopen(os.dup(1), "wb", buffering=0)
   os.dup2(2, 1)  # what is printed meanwhile is no answer
@@ -221,7 +221,7 @@ def main() -> None:
     name = memory[end : end + named].decode(errors="surrogatepass") or None
     try:
       square = decode(os.fsdecode(data) if is_path else data, side, name)
-      memory[:start] = square.tobytes()
+      pixels[:start] = square.reshape(-1)
       status, message = _DONE, ""
     except image_io.ImageError as error:
       status, message = _BAD, str(error)
