@@ -19,6 +19,7 @@ import setuptools
 from ml_collections import config_dict
 
 from lavit_jax.commands import main, train
+from tests.data import documented
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -214,6 +215,10 @@ def _run_pages():
 def test_blocks_run(page, tmp_path, monkeypatch):
   """In order, in one folder; Python's share their names."""
   (tmp_path / "docs").symlink_to(ROOT / "docs")
+  monkeypatch.setenv("LAVIT_INDEXES", str(tmp_path / "indexes"))
+  if page.name == "data.md":
+    documented.write(tmp_path)
+    documented.write_tfds(tmp_path)
   monkeypatch.chdir(tmp_path)
   names = {}
   blocks = [b for b in _blocks(page, "bash", "python") if not b["reason"]]

@@ -37,8 +37,9 @@ _PROTOCOLS = """
 from lavit_jax.data import examples, sequences
 from lavit_jax.data.caches import codes
 from lavit_jax.data.sources import (
-  filtered, hf, jsonl, mixed, parquet, shapes, tfds, webdataset
+  filtered, jsonl, mixed, prepared, shapes, tfds, webdataset
 )
+from lavit_jax.data.sources.tables import hf, json_lines, parquet
 from tests.data import fakes
 
 def check(
@@ -48,6 +49,8 @@ def check(
   tars: webdataset.WebDatasetSource,
   tables: parquet.ParquetSource,
   folder: hf.HfSource,
+  lines: json_lines.JsonLinesSource,
+  written: prepared.PreparedSource,
   mixture: mixed.MixedSource,
   kept: filtered.FilteredSource,
   fake_source: fakes.Source,
@@ -56,7 +59,7 @@ def check(
 ) -> None:
   sources: list[examples.Source]
   sources = [shapes_source, jsonl_source, tfds_source, tars, fake_source]
-  sources += [tables, folder, mixture, kept]
+  sources += [tables, folder, lines, written, mixture, kept]
   encoded: list[examples.HasEncodedImages] = [jsonl_source, tfds_source, tars]
   encoded += [tables, folder, mixture, kept]
   stored: list[examples.HasStorage] = [tfds_source, tars, tables, folder]

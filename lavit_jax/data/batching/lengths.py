@@ -24,6 +24,7 @@ import numpy as np
 
 from lavit_jax.core import errors, progress
 from lavit_jax.core import vocabulary as vocabulary_lib
+from lavit_jax.core.storage import array_files
 from lavit_jax.data import contents, examples, sequences
 from lavit_jax.data.indexes import stored
 
@@ -242,7 +243,7 @@ def _read(folder: pathlib.Path, count: int) -> Lengths | None:
     return None
   try:
     columns = {
-      field.name: np.load(folder / f"{field.name}.npy", mmap_mode="r")
+      field.name: array_files.read(folder / f"{field.name}.npy", mapped=True)
       for field in dataclasses.fields(Lengths)
     }
     if any(len(columns[name]) != count for name in ("text", "reads", "ends")):

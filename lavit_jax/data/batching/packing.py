@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from lavit_jax.core import errors
+from lavit_jax.core.storage import array_files
 from lavit_jax.data import examples, sequences
 
 _LOG = logging.getLogger(__name__)
@@ -239,7 +240,7 @@ class PackingPlan:
 def _read_known(memo):
   """Returns the windows in the memo, [] if it holds no valid ones."""
   try:
-    known = np.load(memo) if memo else np.zeros((0, 2), np.int64)
+    known = array_files.read(memo) if memo else np.zeros((0, 2), np.int64)
   except (OSError, ValueError, EOFError):  # EOFError: nothing is in it
     return []
   good = known.ndim == 2 and known.shape[1] == 2 and (known >= 0).all()

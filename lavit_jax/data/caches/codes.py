@@ -19,7 +19,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from lavit_jax.core import errors
-from lavit_jax.core.storage import fetched, files
+from lavit_jax.core.storage import array_files, fetched, files
 from lavit_jax.data.caches import shards
 
 BAD = -1
@@ -124,7 +124,7 @@ class CodeCache:
     names = ["counts.npy", *(_shard(s) for s in range(meta.num_shards))]
     try:  # ArrayRecord reads only from a disk
       local = fetched.folder(folder, names)
-      counts = np.load(local / "counts.npy")
+      counts = array_files.read(local / "counts.npy")
     except (OSError, ValueError, EOFError) as error:
       if isinstance(error, errors.LavitError):
         raise
@@ -248,7 +248,7 @@ class _Writer(shards.Writer[Meta, Record]):
 
   def finish(self):
     """Joins the counts of the shards."""
-    counts = [np.load(path) for path in self._seals()]
+    counts = [array_files.read(path) for path in self._seals()]
     temporary = self.partial / "counts.tmp"
     with temporary.open("wb") as file:
       np.save(file, np.concatenate([np.zeros(0, np.int32), *counts]))

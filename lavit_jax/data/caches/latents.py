@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from lavit_jax.core import errors
-from lavit_jax.core.storage import fetched, files
+from lavit_jax.core.storage import array_files, fetched, files
 from lavit_jax.data.batching import buckets as buckets_lib
 from lavit_jax.data.caches import shards
 
@@ -96,7 +96,7 @@ class LatentCache:
     self.directory, self.meta = directory, meta
     try:
       data = (directory / "assigned.npy").read_bytes()
-      self.assigned = np.load(io.BytesIO(data))
+      self.assigned = array_files.read(io.BytesIO(data))
       order = _order(self.assigned, meta)
       good = np.frombuffer((directory / "good.u1").read_bytes(), np.uint8)
       self._files = _open_files(directory, self.assigned, meta)
@@ -214,7 +214,7 @@ class _Writer(shards.Writer[Meta, Record]):
   @functools.cached_property
   def _members(self):
     """The images of each bucket, by the buckets that `begin` stored."""
-    assigned = np.load(self.partial / "assigned.npy")
+    assigned = array_files.read(self.partial / "assigned.npy")
     return buckets_lib.members(assigned, len(self.meta.buckets))
 
   @functools.cached_property
@@ -235,7 +235,7 @@ class _Writer(shards.Writer[Meta, Record]):
     return self._read_seal().get("done", 0)
 
   def count_all(self, folder):
-    assigned = np.load(folder / "assigned.npy")
+    assigned = array_files.read(folder / "assigned.npy")
     return int((assigned != buckets_lib.NONE).sum())
 
   def write_shard(self, first, records):

@@ -158,6 +158,8 @@ def runs(window: "Window") -> Iterator[tar_runs.Run | Member | Odd]:
       yield Member(found, start, declared)
     elif kind in _NO_FILES:
       yield Odd(found, f"is {_NO_FILES[kind]}")
+  if at > length:  # within what fills up the last file
+    yield Odd(b"byte %d" % length, "is where the archive is cut off")
 
 
 class Window:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lavit_jax.core.storage import files
+from lavit_jax.core.storage import array_files, files
 
 _LOG = logging.getLogger(__name__)
 _THREADS = 8  # that read records
@@ -69,7 +69,7 @@ def folder() -> pathlib.Path:
 def _read(path, count):
   """Returns the counts in a file, None if it holds no valid ones."""
   try:
-    counts = np.load(path)
+    counts = array_files.read(path)
   except (OSError, ValueError, EOFError):
     return None
   good = counts.shape == (count,) and counts.dtype == np.int32

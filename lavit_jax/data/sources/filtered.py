@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lavit_jax.core import errors, progress
+from lavit_jax.core.storage import array_files
 from lavit_jax.data import contents, examples
 from lavit_jax.data.images import image_bytes, image_sizes
 from lavit_jax.data.indexes import stored
@@ -206,7 +207,10 @@ def _read(path: pathlib.Path, counts) -> dict[str, np.ndarray] | None:
       }
   except FileNotFoundError:
     return None
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+  except (
+    *(OSError, ValueError, EOFError, zipfile.BadZipFile),
+    *array_files.ODD,
+  ) as error:
     _LOG.warning("%s is damaged (%s) and made again", path, error)
     return None
 

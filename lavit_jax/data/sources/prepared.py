@@ -22,6 +22,7 @@ through all shards. A caption is an example in both directions.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -33,7 +34,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from lavit_jax.core import errors, image_io
-from lavit_jax.core.storage import fetched, files
+from lavit_jax.core.storage import array_files, fetched, files
 from lavit_jax.data import examples, faults
 from lavit_jax.data.images import squares
 from lavit_jax.data.indexes.tables import decoded, numbers, splits
@@ -75,7 +76,11 @@ def _part(value: Mapping[str, Any]) -> examples.Part:
   """Returns a part from the record of an example."""
   weight = float(value.get("weight", 1.0))
   if "image" not in value:
+    if not isinstance(value["text"], str):
+      raise ValueError(f"{value!r:.80}")
     return examples.TextPart(value["text"], weight, value.get("end", False))
+  if type(value["image"]) is not int:
+    raise ValueError(f"{value!r:.80}")
   return examples.ImagePart(
     value["image"],
     value.get("write", False),
@@ -165,7 +170,7 @@ class PreparedSource:
     for number in range(total):
       path = self._folder / file_name(file or kind, number, total, ".npy")
       try:
-        found = np.load(path)
+        found = array_files.read(path)
       except (OSError, ValueError, EOFError) as error:
         raise self._damaged(path.name, error) from error
       count = self.manifest["shards"][kind][number]
@@ -198,7 +203,7 @@ class PreparedSource:
   def _joined(self, number) -> np.ndarray:
     name = file_name("joined", number, self._shards["examples"], ".npy")
     try:
-      found = np.load(self._folder / name)
+      found = array_files.read(self._folder / name)
     except (OSError, ValueError, EOFError) as error:
       raise self._damaged(name, error) from error
     if found.dtype != JOINED:
@@ -257,7 +262,26 @@ class PreparedSource:
     return value
 
   def _about_image(self, i) -> dict[str, Any]:
-    return self._about.get(i, lambda: self._json("about", int(self._images[i])))
+    return self._about.get(i, lambda: self._read_about(i))
+
+  def _read_about(self, i) -> dict[str, Any]:
+    """Returns what there is about image i, as the columns say.
+
+    Raises:
+      errors.DataError: it is something else.
+    """
+    number = int(self._images[i])
+    about = self._json("about", number)
+    captions, fields = about.get("captions"), about.get("fields", {})
+    if (
+      not isinstance(about.get("key"), str)
+      or not isinstance(fields, dict)
+      or not isinstance(captions, list)
+      or not all(isinstance(text, str) for text in captions)
+      or len(captions) != self._captions.start(i + 1) - self._captions.start(i)
+    ):
+      raise self._damaged(f"record {number} of about", f"{about!r:.80}")
+    return about
 
   def image_key(self, i: int) -> str:
     """Returns the name that image i had in its source."""
@@ -294,17 +318,26 @@ class PreparedSource:
       return examples.OF_CAPTIONS[task](about["key"], image, caption)
     number = int(self._examples[task][i])
     record = self._json("examples", number, "examples")
-    parts = [_part(value) for value in record["parts"]]
-    return examples.Example(
-      record["key"], task, tuple(self._renumbered(part) for part in parts)
-    )
+    try:
+      if record["task"] != task or not isinstance(record["key"], str):
+        raise ValueError(f"{record!r:.80}")
+      parts = tuple(self._renumbered(_part(v)) for v in record["parts"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+      raise self._damaged(f"record {number} of examples", error) from error
+    return examples.Example(record["key"], task, parts)
 
   def _renumbered(self, part):
-    """Returns a part with its image numbered within the split."""
-    if isinstance(part, examples.TextPart) or self.split == "all":
+    """Returns a part with its image numbered within the split.
+
+    Raises:
+      ValueError: there is no such image.
+    """
+    if isinstance(part, examples.TextPart):
       return part
     number = int(np.searchsorted(self._images, part.image))
-    return examples.ImagePart(number, part.write, part.weight, part.optional)
+    if self._images[number : number + 1] != [part.image]:
+      raise ValueError(f"image {part.image!r} is not there")
+    return dataclasses.replace(part, image=number)
 
   def stored(self) -> str:
     """Returns a digest of the files that hold the images."""

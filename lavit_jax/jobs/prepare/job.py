@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lavit_jax.core import errors, progress
-from lavit_jax.core.storage import files
+from lavit_jax.core.storage import array_files, files
 from lavit_jax.data import contents, examples, faults
 from lavit_jax.data.caches import shards as cache_shards
 from lavit_jax.data.images import image_bytes
@@ -254,7 +254,7 @@ class _Job:
   def _captions(self, done) -> int:
     total = len(done["images"])
     return sum(
-      int(np.load(self._folder / name)["captions"].sum(dtype=np.int64))
+      int(array_files.read(self._folder / name)["captions"].sum(dtype=np.int64))
       for k in range(total)
       for name in [prepared.file_name("images", k, total, ".npy")]
     )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lavit_jax.core import errors, image_io
-from lavit_jax.core.storage import files
+from lavit_jax.core.storage import array_files, files
 from lavit_jax.data import examples
 from lavit_jax.data.caches import shards
 from lavit_jax.data.images import hashes
@@ -161,7 +161,7 @@ def read(
   for number in range(-(-count // CHUNK)):
     path = folder / f"{kind}-{number:05d}.npy"
     try:
-      found.append(np.load(path))
+      found.append(array_files.read(path))
       named = json.loads(path.with_suffix(".json").read_text())
       bad += [(name, reason) for name, reason in named]
     except (OSError, ValueError, EOFError, TypeError) as error:
