@@ -79,12 +79,29 @@ def _add_tokenize(subparsers) -> None:
     choices=caches.SPLITS,
     help="with --data: that split alone, to DIR itself",
   )
+  parser.add_argument(
+    "--part",
+    type=_part,
+    metavar="I/N",
+    help="with --data: write every Nth shard, from the Ith on (1/N to N/N); the"
+    " processes share --out, and 1/N completes it",
+  )
   common.add_data_fields(parser)
+
+
+def _part(text: str) -> tuple[int, int]:
+  """Parses 2/4 as (1, 4)."""
+  number, _, count = text.partition("/")
+  if not (number.isdigit() and count.isdigit()):
+    raise argparse.ArgumentTypeError(f"{text}: expected I/N, such as 1/4")
+  if not 1 <= int(number) <= int(count):
+    raise argparse.ArgumentTypeError(f"{text}: expected 1/{count} to {count}")
+  return int(number) - 1, int(count)
 
 
 def _tokenize(args: argparse.Namespace) -> None:
   image_options = common.chosen(args, "seed", "budget", "overlay")
-  data_options = common.chosen(args, "data", "split", "out", "held_out")
+  data_options = common.chosen(args, "data", "split", "out", "held_out", "part")
   common.data_fields(args)
   if args.images and not data_options:
     _tokenize_images(args)
@@ -119,6 +136,7 @@ def _tokenize_data(args: argparse.Namespace) -> None:
     args.out,
     held_out=held_out,
     fields=common.data_fields(args),
+    **({"part": args.part} if args.part else {}),
   )
   fields = ("cache_dir", "held_out_cache_dir")
   more = {"held_out_path": args.held_out}

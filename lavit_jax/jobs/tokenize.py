@@ -1,11 +1,14 @@
 """Writes the visual tokens of a dataset to disk (`lavit tokenize --data`)."""
 
 import io
+import logging
 import os
 import pathlib
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from lavit_jax.configs.tiny import common
@@ -15,9 +18,11 @@ from lavit_jax.data import examples, faults
 from lavit_jax.data.caches import codes
 from lavit_jax.data.images import image_bytes
 from lavit_jax.data.sources import kinds
-from lavit_jax.infer.loading import parts
+from lavit_jax.infer.loading import parts, spread
 
-_BATCH = 64  # images
+_LOG = logging.getLogger(__name__)
+_BATCH = 64  # images a device
+_SAY_AFTER = 60.0  # seconds
 _SPLITS = ("train", "held_out")
 
 
@@ -28,6 +33,7 @@ def write_caches(
   *,
   held_out: str = "",
   fields: Mapping[str, Any] | None = None,
+  part: tuple[int, int] = (0, 1),
   quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
   """Writes the caches that stage pretrain needs: out/train and out/held_out.
@@ -40,6 +46,7 @@ def write_caches(
     held_out: path of the held-out images, of the same kind, if `data` is one;
       "" holds out a tenth of it, by hash.
     fields: override those of config.data.
+    part: (number of this process, number of all) that write one cache.
     quiet: no progress bar.
 
   Returns:
@@ -61,6 +68,7 @@ def write_caches(
       split=split,
       description=kinds.describe(config, split, source),
       limit_share=faults.share_of(config),
+      part=part,
       quiet=quiet,
     )
     for split, source in both.items()
@@ -75,6 +83,7 @@ def write_cache(
   split: str = "train",
   held_out: str = "",
   fields: Mapping[str, Any] | None = None,
+  part: tuple[int, int] = (0, 1),
   quiet: bool = False,
 ) -> dict[str, Any]:
   """Writes keep masks and codes of all images of one split of a dataset.
@@ -90,6 +99,7 @@ def write_cache(
     split: "train" or "held_out".
     held_out: see `write_caches`.
     fields: override those of config.data.
+    part: (number of this process, number of all) that write one cache.
     quiet: no progress bar.
 
   Returns:
@@ -112,14 +122,24 @@ def write_cache(
     split=split,
     description=kinds.describe(config, split, source),
     limit_share=faults.share_of(config),
+    part=part,
     quiet=quiet,
   )
 
 
 def _write(
-  model, tokenizer, source, out, *, split, description, limit_share, quiet
+  model,
+  tokenizer,
+  source,
+  out,
+  *,
+  split,
+  description,
+  limit_share,
+  part,
+  quiet,
 ):
-  """Writes the cache of one source; returns its summary."""
+  """Writes the cache of one source, or a part of it; returns its summary."""
   meta = codes.Meta(
     source=examples.fingerprint(source),
     tokenizer=fingerprints.of_tokenizer(model),
@@ -131,16 +151,25 @@ def _write(
     pictures=image_bytes.of(source),
   )
   log = faults.FaultLog("images", limit_share)
+  number, parts_ = part
   label = f"tokenize {split}"
+  if parts_ > 1:
+    label += f" {number + 1}/{parts_}"
+  total, done = codes.count_of(out, meta, part)
+  groups = -(-source.num_images // _BATCH)
+  devices = jax.local_devices()[: max(1, groups)]
   with progress.Progress(
-    source.num_images,
-    start=codes.resume_point(out, meta),
+    total,
+    start=done,
     label=label,
     stream=io.StringIO() if quiet else None,
   ) as bar:
-    written = codes.write(
-      out, lambda start: _records(source, tokenizer, start, log, bar), meta
-    )
+    tokens = spread.Spread(tokenizer, devices)
+    reader = _Reader(source, tokens, log, bar, done)
+    wait = _waiting(out, quiet)
+    written = codes.write_part(out, reader.records, meta, part, wait)
+  if written is None:
+    return {"images": total, "out": str(pathlib.Path(out)), "part": number}
   counts = np.asarray(written.counts)
   good = counts[counts >= 0]
   return {
@@ -149,6 +178,21 @@ def _write(
     "mean_tokens": float(good.mean()) if len(good) else 0.0,
     "out": str(pathlib.Path(out)),
   }
+
+
+def _waiting(out, quiet):
+  """Returns what says, once a minute, that shards of others are missing."""
+  said = [-_SAY_AFTER]
+
+  def wait(missing):
+    now = time.monotonic()
+    if now > said[0] + _SAY_AFTER and not quiet:
+      said[0] = now
+      _LOG.warning(
+        "%s: %d shards of other processes are missing; they go on", out, missing
+      )
+
+  return wait
 
 
 def _data_config(data, image_size, held_out, fields) -> dict[str, Any]:
@@ -166,26 +210,36 @@ def _data_config(data, image_size, held_out, fields) -> dict[str, Any]:
   return config | dict(fields or {})
 
 
-def _records(source, tokenizer, start, log, bar) -> Iterator[codes.Record]:
-  """Yields (index, keep, codes) from image `start` on; None for a bad one."""
-  for first in range(start, source.num_images, _BATCH):
-    indices = range(first, min(first + _BATCH, source.num_images))
-    size = (source.image_size, source.image_size, 3)
-    batch = np.zeros((_BATCH, *size), np.uint8)
-    good = np.zeros(_BATCH, bool)
-    for row, index in enumerate(indices):
-      try:
-        batch[row] = source.image(index)
-        good[row] = True
-        log.good()
-      except image_io.ImageError as error:
-        log.fault(source.image_key(index), error)
-    if not start and indices[-1] + 1 == source.num_images:
-      log.check()  # there may be too few images for `log.fault` to check
-    tokens = tokenizer.tokenize(batch, count=len(indices))
-    for row, index in enumerate(indices):
-      if good[row]:
-        yield index, tokens[row]["keep"], tokens[row]["codes"]
-      else:
-        yield index, None, None
-    bar.update(indices[-1] + 1, examples=len(indices))
+class _Reader:
+  """Tokenizes the images of a source, group by group."""
+
+  def __init__(self, source, spread_, log, bar, done):
+    self._source, self._spread = source, spread_
+    self._log, self._bar, self._done = log, bar, done
+
+  def records(self, start: int, stop: int) -> Iterator[codes.Record]:
+    """Yields (index, keep, codes) of images; None for those of a bad one."""
+    source, log = self._source, self._log
+    step = _BATCH * self._spread.count
+    for first in range(start, stop, step):
+      indices = range(first, min(first + step, stop))
+      size = (source.image_size, source.image_size, 3)
+      batch = np.zeros((step, *size), np.uint8)
+      good = np.zeros(step, bool)
+      for row, index in enumerate(indices):
+        try:
+          batch[row] = source.image(index)
+          good[row] = True
+          log.good()
+        except image_io.ImageError as error:
+          log.fault(source.image_key(index), error)
+      if len(indices) == source.num_images:
+        log.check()  # there may be too few images for `log.fault` to check
+      tokens = self._spread.tokenize(batch, len(indices))
+      for row, index in enumerate(indices):
+        if good[row]:
+          yield index, tokens[row]["keep"], tokens[row]["codes"]
+        else:
+          yield index, None, None
+      self._done += len(indices)
+      self._bar.update(self._done, examples=len(indices))

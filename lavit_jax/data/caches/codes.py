@@ -191,6 +191,44 @@ def write(
   return CodeCache.load(directory)
 
 
+def write_part(
+  directory: str | os.PathLike[str],
+  records: Callable[[int, int], Iterable[Record]],
+  meta: Meta,
+  part: tuple[int, int],
+  wait: Callable[[int], None] = lambda missing: None,
+) -> CodeCache | None:
+  """Writes the shards of one of several processes: `shards.Writer.write_part`.
+
+  Args:
+    directory: as of `write`; all processes have the same.
+    records: function of (first, stop) that gives the records of these images.
+    meta: what the cache is made from.
+    part: (number of the process, number of processes).
+    wait: see there.
+
+  Returns:
+    The cache; None of another process than the first, which completes it.
+
+  Raises:
+    errors.DataError: as of `write`.
+  """
+  writer = _Writer(_FORMAT, directory, meta)
+  writer.write_part(records, part, wait)
+  return None if part[0] else CodeCache.load(directory)
+
+
+def count_of(
+  directory: str | os.PathLike[str], meta: Meta, part: tuple[int, int]
+) -> tuple[int, int]:
+  """Returns how many images a part has, and how many of them are done.
+
+  Raises:
+    errors.DataError: the directory holds another cache.
+  """
+  return _Writer(_FORMAT, directory, meta).count_of(*part)
+
+
 def resume_point(directory: str | os.PathLike[str], meta: Meta) -> int:
   """Returns the first image `write` would ask for; num_images if none.
 
@@ -220,6 +258,20 @@ class _Writer(shards.Writer[Meta, Record]):
     seals = self._seals()
     done = next((s for s, p in enumerate(seals) if not p.exists()), len(seals))
     return min(done * self.shard_size, self.meta.num_images)
+
+  def is_sealed(self, shard):
+    return self._seals()[shard].exists()
+
+  def count_of(self, number, parts):
+    """Images of a part, and those in its shards that are sealed."""
+    size, total = self.shard_size, self.meta.num_images
+    shards_ = range(self.meta.num_shards)[number::parts]
+    sizes = {s: min(size, total - s * size) for s in shards_}
+    everything = sum(sizes.values())
+    if self._complete() is not None:
+      return everything, everything
+    self._check_begun()
+    return everything, sum(n for s, n in sizes.items() if self.is_sealed(s))
 
   def count_all(self, folder):
     del folder

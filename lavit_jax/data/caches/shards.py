@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import pathlib
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -227,6 +228,86 @@ class Writer(abc.ABC, Generic[M, Record]):
     self._check_begun()
     return self.count_sealed()
 
+  def is_sealed(self, shard: int) -> bool:
+    """Returns whether a shard is complete."""
+    raise NotImplementedError(f"a {self.kind.name} is written by one process")
+
+  def write_part(
+    self,
+    records: Callable[[int, int], Iterable[Record]],
+    part: tuple[int, int],
+    wait: Callable[[int], None] = lambda missing: None,
+  ) -> None:
+    """Writes every shard of a part that is missing.
+
+    The first part waits for the shards of the others, and completes the cache.
+
+    Args:
+      records: function of (first, stop) that gives the records of these images.
+      part: (number of the part, number of parts): shards number, number +
+        parts, … are written here. All parts share the folder.
+      wait: called every second while shards of other parts are missing, with
+        their number.
+
+    Raises:
+      errors.DataError: as of `write`.
+    """
+    number, parts = part
+    complete = self._complete()
+    if complete == self.directory or (complete and number):
+      return
+    if self.directory.exists():
+      raise errors.DataError(
+        f"{self.directory} exists and is no {self.kind.name}; give another"
+        " --out."
+      )
+    try:
+      if complete is not None:
+        self._complete_partial()
+        return
+      self.partial.mkdir(parents=True, exist_ok=True)
+      if not self._check_begun():
+        self.begin()
+      total = self.count_all(self.partial)
+      shards = range(-(-total // self.shard_size))
+      for shard in shards[number::parts]:
+        if not self.is_sealed(shard):
+          first = shard * self.shard_size
+          stop = min(first + self.shard_size, total)
+          self.write_shard(first, self._all(records(first, stop), stop - first))
+      if number:
+        return
+      while missing := sum(not self.is_sealed(shard) for shard in shards):
+        wait(missing)
+        time.sleep(1.0)
+      self._complete_partial()
+    except OSError as error:
+      raise self._not_written(error) from error
+
+  def _all(self, records, count) -> list[Record]:
+    found = list(records)
+    if len(found) < count:
+      raise errors.DataError(
+        f"Only {len(found)} of {count} images came for {self.partial}."
+      )
+    return found
+
+  def _complete_partial(self) -> None:
+    """Makes a folder with all shards the complete cache."""
+    if self.kind.read_meta(self.partial) is None:
+      self.finish()
+      self.kind.write_meta(self.partial, self.meta)
+    for path in self.journal():
+      path.unlink(missing_ok=True)
+    os.replace(self.partial, self.directory)
+
+  def _not_written(self, error) -> errors.DataError:
+    return errors.DataError(
+      f"The {self.kind.name} could not be written ({error}). Finished shards"
+      f" are kept in {self.partial}; make room and run the same command"
+      " again, which resumes there."
+    )
+
   def write(self, records: Callable[[int], Iterable[Record]]) -> None:
     """Writes everything that is missing.
 
@@ -250,15 +331,9 @@ class Writer(abc.ABC, Generic[M, Record]):
     try:
       if complete is None:
         self._fill(records)
-      for path in self.journal():
-        path.unlink(missing_ok=True)
-      os.replace(self.partial, self.directory)
+      self._complete_partial()
     except OSError as error:
-      raise errors.DataError(
-        f"The {self.kind.name} could not be written ({error}). Finished shards"
-        f" are kept in {self.partial}; make room and run the same command"
-        " again, which resumes there."
-      ) from error
+      raise self._not_written(error) from error
 
   def _complete(self) -> pathlib.Path | None:
     """Returns the folder with a complete cache of this meta, if there is one.

@@ -88,13 +88,33 @@ class VisualTokenizer:
       )
     return np.asarray(self._feature_mean)
 
+  def encode_images(self, params: Any, images: Array) -> jax.Array:
+    """Returns the features of images, as `features` compiles it."""
+    pixels = image_io.normalize(images)
+    return tokenizer.encode_images(self.config, params, pixels)
+
+  def expected_mask(self, variables: Any, features: Array) -> jax.Array:
+    """Returns which patches are kept, as `keep_mask` compiles it."""
+    log_probs: Any = self.model.apply(variables, features, method="select")
+    return selector.expected_count_mask(log_probs)
+
+  def coded(
+    self, variables: Any, features: Array, keep: Array, capacity: int
+  ) -> tuple[jax.Array, ...]:
+    """Returns (z, ids, valid) of kept patches, as `encode` compiles it."""
+    found: Any = self.model.apply(
+      variables, features, keep, capacity, method="encode"
+    )
+    return found
+
+  @property
+  def variables(self) -> tuple[Any, Any]:
+    """The parameters of the encoder, and the variables of the tokenizer."""
+    return self._encoder, self._variables
+
   @functools.cached_property
   def _encode(self):
-    def encode_images(params, images):
-      pixels = image_io.normalize(images)
-      return tokenizer.encode_images(self.config, params, pixels)
-
-    return jax.jit(encode_images)
+    return jax.jit(self.encode_images)
 
   @functools.cached_property
   def _select(self):
@@ -105,20 +125,11 @@ class VisualTokenizer:
 
   @functools.cached_property
   def _expected(self):
-    def expected_mask(variables, features):
-      log_probs = self.model.apply(variables, features, method="select")
-      return selector.expected_count_mask(log_probs)
-
-    return jax.jit(expected_mask)
+    return jax.jit(self.expected_mask)
 
   @functools.cached_property
   def _code(self):
-    def code(variables, features, keep, capacity):
-      return self.model.apply(
-        variables, features, keep, capacity, method="encode"
-      )
-
-    return jax.jit(code, static_argnums=3)
+    return jax.jit(self.coded, static_argnums=3)
 
   @functools.cached_property
   def _decode(self):
@@ -211,13 +222,18 @@ class VisualTokenizer:
     Returns:
       (ids int32[B, K], valid bool[B, K]), K from `capacity_for`.
     """
-    compact = self.config.merger_form == "compact"
-    large = len(keep) > 1 and self.num_patches >= _FEW_PATCHES
-    if compact and large and jax.default_backend() == "cpu":
+    if len(keep) > 1 and self.is_one_by_one:
       return self._encode_one_by_one(features, keep)
     capacity = self.capacity_for(keep)
     _, ids, valid = self._code(self._variables, features, keep, capacity)
     return ids, valid
+
+  @property
+  def is_one_by_one(self) -> bool:
+    """Whether images are encoded one after the other: on a CPU, large ones."""
+    compact = self.config.merger_form == "compact"
+    large = self.num_patches >= _FEW_PATCHES
+    return compact and large and jax.default_backend() == "cpu"
 
   def _encode_one_by_one(self, features, keep):
     """Encodes image by image, each at its own capacity.
