@@ -1,4 +1,4 @@
-"""The commands for data: `lavit data prepare`, `check`, `show`."""
+"""The commands for data: `lavit data show`, `check`, `prepare`, `bench`."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 
 with epy.lazy_imports():
-  from lavit_jax.jobs import check, data_page, downloads
+  from lavit_jax.jobs import bench, check, data_page, downloads
   from lavit_jax.jobs.prepare import job
   from lavit_jax.jobs.prepare import plan as plan_lib
 
@@ -38,6 +38,7 @@ def add(subparsers: Any) -> None:
   _add_show(actions)
   _add_check(actions)
   _add_prepare(actions)
+  _add_bench(actions)
 
 
 def _add_source(parser):
@@ -173,6 +174,76 @@ def _add_prepare(actions):
   parser.add_argument(
     "--license", default="", metavar="TEXT", help="note for the manifest"
   )
+
+
+def _add_bench(actions):
+  parser = common.command(
+    actions,
+    "bench",
+    _bench,
+    "measure how fast data become batches of images",
+    _SOURCES
+    + """
+    "alone" is one core that does nothing but read, decode and resize. Try other
+    numbers until training does not wait; --config.data has the same fields.
+
+    example:
+      lavit data bench 'web/*.tar' --workers 8 --threads 16 --decoding fast
+    """,
+  )
+  _add_source(parser)
+  for name, default, meaning in (
+    ("threads", 2, "that read images and make batches (2)"),
+    ("batch", 64, "images (64)"),
+    ("image-size", 224, "pixels of a side (224)"),
+  ):
+    parser.add_argument(
+      f"--{name}",
+      type=common.integer(1),
+      default=default,
+      metavar="N",
+      help=meaning,
+    )
+  parser.add_argument(
+    "--decoding",
+    choices=("exact", "fast"),
+    default="exact",
+    help="as the official code, or faster (exact)",
+  )
+  parser.add_argument(
+    "--seconds",
+    type=common.number,
+    default=10.0,
+    metavar="S",
+    help="how long it is measured (10)",
+  )
+
+
+def _bench(args: argparse.Namespace) -> None:
+  common.require_data(args.data)
+  found = bench.measure(
+    args.data,
+    fields=_fields(args)
+    | {
+      "image_size": args.image_size,
+      "workers": args.workers,
+      "decoding": args.decoding,
+    },
+    seconds=args.seconds,
+    batch_size=args.batch,
+    threads=args.threads,
+  )
+  lines = [
+    f"{found['name']}: {found['images_per_second']:,g} images a second with"
+    f" {found['workers']} processes and {found['threads']} threads",
+    f"  {found['of_alone']:.2f} x one core that only decodes"
+    f" ({found['alone']:,g} a second)",
+    f"  {found['cores']:g} cores of this process; it had {found['memory']} MiB"
+    " at the most",
+  ]
+  if found["bad"]:
+    lines.append(f"  {found['bad']} images were bad: lavit data check")
+  common.print_answer(args, found, lines)
 
 
 _SETTINGS = ("side", "quality", "duplicates", "distance", "license")

@@ -103,6 +103,17 @@ def test_mistakes_are_told_before_any_work(tmp_path, words, said, capsys):
   assert said in err
 
 
+def test_the_speed_of_data_is_measured(tmp_path, capsys):
+  path = _lines(tmp_path)
+  words = ("bench", path, "--seconds", 0.3, "--batch", 4, "--image-size", 16)
+  assert _run(*words, "--workers", 1, "--decoding", "fast", "--json") == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found["images_per_second"] > 0
+  assert (found["workers"], found["threads"], found["bad"]) == (1, 2, 0)
+  assert _run(*words) == 0
+  assert "images a second with 0 processes" in capsys.readouterr().out
+
+
 def _downloaded(folder):
   """Archives of img2dataset, with the table of what it tried to download."""
   tars.shards(folder, 1)

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from lavit_jax.core import errors
-from lavit_jax.core.storage import files
+from lavit_jax.core.storage import files, patient
 
 _THREADS = 8  # files copied at once
 _RESERVED = 1 << 30  # bytes of the disk that copies leave free
@@ -98,19 +98,23 @@ def _prune(copy: pathlib.Path) -> None:
 
 
 def read_range(path: files.PathLike, start: int, stop: int) -> bytes:
-  """Reads bytes start to stop of a local or remote file; thread-safe."""
+  """Reads bytes start to stop of a local or remote file; thread-safe.
+
+  Raises:
+    OSError: they cannot be read; of an object store, after several tries.
+  """
   if not files.is_remote(path):
     with open(path, "rb") as file:
       file.seek(start)
       return file.read(stop - start)
   system, name = files.system_of(path)
-  return system.cat_file(name, start=start, end=stop)
+  return patient.ask(path, lambda: system.cat_file(name, start=start, end=stop))
 
 
 def version(path: epath.Path) -> dict[str, str]:
   """Returns size and version of an object."""
   system, name = files.system_of(path)
-  info = system.info(name)
+  info = patient.ask(path, lambda: system.info(name))
   return {key: str(info[key]) for key in _VERSION if info.get(key) is not None}
 
 
