@@ -20,6 +20,7 @@ from ml_collections import config_dict
 
 from lavit_jax.commands import main, train
 from tests.data import documented
+from tests.jobs import here
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -219,6 +220,7 @@ def test_blocks_run(page, tmp_path, monkeypatch):
   if page.name == "data.md":
     documented.write(tmp_path)
     documented.write_tfds(tmp_path)
+    here.patch(monkeypatch)
   monkeypatch.chdir(tmp_path)
   names = {}
   blocks = [b for b in _blocks(page, "bash", "python") if not b["reason"]]

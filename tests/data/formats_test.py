@@ -1,15 +1,14 @@
 """Every format of docs/data.md: into packed batches, and prepared and back."""
 
-import json
-
 import pytest
 
 from lavit_jax.core import vocabulary
 from lavit_jax.data import examples
 from lavit_jax.data.batching import pipeline
 from lavit_jax.data.sources import kinds
-from lavit_jax.jobs.prepare import job, looks, shards
+from lavit_jax.jobs.prepare import job, looks
 from tests.data import documented, fakes
+from tests.jobs import here
 
 _PATHS = {
   "my.jsonl": {"image_text", "text_image", "edit", "document", "text"},
@@ -48,15 +47,7 @@ def root(tmp_path_factory):
 def _here(root, monkeypatch):
   """Runs what other processes do in this one."""
   monkeypatch.setenv("LAVIT_INDEXES", str(root / "indexes"))
-
-  def run(make, setup, items, **options):
-    del options
-    module = looks if "looks" in make else shards
-    function = module.maker(setup) if items else None
-    for index, item in enumerate(items):
-      yield index, json.loads(json.dumps(function(item)))
-
-  monkeypatch.setattr(job.pool, "run", run)
+  here.patch(monkeypatch)
 
 
 def _every(source):

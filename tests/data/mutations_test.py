@@ -17,10 +17,11 @@ from lavit_jax.data import examples
 from lavit_jax.data.images import squares
 from lavit_jax.data.sources import jsonl, prepared, webdataset
 from lavit_jax.data.sources.tables import json_lines, parquet
-from lavit_jax.jobs.prepare import job, looks, shards
+from lavit_jax.jobs.prepare import job
 from lavit_jax.jobs.prepare import plan as plan_lib
 from tests.data import fakes
 from tests.data.indexes import table_files, tars
+from tests.jobs import here
 
 _COUNT = int(os.environ.get("LAVIT_MUTATIONS", "30"))
 _ROWS = 40
@@ -166,14 +167,7 @@ def test_prepared_shards(tmp_path, monkeypatch, caplog):
   _lines(tmp_path)
   path = tmp_path / "a.jsonl"
   path.write_text("".join(json.dumps(row) + "\n" for row in _rows()))
-
-  def run(make, setup, items, **options):
-    del options
-    module = looks if "looks" in make else shards
-    for index, item in enumerate(items):
-      yield index, module.maker(setup)(item)
-
-  monkeypatch.setattr(job.pool, "run", run)
+  here.patch(monkeypatch)
   job.prepare(
     str(path), tmp_path / "out", settings=plan_lib.Settings(), quiet=True
   )

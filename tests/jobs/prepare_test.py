@@ -15,10 +15,11 @@ from lavit_jax.core import errors, vocabulary
 from lavit_jax.data import contents, examples
 from lavit_jax.data.batching import pipeline
 from lavit_jax.data.sources import kinds, prepared
-from lavit_jax.jobs.prepare import job, looks, shards
+from lavit_jax.jobs.prepare import job, looks
 from lavit_jax.jobs.prepare import plan as plan_lib
 from tests.data import fakes
 from tests.data.indexes import table_files, tars
+from tests.jobs import here
 
 _SMALL = plan_lib.Settings(images_per_shard=7, examples_per_shard=5)
 
@@ -33,18 +34,8 @@ def _here(request, monkeypatch):
   """Runs what other processes do in this one, but where a test wants them."""
   if "processes" in request.node.name:
     return
-
-  def run(make, setup, items, **options):
-    del options
-    module = {"looks": looks, "shards": shards}[
-      make.split(":")[0].split(".")[-1]
-    ]
-    function = module.maker(setup) if items else None
-    for index, item in enumerate(items):
-      yield index, json.loads(json.dumps(function(item)))
-
   monkeypatch.setattr(looks, "CHUNK", 4)
-  monkeypatch.setattr(job.pool, "run", run)
+  here.patch(monkeypatch)
 
 
 def _prepare(data, out, settings=_SMALL, **kwargs):
