@@ -345,12 +345,16 @@ def _run(name, root, batches):
 
 
 def _measure(name, root, batches):
-  done = subprocess.run(
-    [sys.executable, __file__, "-", "--run", name, root, str(batches)],
-    capture_output=True,
-    text=True,
-    timeout=900,
-  )
+  try:
+    done = subprocess.run(
+      [sys.executable, __file__, "-", "--run", name, root, str(batches)],
+      capture_output=True,
+      text=True,
+      timeout=120,
+    )
+  except subprocess.TimeoutExpired:
+    print(f"{name} made no {batches + WARM} batches in two minutes")
+    return None
   rates = [x for x in done.stdout.splitlines() if x.startswith("RATE ")]
   if not rates:
     print(f"{name} failed: {done.stderr.strip()[-300:]}")
