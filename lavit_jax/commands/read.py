@@ -86,6 +86,11 @@ def _add_tokenize(subparsers) -> None:
     help="with --data: write every Nth shard, from the Ith on (1/N to N/N); the"
     " processes share --out, and 1/N completes it",
   )
+  parser.add_argument(
+    "--html",
+    metavar="FILE",
+    help="with --data: write a page about the tokens: how many, which, of what",
+  )
   common.add_data_fields(parser)
 
 
@@ -101,7 +106,9 @@ def _part(text: str) -> tuple[int, int]:
 
 def _tokenize(args: argparse.Namespace) -> None:
   image_options = common.chosen(args, "seed", "budget", "overlay")
-  data_options = common.chosen(args, "data", "split", "out", "held_out", "part")
+  data_options = common.chosen(
+    args, "data", "split", "out", "held_out", "part", "html"
+  )
   common.data_fields(args)
   if args.images and not data_options:
     _tokenize_images(args)
@@ -125,6 +132,9 @@ def _tokenize_data(args: argparse.Namespace) -> None:
       " own."
     )
   caches.check_out(args.out, args.split)
+  if args.html:
+    files.require_local(args.html, "a page")
+    common.require_output(args.html, "--html")
   common.keep_programs(args)
   model, held_out = pipeline.resolve(args.model), args.held_out or ""
   write: Callable[..., dict[str, Any]] = tokenize_job.write_caches
@@ -137,6 +147,7 @@ def _tokenize_data(args: argparse.Namespace) -> None:
     held_out=held_out,
     fields=common.data_fields(args),
     **({"part": args.part} if args.part else {}),
+    **({"page": args.html} if args.html else {}),
   )
   fields = ("cache_dir", "held_out_cache_dir")
   more = {"held_out_path": args.held_out}

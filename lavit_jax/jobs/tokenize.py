@@ -19,6 +19,7 @@ from lavit_jax.data.caches import codes
 from lavit_jax.data.images import image_bytes
 from lavit_jax.data.sources import kinds
 from lavit_jax.infer.loading import parts, spread
+from lavit_jax.jobs import tokens_page
 
 _LOG = logging.getLogger(__name__)
 _BATCH = 64  # images a device
@@ -34,6 +35,7 @@ def write_caches(
   held_out: str = "",
   fields: Mapping[str, Any] | None = None,
   part: tuple[int, int] = (0, 1),
+  page: str | os.PathLike[str] = "",
   quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
   """Writes the caches that stage pretrain needs: out/train and out/held_out.
@@ -47,6 +49,7 @@ def write_caches(
       "" holds out a tenth of it, by hash.
     fields: override those of config.data.
     part: (number of this process, number of all) that write one cache.
+    page: a page to write about the tokens; of both caches that of training.
     quiet: no progress bar.
 
   Returns:
@@ -69,6 +72,7 @@ def write_caches(
       description=kinds.describe(config, split, source),
       limit_share=faults.share_of(config),
       part=part,
+      page=page if split == "train" else "",
       quiet=quiet,
     )
     for split, source in both.items()
@@ -84,6 +88,7 @@ def write_cache(
   held_out: str = "",
   fields: Mapping[str, Any] | None = None,
   part: tuple[int, int] = (0, 1),
+  page: str | os.PathLike[str] = "",
   quiet: bool = False,
 ) -> dict[str, Any]:
   """Writes keep masks and codes of all images of one split of a dataset.
@@ -100,6 +105,7 @@ def write_cache(
     held_out: see `write_caches`.
     fields: override those of config.data.
     part: (number of this process, number of all) that write one cache.
+    page: a page to write about the tokens.
     quiet: no progress bar.
 
   Returns:
@@ -123,6 +129,7 @@ def write_cache(
     description=kinds.describe(config, split, source),
     limit_share=faults.share_of(config),
     part=part,
+    page=page,
     quiet=quiet,
   )
 
@@ -137,6 +144,7 @@ def _write(
   description,
   limit_share,
   part,
+  page,
   quiet,
 ):
   """Writes the cache of one source, or a part of it; returns its summary."""
@@ -170,6 +178,8 @@ def _write(
     written = codes.write_part(out, reader.records, meta, part, wait)
   if written is None:
     return {"images": total, "out": str(pathlib.Path(out)), "part": number}
+  if page:
+    tokens_page.write(written, source, page)
   counts = np.asarray(written.counts)
   good = counts[counts >= 0]
   return {

@@ -7,11 +7,13 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from lavit_jax.commands import main
 from lavit_jax.core import errors
 from lavit_jax.data.caches import codes
+from lavit_jax.jobs import tokenize, tokens_page
 from tests.jobs import tokenize_part
 from tests.train import processes
 
@@ -79,6 +81,22 @@ def test_a_cache_of_other_data_is_refused_by_each_part(
   for number in (0, 1):
     with pytest.raises(errors.DataError, match="made with another"):
       tokenize_part.write(model, tmp_path / "out", (number, 2), _SCENES + 1)
+
+
+def test_a_page_shows_the_tokens(micro_codes, tmp_path, monkeypatch):
+  model = micro_codes / "model"
+  config = dict(
+    kind="shapes", image_size=48, seed=0, train_size=20, held_out_size=4
+  )
+  page = tmp_path / "pages" / "tokens.html"
+  first = jax.devices()[:1]
+  monkeypatch.setattr(jax, "local_devices", lambda: first)
+  tokenize.write_cache(model, config, tmp_path / "out", page=page, quiet=True)
+  text = page.read_text()
+  for words in ("mean tokens", "perplexity", "kept patches", "tokens: "):
+    assert words in text
+  assert text.count("data:image/png;base64,") >= 12
+  assert tokens_page.perplexity(np.array([2, 2, 0, 2, 2])) == pytest.approx(4)
 
 
 @pytest.mark.parametrize("part", ["3", "0/2", "3/2", "a/b"])
