@@ -120,7 +120,7 @@ def _images(cache, source, good) -> page.Section:
   """Returns images from few tokens to many, with the patches that are kept."""
   by_count = good[np.argsort(cache.counts[good], kind="stable")]
   side = math.isqrt(cache.num_patches)
-  rows = []
+  rows: list[list[Any]] = []
   for i in _spread(by_count, _SHOWN):
     try:
       image = source.image(i)
