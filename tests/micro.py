@@ -125,7 +125,6 @@ def train_tokenizer(root):
   configs = {
     stage: config(stage, root) for stage in ("encoder", "tokenizer", "pretrain")
   }
-  configs["tokenizer"].schedule = ("random", "codes")  # others train all four
   root.mkdir()
   with one_device():
     for stage in ("encoder", "tokenizer", "codes"):
