@@ -163,7 +163,7 @@ def _write(
   label = f"tokenize {split}"
   if parts_ > 1:
     label += f" {number + 1}/{parts_}"
-  total, done = codes.count_of(out, meta, part)
+  total, done = meta.size_of(part), codes.resume_point(out, meta, part)
   groups = -(-source.num_images // _BATCH)
   devices = jax.local_devices()[: max(1, groups)]
   with progress.Progress(
@@ -175,7 +175,7 @@ def _write(
     tokens = spread.Spread(tokenizer, devices)
     reader = _Reader(source, tokens, log, bar, done)
     wait = _waiting(out, quiet)
-    written = codes.write_part(out, reader.records, meta, part, wait)
+    written = codes.write(out, reader.records, meta, part, wait)
   if written is None:
     return {"images": total, "out": str(pathlib.Path(out)), "part": number}
   if page:

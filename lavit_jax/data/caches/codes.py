@@ -62,6 +62,12 @@ class Meta:
     """Number of files of records."""
     return -(-self.num_images // self.shard_size)
 
+  def size_of(self, part: tuple[int, int]) -> int:
+    """Returns the number of images in the shards of a part: see `write`."""
+    number, parts = part
+    firsts = range(0, self.num_images, self.shard_size)[number::parts]
+    return sum(min(self.shard_size, self.num_images - f) for f in firsts)
+
   @property
   def code_type(self) -> str:
     """Type of a code id on disk."""
@@ -167,75 +173,45 @@ class CodeCache:
 
 def write(
   directory: str | os.PathLike[str],
-  records: Callable[[int], Iterable[Record]],
+  records: Callable[[int, int], Iterable[Record]],
   meta: Meta,
-) -> CodeCache:
+  part: tuple[int, int] = (0, 1),
+  wait: Callable[[int], None] = lambda missing: None,
+) -> CodeCache | None:
   """Writes a cache, or resumes one that was interrupted.
 
   Args:
     directory: the complete cache will be here, all of it or nothing.
-    records: function of `start` that gives (index, keep, codes) of images
-      start, start + 1, … num_images - 1; keep bool[N], codes int[k] with
+    records: function of (first, stop) that gives (index, keep, codes) of images
+      first, first + 1, … stop - 1; keep bool[N], codes int[k] with
       k = keep.sum(); keep and codes are None for a bad image.
     meta: what the cache is made from.
+    part: (number of this process, number of all) that write the cache together,
+      each some of its shards; all have the same directory.
+    wait: see `shards.Writer.write`.
 
   Returns:
-    The cache; the existing one if it is complete.
+    The cache, the existing one if it is complete; None for another process than
+    the first, which completes it.
 
   Raises:
     errors.DataError: the directory holds the cache of other data or another
       tokenizer, a record does not fit, or the disk is full; finished shards
       stay and are used by the next call.
   """
-  _Writer(_FORMAT, directory, meta).write(records)
-  return CodeCache.load(directory)
-
-
-def write_part(
-  directory: str | os.PathLike[str],
-  records: Callable[[int, int], Iterable[Record]],
-  meta: Meta,
-  part: tuple[int, int],
-  wait: Callable[[int], None] = lambda missing: None,
-) -> CodeCache | None:
-  """Writes the shards of one of several processes: `shards.Writer.write_part`.
-
-  Args:
-    directory: as of `write`; all processes have the same.
-    records: function of (first, stop) that gives the records of these images.
-    meta: what the cache is made from.
-    part: (number of the process, number of processes).
-    wait: see there.
-
-  Returns:
-    The cache; None of another process than the first, which completes it.
-
-  Raises:
-    errors.DataError: as of `write`.
-  """
-  writer = _Writer(_FORMAT, directory, meta)
-  writer.write_part(records, part, wait)
+  _Writer(_FORMAT, directory, meta).write(records, part, wait)
   return None if part[0] else CodeCache.load(directory)
 
 
-def count_of(
-  directory: str | os.PathLike[str], meta: Meta, part: tuple[int, int]
-) -> tuple[int, int]:
-  """Returns how many images a part has, and how many of them are done.
+def resume_point(
+  directory: str | os.PathLike[str], meta: Meta, part: tuple[int, int] = (0, 1)
+) -> int:
+  """Returns how many images of a part `write` will not ask for.
 
   Raises:
     errors.DataError: the directory holds another cache.
   """
-  return _Writer(_FORMAT, directory, meta).count_of(*part)
-
-
-def resume_point(directory: str | os.PathLike[str], meta: Meta) -> int:
-  """Returns the first image `write` would ask for; num_images if none.
-
-  Raises:
-    errors.DataError: the directory holds another cache.
-  """
-  return _Writer(_FORMAT, directory, meta).resume_point()
+  return _Writer(_FORMAT, directory, meta).resume_point(part)
 
 
 class _Writer(shards.Writer[Meta, Record]):
@@ -253,25 +229,8 @@ class _Writer(shards.Writer[Meta, Record]):
     path = self.partial / "begun.json"
     return Meta(**json.loads(path.read_text())) if path.exists() else None
 
-  def count_sealed(self):
-    """Images in the shards before the first that is not sealed."""
-    seals = self._seals()
-    done = next((s for s, p in enumerate(seals) if not p.exists()), len(seals))
-    return min(done * self.shard_size, self.meta.num_images)
-
   def is_sealed(self, shard):
     return self._seals()[shard].exists()
-
-  def count_of(self, number, parts):
-    """Images of a part, and those in its shards that are sealed."""
-    size, total = self.shard_size, self.meta.num_images
-    shards_ = range(self.meta.num_shards)[number::parts]
-    sizes = {s: min(size, total - s * size) for s in shards_}
-    everything = sum(sizes.values())
-    if self._complete() is not None:
-      return everything, everything
-    self._check_begun()
-    return everything, sum(n for s, n in sizes.items() if self.is_sealed(s))
 
   def count_all(self, folder):
     del folder

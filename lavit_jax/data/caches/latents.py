@@ -190,7 +190,7 @@ def write(
       used by the next call.
   """
   writer = _Writer(_FORMAT, directory, meta, assigned)
-  writer.write(lambda start: records(writer.order[start:]))
+  writer.write(lambda first, stop: records(writer.order[first:stop]))
   return LatentCache.load(writer.directory)
 
 
@@ -231,8 +231,10 @@ class _Writer(shards.Writer[Meta, Record]):
     fields = self._read_seal()
     return Meta(**fields["meta"]) if fields else None
 
-  def count_sealed(self):
-    return self._read_seal().get("done", 0)
+  def is_sealed(self, shard):
+    total = len(self.order)
+    last = min((shard + 1) * self.shard_size, total)
+    return self._read_seal().get("done", 0) >= last
 
   def count_all(self, folder):
     assigned = array_files.read(folder / "assigned.npy")

@@ -11,10 +11,10 @@ module, and add the contents of a shard.
 import abc
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import pathlib
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -25,6 +25,7 @@ from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 
 _VERSION = 1  # of the files; `Meta.format`
+_PAUSE = 1.0  # seconds between two looks for shards of others
 _IMAGES = "pictures"  # field of Meta: fingerprint of the images' bytes
 # A pathlib.Path, or an epath.Path in an object store.
 Folder = Any
@@ -199,8 +200,8 @@ class Writer(abc.ABC, Generic[M, Record]):
     """Returns the meta that `begin` stored, None before `begin`."""
 
   @abc.abstractmethod
-  def count_sealed(self) -> int:
-    """Returns how many images are sealed in `self.partial`."""
+  def is_sealed(self, shard: int) -> bool:
+    """Returns whether a shard of `self.partial` is complete."""
 
   @abc.abstractmethod
   def count_all(self, folder: pathlib.Path) -> int:
@@ -217,40 +218,50 @@ class Writer(abc.ABC, Generic[M, Record]):
   def journal(self) -> list[pathlib.Path]:
     """Returns the files that only resuming needs."""
 
-  def resume_point(self) -> int:
-    """Returns how many images `write` will not ask for.
+  def resume_point(self, part: tuple[int, int] = (0, 1)) -> int:
+    """Returns how many images of a part `write` will not ask for.
+
+    Args:
+      part: see `write`.
 
     Raises:
       errors.DataError: the directory holds another cache.
     """
-    if (folder := self._complete()) is not None:
-      return self.count_all(folder)
-    self._check_begun()
-    return self.count_sealed()
+    number, parts = part
+    folder = self._complete()
+    if folder is None and not self._check_begun():
+      return 0
+    sizes = self._sizes(self.count_all(folder or self.partial))
+    mine = list(enumerate(sizes))[number::parts]
+    return sum(n for shard, n in mine if folder or self.is_sealed(shard))
 
-  def is_sealed(self, shard: int) -> bool:
-    """Returns whether a shard is complete."""
-    raise NotImplementedError(f"a {self.kind.name} is written by one process")
+  def _sizes(self, total: int) -> list[int]:
+    """Returns the number of images in each shard of so many."""
+    size = self.shard_size
+    return [min(size, total - first) for first in range(0, total, size)]
 
-  def write_part(
+  def write(
     self,
     records: Callable[[int, int], Iterable[Record]],
-    part: tuple[int, int],
+    part: tuple[int, int] = (0, 1),
     wait: Callable[[int], None] = lambda missing: None,
   ) -> None:
-    """Writes every shard of a part that is missing.
+    """Writes every shard of a part that is missing; by default of all.
 
     The first part waits for the shards of the others, and completes the cache.
 
     Args:
-      records: function of (first, stop) that gives the records of these images.
+      records: function of (first, stop) that gives the records of these images,
+        in order.
       part: (number of the part, number of parts): shards number, number +
         parts, … are written here. All parts share the folder.
       wait: called every second while shards of other parts are missing, with
         their number.
 
     Raises:
-      errors.DataError: as of `write`.
+      errors.DataError: the directory holds something else, records are missing
+        or do not fit, or the disk is full; sealed shards stay for the next
+        call.
     """
     number, parts = part
     complete = self._complete()
@@ -262,78 +273,43 @@ class Writer(abc.ABC, Generic[M, Record]):
         " --out."
       )
     try:
-      if complete is not None:
-        self._complete_partial()
-        return
-      self.partial.mkdir(parents=True, exist_ok=True)
-      if not self._check_begun():
-        self.begin()
-      total = self.count_all(self.partial)
-      shards = range(-(-total // self.shard_size))
-      for shard in shards[number::parts]:
-        if not self.is_sealed(shard):
-          first = shard * self.shard_size
-          stop = min(first + self.shard_size, total)
-          self.write_shard(first, self._all(records(first, stop), stop - first))
-      if number:
-        return
-      while missing := sum(not self.is_sealed(shard) for shard in shards):
-        wait(missing)
-        time.sleep(1.0)
-      self._complete_partial()
-    except OSError as error:
-      raise self._not_written(error) from error
-
-  def _all(self, records, count) -> list[Record]:
-    found = list(records)
-    if len(found) < count:
-      raise errors.DataError(
-        f"Only {len(found)} of {count} images came for {self.partial}."
-      )
-    return found
-
-  def _complete_partial(self) -> None:
-    """Makes a folder with all shards the complete cache."""
-    if self.kind.read_meta(self.partial) is None:
-      self.finish()
-      self.kind.write_meta(self.partial, self.meta)
-    for path in self.journal():
-      path.unlink(missing_ok=True)
-    os.replace(self.partial, self.directory)
-
-  def _not_written(self, error) -> errors.DataError:
-    return errors.DataError(
-      f"The {self.kind.name} could not be written ({error}). Finished shards"
-      f" are kept in {self.partial}; make room and run the same command"
-      " again, which resumes there."
-    )
-
-  def write(self, records: Callable[[int], Iterable[Record]]) -> None:
-    """Writes everything that is missing.
-
-    Args:
-      records: function of `start` that gives the records of all images from
-        number `start` on, in order.
-
-    Raises:
-      errors.DataError: the directory holds something else, records are missing
-        or do not fit, or the disk is full; sealed shards stay for the next
-        call.
-    """
-    complete = self._complete()
-    if complete == self.directory:
-      return
-    if self.directory.exists():
-      raise errors.DataError(
-        f"{self.directory} exists and is no {self.kind.name}; give another"
-        " --out."
-      )
-    try:
       if complete is None:
-        self._fill(records)
-      self._complete_partial()
+        self._fill(records, part)
+        if number:
+          return
+        shards = range(len(self._sizes(self.count_all(self.partial))))
+        while missing := sum(not self.is_sealed(shard) for shard in shards):
+          wait(missing)
+          time.sleep(_PAUSE)
+        self.finish()
+        self.kind.write_meta(self.partial, self.meta)
+      for path in self.journal():
+        path.unlink(missing_ok=True)
+      os.replace(self.partial, self.directory)
     except OSError as error:
-      raise self._not_written(error) from error
+      raise errors.DataError(
+        f"The {self.kind.name} could not be written ({error}). Finished shards"
+        f" are kept in {self.partial}; make room and run the same command"
+        " again, which resumes there."
+      ) from error
+
+  def _fill(self, records, part):
+    """Writes the shards of a part that are missing."""
+    self.partial.mkdir(parents=True, exist_ok=True)
+    if not self._check_begun():
+      self.begin()
+    sizes, (number, parts) = self._sizes(self.count_all(self.partial)), part
+    for shard in range(number, len(sizes), parts):
+      if self.is_sealed(shard):
+        continue
+      first = shard * self.shard_size
+      found = list(records(first, first + sizes[shard]))
+      if len(found) != sizes[shard]:
+        raise errors.DataError(
+          f"{len(found)} images came for {self.partial} from number {first} on:"
+          f" expected {sizes[shard]} of {sum(sizes)}, in order."
+        )
+      self.write_shard(first, found)
 
   def _complete(self) -> pathlib.Path | None:
     """Returns the folder with a complete cache of this meta, if there is one.
@@ -352,25 +328,6 @@ class Writer(abc.ABC, Generic[M, Record]):
     if begun is not None:
       self.kind.check(self.partial, begun, vars(self.meta))
     return begun is not None
-
-  def _fill(self, records):
-    """Writes the shards that are missing, then meta.json."""
-    self.partial.mkdir(parents=True, exist_ok=True)
-    if not self._check_begun():
-      self.begin()
-    start, total = self.count_sealed(), self.count_all(self.partial)
-    stream = iter(records(start))
-    for first in range(start, total, self.shard_size):
-      length = min(self.shard_size, total - first)
-      shard = list(itertools.islice(stream, length))
-      if len(shard) < length:
-        raise errors.DataError(
-          f"Only {first + len(shard)} of {total} images came for"
-          f" {self.partial}: expected all of them, in order."
-        )
-      self.write_shard(first, shard)
-    self.finish()
-    self.kind.write_meta(self.partial, self.meta)
 
 
 def described(fingerprint: Any, description: str) -> Any:
@@ -397,7 +354,7 @@ def replace(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:
-  """Writes a small file, all of it or nothing."""
-  temporary = path.with_suffix(".tmp")
+  """Writes a small file, all of it or nothing, whoever else writes it."""
+  temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
   temporary.write_text(text)
   replace(temporary, path)

@@ -74,8 +74,8 @@ def test_the_shipped_model_is_used_from_the_store(store):
 _META = codes_lib.Meta("data", "weights", 10, 9, 100, shard_size=4)
 
 
-def _codes(start):
-  for i in range(start, 10):
+def _codes(first, stop):
+  for i in range(first, stop):
     yield i, np.arange(9) <= i % 9, np.arange(i % 9 + 1) + i
 
 
@@ -100,7 +100,7 @@ def test_a_code_cache_is_copied_once_and_read(codes, monkeypatch, in_memory):
   monkeypatch.setattr(fetched, "_copy", counted)
   for _ in range(2):
     made = codes_lib.CodeCache.load(codes)
-    for i, keep, ids in _codes(0):
+    for i, keep, ids in _codes(0, 10):
       np.testing.assert_array_equal(made.keep(i), keep)
       np.testing.assert_array_equal(made.codes(i), ids)
   assert len(copied) == 4
@@ -109,7 +109,7 @@ def test_a_code_cache_is_copied_once_and_read(codes, monkeypatch, in_memory):
 
 def test_a_cache_that_was_written_again_is_copied_again(codes, store, tmp_path):
   codes_lib.CodeCache.load(codes)
-  other = lambda start: ((i, k, c + 1) for i, k, c in _codes(start))
+  other = lambda *some: ((i, k, c + 1) for i, k, c in _codes(*some))
   codes_lib.write(tmp_path / "other", other, _META)
   fake_gcs.upload(store, tmp_path / "other", codes)
   np.testing.assert_array_equal(codes_lib.CodeCache.load(codes).codes(0), [1])
@@ -117,7 +117,7 @@ def test_a_cache_that_was_written_again_is_copied_again(codes, store, tmp_path):
 
 def _written_anew(store, tmp_path, codes, add):
   """Another version of the cache in the store, and a process that reads it."""
-  other = lambda start: ((i, k, c + add) for i, k, c in _codes(start))
+  other = lambda *some: ((i, k, c + add) for i, k, c in _codes(*some))
   folder = tmp_path / f"version {add}"
   codes_lib.write(folder, other, _META)
   fake_gcs.upload(store, folder, codes)

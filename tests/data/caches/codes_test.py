@@ -94,9 +94,10 @@ def test_a_record_keeps_any_mask_and_any_code(patches, codes, data):
 
 
 def test_an_interrupted_write_resumes_where_it_stopped(tmp_path):
-  def dies(start):
-    yield from _records(start, 9)
-    raise KeyboardInterrupt
+  def dies(first, stop):
+    yield from _records(first, min(stop, 9))
+    if stop > 9:
+      raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
     codes_lib.write(tmp_path / "codes", dies, _META)
@@ -108,19 +109,19 @@ def test_an_interrupted_write_resumes_where_it_stopped(tmp_path):
   assert codes_lib.resume_point(tmp_path / "codes", _META) == 8
   asked = []
 
-  def records(start):
-    asked.append(start)
-    return _records(start)
+  def records(first, stop):
+    asked.append((first, stop))
+    return _records(first, stop)
 
   _check(codes_lib.write(tmp_path / "codes", records, _META))
-  assert asked == [8]
+  assert asked == [(8, 10)]
 
 
 def test_a_finished_cache_is_not_written_again(tmp_path):
   codes_lib.write(tmp_path / "codes", _records, _META)
   assert codes_lib.resume_point(tmp_path / "codes", _META) == 10
 
-  def never(_):
+  def never(*_):
     raise AssertionError("asked for images")
 
   _check(codes_lib.write(tmp_path / "codes", never, _META))
@@ -178,8 +179,15 @@ def test_another_tokenizer_or_other_data_are_refused(tmp_path, field, value):
 
 
 def test_an_unfinished_cache_of_another_tokenizer_is_refused(tmp_path):
-  with pytest.raises(errors.DataError, match="Only 6 of 10"):
-    codes_lib.write(tmp_path / "codes", lambda s: _records(s, 6), _META)
+  with pytest.raises(
+    errors.DataError,
+    match="2 images came .* from number 4 on: expected 4 of 10",
+  ):
+    codes_lib.write(
+      tmp_path / "codes",
+      lambda first, stop: _records(first, min(stop, 6)),
+      _META,
+    )
   foreign = dataclasses.replace(_META, tokenizer="others")
   with pytest.raises(errors.DataError, match="another tokenizer"):
     codes_lib.write(tmp_path / "codes", _records, foreign)
@@ -216,7 +224,7 @@ _ALL = np.ones(9, bool)
 def test_records_that_do_not_fit_are_refused(tmp_path, record, said):
   meta = dataclasses.replace(_META, num_images=1)
   with pytest.raises(errors.DataError, match=said):
-    codes_lib.write(tmp_path / "codes", lambda _: [record], meta)
+    codes_lib.write(tmp_path / "codes", lambda *_: [record], meta)
   assert not (tmp_path / "codes").exists()
 
 

@@ -58,7 +58,7 @@ def _latent_record(i):
 
 
 def _write_codes(directory):
-  records = lambda start: (_code_record(i) for i in range(start, 10))
+  records = lambda *images: map(_code_record, range(*images))
   return codes.write(directory, records, _CODES)
 
 
