@@ -12,6 +12,7 @@ from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 
 with epy.lazy_imports():
+  from lavit_jax.data import faults
   from lavit_jax.jobs import bench, check, data_page, downloads
   from lavit_jax.jobs.prepare import job
   from lavit_jax.jobs.prepare import plan as plan_lib
@@ -41,7 +42,7 @@ def add(subparsers: Any) -> None:
   _add_bench(actions)
 
 
-def _add_source(parser):
+def _add_source(parser, workers="processes (as many as there are cores)"):
   parser.add_argument("data", metavar="SRC")
   common.add_data_fields(parser)
   parser.add_argument(
@@ -55,7 +56,7 @@ def _add_source(parser):
     type=common.integer(0),
     default=0,
     metavar="N",
-    help="processes (as many as there are cores)",
+    help=workers,
   )
 
 
@@ -191,7 +192,7 @@ def _add_bench(actions):
       lavit data bench 'web/*.tar' --workers 8 --threads 16 --decoding fast
     """,
   )
-  _add_source(parser)
+  _add_source(parser, "processes that decode; 0: the threads do (0)")
   for name, default, meaning in (
     ("threads", 2, "that read images and make batches (2)"),
     ("batch", 64, "images (64)"),
@@ -291,7 +292,7 @@ def _check(args: argparse.Namespace) -> int:
       files.require_local(path, "a list")
       common.require_output(path, flag)
   fields = _fields(args)
-  limit = fields.pop("limit_share", 0.05)
+  limit = fields.pop("limit_share", faults.LIMIT_SHARE)
   found = check.check(
     args.data, fields=fields, workers=args.workers, quiet=args.json
   )

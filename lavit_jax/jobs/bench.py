@@ -36,9 +36,8 @@ def measure(
   Returns:
     images_per_second of the loader; alone, images a second of one core that
     does nothing but read, decode and resize; of_alone, the first over the
-    second; cores, CPU seconds a second; wait, the share of the time in which
-    no batch was ready, for a consumer that takes each at once; memory, the
-    most that this process had, in MiB.
+    second; cores, CPU seconds a second of this process; memory, the most that
+    this process had, in MiB.
 
   Raises:
     errors.DataError: the data cannot be read.
@@ -52,10 +51,9 @@ def measure(
   iterator = pipeline.iterate(batches, num_threads=threads)
   for _ in range(_WARM):
     next(iterator)
-  begun, used, count, waited = time.monotonic(), _used(), 0, 0.0
-  while (now := time.monotonic()) < begun + seconds:
+  begun, used, count = time.monotonic(), time.process_time(), 0
+  while time.monotonic() < begun + seconds:
     next(iterator)
-    waited += time.monotonic() - now
     count += batch_size
   elapsed = time.monotonic() - begun
   rate = count / elapsed
@@ -65,8 +63,7 @@ def measure(
     "images_per_second": round(rate, 1),
     "alone": round(alone, 1),
     "of_alone": round(rate / alone, 3),
-    "cores": round((_used() - used) / elapsed, 2),
-    "wait": round(waited / elapsed, 3),
+    "cores": round((time.process_time() - used) / elapsed, 2),
     "memory": round(peak),
     "workers": config.get("workers", 0),
     "threads": threads,
@@ -89,8 +86,3 @@ def _alone(source: examples.Source, decode: squares.Decode) -> float:
   if not good:
     raise errors.DataError(f"{source.name}: none of {count} images is good.")
   return good / max(time.process_time() - begun, 1e-9)
-
-
-def _used() -> float:
-  """Returns CPU seconds of this process."""
-  return time.process_time()

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import io
 import json
 import os
 import pathlib
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax.core import errors, progress
+from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 from lavit_jax.data import examples
 from lavit_jax.data.sources import kinds, prepared
@@ -20,7 +19,6 @@ from lavit_jax.data.workers import pool
 from lavit_jax.jobs.prepare import job, looks
 
 _TEXTS = 20_000  # examples of which texts are measured
-_LONGEST = 1800.0  # seconds that a chunk of images may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,20 +117,15 @@ def _look(source, config, split, folder, workers, quiet):
   """Returns what is found of every image, and the bad ones."""
   items = [item for item in looks.chunks(source) if item[0] == "images"]
   setup = {"config": job.plain(config), "split": split, "folder": folder}
-  with progress.Progress(
-    len(items),
-    label=f"look at {source.num_images} images",
-    stream=io.StringIO() if quiet else None,
-  ) as bar:
-    answers = pool.run(
-      "lavit_jax.jobs.prepare.looks:maker",
-      setup,
-      items,
-      count=workers or os.cpu_count() or 1,
-      timeout=_LONGEST,
-    )
-    for done, _ in enumerate(answers, 1):
-      bar.update(done)
+  for _ in pool.shown(
+    f"look at {source.num_images} images",
+    "lavit_jax.jobs.prepare.looks:maker",
+    setup,
+    items,
+    count=workers,
+    quiet=quiet,
+  ):
+    pass  # what is found is read together
   return looks.read(pathlib.Path(folder), "images", source.num_images)
 
 

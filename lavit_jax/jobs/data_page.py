@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from lavit_jax.core import errors, image_io
-from lavit_jax.data import examples
+from lavit_jax.data import examples, faults
 from lavit_jax.evaluate.report import page, plots
 from lavit_jax.jobs import check
 
@@ -37,13 +37,10 @@ def write(found: check.Found, path: str | os.PathLike[str]) -> pathlib.Path:
       *_bad(found),
     ],
   )
-  target = pathlib.Path(path)
   try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page.render(report), encoding="utf-8")
+    return page.write(report, path)
   except OSError as error:
     raise errors.DataError(f"{path} cannot be written ({error}).") from error
-  return target
 
 
 def _metrics(summary) -> list[page.Metric]:
@@ -51,8 +48,8 @@ def _metrics(summary) -> list[page.Metric]:
   left = summary["left_out"] / max(summary["seen"], 1)
   return [
     page.Metric(name="images", value=summary["images"]),
-    page.Metric(name="share of bad images", value=bad, high=0.05),
-    page.Metric(name="share of bad lines", value=left, high=0.05),
+    page.Metric(name="share of bad images", value=bad, high=faults.LIMIT_SHARE),
+    page.Metric(name="share of bad lines", value=left, high=faults.LIMIT_SHARE),
     page.Metric(name="same bytes as another", value=summary["same_bytes"]),
     page.Metric(name="looks like another", value=summary["alike"]),
   ]

@@ -43,13 +43,10 @@ def write(
       _images(cache, source, good),
     ],
   )
-  target = pathlib.Path(path)
   try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page.render(report), encoding="utf-8")
+    return page.write(report, path)
   except OSError as error:
     raise errors.DataError(f"{path} cannot be written ({error}).") from error
-  return target
 
 
 def _usage(cache, good) -> np.ndarray:

@@ -172,12 +172,20 @@ def test_prepared_shards(tmp_path, monkeypatch, caplog):
     str(path), tmp_path / "out", settings=plan_lib.Settings(), quiet=True
   )
   whole = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+  make = lambda: prepared.PreparedSource(tmp_path / "out", fakes.SIZE)
+  listed, refused = prepared.read_manifest(tmp_path / "out")["files"], 0
   for seed in range(_COUNT):
     rng = random.Random(seed)
     name = rng.choice(sorted(whole))
-    (tmp_path / "out" / name).write_bytes(_mutated(whole[name], rng))
-    _read(lambda: prepared.PreparedSource(tmp_path / "out", fakes.SIZE))
+    mutated = _mutated(whole[name], rng)
+    (tmp_path / "out" / name).write_bytes(mutated)
+    refused += _read(make) is None
+    if name in listed:  # its checksum tells any change
+      changed = mutated != whole[name]
+      assert bool(job.verify(tmp_path / "out")) == changed
     (tmp_path / "out" / name).write_bytes(whole[name])
+  assert refused > _COUNT // 4
+  assert _read(make) is not None
 
 
 def _encoded(format):

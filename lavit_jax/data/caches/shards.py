@@ -263,7 +263,7 @@ class Writer(abc.ABC, Generic[M, Record]):
         or do not fit, or the disk is full; sealed shards stay for the next
         call.
     """
-    number, parts = part
+    number, _ = part
     complete = self._complete()
     if complete == self.directory or (complete and number):
       return

@@ -7,7 +7,7 @@ Two ways:
   fast    JPEGs by simplejpeg, whose pixels are those of Pillow; one with sides
           of three times the square or more is decoded at a half, a quarter or
           an eighth of its size (scaled DCT); then SIMD bicubic interpolation
-          (cykooz_resizer). Anything else is decoded as exactly.
+          (cykooz_resizer). Anything else is decoded as by the first.
 
 How far the second is from the first, and how fast, benchmarks/decoders.py says.
 """
@@ -37,6 +37,14 @@ _MOST = 64 << 20  # bytes of a file that is decoded fast
 def exact(source: Any, side: int, name: str | None = None) -> np.ndarray:
   """Returns the square of an image, decoded as LaVIT's preprocessing does.
 
+  Args:
+    source: as `image_io.load` takes it.
+    side: of the square, in pixels; the image is resized to it without a crop.
+    name: of the image in errors; by default its path.
+
+  Returns:
+    uint8[side, side, 3].
+
   Raises:
     image_io.ImageError: it is missing or cannot be decoded.
   """
@@ -46,17 +54,27 @@ def exact(source: Any, side: int, name: str | None = None) -> np.ndarray:
 def fast(source: Any, side: int, name: str | None = None) -> np.ndarray:
   """Returns about the square that `exact` does, sooner.
 
+  Args:
+    source: as `image_io.load` takes it.
+    side: of the square, in pixels.
+    name: of the image in errors; by default its path.
+
+  Returns:
+    uint8[side, side, 3].
+
   Raises:
     image_io.ImageError: it is missing or cannot be decoded.
   """
   data = _bytes_of(source)
-  if data is not None and data[:3] == b"\xff\xd8\xff":
-    name = name or (str(source) if not isinstance(source, bytes) else None)
+  if data is None:
+    return exact(source, side, name)
+  if not isinstance(source, bytes):
+    name = name or os.fspath(source)
+  if data[:3] == b"\xff\xd8\xff":
     square = _of_jpeg(data, side)
     if square is not None:
       return square
-    source = data
-  return exact(source, side, name)
+  return exact(data, side, name)
 
 
 def way(name: str) -> Decode:

@@ -10,7 +10,6 @@ that is damaged, is made again.
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax.core import errors, progress
+from lavit_jax.core import errors
 from lavit_jax.core.storage import fetched, files
 from lavit_jax.data.indexes import tar_members, tar_samples
 from lavit_jax.data.workers import pool
@@ -120,20 +119,15 @@ def _make_all(paths, quiet):
     for path in paths:
       make(path)
     return
-  with progress.Progress(
-    len(paths),
-    label=f"index {len(paths)} archives",
-    stream=io.StringIO() if quiet else None,
-  ) as bar:
-    made = pool.run(
-      "lavit_jax.data.indexes.stored:maker",
-      None,
-      [os.fspath(path) for path in paths],
-      count=min(os.cpu_count() or 1, len(paths)),
-      timeout=_LONGEST,
-    )
-    for done, _ in enumerate(made, 1):
-      bar.update(done)
+  for _ in pool.shown(
+    f"index {len(paths)} archives",
+    "lavit_jax.data.indexes.stored:maker",
+    None,
+    [os.fspath(path) for path in paths],
+    quiet=quiet,
+    timeout=_LONGEST,
+  ):
+    pass  # each is kept when it is made
 
 
 def maker(setup: None) -> Callable[[str], None]:

@@ -163,21 +163,31 @@ class PreparedSource:
     self._about = decoded.Decoded(_TEXTS, lambda about: 1)
     self._locks: dict[str, threading.Lock] = {}
 
-  def _columns(self, kind, dtype, file="") -> np.ndarray:
+  def _columns(self, kind, dtype) -> np.ndarray:
     """Returns the columns of all shards of a kind."""
-    total = self._shards[kind]
     parts = [np.zeros(0, dtype)]
-    for number in range(total):
-      path = self._folder / file_name(file or kind, number, total, ".npy")
-      try:
-        found = array_files.read(path)
-      except (OSError, ValueError, EOFError) as error:
-        raise self._damaged(path.name, error) from error
-      count = self.manifest["shards"][kind][number]
-      if found.dtype != dtype or (not file and len(found) != count):
-        raise self._damaged(path.name, f"{len(found)} rows of {found.dtype}")
+    for number, count in enumerate(self.manifest["shards"][kind]):
+      found = self._array(kind, number, self._shards[kind], dtype)
+      if len(found) != count:
+        name = file_name(kind, number, self._shards[kind], ".npy")
+        raise self._damaged(name, f"{len(found)} rows, expected {count}")
       parts.append(found)
     return np.concatenate(parts)
+
+  def _array(self, kind, number, total, dtype) -> np.ndarray:
+    """Returns the array of a file.
+
+    Raises:
+      errors.DataError: it is damaged.
+    """
+    name = file_name(kind, number, total, ".npy")
+    try:
+      found = array_files.read(self._folder / name)
+    except (OSError, ValueError, EOFError) as error:
+      raise self._damaged(name, error) from error
+    if found.dtype != dtype:
+      raise self._damaged(name, found.dtype)
+    return found
 
   def _held(self, images, some) -> np.ndarray:
     """Returns which images, and after them examples, are in the split."""
@@ -186,7 +196,7 @@ class PreparedSource:
       return np.ones(total, bool)
     joined, start = [], len(images)
     for number, count in enumerate(self.manifest["shards"]["examples"]):
-      part = self._joined(number)
+      part = self._array("joined", number, self._shards["examples"], JOINED)
       joined.append((part["row"].astype(np.int64) + start, part["hash"]))
       start += count
     held = splits.held_out(
@@ -199,16 +209,6 @@ class PreparedSource:
       self._share,
     )
     return held if self.split == "held_out" else ~held
-
-  def _joined(self, number) -> np.ndarray:
-    name = file_name("joined", number, self._shards["examples"], ".npy")
-    try:
-      found = array_files.read(self._folder / name)
-    except (OSError, ValueError, EOFError) as error:
-      raise self._damaged(name, error) from error
-    if found.dtype != JOINED:
-      raise self._damaged(name, found.dtype)
-    return found
 
   def _damaged(self, name, reason) -> errors.DataError:
     return errors.DataError(

@@ -76,6 +76,14 @@ class Decoders:
   ) -> np.ndarray:
     """Returns the square of an image, as `squares.exact` or `squares.fast`.
 
+    Args:
+      source: as `image_io.load` takes it; paths and bytes go to a process.
+      side: of the square, in pixels.
+      name: of the image in errors; by default its path.
+
+    Returns:
+      uint8[side, side, 3].
+
     Raises:
       image_io.ImageError: it cannot be decoded, or processes end at it.
     """

@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import importlib
+import io
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lavit_jax.core import errors
+from lavit_jax.core import errors, progress
 from lavit_jax.data.workers import process
 
 _LOG = logging.getLogger(__name__)
@@ -95,6 +96,45 @@ def run(
     over.set()
     for thread in threads:
       thread.join()
+
+
+def shown(
+  label: str,
+  make: str,
+  setup: Any,
+  items: Sequence[Any],
+  *,
+  count: int = 0,
+  done: int = 0,
+  quiet: bool = False,
+  timeout: float = 1800.0,
+) -> Iterator[Any]:
+  """Yields the answers of `run`, as they come, with a progress bar.
+
+  Args:
+    label: of the bar.
+    make: see `run`; likewise setup and items.
+    setup: see there.
+    items: see there.
+    count: number of processes; 0: as many as there are cores.
+    done: items that were done before, which the bar counts, too.
+    quiet: no bar.
+    timeout: see `run`.
+
+  Raises:
+    errors.DataError: see `run`.
+  """
+  count = count or os.cpu_count() or 1
+  with progress.Progress(
+    done + len(items),
+    start=done,
+    label=label,
+    stream=io.StringIO() if quiet else None,
+  ) as bar:
+    answers = run(make, setup, items, count=count, timeout=timeout)
+    for number, (_, answer) in enumerate(answers, done + 1):
+      bar.update(number)
+      yield answer
 
 
 def _serve(make, setup, timeout, todo, done, over) -> None:

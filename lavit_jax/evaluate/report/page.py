@@ -149,10 +149,18 @@ class Report:
 
 def build(report: Report, directory: str | os.PathLike) -> pathlib.Path:
   """Writes `index.html` into a directory, and returns its path."""
-  directory = pathlib.Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
-  path = directory / "index.html"
-  partial = directory / "index.html.partial"
+  return write(report, pathlib.Path(directory) / "index.html")
+
+
+def write(report: Report, path: str | os.PathLike) -> pathlib.Path:
+  """Writes a page as a whole, and returns its path; missing folders are made.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f"{path.name}.partial")
   partial.write_text(render(report), encoding="utf-8")
   partial.replace(path)
   return path

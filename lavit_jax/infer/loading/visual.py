@@ -89,19 +89,36 @@ class VisualTokenizer:
     return np.asarray(self._feature_mean)
 
   def encode_images(self, params: Any, images: Array) -> jax.Array:
-    """Returns the features of images, as `features` compiles it."""
+    """Returns float32[B, N, D] of uint8[B, H, W, 3]: what `features` compiles.
+
+    Args:
+      params: of the encoder.
+      images: of any number.
+    """
     pixels = image_io.normalize(images)
     return tokenizer.encode_images(self.config, params, pixels)
 
   def expected_mask(self, variables: Any, features: Array) -> jax.Array:
-    """Returns which patches are kept, as `keep_mask` compiles it."""
+    """Returns bool[B, N] of float[B, N, D]: what `keep_mask` compiles.
+
+    Args:
+      variables: of the tokenizer.
+      features: of the encoder.
+    """
     log_probs: Any = self.model.apply(variables, features, method="select")
     return selector.expected_count_mask(log_probs)
 
   def coded(
     self, variables: Any, features: Array, keep: Array, capacity: int
   ) -> tuple[jax.Array, ...]:
-    """Returns (z, ids, valid) of kept patches, as `encode` compiles it."""
+    """Returns (z, ids int32[B, K], valid bool[B, K]): what `encode` compiles.
+
+    Args:
+      variables: of the tokenizer.
+      features: float[B, N, D].
+      keep: bool[B, N].
+      capacity: K, at least the most patches of an image that are kept.
+    """
     found: Any = self.model.apply(
       variables, features, keep, capacity, method="encode"
     )

@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import hashlib
 import importlib.metadata
-import io
 import json
 import os
 import pathlib
@@ -18,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from lavit_jax.core import errors, progress
-from lavit_jax.core.storage import array_files, files
+from lavit_jax.core import errors
+from lavit_jax.core.storage import files
 from lavit_jax.data import contents, examples, faults
 from lavit_jax.data.caches import shards as cache_shards
 from lavit_jax.data.images import image_bytes
@@ -30,7 +29,7 @@ from lavit_jax.jobs.prepare import plan as plan_lib
 
 _BEGUN, _LOOKS, _PLAN = "begun.json", "looks", "plan.npz"
 _BAD = "bad.jsonl"  # every image that cannot be used, and why
-_LONGEST = 1800.0  # seconds that one chunk or shard may take
+_NAMED = 3  # bad images in a message
 _VERSIONS = ("lavit_jax", "pillow", "array_record")
 
 
@@ -214,7 +213,7 @@ class _Job:
 
   def __init__(self, source, config, split, folder, settings, workers, quiet):
     self._source, self._folder, self._settings = source, folder, settings
-    self._workers = workers or os.cpu_count() or 1
+    self._workers = workers
     self._limit, self._quiet = faults.share_of(config), quiet
     self._setup = {"config": plain(config), "split": split}
 
@@ -237,11 +236,10 @@ class _Job:
       lines = [json.dumps({"name": name, "reason": why}) for name, why in bad]
       text = "".join(f"{line}\n" for line in lines)
       cache_shards.replace_text(self._folder / _BAD, text)
-    captions = self._captions(done)
     return {
       "format": prepared.FORMAT,
       "images": len(plan.old),
-      "captions": captions,
+      "captions": sum(part["captions"] for part in done["images"]),
       "examples": dict(tasks),
       "left_out": dict(left_out),
       "license": self._settings.license,
@@ -251,15 +249,8 @@ class _Job:
       "files": listed,
     }
 
-  def _captions(self, done) -> int:
-    total = len(done["images"])
-    return sum(
-      int(array_files.read(self._folder / name)["captions"].sum(dtype=np.int64))
-      for k in range(total)
-      for name in [prepared.file_name("images", k, total, ".npy")]
-    )
-
   def _look(self) -> None:
+    """Looks at what was not looked at; stops early if too much is bad."""
     folder = self._folder / _LOOKS
     found = list(looks.chunks(self._source))
     log = faults.FaultLog(f"images of {self._source.name}", self._limit)
@@ -277,7 +268,6 @@ class _Job:
       len(found),
       note,
     )
-    log.check()
 
   def _plan(self) -> tuple[plan_lib.Plan, list[tuple[str, str]]]:
     source, folder = self._source, self._folder / _LOOKS
@@ -287,9 +277,9 @@ class _Job:
     usable[examples.usable(source)] = True
     log = faults.FaultLog(f"images of {source.name}", self._limit)
     log.good(int(usable.sum()) - len(bad))
-    for name, reason in bad[: 1 if bad else 0]:
-      log.fault_all([name], len(bad), reason)
-    log.check()  # also of those that an earlier call looked at
+    if bad:  # also those that an earlier call looked at
+      log.fault_all([name for name, _ in bad[:_NAMED]], len(bad), bad[0][1])
+      log.check()
     plan = plan_lib.of(found, usable, texts, self._settings)
     if not len(plan.old) and not any(
       source.num_examples(task) for task in prepared.TASKS
@@ -329,19 +319,17 @@ class _Job:
     note: Callable[[Any], None],
   ) -> None:
     """Runs a function on items in other processes, with a bar of all."""
-    with progress.Progress(
-      total,
-      start=total - len(items),
-      label=label,
-      stream=io.StringIO() if self._quiet else None,
-    ) as bar:
-      setup = self._setup | {"folder": str(folder)}
-      answers = pool.run(
-        make, setup, items, count=self._workers, timeout=_LONGEST
-      )
-      for done, (_, answer) in enumerate(answers, total - len(items) + 1):
-        note(answer)
-        bar.update(done)
+    answers = pool.shown(
+      label,
+      make,
+      self._setup | {"folder": str(folder)},
+      items,
+      count=self._workers,
+      done=total - len(items),
+      quiet=self._quiet,
+    )
+    for answer in answers:
+      note(answer)
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -363,10 +351,8 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
     if not (path / name).exists():
       found.append(f"{name} is missing")
       continue
-    hashed = hashlib.sha256()
     with files.open_bytes(path / name) as file:
-      while data := file.read(1 << 20):
-        hashed.update(data)
-    if hashed.hexdigest() != digest:
+      hashed = hashlib.file_digest(file, "sha256").hexdigest()
+    if hashed != digest:
       found.append(f"{name} has changed (expected {size} bytes)")
   return found

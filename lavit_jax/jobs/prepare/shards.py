@@ -30,7 +30,6 @@ _OPTIONS = {
   "about": "group_size:64,zstd:3",
   "examples": "group_size:64,zstd:3",
 }
-_CHUNK = 1 << 20  # bytes
 _GONE = "an image of it is left out"
 
 
@@ -102,7 +101,8 @@ class _Writer:
     table = prepared.file_name("images", number, total_, ".npy")
     looks.write_array(self._folder / table, columns)
     names = [name("images"), name("about"), table]
-    return self._finish("images", number, len(numbers), names, {})
+    more = {"captions": int(columns["captions"].sum(dtype=np.int64))}
+    return self._finish("images", number, len(numbers), names, more)
 
   def _encoded(self, old) -> bytes:
     data = looks.encoded(self._source, old)
@@ -242,8 +242,6 @@ def _json(value) -> bytes:
 
 def _checksum(path) -> list[Any]:
   """Returns [SHA-256, length] of a file."""
-  digest = hashlib.sha256()
   with path.open("rb") as file:
-    while data := file.read(_CHUNK):
-      digest.update(data)
-  return [digest.hexdigest(), path.stat().st_size]
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+  return [digest, path.stat().st_size]

@@ -181,7 +181,7 @@ def test_another_tokenizer_or_other_data_are_refused(tmp_path, field, value):
 def test_an_unfinished_cache_of_another_tokenizer_is_refused(tmp_path):
   with pytest.raises(
     errors.DataError,
-    match="2 images came .* from number 4 on: expected 4 of 10",
+    match=r"2 images came .* 4 on: expected 4 of 10",
   ):
     codes_lib.write(
       tmp_path / "codes",

@@ -138,7 +138,7 @@ def test_a_full_disk_keeps_finished_shards(tmp_path):
 def test_latents_of_a_wrong_shape_or_too_few_are_refused(tmp_path):
   with pytest.raises(errors.DataError, match="of shape"):
     _write(tmp_path / "a", lambda n: (np.zeros((1, 1, 3)) for _ in n))
-  with pytest.raises(errors.DataError, match="1 images came .* 2 of 6"):
+  with pytest.raises(errors.DataError, match=r"1 images came .* 2 of 6"):
     _write(tmp_path / "b", lambda n: _records(n[:1]))
 
 
