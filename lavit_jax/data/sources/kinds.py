@@ -177,7 +177,9 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
     )
   if kind == "jsonl":
     path, part = _path_of(config, split)
-    if json_lines.is_meant(path):
+    # Both halves alike, so that it is seen whether they share files.
+    paths = filter(None, (config["path"], config.get("held_out_path")))
+    if any(map(json_lines.is_meant, paths)):
       return json_lines.JsonLinesSource(
         path,
         config["image_size"],
@@ -358,20 +360,15 @@ def _count_shared(config, train, held_out) -> tuple[int, int, str]:
   )
   if config["kind"] == "tfds":
     return tfds.overlap(train, held_out), held_out.num_images, "records"
-  if isinstance(train, prepared.PreparedSource):
-    same = isinstance(held_out, prepared.PreparedSource)
-    shared = prepared.overlap(train, held_out) if same else 0
+  if config["kind"] == "arrayrecord":
+    shared = prepared.overlap(train, held_out)
     return shared, held_out.num_images, "images"
   if config["kind"] == "webdataset":
     shared = webdataset.overlap(train, held_out)
     return shared, held_out.num_images, "samples"
   if isinstance(train, tables.TableSource):
-    if not isinstance(held_out, tables.TableSource):
-      return 0, held_out.num_images, "images"
     return tables.overlap(train, held_out), held_out.num_rows, "rows"
-  if not isinstance(train, jsonl.JsonlSource) or not isinstance(
-    held_out, jsonl.JsonlSource
-  ):
+  if config["kind"] != "jsonl":
     return 0, held_out.num_images, "images"
   path = config.get("held_out_path")
   if not held_out.num_images and path and files.same(path, config["path"]):

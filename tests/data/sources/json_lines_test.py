@@ -164,6 +164,15 @@ def test_which_files_are_read_in_place(tmp_path, monkeypatch):
   assert described.startswith("train, nine tenths by hash, of data: ")
 
 
+def test_a_held_out_file_that_is_trained_on_is_told(tmp_path, caplog):
+  folder = _write(tmp_path / "data", files=2, count=8)
+  config = dict(kind="jsonl", image_size=4, seed=0, limit_share=0.2)
+  paths = dict(path=str(folder), held_out_path=str(folder / "1.jsonl"))
+  train, held_out = kinds.pair(config | paths)
+  assert type(train) is type(held_out)
+  assert "8 of 8 held-out rows are in the training data too" in caplog.text
+
+
 def test_fields_of_other_names(tmp_path):
   folder = _write(tmp_path / "data", files=0, count=2)
   rows = [{"pic": f"{i}.png", "alt": f"words {i}"} for i in (0, 1)]

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,6 +60,28 @@ class File:
         *(self.features, self.listing),
       ]
     )
+
+
+def beside_images(
+  kind: str, paths: Iterable[Any], **options: Any
+) -> list[File]:
+  """Returns the tables in files beside which their images lie.
+
+  Args:
+    kind: of `File`; likewise options.
+    paths: of the files.
+    **options: see there.
+  """
+  return [
+    File(
+      kind,
+      path,
+      name=os.fspath(path).rpartition("/")[2],
+      folder=path.parent,
+      **options,
+    )
+    for path in paths
+  ]
 
 
 class Rows(Protocol):

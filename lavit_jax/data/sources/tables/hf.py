@@ -22,8 +22,6 @@ from typing import Any
 
 from lavit_jax.core import errors
 from lavit_jax.core.storage import fetched, files
-from lavit_jax.data import faults
-from lavit_jax.data.images import squares
 from lavit_jax.data.indexes import stored, tar_samples
 from lavit_jax.data.indexes.tables import tables as tables_lib
 from lavit_jax.data.records import columns
@@ -48,29 +46,21 @@ class HfSource(source.TableSource):
     path: str | os.PathLike[str],
     image_size: int,
     *,
-    split: str = "all",
-    held_out_share: float = 0.1,
     image_column: str = columns.IMAGE,
     text_column: str = columns.TEXT,
     allow_absolute: bool = False,
-    limit_share: float = faults.LIMIT_SHARE,
-    decode: squares.Decode = squares.exact,
-    quiet: bool = False,
+    **kwargs: Any,
   ) -> None:
     """Reads the texts of the dataset once; later their index.
 
     Args:
       path: the folder, or a metadata file in it.
       image_size: images are resized to this square.
-      split: "all", or "train" / "held_out": see `source.TableSource`.
-      held_out_share: share of the rows that is held out.
       image_column: column of the images; "image" also finds one of another
         name.
       text_column: column of the words; "caption" also finds others.
       allow_absolute: let images lie outside the folder.
-      limit_share: share of bad rows above which the data are refused.
-      decode: makes the square of an encoded image.
-      quiet: no progress bar while indexes are made.
+      **kwargs: as of `source.TableSource`: split, limit_share and so on.
 
     Raises:
       errors.DataError: there is no such dataset, it has several splits, or a
@@ -87,11 +77,7 @@ class HfSource(source.TableSource):
       folder.name,
       list(_tables(folder, options)),
       image_size,
-      split=split,
-      held_out_share=held_out_share,
-      limit_share=limit_share,
-      decode=decode,
-      quiet=quiet,
+      **kwargs,
     )
 
 

@@ -24,8 +24,6 @@ from typing import Any
 
 from lavit_jax.core import errors
 from lavit_jax.core.storage import files
-from lavit_jax.data import faults
-from lavit_jax.data.images import squares
 from lavit_jax.data.indexes import archives
 from lavit_jax.data.indexes.tables import tables as tables_lib
 from lavit_jax.data.records import columns
@@ -46,56 +44,38 @@ class ParquetSource(source.TableSource):
     path: str | os.PathLike[str],
     image_size: int,
     *,
-    split: str = "all",
-    held_out_share: float = 0.1,
     image_column: str = columns.IMAGE,
     text_column: str = columns.TEXT,
     allow_absolute: bool = False,
-    limit_share: float = faults.LIMIT_SHARE,
-    decode: squares.Decode = squares.exact,
-    quiet: bool = False,
+    **kwargs: Any,
   ) -> None:
     """Reads the texts of the files once; later their index.
 
     Args:
       path: a file, a folder of them or a pattern: see `archives.of`.
       image_size: images are resized to this square.
-      split: "all", or "train" / "held_out": see `source.TableSource`.
-      held_out_share: share of the rows that is held out.
       image_column: column of the images; "image" also finds one of another
         name.
       text_column: column of the words; "caption" also finds others.
       allow_absolute: let images lie outside the folder of a file.
-      limit_share: share of bad rows above which the data are refused.
-      decode: makes the square of an encoded image.
-      quiet: no progress bar while indexes are made.
+      **kwargs: as of `source.TableSource`: split, limit_share and so on.
 
     Raises:
       errors.DataError: there are no such files, or one cannot be read; no row
         can be used, or too many cannot; PyArrow is not installed.
       errors.ConfigError: there is no such split.
     """
-    found = files_of(path)
     super().__init__(
       os.fspath(path).rstrip("/").rpartition("/")[2],
-      [
-        tables_lib.File(
-          kind="parquet",
-          path=file,
-          name=os.fspath(file).rpartition("/")[2],
-          folder=file.parent,
-          image=image_column,
-          text=text_column,
-          allow_absolute=allow_absolute,
-        )
-        for file in found
-      ],
+      tables_lib.beside_images(
+        "parquet",
+        files_of(path),
+        image=image_column,
+        text=text_column,
+        allow_absolute=allow_absolute,
+      ),
       image_size,
-      split=split,
-      held_out_share=held_out_share,
-      limit_share=limit_share,
-      decode=decode,
-      quiet=quiet,
+      **kwargs,
     )
 
 

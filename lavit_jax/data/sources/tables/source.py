@@ -399,10 +399,11 @@ def overlap(one: TableSource, other: TableSource) -> int:
     return 0
   mine = {_real(file.path) for file in one.tables}
   starts = other._places.starts
+  usable = np.searchsorted(other._rows, starts)  # bad rows count in neither
   return sum(
     int(stop - start)
     for file, start, stop in zip(
-      other.tables, starts[:-1], starts[1:], strict=True
+      other.tables, usable[:-1], usable[1:], strict=True
     )
     if _real(file.path) in mine
   )
