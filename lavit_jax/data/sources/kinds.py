@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lavit_jax.core import errors
@@ -49,7 +49,11 @@ _EXAMPLES = {  # of config.data.path, by kind
   "hf": ("a folder of the library `datasets`", "my_dataset"),
   "arrayrecord": ("a folder that lavit data prepare wrote", "my_prepared"),
 }
-_OF_TABLES = {"parquet": parquet.ParquetSource, "hf": hf.HfSource}
+_OF_TABLES: dict[str, Callable[..., tables.TableSource]] = {
+  "jsonl": json_lines.JsonLinesSource,  # of many or large files
+  "parquet": parquet.ParquetSource,
+  "hf": hf.HfSource,
+}
 
 
 def parts_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -175,20 +179,9 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
       f"Data of kind {kind!r} has splits train and held_out, not {split!r};"
       " only the embedded shapes have never_seen."
     )
-  if kind == "jsonl":
+  make = _OF_TABLES.get(kind)
+  if kind == "jsonl" and not _is_in_place(config):
     path, part = _path_of(config, split)
-    # Both halves alike, so that it is seen whether they share files.
-    paths = filter(None, (config["path"], config.get("held_out_path")))
-    if any(map(json_lines.is_meant, paths)):
-      return json_lines.JsonLinesSource(
-        path,
-        config["image_size"],
-        split=part,
-        image_column=config.get("image_feature", columns.IMAGE),
-        text_column=config.get("text_feature", columns.TEXT),
-        allow_absolute=config.get("allow_absolute", False),
-        **common,
-      )
     return jsonl.JsonlSource(
       path,
       config["image_size"],
@@ -206,7 +199,7 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
     return prepared.PreparedSource(
       path, config["image_size"], split=part, **common
     )
-  if kind in _OF_TABLES:
+  if make is not None:
     path, part = _path_of(config, split)
     if kind == "hf" and part == split:
       path, part = hf.part_of(
@@ -215,7 +208,7 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
         config.get("train_split", "train"),
         config.get("held_out_split", "test"),
       )
-    return _OF_TABLES[kind](
+    return make(
       path,
       config["image_size"],
       split=part,
@@ -243,6 +236,15 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
     f"config.data.kind={kind!r} is unknown; expected shapes, jsonl,"
     " webdataset, parquet, hf, arrayrecord or tfds."
   )
+
+
+def _is_in_place(config) -> bool:
+  """Whether JSON lines are read in place.
+
+  Both halves are, or none, so that it is seen whether they share files.
+  """
+  paths = filter(None, (config["path"], config.get("held_out_path")))
+  return any(map(json_lines.is_meant, paths))
 
 
 def _decoding(config) -> squares.Decode:
