@@ -244,9 +244,9 @@ def _limit(root, way):
   """Images a second of two processes that only decode and resize."""
   code = (
     "import sys, time, pathlib; sys.path.insert(0, sys.argv[1]);"
-    "import data_speed as d; from lavit_jax.data.images import squares;"
+    "import data_speed as d; from lavit_jax.data.images import decoding;"
     "f = {'pillow': d._pillow, 'torchvision': d._torchvision,"
-    " 'ours': lambda x: squares.fast(x, d.SIDE)}[sys.argv[3]];"
+    " 'ours': lambda x: decoding.fast(x, d.SIDE)}[sys.argv[3]];"
     "xs = [p.read_bytes() for p in"
     " sorted(pathlib.Path(sys.argv[2]).glob('*.jpg'))[:400]];"
     "f(xs[0]); sys.argv[3] == 'torchvision' and d._worker_init(0);"

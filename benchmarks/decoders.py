@@ -5,7 +5,7 @@
 
 Every way runs in one thread on the same photographs (lines of image, JPEGs), in
 turn, three times; the least CPU time counts. "far" is the distance of pixels,
-0 to 255, to those of Pillow (decoding) or of `squares.exact` (squares of 224
+0 to 255, to those of Pillow (decoding) or of `decoding.exact` (squares of 224
 pixels): the largest, and the mean. With --enlarged, the photographs are first
 enlarged so that their shorter side has so many pixels, and encoded at quality
 92. Libraries that are not installed are left out.
@@ -20,7 +20,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from lavit_jax.data.images import squares
+from lavit_jax.data.images import decoding
 
 SIDE = 224
 ROUNDS = 3
@@ -79,8 +79,8 @@ def _torchvision():
 
 def _squares():
   """Yields (name, function of bytes) of each way to a square."""
-  yield "exact: Pillow", lambda d: squares.exact(d, SIDE)
-  yield "fast: simplejpeg, cykooz_resizer", lambda d: squares.fast(d, SIDE)
+  yield "exact: Pillow", lambda d: decoding.exact(d, SIDE)
+  yield "fast: simplejpeg, cykooz_resizer", lambda d: decoding.fast(d, SIDE)
   if (read := _torchvision()) is not None:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional

@@ -33,7 +33,7 @@ def get_config(stage: str) -> ml_collections.ConfigDict:
     text_length=48,
     threads=2,  # of each process, that read images and make rows
     workers=0,  # processes that decode images; 0: the threads do
-    decoding="exact",  # or "fast": see data/images/squares.py
+    decoding="exact",  # or "fast": see data/images/decoding.py
   )
   cfg.optimizer = dict(
     b1=0.9,

@@ -125,7 +125,7 @@ def _add_prepare(actions):
     on. It is read as SRC of every command, and by config.data.kind=arrayrecord.
 
     examples:
-      lavit data prepare 'web/*.tar' prepared/web --duplicates alike
+      lavit data prepare 'web/*.tar' prepared/web --duplicates near
       lavit data prepare my_dataset prepared/mine --side 256 --license "CC BY"
     """,
   )
@@ -148,7 +148,7 @@ def _add_prepare(actions):
   )
   parser.add_argument(
     "--duplicates",
-    choices=("keep", "same", "alike"),
+    choices=("keep", "exact", "near"),
     default="keep",
     help="keep all (the default); or of images with the same bytes, or that"
     " look alike, only the first, with the captions of all",
@@ -334,10 +334,10 @@ def _lines(found, summary) -> list[str]:
     lines.append(f"bad images: {len(found.bad):,} of {summary['images']:,}")
     lines += [f"  {n:,} {why}" for why, n in summary["reasons"].items()]
     lines += [f"  such as {reason}" for _, reason in found.bad[:3]]
-  if summary["same_bytes"]:
+  if summary["exact_duplicates"]:
     lines.append(
-      f"{summary['same_bytes']:,} images have the same bytes as another, and"
-      f" {summary['alike']:,} look like another: lavit data prepare"
+      f"{summary['exact_duplicates']:,} exact duplicates, and"
+      f" {summary['near_duplicates']:,} near-duplicates: lavit data prepare"
       " --duplicates leaves them out."
     )
   return lines

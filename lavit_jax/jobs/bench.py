@@ -8,7 +8,7 @@ from typing import Any
 from lavit_jax.core import errors, image_io
 from lavit_jax.data import examples
 from lavit_jax.data.batching import pipeline
-from lavit_jax.data.images import squares
+from lavit_jax.data.images import decoding
 from lavit_jax.data.sources import kinds
 from lavit_jax.jobs.prepare import job, looks
 
@@ -46,7 +46,7 @@ def measure(
   source = kinds.build(config, split)
   if not source.num_images:
     raise errors.DataError(f"{source.name} holds no images.")
-  alone = _alone(source, squares.way(config.get("decoding", "exact")))
+  alone = _alone(source, decoding.way(config.get("decoding", "exact")))
   batches = pipeline.image_batches(source, batch_size, seed=0, limit_share=1.0)
   iterator = pipeline.iterate(batches, num_threads=threads)
   for _ in range(_WARM):
@@ -71,7 +71,7 @@ def measure(
   }
 
 
-def _alone(source: examples.Source, decode: squares.Decode) -> float:
+def _alone(source: examples.Source, decode: decoding.Decode) -> float:
   """Returns images a second of reading, decoding and resizing alone."""
   count = min(source.num_images, _DECODED)
   step, good = source.num_images / count, 0

@@ -67,8 +67,8 @@ class Found:
       "shorter_side": quantiles(np.minimum(good["height"], good["width"])),
       "aspect": quantiles(aspects(good)),
       "characters": {t: quantiles(n) for t, n in self.characters.items()},
-      "same_bytes": len(good) - len(np.unique(good["content"])),
-      "alike": len(good) - len(np.unique(good["looks"], axis=0)),
+      "exact_duplicates": len(good) - len(np.unique(good["content"])),
+      "near_duplicates": len(good) - len(np.unique(good["perceptual"], axis=0)),
       "checksums": self.checksums,
     }
 

@@ -50,8 +50,8 @@ def _metrics(summary) -> list[page.Metric]:
     page.Metric(name="images", value=summary["images"]),
     page.Metric(name="share of bad images", value=bad, high=faults.LIMIT_SHARE),
     page.Metric(name="share of bad lines", value=left, high=faults.LIMIT_SHARE),
-    page.Metric(name="same bytes as another", value=summary["same_bytes"]),
-    page.Metric(name="looks like another", value=summary["alike"]),
+    page.Metric(name="exact duplicates", value=summary["exact_duplicates"]),
+    page.Metric(name="near-duplicates", value=summary["near_duplicates"]),
   ]
 
 

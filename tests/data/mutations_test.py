@@ -14,7 +14,7 @@ import pytest
 
 from lavit_jax.core import errors, image_io
 from lavit_jax.data import examples
-from lavit_jax.data.images import squares
+from lavit_jax.data.images import decoding
 from lavit_jax.data.sources import jsonl, prepared, webdataset
 from lavit_jax.data.sources.tables import json_lines, parquet
 from lavit_jax.jobs.prepare import job
@@ -205,7 +205,7 @@ def test_images(format):
   for seed in range(_COUNT):
     data = _mutated(whole, random.Random(seed))
     said = []
-    for way in (squares.exact, squares.fast):
+    for way in (decoding.exact, decoding.fast):
       try:
         said.append(way(data, 16, "x").shape)
       except image_io.ImageError as error:

@@ -257,17 +257,17 @@ def test_duplicates_leave_their_captions(tmp_path):
   with path.open("a") as file:
     file.write('{"text": "words 3"}\n')
   settings = lambda how: plan_lib.Settings(duplicates=how)
-  manifest = _prepare(path, tmp_path / "same", settings("same"))
+  manifest = _prepare(path, tmp_path / "exact", settings("exact"))
   assert manifest["left_out"] == {
     "same bytes as an earlier image": 1,
     "text that was there before": 1,
   }
-  source = _opened(tmp_path / "same")
+  source = _opened(tmp_path / "exact")
   assert (source.num_images, source.num_examples("text")) == (11, 9)
   assert source.captions(1) == ["image 1", "no 1", "image 7", "no 7"]
-  manifest = _prepare(path, tmp_path / "alike", settings("alike"))
-  assert manifest["left_out"]["looks like an earlier image"] == 1
-  source = _opened(tmp_path / "alike")
+  manifest = _prepare(path, tmp_path / "near", settings("near"))
+  assert manifest["left_out"]["near-duplicate of an earlier image"] == 1
+  source = _opened(tmp_path / "near")
   assert source.num_images == 10
   assert [p.image for p in source.example("document", 0).parts[1::2]] == [3, 4]
 

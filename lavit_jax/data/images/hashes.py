@@ -15,7 +15,7 @@ def of_bytes(data: bytes) -> int:
   return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
-def of_looks(image: Image.Image) -> tuple[int, int]:
+def perceptual(image: Image.Image) -> tuple[int, int]:
   """Returns two hashes of 64 bits that alike images share.
 
   Bit k says whether the grey image, reduced to 9 x 8 pixels, gets brighter to
@@ -37,14 +37,14 @@ def _reduced(grey, size):
   return np.asarray(small, np.int16)
 
 
-def first_alike(hashes: np.ndarray, distance: int) -> np.ndarray:
+def first_near(hashes: np.ndarray, distance: int) -> np.ndarray:
   """Returns for each image the first one that is alike, or itself.
 
   Two are alike if at most `distance` bits of each of their hashes differ, and
   what is alike to something alike is alike, too: the first of all is returned.
 
   Args:
-    hashes: uint64[n, 2], see `of_looks`.
+    hashes: uint64[n, 2], see `perceptual`.
     distance: 0 to 3; at more, alike hashes may share no part.
 
   Returns:

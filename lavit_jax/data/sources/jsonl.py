@@ -49,7 +49,7 @@ import numpy as np
 from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 from lavit_jax.data import examples, faults
-from lavit_jax.data.images import squares
+from lavit_jax.data.images import decoding
 from lavit_jax.data.records import forms, held_out, lines
 
 _LOG = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class JsonlSource:
     limit: int | None = None,
     allow_absolute: bool = False,
     limit_share: float = faults.LIMIT_SHARE,
-    decode: squares.Decode = squares.exact,
+    decode: decoding.Decode = decoding.exact,
   ) -> None:
     """Reads the file, not the images.
 

@@ -21,7 +21,7 @@ from typing import Any
 from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 from lavit_jax.data import examples, faults
-from lavit_jax.data.images import squares
+from lavit_jax.data.images import decoding
 from lavit_jax.data.indexes import archives
 from lavit_jax.data.records import columns, filters
 from lavit_jax.data.sources import (
@@ -142,7 +142,8 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
       `train_split`, `held_out_split`. `limit_share` is the share of bad lines,
       samples, rows or records that is an error; `filters` choose images and
       texts (`filters.py`); `workers` is the number of processes that decode
-      images, and `decoding` how (`images/squares.py`). Or `sources`, see above.
+      images, and `decoding` how (`images/decoding.py`). Or `sources`, see
+      above.
     split: "train", "held_out" or (shapes only) "never_seen".
 
   Raises:
@@ -247,7 +248,7 @@ def _is_in_place(config) -> bool:
   return any(map(json_lines.is_meant, paths))
 
 
-def _decoding(config) -> squares.Decode:
+def _decoding(config) -> decoding.Decode:
   """Returns what decodes the images, in this process or in others.
 
   Raises:
@@ -260,7 +261,7 @@ def _decoding(config) -> squares.Decode:
       f"config.data.workers={count!r}: expected the number of processes that"
       f" decode images, 0 (this one) to {_MOST_WORKERS}."
     )
-  return _decoders(count, way) if count else squares.way(way)
+  return _decoders(count, way) if count else decoding.way(way)
 
 
 @functools.cache

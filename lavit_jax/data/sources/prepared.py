@@ -36,7 +36,7 @@ from array_record.python import array_record_module
 from lavit_jax.core import errors, image_io
 from lavit_jax.core.storage import array_files, fetched, files
 from lavit_jax.data import examples, faults
-from lavit_jax.data.images import squares
+from lavit_jax.data.images import decoding
 from lavit_jax.data.indexes.tables import decoded, numbers, splits
 
 MANIFEST = "manifest.json"
@@ -109,7 +109,7 @@ class PreparedSource:
     split: str = "all",
     held_out_share: float = 0.1,
     limit_share: float = faults.LIMIT_SHARE,
-    decode: squares.Decode = squares.exact,
+    decode: decoding.Decode = decoding.exact,
   ) -> None:
     """Reads the manifest and the columns.
 
@@ -371,10 +371,9 @@ class _Reader:
     self._reader = array_record_module.ArrayRecordReader(str(path), options)
     self._count = self._reader.num_records() if self._reader.ok() else -1
     if self._count < 0:
-      reason = "no file of ArrayRecord"
-      with contextlib.suppress(Exception):  # it raises the reason
+      with contextlib.suppress(RuntimeError):  # it raises the reason
         self._reader.close()
-      raise OSError(f"{path.name} is missing, cut off or {reason}")
+      raise OSError(f"{path.name} is missing, cut off, or no ArrayRecord file")
     self._path = path
 
   def read(self, number: int) -> bytes:

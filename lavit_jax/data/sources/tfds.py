@@ -18,7 +18,7 @@ from etils import epath
 
 from lavit_jax.core import errors
 from lavit_jax.data import examples, faults
-from lavit_jax.data.images import squares
+from lavit_jax.data.images import decoding
 from lavit_jax.data.sources import caption_counts
 
 _Bounds = tuple[int, int, int]  # first record, end, records of the file
@@ -49,7 +49,7 @@ class TfdsSource:
     text_feature: str = "caption",
     data_dir: str | None = None,
     limit_share: float = faults.LIMIT_SHARE,
-    decode: squares.Decode = squares.exact,
+    decode: decoding.Decode = decoding.exact,
   ) -> None:
     """Opens the split; decodes nothing but the texts of its first record.
 

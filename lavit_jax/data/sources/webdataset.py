@@ -21,7 +21,7 @@ import numpy as np
 from lavit_jax.core import errors, image_io
 from lavit_jax.core.storage import fetched, files
 from lavit_jax.data import examples, faults
-from lavit_jax.data.images import squares
+from lavit_jax.data.images import decoding
 from lavit_jax.data.indexes import archives, stored, tar_samples
 
 _BLOCK = 512
@@ -68,7 +68,7 @@ class WebDatasetSource:
     split: str = "all",
     held_out_share: float = 0.1,
     limit_share: float = faults.LIMIT_SHARE,
-    decode: squares.Decode = squares.exact,
+    decode: decoding.Decode = decoding.exact,
     quiet: bool = False,
   ) -> None:
     """Reads the indexes; makes those that are not there.

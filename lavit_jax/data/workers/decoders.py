@@ -27,7 +27,7 @@ import numpy as np
 
 from lavit_jax.core import image_io
 from lavit_jax.core.storage import files
-from lavit_jax.data.images import squares
+from lavit_jax.data.images import decoding
 from lavit_jax.data.workers import process
 
 _LOG = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ _MEMORY = pathlib.Path("/dev/shm")
 
 
 class Decoders:
-  """A `squares.Decode` of several processes, which start when first needed.
+  """A `decoding.Decode` of several processes, which start when first needed.
 
   Any number of threads may call it.
   """
@@ -56,14 +56,14 @@ class Decoders:
 
     Args:
       count: number of processes.
-      way: one of squares.WAYS.
+      way: one of decoding.WAYS.
       timeout: seconds after which a process that decodes one image is replaced.
 
     Raises:
       errors.ConfigError: there is no such way.
       errors.DataError: it needs libraries that are not installed.
     """
-    squares.way(way)
+    decoding.way(way)
     self._way, self._timeout = way, timeout
     self._free: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
     for _ in range(count):
@@ -74,7 +74,7 @@ class Decoders:
   def __call__(
     self, source: Any, side: int, name: str | None = None
   ) -> np.ndarray:
-    """Returns the square of an image, as `squares.exact` or `squares.fast`.
+    """Returns the square of an image, as `decoding.exact` or `decoding.fast`.
 
     Args:
       source: as `image_io.load` takes it; paths and bytes go to a process.
@@ -93,9 +93,9 @@ class Decoders:
     elif isinstance(source, bytes):
       data, is_path = source, False
     else:
-      return squares.way(self._way)(source, side, name)
+      return decoding.way(self._way)(source, side, name)
     if len(data) > _SPACE // 2 or side > _MOST_SIDE:
-      return squares.way(self._way)(source, side, name)
+      return decoding.way(self._way)(source, side, name)
     for _ in range(_TRIES):
       worker = self._free.get()
       try:
@@ -220,7 +220,7 @@ def main() -> None:
   questions = sys.stdin.buffer
   answers = os.fdopen(os.dup(1), "wb", buffering=0)
   os.dup2(2, 1)  # what is printed meanwhile is no answer
-  decode = squares.way(questions.readline().decode().strip())
+  decode = decoding.way(questions.readline().decode().strip())
   while question := questions.read(_QUESTION.size):
     is_path, length, named, side = _QUESTION.unpack(question)
     start = 3 * side * side

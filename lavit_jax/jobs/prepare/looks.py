@@ -29,7 +29,7 @@ LOOK = np.dtype(
     ("width", "<u4"),
     ("size", "<u8"),  # of the encoded image, in bytes
     ("content", "<u8"),  # hash of its bytes
-    ("looks", "<u8", 2),  # hashes of what it looks like
+    ("perceptual", "<u8", 2),  # hashes of what it looks like
   ]
 )
 
@@ -99,7 +99,7 @@ def look_at(source: examples.Source, i: int) -> tuple[Any, ...]:
   image = image_io.load(data, name=source.image_key(i))
   return (
     *(False, image.height, image.width, len(data)),
-    *(hashes.of_bytes(data), hashes.of_looks(image)),
+    *(hashes.of_bytes(data), hashes.perceptual(image)),
   )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lavit_jax.data.images import hashes
 
-DUPLICATES = ("keep", "same", "alike")
+DUPLICATES = ("keep", "exact", "near")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +21,9 @@ class Settings:
     side: pixels; images whose shorter side is longer are reduced to it and
       encoded again as JPEG. 0 leaves all as they are.
     quality: of those JPEGs, 1 to 100.
-    duplicates: "keep" keeps all; "same" keeps of images with the same bytes,
-      and of the same texts, the first; "alike" also of images that look alike.
+    duplicates: "keep" keeps all; "exact" keeps of images with the same
+      bytes, and of the same texts, the first; "near" also of images whose
+      perceptual hashes are close.
     distance: bits of each hash in which images that look alike may differ, 0
       to 3.
     images_per_shard: images in a file.
@@ -97,10 +98,10 @@ def of(
     )
     leader = first[place.ravel()]
     left_out["same bytes as an earlier image"] = _count(leader)
-  if settings.duplicates == "alike":
-    same = _count(leader)  # what has the same bytes looks alike
-    leader = hashes.first_alike(found["looks"][good], settings.distance)
-    left_out["looks like an earlier image"] = _count(leader) - same
+  if settings.duplicates == "near":
+    same = _count(leader)  # exact duplicates are near ones, too
+    leader = hashes.first_near(found["perceptual"][good], settings.distance)
+    left_out["near-duplicate of an earlier image"] = _count(leader) - same
   kept = leader == np.arange(len(good))
   numbers = np.cumsum(kept) - 1
   new = np.full(len(found), -1, np.int32)

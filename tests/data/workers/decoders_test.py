@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lavit_jax.core import errors, image_io
-from lavit_jax.data.images import squares
+from lavit_jax.data.images import decoding
 from lavit_jax.data.workers import decoders
 from tests.data.indexes import table_files, tars
 
@@ -22,9 +22,9 @@ def made(request):
   pool.close()
 
 
-@pytest.mark.parametrize("made", squares.WAYS, indirect=True)
+@pytest.mark.parametrize("made", decoding.WAYS, indirect=True)
 def test_threads_get_the_squares_of_their_images(made, tmp_path):
-  way = squares.fast if made._way == "fast" else squares.exact
+  way = decoding.fast if made._way == "fast" else decoding.exact
   path = tmp_path / "ä.png"
   path.write_bytes(table_files.encoded(7))
   sources = [tars.jpeg(i, size=(40, 64)) for i in range(20)]
@@ -40,7 +40,7 @@ def test_bad_images_are_told_as_by_this_process(made, tmp_path):
   for source in (b"no image", tars.jpeg()[:-40], tmp_path / "none.png"):
     for name in (None, "shard.tar/7"):
       with pytest.raises(image_io.ImageError) as expected:
-        squares.exact(source, 16, name)
+        decoding.exact(source, 16, name)
       with pytest.raises(image_io.ImageError) as said:
         made(source, 16, name)
       assert str(said.value) == str(expected.value)
@@ -100,6 +100,6 @@ def test_other_ways_are_refused(monkeypatch):
   def missing():
     raise ModuleNotFoundError("no", name="simplejpeg")
 
-  monkeypatch.setattr(squares, "_libraries", missing)
+  monkeypatch.setattr(decoding, "_libraries", missing)
   with pytest.raises(errors.DataError, match=r"simplejpeg.*lavit_jax\[fast\]"):
     decoders.Decoders(1, "fast")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lavit_jax.core import image_io
-from lavit_jax.data.images import squares
+from lavit_jax.data.images import decoding
 from tests.data.indexes import table_files, tars
 
 _COCO = pathlib.Path(__file__).parents[2] / "data_files" / "coco"
@@ -17,7 +17,9 @@ _COCO = pathlib.Path(__file__).parents[2] / "data_files" / "coco"
 
 def _far(data, side=224):
   """Returns the largest and the mean distance of the two ways."""
-  both = [way(data, side).astype(int) for way in (squares.exact, squares.fast)]
+  both = [
+    way(data, side).astype(int) for way in (decoding.exact, decoding.fast)
+  ]
   far = np.abs(both[0] - both[1])
   return far.max(), far.mean()
 
@@ -42,9 +44,9 @@ def test_large_photographs_are_decoded_at_a_part_of_their_size(monkeypatch):
   file = io.BytesIO()
   large.save(file, "JPEG", quality=92)
   sizes = []
-  real = squares.resized
+  real = decoding.resized
   monkeypatch.setattr(
-    squares, "resized", lambda p, side: sizes.append(p.shape) or real(p, side)
+    decoding, "resized", lambda p, side: sizes.append(p.shape) or real(p, side)
   )
   largest, mean = _far(file.getvalue())
   assert min(sizes[0][:2]) < min(large.size) / 2
@@ -67,7 +69,7 @@ def _turned(value, order="II"):
 @pytest.mark.parametrize("value", [1, 3, 6, 8])
 def test_photographs_are_upright(value):
   data = _turned(value)
-  assert squares._is_plain(data) == (value == 1)
+  assert decoding._is_plain(data) == (value == 1)
   assert _far(data, 16)[0] <= 16
 
 
@@ -83,7 +85,7 @@ def test_photographs_are_upright(value):
 )
 def test_what_is_unclear_is_decoded_exactly(damage):
   data = damage(_turned(1))
-  assert not squares._is_plain(data)
+  assert not decoding._is_plain(data)
   assert _far(data, 16) == (0, 0)
 
 
@@ -117,7 +119,7 @@ def test_damaged_images_are_told_alike():
   data = tars.jpeg(2, (64, 64))
   for cut in range(0, len(data), 97):
     said = []
-    for way in (squares.exact, squares.fast):
+    for way in (decoding.exact, decoding.fast):
       try:
         said.append(way(data[:cut], 16, "a").shape)
       except image_io.ImageError as error:
@@ -130,7 +132,7 @@ def test_odd_images_are_read_alike():
   folder = pathlib.Path(os.environ["LAVIT_SHARED"], "data", "G_tricky")
   for path in sorted(folder.iterdir()):
     said = []
-    for way in (squares.exact, squares.fast):
+    for way in (decoding.exact, decoding.fast):
       try:
         said.append(way(path, 64).astype(int))
       except image_io.ImageError as error:
