@@ -106,6 +106,15 @@ def _optimized(request):
   jax.config.update("jax_disable_most_optimizations", _QUICK)
 
 
+@pytest.fixture
+def shared_programs():
+  """Runs of one config share their programs: see `tests/train/programs.py`."""
+  from tests.train import programs
+
+  with programs.shared():
+    yield
+
+
 @pytest.fixture(scope="session")
 def micro_codes(tmp_path_factory, worker_id):
   """A root with an encoder and a tokenizer at width 16, and caches of codes.

@@ -1,9 +1,11 @@
 """Every notebook runs top to bottom, on every kind of model it is for."""
 
+import asyncio
 import os
 import pathlib
 import re
 
+import jupyter_client
 import nbclient
 import nbformat
 import pytest
@@ -23,27 +25,41 @@ stable_diffusion.RATIOS = dict(list(stable_diffusion.RATIOS.items())[:2])
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="module")
+def kernel():
+  """A kernel for all notebooks: what one has compiled the next ones have."""
+  manager = jupyter_client.AsyncKernelManager(kernel_name="python3")
+  yield manager
+  if manager.has_kernel:
+    asyncio.run(manager.shutdown_kernel(now=True))
+
+
 @pytest.fixture
-def execute(monkeypatch):
+def execute(kernel):
   """Runs a notebook under settings: its outputs, and images among them."""
 
   def run(name, patch=_FEW_STEPS, **settings):
-    for variable in _SETTINGS:
-      monkeypatch.delenv(variable, raising=False)
-    for variable, value in settings.items():
-      monkeypatch.setenv(variable, str(value))
     path = _NOTEBOOKS / f"{name}.ipynb"
     notebook = nbformat.read(path, as_version=4)
     setup, *_ = (c for c in notebook.cells if "from lavit_jax" in c.source)
     setup.source += patch
-    nbclient.NotebookClient(
-      notebook, timeout=600, kernel_name="python3"
-    ).execute()
+    fresh = nbformat.v4.new_code_cell(_fresh(settings))
+    notebook.cells.insert(0, fresh)
+    nbclient.NotebookClient(notebook, timeout=600, km=kernel).execute()
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
     shown = [o for o in outputs if "image/png" in o.get("data", {})]
     return outputs, shown
 
   return run
+
+
+def _fresh(settings):
+  """A cell that leaves nothing of the notebook before but what it imported."""
+  settings = {name: str(value) for name, value in settings.items()}
+  return f"""%reset -f
+import os
+for name in {_SETTINGS}: os.environ.pop(name, None)
+os.environ.update({settings})"""
 
 
 def printed(outputs):
@@ -88,15 +104,6 @@ def test_understanding_reads_with_an_imported_model(execute, imported):
   assert "of 42 questions" in printed(outputs)
 
 
-def test_drawings_by_an_imported_model(execute, imported):
-  """Random weights draw noise, in two ratios."""
-  patch = _FEW_STEPS + _FEW_RATIOS
-  outputs, shown = execute("text_to_image", patch, LAVIT_MODEL=imported)
-  assert len(shown) >= 5
-  assert "pixel decoders: highres, lowres" in printed(outputs)
-  assert "no highres decoder" not in printed(outputs)
-
-
 @pytest.mark.shared
 @pytest.mark.skipif(
   not os.environ.get("LAVIT_SHARED"),
@@ -116,3 +123,12 @@ def test_port_checkpoint_holds_an_official_checkpoint_to_its_recordings(
   )
   assert len(shown) >= 5
   assert re.search(r"^\d+ pass$", printed(outputs), re.MULTILINE)
+
+
+def test_drawings_by_an_imported_model(execute, imported):
+  """Random weights draw noise, in two ratios: the last to use the kernel."""
+  patch = _FEW_STEPS + _FEW_RATIOS
+  outputs, shown = execute("text_to_image", patch, LAVIT_MODEL=imported)
+  assert len(shown) >= 5
+  assert "pixel decoders: highres, lowres" in printed(outputs)
+  assert "no highres decoder" not in printed(outputs)

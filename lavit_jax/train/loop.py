@@ -14,7 +14,6 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 from etils import epath
@@ -162,7 +161,6 @@ class _Run:
 
   def _first_state(self) -> step_lib.TrainState:
     """Restores the newest readable checkpoint, or makes a fresh state."""
-    init = step_lib.init_fn(self.objective, self.config.seed)
     boxed = step_lib.abstract_state(self.objective)
     abstract = sharding.abstract(boxed, self.mesh)
     self.layout = sharding.layout_of(abstract)
@@ -177,8 +175,8 @@ class _Run:
     restored = self.checkpoints.restore_newest(abstract_at)
     if restored is None:
       workdir_lib.warn_of_replaced_part(self.config, self.objective.part)
-      fresh = jax.jit(lambda: sharding.unbox(init()), out_shardings=self.layout)
-      return fresh()
+      seed = self.config.seed
+      return step_lib.jit_init(self.objective, seed, self.layout)()
     provenance.check(restored, self.provenance, self.config)
     self.position = data_position.resume(
       restored.meta,

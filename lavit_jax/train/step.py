@@ -81,6 +81,18 @@ def abstract_state(objective: base.Objective) -> Any:
   return jax.eval_shape(rest).replace(params=params, extra=extra)
 
 
+def jit_init(objective: base.Objective, seed: int, layout: Any) -> Any:
+  """Jits the making of a run's first state, () -> TrainState, unboxed.
+
+  Args:
+    objective: of the stage.
+    seed: of the run.
+    layout: shardings of the state.
+  """
+  init = init_fn(objective, seed)
+  return jax.jit(lambda: sharding.unbox(init()), out_shardings=layout)
+
+
 def jit_step(
   objective: base.Objective,
   phase: phases.Phase,

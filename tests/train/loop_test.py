@@ -27,7 +27,10 @@ from lavit_jax.train.telemetry import batch_log, writers
 from tests import micro
 from tests.train import processes, sharding_test
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.usefixtures("shared_programs"),
+]
 
 _ROOT = pathlib.Path(__file__).parents[2]
 

@@ -11,7 +11,10 @@ from lavit_jax.train.objectives.frozen import artifacts
 from lavit_jax.train.telemetry import writers
 from tests import micro
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.usefixtures("shared_programs"),
+]
 
 
 @pytest.fixture

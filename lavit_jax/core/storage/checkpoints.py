@@ -42,6 +42,7 @@ FORMAT = 1
 _PART_FILE = "part.json"
 _WEIGHTS = ("weights", "weights-1")  # folders, of which one is in use
 _FIELD = "weights"  # of part.json, the folder in use; by default the first
+_INDEX = 16 << 20  # bytes kept of the index of a part's arrays
 
 
 @contextlib.contextmanager
@@ -272,6 +273,8 @@ class StoredPart:
     """Opens a part; raises CheckpointError if it is missing or damaged."""
     self.meta = read_meta(directory, name)
     self._path = _weights(directory, name)
+    # Without it, each array would read the index of all of them again.
+    self._context = ts.Context({"cache_pool": {"total_bytes_limit": _INDEX}})
     with _reading(self._path):
       tree = _stored_tree(ocp.PyTreeCheckpointer(), self._path)
       leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -322,10 +325,11 @@ class StoredPart:
       base = {"driver": "gcs", "bucket": bucket, "path": f"{key}/"}
     name = path.replace("/", ".") + "/"
     store = {"driver": "ocdbt", "base": base, "path": name}
-    array = ts.open({"driver": "auto", "kvstore": store}, read=True).result()
+    spec = {"driver": "auto", "kvstore": store}
+    array = ts.open(spec, read=True, context=self._context).result()
     # As in Orbax, missing data are an error, not zeros.
     spec = array.spec().to_json() | {"fill_missing_data_reads": False}
-    return ts.open(spec, read=True).result()
+    return ts.open(spec, read=True, context=self._context).result()
 
 
 def _stored_tree(checkpointer, path):

@@ -8,6 +8,7 @@ the module of a config has.
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -192,12 +193,22 @@ def num_codes(shapes: Shapes) -> int:
 def abstract_variables(module: nn.Module, *args: Any) -> dict[str, Any]:
   """Returns the variables of a module as jax.ShapeDtypeStruct, unboxed.
 
+  A network is traced once: a port asks for the same shapes many times.
+
   Args:
     module: of any config.
-    *args: of its `init`.
+    *args: of its `init`, arrays or None.
   """
-  init = lambda: module.init(jax.random.key(0), *args)
-  return nn.meta.unbox(jax.eval_shape(init))
+  shapes = (None if x is None else (x.shape, x.dtype) for x in args)
+  # Callers may change the dicts that they get.
+  return jax.tree.map(lambda x: x, _traced(module, tuple(shapes)))
+
+
+@functools.lru_cache(maxsize=32)
+def _traced(module, shapes):
+  inputs = [None if x is None else jax.ShapeDtypeStruct(*x) for x in shapes]
+  init = lambda *inputs: module.init(jax.random.key(0), *inputs)
+  return nn.meta.unbox(jax.eval_shape(init, *inputs))
 
 
 def abstract_encoder(config: vision.ViTConfig) -> dict[str, Any]:

@@ -42,15 +42,8 @@ class Evaluator:
       mesh: whose devices share each batch; None for the first device. With
         several processes each reads its rows, and all get the same result.
     """
-
-    def metrics(params, frozen, extra, batch):
-      measured = objective.held_out_metrics(params, frozen, extra, batch)
-      return measured, batch.get("valid", jnp.ones(1))
-
     self._objective, self._mesh = objective, mesh
-    # Every process reads the metrics, so they are whole on each.
-    layout = None if mesh is None else sharding.replicated(mesh)
-    self._metrics = jax.jit(metrics, out_shardings=layout)
+    self._metrics = jit_metrics(objective, mesh)
 
   def evaluate(
     self, params: base.Params, frozen: base.Frozen, extra: base.Extra
@@ -78,3 +71,22 @@ class Evaluator:
       rows.append(row)
     best = {self._objective.best_metric: math.nan}
     return Evaluation(best | averages.merged(rows), images)
+
+
+def jit_metrics(
+  objective: base.Objective, mesh: jax.sharding.Mesh | None
+) -> Any:
+  """Jits (params, frozen, extra, batch) -> (held-out metrics, valid images).
+
+  Args:
+    objective: of a stage.
+    mesh: whose devices share a batch; None for the first device.
+  """
+
+  def metrics(params, frozen, extra, batch):
+    measured = objective.held_out_metrics(params, frozen, extra, batch)
+    return measured, batch.get("valid", jnp.ones(1))
+
+  # Every process reads the metrics, so they are whole on each.
+  layout = None if mesh is None else sharding.replicated(mesh)
+  return jax.jit(metrics, out_shardings=layout)

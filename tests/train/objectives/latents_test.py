@@ -25,7 +25,14 @@ from lavit_jax.train import step as step_lib
 from lavit_jax.train.resilience import run_checkpoints
 from lavit_jax.train.telemetry import writers
 from tests import micro
-from tests.train import drawn, latent_micro, outlines, parts, stubs
+from tests.train import (
+  drawn,
+  latent_micro,
+  outlines,
+  parts,
+  programs,
+  stubs,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +72,7 @@ def _config(kind, root, source, **updates):
 
 
 def _train(cfg, root, **kwargs):
-  with micro.one_device():
+  with micro.one_device(), programs.shared():
     return loop.train(cfg, root, quiet=True, **kwargs)
 
 

@@ -14,7 +14,10 @@ from lavit_jax.train.telemetry import writers
 from tests import micro
 from tests.train import fake_gcs
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.usefixtures("shared_programs"),
+]
 
 
 @pytest.fixture
