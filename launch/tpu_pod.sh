@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One training run on a Cloud TPU, from nothing to its end. See --help.
+# One run on a Cloud TPU, from nothing to its end. See --help.
 #
 # Relies on: gcloud (logged in), git, tar, ssh here; on the TPU's hosts bash,
 # PyPI, and access to the --workdir. On Cloud TPU jax.distributed.initialize()
@@ -56,6 +56,10 @@ which run:
   --config FILE       in this checkout, committed: configs/lavit_7b/...
   --workdir DIR       gs://BUCKET/FOLDER, or /mnt/shared/run, say: what all
                       hosts see, and outlives the TPU (Filestore, NFS)
+  --job NAME          train (default); or tokenize or latents: all hosts write
+                      the caches of a data set to --workdir, which must be a
+                      folder. tokenize takes no --config, but --data and
+                      --model after --
   --env NAME=VALUE    in the run's environment; may be repeated
   -- --config.x=y ... overrides of the config
 
@@ -80,6 +84,11 @@ examples:
     --queued --spot --config configs/lavit_7b/pixels_sdxl.py \
     --workdir /mnt/shared/pre --delete-at-end --dry-run
 
+  # codes of a data set, by all chips of a pod
+  launch/tpu_pod.sh --name codes --zone us-west4-a --type v5litepod-64 \
+    --job tokenize --workdir /mnt/shared/codes \
+    -- --model /mnt/shared/model --data '/mnt/shared/web/*.tar'
+
   # two pods as one
   launch/tpu_pod.sh --name big --zone us-east5-a --type v6e-256 --slices 2 \
     --config configs/lavit_7b/pixels_sdxl.py --workdir /mnt/shared/big \
@@ -98,7 +107,7 @@ HELP
 
 ACTION=run NAME="" ZONE="" PROJECT="" TYPE="" VERSION="" SLICES=1
 SPOT=0 QUEUED=0 RESERVED=0 DELETE_AT_END=0 DRY_RUN=0
-CONFIG="" WORKDIR="" WORKER=0 LINES_OF_LOG=100
+JOB=train CONFIG="" WORKDIR="" WORKER=0 LINES_OF_LOG=100
 MAX_RESTARTS=3 CAPACITY_TRIES=50 READY_TIMEOUT=""
 CREATE_FLAGS=() SSH_FLAGS=() VARIABLES=(LAVIT_DISTRIBUTED=1) OVERRIDES=()
 
@@ -141,8 +150,8 @@ parse() {
 
 take() { # a flag that has a value
   case $1 in
-  --name | --zone | --project | --type | --version | --slices | --config | \
-    --workdir | --env | --create-flag | --ssh-flag | --max-restarts | \
+  --name | --zone | --project | --type | --version | --slices | --job | \
+    --config | --workdir | --env | --create-flag | --ssh-flag | --max-restarts | \
     --capacity-tries | --ready-timeout | --worker | --lines) value "$@" ;;
   *) mistake "unknown argument '$1'" ;;
   esac
@@ -153,6 +162,7 @@ take() { # a flag that has a value
   --type) TYPE=$2 ;;
   --version) VERSION=$2 ;;
   --slices) SLICES=$2 ;;
+  --job) JOB=$2 ;;
   --config) CONFIG=$2 ;;
   --workdir) WORKDIR=$2 ;;
   --env)
@@ -226,19 +236,37 @@ check_run() {
     "/mnt/shared/run, not '$WORKDIR': a place that all hosts see and that" \
     "outlives the TPU (a bucket, Filestore, NFS)" ;;
   esac
+  check_job
   check_code
+}
+
+check_job() {
+  case $JOB in
+  train) ;;
+  tokenize | latents)
+    if [[ $WORKDIR == gs://* ]]; then
+      mistake "--job $JOB writes caches to a folder that all hosts see" \
+        "(Filestore, NFS), not to '$WORKDIR'; copy them to a bucket afterwards"
+    fi
+    ;;
+  *) mistake "--job takes train, tokenize or latents, not '$JOB'" ;;
+  esac
+  if [[ $JOB == tokenize && -n $CONFIG ]]; then
+    mistake "--job tokenize takes no --config; give --data and --model after --"
+  fi
+  if [[ $JOB != tokenize && -z $CONFIG ]]; then
+    mistake "--config is missing"
+  fi
 }
 
 check_code() {
   local changed
-  if [[ -z $CONFIG ]]; then
-    mistake "--config is missing"
-  fi
   if ! REVISION=$(git -C "$root" rev-parse --verify -q "HEAD^{commit}"); then
     mistake "$root is no git checkout with a commit; the TPU gets its code" \
       "from one: git clone it"
   fi
-  if ! git -C "$root" cat-file -e "HEAD:$CONFIG" 2>/dev/null; then
+  if [[ -n $CONFIG ]] &&
+    ! git -C "$root" cat-file -e "HEAD:$CONFIG" 2>/dev/null; then
     mistake "--config '$CONFIG' is not in the last commit of $root; the hosts" \
       "get what is committed. Give its path from there, and commit it"
   fi
@@ -250,7 +278,7 @@ check_code() {
     say "note: $((changed)) changed file(s) are not committed, and not copied"
   fi
   # What says that two runs are the same run.
-  KEY=$(printf '%s\0' "$CONFIG" "$WORKDIR" "${VARIABLES[@]}" \
+  KEY=$(printf '%s\0' "$JOB" "$CONFIG" "$WORKDIR" "${VARIABLES[@]}" \
     ${OVERRIDES[@]+"${OVERRIDES[@]}"} | git hash-object --stdin | cut -c1-12)
   # What is installed for it: the versions are those of the workdir's run.
   INSTALLED=$REVISION.$(printf '%s' "$WORKDIR" | git hash-object --stdin |

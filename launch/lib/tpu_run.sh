@@ -3,7 +3,7 @@
 # What launch/tpu_pod.sh does on the hosts of a TPU that is READY, through
 # lib/worker.sh over there: look, install, start, follow, and decide.
 #
-# Reads what lib/tpu.sh reads, and KEY REVISION INSTALLED CONFIG WORKDIR
+# Reads what lib/tpu.sh reads, and KEY REVISION INSTALLED JOB CONFIG WORKDIR
 # VARIABLES[] OVERRIDES[] DELETE_AT_END.
 # The commands for the hosts; each is one string for the shell over there.
 WORKER_PATH=launch/lib/worker.sh
@@ -28,7 +28,11 @@ new_attempt() { ATTEMPT=$(date +%s).$$.$RANDOM; }
 
 start_command() {
   local words=(bash "$WORKER_SH" start "$KEY" "$ATTEMPT" "${VARIABLES[@]}" --)
-  words+=(lavit train --config "$CONFIG" --workdir "$WORKDIR")
+  case $JOB in
+  train) words+=(lavit train --config "$CONFIG" --workdir "$WORKDIR") ;;
+  latents) words+=(lavit latents --config "$CONFIG" --out "$WORKDIR") ;;
+  tokenize) words+=(lavit tokenize --out "$WORKDIR") ;;
+  esac
   words+=(${OVERRIDES[@]+"${OVERRIDES[@]}"})
   quote "${words[@]}"
 }

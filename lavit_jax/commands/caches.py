@@ -1,13 +1,21 @@
 """Shared by the commands that write caches: `tokenize --data` and `latents`."""
 
+import argparse
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from etils import epy
+
 from lavit_jax.commands import common
 from lavit_jax.core import errors
 from lavit_jax.core.storage import files
+
+with epy.lazy_imports():
+  import jax
+
+  from lavit_jax.train.resilience import distributed
 
 SPLITS = ("train", "held_out")
 
@@ -32,6 +40,29 @@ def check_out(out: str, split: str | None) -> None:
       " folder holds two caches, train and held_out. Add --split train (or"
       " held_out) to continue this cache, or give another --out."
     )
+
+
+def part(text: str) -> tuple[int, int]:
+  """Parses the value of `--part`: 2/4 is (1, 4)."""
+  number, _, count = text.partition("/")
+  if not (number.isdigit() and count.isdigit()):
+    raise argparse.ArgumentTypeError(f"{text}: expected I/N, such as 1/4")
+  if not 1 <= int(number) <= int(count):
+    raise argparse.ArgumentTypeError(f"{text}: expected 1/{count} to {count}")
+  return int(number) - 1, int(count)
+
+
+def shared_by(given: tuple[int, int] | None) -> dict[str, tuple[int, int]]:
+  """Returns `part` of the function that writes a cache, if there are several.
+
+  Args:
+    given: the value of `--part`; without it, each of the processes that the
+      environment joins writes a part.
+  """
+  distributed.initialize()
+  if given is None and jax.distributed.is_initialized():
+    given = jax.process_index(), jax.process_count()
+  return {} if given is None else {"part": given}
 
 
 def show(

@@ -15,8 +15,8 @@ with epy.lazy_imports():
   from lavit_jax.jobs import latents as latents_job
 
 _HELP = """\
-usage: lavit latents --config FILE --out DIR [--split NAME] [--json]
-                     [--config.FIELD=VALUE ...]
+usage: lavit latents --config FILE --out DIR [--split NAME] [--part I/N]
+                     [--json] [--config.FIELD=VALUE ...]
 
 Write the latents of every image that a config of stage latents trains on,
 and of its held-out ones.
@@ -26,7 +26,11 @@ and of its held-out ones.
                          with --config.data.latents_dir=DIR/train and
                          --config.data.held_out_latents_dir=DIR/held_out
   --split NAME           train or held_out: that split alone, to DIR itself
-  --batch N              images encoded at once (8)
+  --batch N              images that a device encodes at once (8)
+  --part I/N             write every Nth shard, from the Ith on (1/N to N/N);
+                         the processes share --out, and 1/N completes it.
+                         Processes that their environment joins, as on a pod,
+                         share the work without it
   --json                 print one JSON document
   --config.FIELD=VALUE   override any field of the config (after --config)
 
@@ -62,6 +66,7 @@ def latents(argv: Sequence[str]) -> int:
   args, config = _parse(argv)
   caches.check_out(args.out, args.split)
   compiled_programs.keep(least=None)
+  shared = caches.shared_by(args.part)
 
   def write(split, out):
     return latents_job.write_cache(
@@ -71,6 +76,7 @@ def latents(argv: Sequence[str]) -> int:
       out,
       split=split,
       batch=args.batch,
+      **shared,
     )
 
   if args.split:
@@ -92,6 +98,7 @@ def _parse(argv: Sequence[str]):
   parser.add_argument("--out")
   parser.add_argument("--split", choices=caches.SPLITS)
   parser.add_argument("--batch", type=int, default=8)
+  parser.add_argument("--part", type=caches.part)
   parser.add_argument("--json", action="store_true")
   args, rest = parser.parse_known_args(argv)
   if not args.out:

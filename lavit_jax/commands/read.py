@@ -81,10 +81,11 @@ def _add_tokenize(subparsers) -> None:
   )
   parser.add_argument(
     "--part",
-    type=_part,
+    type=caches.part,
     metavar="I/N",
     help="with --data: write every Nth shard, from the Ith on (1/N to N/N); the"
-    " processes share --out, and 1/N completes it",
+    " processes share --out, and 1/N completes it. Processes that their"
+    " environment joins, as on a pod, share the work without it",
   )
   parser.add_argument(
     "--html",
@@ -92,16 +93,6 @@ def _add_tokenize(subparsers) -> None:
     help="with --data: write a page about the tokens: how many, which, of what",
   )
   common.add_data_fields(parser)
-
-
-def _part(text: str) -> tuple[int, int]:
-  """Parses 2/4 as (1, 4)."""
-  number, _, count = text.partition("/")
-  if not (number.isdigit() and count.isdigit()):
-    raise argparse.ArgumentTypeError(f"{text}: expected I/N, such as 1/4")
-  if not 1 <= int(number) <= int(count):
-    raise argparse.ArgumentTypeError(f"{text}: expected 1/{count} to {count}")
-  return int(number) - 1, int(count)
 
 
 def _tokenize(args: argparse.Namespace) -> None:
@@ -146,7 +137,7 @@ def _tokenize_data(args: argparse.Namespace) -> None:
     args.out,
     held_out=held_out,
     fields=common.data_fields(args),
-    **({"part": args.part} if args.part else {}),
+    **caches.shared_by(args.part),
     **({"page": args.html} if args.html else {}),
   )
   fields = ("cache_dir", "held_out_cache_dir")

@@ -1,10 +1,8 @@
 """Writes the visual tokens of a dataset to disk (`lavit tokenize --data`)."""
 
 import io
-import logging
 import os
 import pathlib
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,15 +13,13 @@ from lavit_jax.configs.tiny import common
 from lavit_jax.core import image_io, progress
 from lavit_jax.core.storage import files, fingerprints
 from lavit_jax.data import examples, faults
-from lavit_jax.data.caches import codes
+from lavit_jax.data.caches import codes, shards
 from lavit_jax.data.images import image_bytes
 from lavit_jax.data.sources import kinds
 from lavit_jax.infer.loading import parts, spread
 from lavit_jax.jobs import tokens_page
 
-_LOG = logging.getLogger(__name__)
 _BATCH = 64  # images a device
-_SAY_AFTER = 60.0  # seconds
 _SPLITS = ("train", "held_out")
 
 
@@ -159,25 +155,27 @@ def _write(
     pictures=image_bytes.of(source),
   )
   log = faults.FaultLog("images", limit_share)
-  number, parts_ = part
-  label = f"tokenize {split}"
-  if parts_ > 1:
-    label += f" {number + 1}/{parts_}"
   total, done = meta.size_of(part), codes.resume_point(out, meta, part)
   groups = -(-source.num_images // _BATCH)
   devices = jax.local_devices()[: max(1, groups)]
   with progress.Progress(
     total,
     start=done,
-    label=label,
+    label=shards.label("tokenize", split, part),
     stream=io.StringIO() if quiet else None,
   ) as bar:
     tokens = spread.Spread(tokenizer, devices)
     reader = _Reader(source, tokens, log, bar, done)
-    wait = _waiting(out, quiet)
-    written = codes.write(out, reader.records, meta, part, wait)
+    written = codes.write(
+      out,
+      reader.records,
+      meta,
+      part,
+      quiet=quiet,
+      together=jax.process_count() > 1,
+    )
   if written is None:
-    return {"images": total, "out": str(pathlib.Path(out)), "part": number}
+    return {"images": total, "out": str(pathlib.Path(out)), "part": part[0]}
   if page:
     tokens_page.write(written, source, page)
   counts = np.asarray(written.counts)
@@ -188,21 +186,6 @@ def _write(
     "mean_tokens": float(good.mean()) if len(good) else 0.0,
     "out": str(pathlib.Path(out)),
   }
-
-
-def _waiting(out, quiet):
-  """Returns what says, once a minute, that shards of others are missing."""
-  said = [-_SAY_AFTER]
-
-  def wait(missing):
-    now = time.monotonic()
-    if now > said[0] + _SAY_AFTER and not quiet:
-      said[0] = now
-      _LOG.warning(
-        "%s: %d shards of other processes are missing; they go on", out, missing
-      )
-
-  return wait
 
 
 def _data_config(data, image_size, held_out, fields) -> dict[str, Any]:

@@ -519,7 +519,30 @@ def test_a_run_may_be_kept_in_a_bucket(world):
   assert arguments == ["train", *args]
 
 
+def test_caches_are_written_by_all_hosts(world):
+  """Joined by their environment, each host writes a part."""
+  out = ["--out", "/mnt/shared/codes"]
+  data = ["--model", "/mnt/m", "--data", "/mnt/web/*.tar"]
+  words = [*worlds.TPU, "--workdir", out[1]]
+  config = ["--config", "configs/run.py"]
+  for job, given, expected in (
+    ("tokenize", ["--", *data], ["tokenize", *out, *data]),
+    ("latents", config, ["latents", *config, *out]),
+  ):
+    status, _, err = world.run("tpu_pod.sh", *words, "--job", job, *given)
+    assert status == 0, err
+    for host in ("pod.0", "pod.1"):
+      arguments, environment = world.attempts(host)[-1]
+      assert arguments == expected
+      assert environment["LAVIT_DISTRIBUTED"] == "1"
+
+
 MISTAKES = {
+  "--job takes train, tokenize or latents, not 'x'": ["--job", "x"],
+  "--job tokenize takes no --config": ["--job", "tokenize"],
+  "to a folder that all hosts see": [
+    *("--job", "latents", "--workdir", "gs://bucket/run"),
+  ],
   "--name takes": ["--name", "x; touch pwned"],
   "--zone takes": ["--zone", "'us-west4-a'"],
   "--project takes": ["--project", "a b"],

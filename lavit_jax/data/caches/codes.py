@@ -176,7 +176,9 @@ def write(
   records: Callable[[int, int], Iterable[Record]],
   meta: Meta,
   part: tuple[int, int] = (0, 1),
-  wait: Callable[[int], None] = lambda missing: None,
+  *,
+  quiet: bool = True,
+  together: bool = False,
 ) -> CodeCache | None:
   """Writes a cache, or resumes one that was interrupted.
 
@@ -188,7 +190,8 @@ def write(
     meta: what the cache is made from.
     part: (number of this process, number of all) that write the cache together,
       each some of its shards; all have the same directory.
-    wait: see `shards.Writer.write`.
+    quiet: see `shards.Writer.write`.
+    together: likewise.
 
   Returns:
     The cache, the existing one if it is complete; None for another process than
@@ -199,7 +202,8 @@ def write(
       tokenizer, a record does not fit, or the disk is full; finished shards
       stay and are used by the next call.
   """
-  _Writer(_FORMAT, directory, meta).write(records, part, wait)
+  writer = _Writer(_FORMAT, directory, meta)
+  writer.write(records, part, quiet=quiet, together=together)
   return None if part[0] else CodeCache.load(directory)
 
 

@@ -4,12 +4,12 @@ DIR/meta.json     what it was made from; see `shards.py`
 DIR/assigned.npy  int8[num_images], the bucket of each image, -1: unreadable
 DIR/good.u1       uint8[n], 1 for an image that could be decoded
 DIR/latents-0.f16 ...  float16[n_b, h, w, C], one file a bucket
-DIR.partial/done.json  the meta and the number of sealed images, while the
-                       cache is being written
+DIR.partial/done.json  the meta, while the cache is being written
+DIR.partial/sealed-000000 ...  empty; seals a shard
 
 Images lie in the order of their buckets, those of one bucket by number, so
-that every file only grows. Latents are means, not yet scaled; images are
-cropped at the centre.
+that each shard has its place in the files. Latents are means, not yet scaled;
+images are cropped at the centre.
 """
 
 import dataclasses
@@ -171,7 +171,11 @@ def write(
   records: Callable[[np.ndarray], Iterable[Record]],
   meta: Meta,
   assigned: np.ndarray,
-) -> LatentCache:
+  part: tuple[int, int] = (0, 1),
+  *,
+  quiet: bool = True,
+  together: bool = False,
+) -> LatentCache | None:
   """Writes a cache, or resumes one that was interrupted.
 
   Args:
@@ -180,9 +184,14 @@ def write(
       latents float[h, w, C] of each of them, in order, None for a bad image.
     meta: what the cache is made from.
     assigned: int8[num_images], see `buckets.assign`.
+    part: (number of this process, number of all) that write the cache together,
+      each some of its shards; all have the same directory.
+    quiet: see `shards.Writer.write`.
+    together: likewise.
 
   Returns:
-    The cache; the existing one if it is complete.
+    The cache, the existing one if it is complete; None for another process than
+    the first, which completes it.
 
   Raises:
     errors.DataError: the directory holds another cache, latents of a wrong
@@ -190,21 +199,40 @@ def write(
       used by the next call.
   """
   writer = _Writer(_FORMAT, directory, meta, assigned)
-  writer.write(lambda first, stop: records(writer.order[first:stop]))
-  return LatentCache.load(writer.directory)
+  writer.write(
+    lambda first, stop: records(writer.order[first:stop]),
+    part,
+    quiet=quiet,
+    together=together,
+  )
+  return None if part[0] else LatentCache.load(writer.directory)
 
 
-def resume_point(directory: str | os.PathLike[str], meta: Meta) -> int:
-  """Returns how many images are finished.
+def resume_point(
+  directory: str | os.PathLike[str], meta: Meta, part: tuple[int, int] = (0, 1)
+) -> int:
+  """Returns how many images of a part `write` will not ask for.
 
   Raises:
     errors.DataError: the directory holds another cache.
   """
-  return _Writer(_FORMAT, directory, meta).resume_point()
+  return _Writer(_FORMAT, directory, meta).resume_point(part)
+
+
+def size_of(assigned: np.ndarray, part: tuple[int, int]) -> int:
+  """Returns how many images a part has.
+
+  Args:
+    assigned: int8[num_images], see `buckets.assign`.
+    part: (number, number of parts).
+  """
+  total, (number, parts) = int((assigned != buckets_lib.NONE).sum()), part
+  starts = range(number * _SHARD_SIZE, total, parts * _SHARD_SIZE)
+  return sum(min(_SHARD_SIZE, total - start) for start in starts)
 
 
 class _Writer(shards.Writer[Meta, Record]):
-  """Appends each shard to the files of its buckets; done.json seals it."""
+  """Each shard has its place in the files of its buckets."""
 
   def __init__(self, kind, directory, meta, assigned=None):
     super().__init__(kind, directory, meta)
@@ -223,18 +251,26 @@ class _Writer(shards.Writer[Meta, Record]):
     return np.concatenate(self._members)
 
   def begin(self):
-    with (self.partial / "assigned.npy").open("wb") as file:
-      np.save(file, np.asarray(self._to_assign, np.int8))
-    self._seal(0)
+    data = io.BytesIO()
+    np.save(data, np.asarray(self._to_assign, np.int8))
+    shards.replace_bytes(self.partial / "assigned.npy", data.getvalue())
+    text = json.dumps({"meta": dataclasses.asdict(self.meta)})
+    shards.replace_text(self.partial / "done.json", text)
 
   def begun_meta(self):
-    fields = self._read_seal()
+    fields = self._read_begun()
     return Meta(**fields["meta"]) if fields else None
 
   def is_sealed(self, shard):
-    total = len(self.order)
-    last = min((shard + 1) * self.shard_size, total)
-    return self._read_seal().get("done", 0) >= last
+    if self._seal(shard).exists():
+      return True
+    last = min((shard + 1) * self.shard_size, len(self.order))
+    return self._done >= last
+
+  @functools.cached_property
+  def _done(self):
+    """Images that an earlier version has finished, which counted them."""
+    return self._read_begun().get("done", 0)
 
   def count_all(self, folder):
     assigned = array_files.read(folder / "assigned.npy")
@@ -260,16 +296,17 @@ class _Writer(shards.Writer[Meta, Record]):
       offset = max(first - begin, 0) * part[0].nbytes
       data = b"".join(x.tobytes() for x in part)
       _write_at(self.partial / _file(b), offset, data)
-    self._seal(last)
+    self._seal(first // self.shard_size).touch()
 
   def journal(self):
-    return [self.partial / "done.json"]
+    count = -(-len(self.order) // self.shard_size)
+    seals = [self._seal(shard) for shard in range(count)]
+    return [*seals, self.partial / "done.json"]
 
-  def _seal(self, done):
-    fields = {"meta": dataclasses.asdict(self.meta), "done": done}
-    shards.replace_text(self.partial / "done.json", json.dumps(fields))
+  def _seal(self, shard):
+    return self.partial / f"sealed-{shard:06d}"
 
-  def _read_seal(self):
+  def _read_begun(self):
     path = self.partial / "done.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -293,9 +330,9 @@ def _checked(value, shape, i):
 
 
 def _write_at(path, offset, data):
-  """Writes bytes at an offset; unsealed bytes after it are cut off."""
-  with path.open("r+b" if path.exists() else "w+b") as file:
-    file.truncate(offset)
+  """Writes bytes at an offset, whoever else writes elsewhere in the file."""
+  opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+  with os.fdopen(opened, "r+b") as file:
     file.seek(offset)
     file.write(data)
     file.flush()

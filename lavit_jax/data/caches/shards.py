@@ -12,6 +12,7 @@ import abc
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import secrets
@@ -24,8 +25,10 @@ import numpy as np
 from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 
+_LOG = logging.getLogger(__name__)
 _VERSION = 1  # of the files; `Meta.format`
 _PAUSE = 1.0  # seconds between two looks for shards of others
+_SAY_AFTER = 60.0  # seconds
 _IMAGES = "pictures"  # field of Meta: fingerprint of the images' bytes
 # A pathlib.Path, or an epath.Path in an object store.
 Folder = Any
@@ -244,19 +247,23 @@ class Writer(abc.ABC, Generic[M, Record]):
     self,
     records: Callable[[int, int], Iterable[Record]],
     part: tuple[int, int] = (0, 1),
-    wait: Callable[[int], None] = lambda missing: None,
+    *,
+    quiet: bool = True,
+    together: bool = False,
   ) -> None:
     """Writes every shard of a part that is missing; by default of all.
 
     The first part waits for the shards of the others, and completes the cache.
+    While it waits, it says once a minute how many are missing.
 
     Args:
       records: function of (first, stop) that gives the records of these images,
         in order.
       part: (number of the part, number of parts): shards number, number +
         parts, … are written here. All parts share the folder.
-      wait: called every second while shards of other parts are missing, with
-        their number.
+      quiet: say nothing while shards of other parts are missing.
+      together: whether other parts, too, wait until the cache is complete, as
+        processes must that JAX has joined: the end of one is the end of all.
 
     Raises:
       errors.DataError: the directory holds something else, records are missing
@@ -276,14 +283,13 @@ class Writer(abc.ABC, Generic[M, Record]):
       if complete is None:
         self._fill(records, part)
         if number:
+          while together and self._complete() != self.directory:
+            time.sleep(_PAUSE)
           return
-        shards = range(len(self._sizes(self.count_all(self.partial))))
-        while missing := sum(not self.is_sealed(shard) for shard in shards):
-          wait(missing)
-          time.sleep(_PAUSE)
+        self._await_others(quiet)
         self.finish()
         self.kind.write_meta(self.partial, self.meta)
-      for path in self.journal():
+      for path in (*self.journal(), *self.partial.glob("*.tmp")):
         path.unlink(missing_ok=True)
       os.replace(self.partial, self.directory)
     except OSError as error:
@@ -292,6 +298,20 @@ class Writer(abc.ABC, Generic[M, Record]):
         f" are kept in {self.partial}; make room and run the same command"
         " again, which resumes there."
       ) from error
+
+  def _await_others(self, quiet):
+    """Waits until the shards of all parts are sealed."""
+    shards = range(len(self._sizes(self.count_all(self.partial))))
+    next_say = time.monotonic()
+    while missing := sum(not self.is_sealed(shard) for shard in shards):
+      if not quiet and time.monotonic() >= next_say:
+        next_say = time.monotonic() + _SAY_AFTER
+        _LOG.warning(
+          "%s: %d shards of other processes are missing; they go on",
+          self.directory,
+          missing,
+        )
+      time.sleep(_PAUSE)
 
   def _fill(self, records, part):
     """Writes the shards of a part that are missing."""
@@ -330,6 +350,12 @@ class Writer(abc.ABC, Generic[M, Record]):
     return begun is not None
 
 
+def label(verb: str, split: str, part: tuple[int, int]) -> str:
+  """Returns what a progress bar says of the writing of a part of a cache."""
+  number, parts = part
+  return f"{verb} {split}" + (f" {number + 1}/{parts}" if parts > 1 else "")
+
+
 def described(fingerprint: Any, description: str) -> Any:
   """Returns a fingerprint as messages show it: after its description, if any.
 
@@ -355,6 +381,11 @@ def replace(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def replace_text(path: pathlib.Path, text: str) -> None:
   """Writes a small file, all of it or nothing, whoever else writes it."""
+  replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: pathlib.Path, data: bytes) -> None:
+  """Does the same with bytes."""
   temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-  temporary.write_text(text)
+  temporary.write_bytes(data)
   replace(temporary, path)

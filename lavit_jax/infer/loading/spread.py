@@ -1,12 +1,12 @@
-"""Tokenizes images on several devices of this process at once.
+"""Runs a program of images on several devices of this process at once.
 
 Each device runs the program that a single one does, on a group of as many
-images, so that the tokens of an image do not depend on how many devices there
-are.
+images, so that what is made of an image does not depend on how many devices
+there are.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,47 @@ from lavit_jax.infer.loading import visual
 
 _P = jax.sharding.PartitionSpec
 _AXIS = "data"
+
+
+def mesh_of(devices: Sequence[Any]) -> jax.sharding.Mesh:
+  """Returns a mesh of one axis."""
+  return jax.sharding.Mesh(np.array(devices), (_AXIS,))
+
+
+def everywhere(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """Returns the sharding of what each device has whole."""
+  return jax.sharding.NamedSharding(mesh, _P())
+
+
+def a_group_each(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """Returns the sharding of arrays [devices * group, ...]."""
+  return jax.sharding.NamedSharding(mesh, _P(_AXIS))
+
+
+def over_groups(
+  function: Callable[..., Any], mesh: jax.sharding.Mesh
+) -> Callable[..., Any]:
+  """Jits a function of (parameters, arrays ...) for a group on each device.
+
+  Args:
+    function: of the parameters and of arrays [group, ...], to such arrays.
+    mesh: see `mesh_of`.
+
+  Returns:
+    The function of the parameters, on every device, and of arrays
+    [devices * group, ...].
+  """
+
+  def spread(params, *arrays):
+    return jax.shard_map(
+      function,
+      mesh=mesh,
+      in_specs=(_P(), *(_P(_AXIS) for _ in arrays)),
+      out_specs=_P(_AXIS),
+      check_vma=False,
+    )(params, *arrays)
+
+  return jax.jit(spread)
 
 
 class Spread:
@@ -31,36 +72,21 @@ class Spread:
       devices: of this process.
     """
     self._tokenizer = tokenizer
-    self._mesh = jax.sharding.Mesh(np.array(devices), (_AXIS,))
+    self._mesh = mesh_of(devices)
     self.count = len(devices)
     self._compiled: dict[int, Any] = {}  # by capacity
     if self.count > 1:
-      everywhere = jax.sharding.NamedSharding(self._mesh, _P())
       self._encoder, self._variables = jax.device_put(
-        tokenizer.variables, everywhere
+        tokenizer.variables, everywhere(self._mesh)
       )
-
-  def _over_groups(self, function):
-    """Compiles a function of (parameters, arrays …) for a group a device."""
-
-    def spread(params, *arrays):
-      return jax.shard_map(
-        function,
-        mesh=self._mesh,
-        in_specs=(_P(), *(_P(_AXIS) for _ in arrays)),
-        out_specs=_P(_AXIS),
-        check_vma=False,
-      )(params, *arrays)
-
-    return jax.jit(spread)
 
   @functools.cached_property
   def _features(self):
-    return self._over_groups(self._tokenizer.encode_images)
+    return over_groups(self._tokenizer.encode_images, self._mesh)
 
   @functools.cached_property
   def _keep(self):
-    return self._over_groups(self._tokenizer.expected_mask)
+    return over_groups(self._tokenizer.expected_mask, self._mesh)
 
   def _codes(self, capacity):
     if capacity in self._compiled:
@@ -70,7 +96,7 @@ class Spread:
       _, *found = self._tokenizer.coded(variables, features, keep, capacity)
       return tuple(found)
 
-    self._compiled[capacity] = self._over_groups(code)
+    self._compiled[capacity] = over_groups(code, self._mesh)
     return self._compiled[capacity]
 
   def tokenize(
@@ -84,8 +110,8 @@ class Spread:
     """
     if self.count == 1:
       return self._tokenizer.tokenize(batch, count=count)
-    placed = jax.sharding.NamedSharding(self._mesh, _P(_AXIS))
-    features = self._features(self._encoder, jax.device_put(batch, placed))
+    placed = jax.device_put(batch, a_group_each(self._mesh))
+    features = self._features(self._encoder, placed)
     keep = self._keep(self._variables, features)
     kept = np.asarray(keep)
     codes = self._of_groups(features, keep, kept)
