@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -341,23 +342,27 @@ def _run(name, root, batches):
   for _ in range(batches):
     next(loader)
   print(f"RATE {batches * BATCH / (time.monotonic() - begun)}", flush=True)
-  os._exit(0)
+  # Workers that are left would keep the pipe to `_measure` open.
+  os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def _measure(name, root, batches):
+  started = subprocess.Popen(
+    [sys.executable, __file__, "-", "--run", name, root, str(batches)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
   try:
-    done = subprocess.run(
-      [sys.executable, __file__, "-", "--run", name, root, str(batches)],
-      capture_output=True,
-      text=True,
-      timeout=120,
-    )
+    out, err = started.communicate(timeout=120)
   except subprocess.TimeoutExpired:
+    os.killpg(started.pid, signal.SIGKILL)
     print(f"{name} made no {batches + WARM} batches in two minutes")
     return None
-  rates = [x for x in done.stdout.splitlines() if x.startswith("RATE ")]
+  rates = [x for x in out.splitlines() if x.startswith("RATE ")]
   if not rates:
-    print(f"{name} failed: {done.stderr.strip()[-300:]}")
+    print(f"{name} failed: {err.strip()[-300:]}")
     return None
   return float(rates[0].split()[1])
 

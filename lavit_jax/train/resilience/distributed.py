@@ -114,7 +114,8 @@ class _LastWords:
       f"lavit: process {number} of {count} of this run was ended from outside,"
       " or by JAX because another process has died or cannot be reached: the"
       " one whose log ends in another way. Give the same command again on all"
-      " hosts: training goes on from the newest checkpoint."
+      " hosts: a run goes on from its newest checkpoint, a cache with its next"
+      " shard."
     )
     script = 'read -r word; [ "$word" = done ] || printf "%s\\n" "$0" >&2'
     cls._shell = subprocess.Popen(

@@ -17,7 +17,7 @@ from lavit_jax.train import step as step_lib
 from lavit_jax.train.objectives import evaluation
 from lavit_jax.train.objectives.frozen import conditioning
 from tests import micro
-from tests.train import latent_micro
+from tests.train import latent_micro, programs
 
 
 def _save_photographs(root):
@@ -63,12 +63,13 @@ def _decoder(root):
 
 def _untrained(cfg):
   """Held-out metrics before the first step."""
-  objective = objectives.build(cfg)
-  with sharding.use(sharding.make_mesh({})):
-    init = step_lib.init_fn(objective, cfg.seed)
-    state = jax.jit(lambda: sharding.unbox(init()))()
+  objective, mesh = objectives.build(cfg), sharding.make_mesh({})
+  abstract = sharding.abstract(step_lib.abstract_state(objective), mesh)
+  layout = sharding.layout_of(abstract)
+  with sharding.use(mesh):
+    state = step_lib.jit_init(objective, cfg.seed, layout)()
     frozen = objective.load_frozen()
-    evaluator = evaluation.Evaluator(objective)
+    evaluator = evaluation.Evaluator(objective, mesh)
     return evaluator.evaluate(state.params, frozen, state.extra).metrics
 
 
@@ -77,7 +78,7 @@ def _untrained(cfg):
 def test_photographs_are_learnt(tmp_path):
   """Errors of eps and of drawn images fall, on photographs held out."""
   _save_photographs(tmp_path)
-  with micro.one_device():
+  with micro.one_device(), programs.shared():
     latent_micro.save_model(tmp_path / "model", kinds=())
     made = loop.train(_autoencoder(tmp_path), tmp_path / "vae", quiet=True)
     assert made["picture_mse"] < 0.35 * _check_autoencoder(tmp_path)
