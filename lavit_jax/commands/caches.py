@@ -97,6 +97,10 @@ def show(
     if name in by_split
   ]
   flags += [f"--config.data.{k}={v}" for k, v in (more or {}).items() if v]
+  waiting = [v["out"] for v in by_split.values() if "part" in v]
+  if waiting:
+    print(f"Part 1 completes {' and '.join(waiting)}, when all parts are done.")
+    return
   print(f"Train with {' '.join(flags)}")
   for name in SPLITS:
     if name not in by_split:

@@ -163,6 +163,14 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
 SEED = integer(0, 2**31 - 1)  # as `infer/ranges.py` says
 
 
+def positive(text: str) -> float:
+  """Parses a finite number above 0 of the command line."""
+  value = number(text)
+  if value <= 0:
+    raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+  return value
+
+
 def number(text: str) -> float:
   """Parses a finite number of the command line."""
   value = float(text)  # argparse names the option of a ValueError
@@ -374,14 +382,57 @@ def require_output(path: str | os.PathLike, option: str) -> None:
     option: the option that names it, for the message.
 
   Raises:
-    errors.UsageError: it is a folder, or no file can be created there.
+    errors.UsageError: it is empty, a folder, no plain file, or no file can be
+      written there.
   """
+  if not os.fspath(path):
+    raise errors.UsageError(f"{option} is empty: expected the name of a file.")
   if os.path.isdir(path):
     raise errors.UsageError(
       f"{option} {path} is a folder, but a file is expected. Give a name in it,"
       f" such as {os.path.join(path, 'new')}."
     )
+  if os.path.exists(path) and not os.path.isfile(path):
+    raise errors.UsageError(f"{option} {path} is no plain file. Give another.")
+  if os.path.exists(path) and not os.stat(path).st_mode & 0o222:
+    raise errors.UsageError(
+      f"{option} {path} is there and may not be written to. Give another name."
+    )
   require_output_folder(pathlib.Path(path).parent, option)
+
+
+def require_report(
+  path: str, option: str, is_own: Callable[[str], bool]
+) -> None:
+  """Checks, before any work, that a report can be written to a file.
+
+  A file that is there is overwritten only if it is such a report: a slip of the
+  hand must not cost the data that the report is about.
+
+  Args:
+    path: of the file.
+    option: the option that names it, for the message.
+    is_own: whether the first line of a file is that of such a report.
+
+  Raises:
+    errors.UsageError: see `require_output`, or another file is there.
+  """
+  files.require_local(path, "a report")
+  require_output(path, option)
+  if not os.path.exists(path) or not os.path.getsize(path):
+    return
+  with open(path, encoding="utf-8", errors="replace") as file:
+    first = file.readline(1 << 16)
+  if not is_own(first):
+    raise errors.UsageError(
+      f"{option} {path} is there already, and is no earlier report of this"
+      " kind. Give another name, or delete it first."
+    )
+
+
+def is_page(line: str) -> bool:
+  """Returns whether the first line of a file is that of an HTML page."""
+  return line.lower().startswith("<!doctype html")
 
 
 def require_output_folder(path: str | os.PathLike, option: str) -> None:

@@ -1,6 +1,8 @@
 """The commands for data: `lavit data show`, `check`, `prepare`, `bench`."""
 
 import argparse
+import functools
+import json
 import os
 import pathlib
 from typing import Any
@@ -213,7 +215,7 @@ def _add_bench(actions):
   )
   parser.add_argument(
     "--seconds",
-    type=common.number,
+    type=common.positive,
     default=10.0,
     metavar="S",
     help="how long it is measured (10)",
@@ -284,13 +286,25 @@ def _prepare(args: argparse.Namespace) -> None:
   common.print_answer(args, manifest, lines)
 
 
+_LISTS = {"bad": {"name", "reason"}, "retry_list": {"url", "caption"}}
+
+
+def _is_list(keys, line) -> bool:
+  """Whether a line is one of those that `--bad` or `--retry-list` write."""
+  try:
+    found = json.loads(line)
+  except ValueError:
+    return "url" in keys and line.startswith(("http://", "https://"))
+  return isinstance(found, dict) and set(found) == keys
+
+
 def _check(args: argparse.Namespace) -> int:
   common.require_data(args.data)
-  for option in ("bad", "retry_list"):
-    if path := getattr(args, option):
+  for option, keys in _LISTS.items():
+    path = getattr(args, option)
+    if path is not None:
       flag = f"--{option.replace('_', '-')}"
-      files.require_local(path, "a list")
-      common.require_output(path, flag)
+      common.require_report(path, flag, functools.partial(_is_list, keys))
   fields = _fields(args)
   limit = fields.pop("limit_share", faults.LIMIT_SHARE)
   found = check.check(
@@ -364,8 +378,7 @@ def _add_downloads(args, found, summary, lines) -> None:
 
 def _show(args: argparse.Namespace) -> None:
   common.require_data(args.data)
-  files.require_local(args.html, "a page")
-  common.require_output(args.html, "--html")
+  common.require_report(args.html, "--html", common.is_page)
   found = check.check(
     args.data, fields=_fields(args), workers=args.workers, quiet=args.json
   )

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -123,9 +124,8 @@ def _tokenize_data(args: argparse.Namespace) -> None:
       " own."
     )
   caches.check_out(args.out, args.split)
-  if args.html:
-    files.require_local(args.html, "a page")
-    common.require_output(args.html, "--html")
+  if args.html is not None:
+    _require_page(args)
   common.keep_programs(args)
   model, held_out = pipeline.resolve(args.model), args.held_out or ""
   write: Callable[..., dict[str, Any]] = tokenize_job.write_caches
@@ -143,6 +143,21 @@ def _tokenize_data(args: argparse.Namespace) -> None:
   fields = ("cache_dir", "held_out_cache_dir")
   more = {"held_out_path": args.held_out}
   caches.show(summary, args.split, args.json, fields, more)
+
+
+def _require_page(args: argparse.Namespace) -> None:
+  if args.part and args.part[0]:
+    raise errors.UsageError(
+      "--html goes with the first part, which completes the cache: --part"
+      f" 1/{args.part[1]}."
+    )
+  page, out = pathlib.Path(args.html).absolute(), pathlib.Path(args.out)
+  if out.absolute() in (page, *page.parents):
+    raise errors.UsageError(
+      f"--html {args.html} is in --out {args.out}, the folder of the caches."
+      " Give another name."
+    )
+  common.require_report(args.html, "--html", common.is_page)
 
 
 def _tokenize_images(args: argparse.Namespace) -> None:

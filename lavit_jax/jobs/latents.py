@@ -86,7 +86,7 @@ def write_cache(
       together=jax.process_count() > 1,
     )
   if written is None:
-    return {"images": total, "out": str(pathlib.Path(out)), "part": part[0]}
+    return {"images": total, "out": str(pathlib.Path(out)), "part": part[0] + 1}
   good = sum(written.good(i) for i in range(len(written)))
   return {
     "images": len(written),

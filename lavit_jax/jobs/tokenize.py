@@ -175,7 +175,7 @@ def _write(
       together=jax.process_count() > 1,
     )
   if written is None:
-    return {"images": total, "out": str(pathlib.Path(out)), "part": part[0]}
+    return {"images": total, "out": str(pathlib.Path(out)), "part": part[0] + 1}
   if page:
     tokens_page.write(written, source, page)
   counts = np.asarray(written.counts)

@@ -1,12 +1,14 @@
 """`lavit data`: check, show and prepare, on small data."""
 
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from lavit_jax.commands import main
+from lavit_jax.data.sources import jsonl
 from lavit_jax.jobs import downloads
 from tests.data.indexes import table_files, tars
 
@@ -144,3 +146,72 @@ def test_downloads_are_counted_and_tried_again(tmp_path, capsys):
   rows = downloads.rows(downloads.beside(folder))
   assert downloads.write_retries(plain, rows) == 2
   assert plain.read_text() == "http://a.org/4.jpg\nhttp://a.org/5.jpg\n"
+
+
+def _page(folder):
+  (folder / "page.html").write_text("<!doctype html>old")
+  return folder / "page.html"
+
+
+def test_a_report_overwrites_nothing_but_such_a_report(tmp_path, capsys):
+  """Least of all the data that it is about, and no special file."""
+  path = _lines(tmp_path)
+  image, device, kept = tmp_path / "0.png", tmp_path / "pipe", tmp_path / "kept"
+  os.mkfifo(device)
+  kept.write_text("<!doctype html>")
+  kept.chmod(0o444)
+  before = {p: p.read_bytes() for p in (path, image, kept)}
+  for option, command in (
+    ("--html", "show"),
+    ("--bad", "check"),
+    ("--retry-list", "check"),
+  ):
+    for target, said in (
+      (path, "is there already, and is no earlier report"),
+      (image, "is there already, and is no earlier report"),
+      (device, "is no plain file"),
+      (kept, "may not be written to"),
+      ("", "is empty"),
+    ):
+      assert _run(command, path, option, target) == 2
+      assert said in capsys.readouterr().err
+  assert {p: p.read_bytes() for p in before} == before
+  beside = tmp_path / "page.html.partial"
+  beside.write_text("mine")
+  for _ in range(2):
+    assert _run("show", path, "--html", _page(tmp_path), "--workers", 1) == 0
+    bad = tmp_path / "bad.jsonl"
+    assert _run("check", path, "--bad", bad, "--workers", 1) == 0
+  assert "image 3" in (tmp_path / "page.html").read_text()
+  assert beside.read_text() == "mine"
+
+
+def test_a_bench_decodes_each_image_anew(tmp_path, monkeypatch, capsys):
+  path, decoded = _lines(tmp_path), []
+  real = jsonl.JsonlSource._decode
+  count = lambda self, i: decoded.append(i) or real(self, i)
+  monkeypatch.setattr(jsonl.JsonlSource, "_decode", count)
+  words = ("bench", path, "--seconds", 0.2, "--batch", 4, "--image-size", 16)
+  assert _run(*words, "--json") == 0
+  assert len(decoded) > 24
+  for seconds in ("0", "-1"):
+    with pytest.raises(SystemExit):
+      _run("bench", path, "--seconds", seconds)
+    assert "expected a number above 0" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_manifest_of_its_own_is_data(tmp_path):
+  _lines(tmp_path)
+  (tmp_path / "manifest.json").write_text('["of", "something", "else"]')
+  assert _run("check", tmp_path, "--workers", 1) == 0
+
+
+def test_bad_images_of_a_folder_are_named_by_their_files(tmp_path, capsys):
+  folder = tmp_path / "images"
+  folder.mkdir()
+  for i in range(4):
+    (folder / f"{i}.png").write_bytes(table_files.encoded(i))
+    (folder / f"{i}.txt").write_text(f"image {i}")
+  (folder / "2.png").write_bytes(b"no image")
+  assert _run("check", folder, "--workers", 1) == 1
+  assert str(folder / "2.png") in capsys.readouterr().out

@@ -124,6 +124,25 @@ def test_tokenize_a_dataset_writes_the_caches_of_a_run(tokenized, capsys, name):
   assert "--config.data.held_out_cache_dir=codes/held_out" in out
 
 
+def test_a_page_about_tokens_is_made_by_the_first_part_beside_the_caches(
+  tokenized, capsys, tmp_path
+):
+  argv = ("tokenize", "--data", "my.jsonl", "--out", "codes", "--html")
+  for words, said in (
+    (("p.html", "--part", "2/2"), "--part 1/2"),
+    (("codes",), "is in --out codes"),
+    (("codes/p.html",), "is in --out codes"),
+    (("my.jsonl",), "is there already"),
+    (("",), "is empty"),
+  ):
+    status, _, err = fakes.run(capsys, *argv, *words)
+    assert (status, said in err) == (2, True), err
+  assert not tokenized
+  assert (tmp_path / "my.jsonl").read_text() == "{}\n"
+  assert fakes.run(capsys, *argv, "p.html", "--part", "1/2")[0] == 0
+  assert tokenized[0][3]["page"] == "p.html"
+
+
 def test_tokenize_one_part_says_that_the_other_is_needed(tokenized, capsys):
   argv = ("tokenize", "--data", "my.jsonl", "--out", "codes", "--split")
   status, out, _ = fakes.run(capsys, *argv, "held_out")

@@ -14,6 +14,7 @@ from PIL import Image
 from lavit_jax.core import errors, vocabulary
 from lavit_jax.data import contents, examples
 from lavit_jax.data.batching import pipeline
+from lavit_jax.data.caches import shards as cache_shards
 from lavit_jax.data.sources import kinds, prepared
 from lavit_jax.jobs.prepare import job, looks
 from lavit_jax.jobs.prepare import plan as plan_lib
@@ -300,7 +301,10 @@ def test_filters_and_smaller_images(tmp_path):
     fields={"filters": {"pattern": "[0-3]$"}},
   )
   assert manifest["license"] == "CC BY 4.0"
-  assert manifest["left_out"] == {"filters": 2}
+  assert manifest["left_out"] == {
+    "filters: images": 2,
+    "filters: captions": 2,
+  }
   source = _opened(tmp_path / "out")
   image = Image.open(io.BytesIO(source.encoded(0)))
   assert (image.size, image.format) == ((8, 12), "JPEG")
@@ -345,3 +349,171 @@ def test_contents_differ_where_words_do(tmp_path):
   assert contents.of(one) != contents.of(two)
   assert examples.fingerprint(one) == examples.fingerprint(two) != ""
   assert one.stored() == two.stored()
+
+
+# What users do to it ----------------------------------------------------------
+
+
+def _begun(path, out, monkeypatch, step="_write"):
+  """An unfinished folder, as a kill leaves it."""
+  with monkeypatch.context() as patch:
+    patch.setattr(job._Job, step, lambda self, *unused: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      _prepare(path, out)
+  return out.with_name(f"{out.name}.partial")
+
+
+def test_a_folder_that_is_no_unfinished_one_is_left_alone(tmp_path):
+  path, partial = _jsonl(tmp_path / "data"), tmp_path / "out.partial"
+  partial.mkdir()
+  names = ("notes.tmp", "x.done.json", "mine.txt")
+  for name in names:
+    (partial / name).write_text("mine")
+  with pytest.raises(
+    errors.DataError, match=r"holds something else \(mine.txt"
+  ):
+    _prepare(path, tmp_path / "out")
+  assert {p.name for p in partial.iterdir()} == set(names)
+  shutil.rmtree(partial)
+  partial.write_text("a file")
+  with pytest.raises(errors.DataError, match="is a file"):
+    _prepare(path, tmp_path / "out")
+
+
+def test_filters_that_leave_nothing_are_an_error_and_leave_nothing(tmp_path):
+  path = tmp_path / "a.jsonl"
+  table_files.encoded(0)
+  (tmp_path / "0.png").write_bytes(b"no image")
+  path.write_text('{"image": "0.png", "caption": "x"}\n')
+  with pytest.raises(
+    errors.DataError, match=r"nothing is left.*cannot be read"
+  ):
+    _prepare(path, tmp_path / "out", fields={"limit_share": 1.0})
+  assert not list(tmp_path.glob("out*"))
+
+
+def test_what_filters_leave_is_prepared_and_the_rest_counted(tmp_path):
+  """An image without a caption that is left stays where a question shows it."""
+  path = _jsonl(tmp_path / "data")
+  with path.open("a") as file:
+    file.write("no json\n")
+  filters = {"filters": {"pattern": "[5-9]$"}}
+  manifest = _prepare(path, tmp_path / "out", fields=filters)
+  before, after = _opened(path, **filters), _opened(tmp_path / "out")
+  assert after.num_examples("vqa") == before.num_examples("vqa") == 1
+  assert after.num_examples("edit") == before.num_examples("edit") == 1
+  assert _everything(after)[1] == _everything(before)[1]
+  assert {len(after.captions(i)) for i in range(after.num_images)} == {0, 2}
+  counts = manifest["left_out"]
+  assert counts["bad lines, rows or samples of the source"] == 1
+  captions = before.source.num_examples("image_text")
+  assert counts["filters: captions"] == captions - manifest["captions"]
+  assert counts["filters: images"] == 12 - manifest["images"]
+  bad = (tmp_path / "out" / "bad.jsonl").read_text()
+  assert "a.jsonl:" in bad
+
+
+def test_an_image_that_changes_meanwhile_is_not_written(tmp_path, monkeypatch):
+  path = _jsonl(tmp_path / "data", count=40)
+  partial = _begun(path, tmp_path / "out", monkeypatch)
+  (path.parent / "1.png").write_bytes(table_files.encoded(99))
+  with pytest.raises(errors.LavitError, match=r"1\.png has changed.*Delete"):
+    _prepare(path, tmp_path / "out")
+  shutil.rmtree(partial)
+  _prepare(path, tmp_path / "out")
+
+
+def test_files_that_are_lost_are_written_again_or_missed(tmp_path, monkeypatch):
+  path = _jsonl(tmp_path / "data")
+  _prepare(path, tmp_path / "whole")
+  with monkeypatch.context() as patch:
+    patch.setattr(job, "_clean", lambda partial: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      _prepare(path, tmp_path / "out")
+  partial = tmp_path / "out.partial"
+  (partial / "manifest.json").unlink()
+  (partial / "images-00000-of-00002.array_record").unlink()
+  (partial / "images-00001.done.json").write_text("")
+  (partial / "looks" / "images-00001.json").unlink()
+  _prepare(path, tmp_path / "out")
+  assert _bytes_of(tmp_path / "out") == _bytes_of(tmp_path / "whole")
+  (tmp_path / "out" / "images-00000-of-00002.array_record").unlink()
+  with pytest.raises(errors.DataError, match=r"images-00000.* is missing. Del"):
+    _prepare(path, tmp_path / "out")
+
+
+def test_an_end_before_the_last_renaming_loses_nothing(tmp_path, monkeypatch):
+  path = _jsonl(tmp_path / "data")
+  with monkeypatch.context() as patch:
+    patch.setattr(job.os, "replace", lambda *paths: 1 / 0)
+    patch.setattr(cache_shards, "replace", shutil.move)
+    with pytest.raises(ZeroDivisionError):
+      _prepare(path, tmp_path / "out")
+  other = tmp_path / "other.jsonl"
+  other.write_text('{"text": "words"}\n')
+  with pytest.raises(errors.DataError, match="with other data"):
+    _prepare(other, tmp_path / "out")
+  _prepare(path, tmp_path / "out")
+  _prepare(path, tmp_path / "whole")
+  assert _bytes_of(tmp_path / "out") == _bytes_of(tmp_path / "whole")
+
+
+def test_two_do_not_write_one_folder(tmp_path, monkeypatch):
+  path = _jsonl(tmp_path / "data")
+  real = job._Job._look
+
+  def look(self):
+    with pytest.raises(errors.DataError, match="being written by another"):
+      _prepare(path, tmp_path / "out")
+    real(self)
+
+  monkeypatch.setattr(job._Job, "_look", look)
+  _prepare(path, tmp_path / "out")
+
+
+def test_prepared_data_are_prepared_to_the_same_bytes(tmp_path):
+  _prepare(_jsonl(tmp_path / "data"), tmp_path / "one")
+  _prepare(tmp_path / "one", tmp_path / "two")
+  left, right = (_bytes_of(tmp_path / name) for name in ("one", "two"))
+  for files_ in (left, right):
+    del files_["manifest.json"]  # it says from what
+  assert left == right
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"format": True}, {"files": {}}, {"files": []}, {"images": -3},
+    {"captions": "x"}, {"examples": None}, {"left_out": 7}, {"bytes": 1},
+    {"settings": [1]}, {"shards": {"images": [], "examples": []}},
+    {"files": {"..": ["0", 1]}}, {"files": {"a": [1, 2, 3]}},
+    {"files": {"\0": ["0", 1]}}, {"files": {"a": "abc"}},
+  ],
+)  # fmt: skip
+def test_an_edited_manifest_is_refused(tmp_path, change):
+  path = _jsonl(tmp_path / "data")
+  manifest = _prepare(path, tmp_path / "out")
+  file = tmp_path / "out" / "manifest.json"
+  file.write_text(json.dumps(manifest | change))
+  for use in (job.verify, prepared.read_manifest):
+    with pytest.raises(errors.DataError, match="damaged or of another version"):
+      use(tmp_path / "out")
+  with pytest.raises(errors.DataError, match="damaged or of another version"):
+    _prepare(path, tmp_path / "out")
+
+
+def test_a_manifest_of_something_else_is_none_of_ours(tmp_path):
+  for text in ("[1]", '{"name": "web app"}', "[" * 100_000):
+    (tmp_path / "manifest.json").write_text(text)
+    assert not prepared.is_named(tmp_path)
+
+
+def test_an_unreadable_image_is_counted_not_fatal(tmp_path):
+  """Also where it is one of those that tell the data from others."""
+  _prepare(_jsonl(tmp_path / "data", count=40), tmp_path / "out")
+  file = tmp_path / "out" / "images-00000-of-00006.array_record"
+  data = bytearray(file.read_bytes())
+  data[70] ^= 255
+  file.write_bytes(data)
+  manifest = _prepare(tmp_path / "out", tmp_path / "again")
+  assert manifest["left_out"]["cannot be read"] >= 1

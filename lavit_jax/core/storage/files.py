@@ -6,6 +6,7 @@ Files are written atomically in both. Growing logs: `log_files.py`.
 import io
 import os
 import pathlib
+import secrets
 from typing import Any
 
 from etils import epath
@@ -167,6 +168,11 @@ def write_whole(path: epath.Path, data: bytes) -> None:
   if is_remote(path):
     path.write_bytes(data)
     return
-  partial = path.with_name(path.name + ".partial")
-  partial.write_bytes(data)
-  partial.replace(path)
+  # Of a name that nobody has: `path` may be one of several of the user's files.
+  partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+  try:
+    partial.write_bytes(data)
+    partial.replace(path)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise

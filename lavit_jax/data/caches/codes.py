@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import pathlib
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 
 import grain.python as grain
@@ -243,7 +244,7 @@ class _Writer(shards.Writer[Meta, Record]):
   def write_shard(self, first, records):
     path = self.partial / _shard(first // self.shard_size)
     counts = np.empty(len(records), np.int32)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
     try:
       writer = array_record_module.ArrayRecordWriter(
         str(temporary), "group_size:1"

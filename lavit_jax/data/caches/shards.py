@@ -27,6 +27,7 @@ from lavit_jax.core.storage import files
 
 _LOG = logging.getLogger(__name__)
 _VERSION = 1  # of the files; `Meta.format`
+_PARTIAL = ".partial"  # at the end of an unfinished folder's name
 _PAUSE = 1.0  # seconds between two looks for shards of others
 _SAY_AFTER = 60.0  # seconds
 _IMAGES = "pictures"  # field of Meta: fingerprint of the images' bytes
@@ -101,6 +102,11 @@ class Format(Generic[M]):
     if meta is not None:
       return meta
     unfinished = partial_of(folder).exists()
+    if folder.name.endswith(_PARTIAL):
+      unfinished, folder = (
+        True,
+        folder.with_name(folder.name.removesuffix(_PARTIAL)),
+      )
     inside = [p.parent.name for p in sorted(folder.glob("*/meta.json"))]
     raise errors.DataError(
       f"{folder} holds {'an unfinished' if unfinished else 'no'} {self.name};"
@@ -315,6 +321,7 @@ class Writer(abc.ABC, Generic[M, Record]):
 
   def _fill(self, records, part):
     """Writes the shards of a part that are missing."""
+    is_begun(self.partial, "begun.json", "done.json", "meta.json")
     self.partial.mkdir(parents=True, exist_ok=True)
     if not self._check_begun():
       self.begin()
@@ -369,7 +376,32 @@ def described(fingerprint: Any, description: str) -> Any:
 
 def partial_of(folder: Folder) -> Folder:
   """Returns the folder in which a cache is written."""
-  return folder.with_name(folder.name + ".partial")
+  return folder.with_name(folder.name + _PARTIAL)
+
+
+def is_begun(partial: pathlib.Path, *signs: str) -> bool:
+  """Returns whether an unfinished folder was begun; False if it is not there.
+
+  Args:
+    partial: the folder.
+    signs: names of files, of which one is in a folder that was begun.
+
+  Raises:
+    errors.DataError: it holds something else.
+  """
+  if partial.exists() and not partial.is_dir():
+    raise errors.DataError(
+      f"{partial} is a file; move it or give another name."
+    )
+  if any((partial / name).exists() for name in signs):
+    return True
+  found = [p.name for p in partial.glob("*") if p.suffix != ".tmp"]
+  if strange := sorted(set(found) - {"lock", "assigned.npy"}):
+    raise errors.DataError(
+      f"{partial} would be written to, and holds something else"
+      f" ({', '.join(strange[:3])}). Move it, or give another name."
+    )
+  return False
 
 
 def replace(source: pathlib.Path, target: pathlib.Path) -> None:

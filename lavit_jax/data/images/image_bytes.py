@@ -10,7 +10,7 @@ import os
 
 import numpy as np
 
-from lavit_jax.core import errors
+from lavit_jax.core import errors, image_io
 from lavit_jax.core.storage import fetched, files
 from lavit_jax.data import examples
 
@@ -36,11 +36,18 @@ def of(source: examples.Source) -> str:
   count = min(source.num_images, _IMAGES_HASHED)
   numbers = np.linspace(0, source.num_images - 1, count).astype(int).tolist()
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    starts = list(pool.map(lambda i: _start_of(source.encoded(i)), numbers))
+    starts = list(pool.map(lambda i: _start_in(source, i), numbers))
   if None in starts:
     return ""
   storage = source.stored() if isinstance(source, examples.HasStorage) else ""
   return hashlib.sha256(repr((storage, starts)).encode()).hexdigest()[:32]
+
+
+def _start_in(source, i):
+  try:
+    return _start_of(source.encoded(i))
+  except image_io.ImageError:
+    return "unreadable"  # likewise
 
 
 def _start_of(image):

@@ -22,7 +22,7 @@ from lavit_jax.data.indexes import stored
 from lavit_jax.data.records import filters as filters_lib
 
 _LOG = logging.getLogger(__name__)
-_RULES = 1  # of filters, for what is kept
+_RULES = 2  # of filters, for what is kept
 _KEPT = 20_000  # images or examples whose choice is worth keeping
 _OF_TEXTS = ("image_text", "text_image", "text")  # tasks
 
@@ -36,6 +36,7 @@ class FilteredSource:
     image_size: height and width of the images, in pixels.
     num_images: number of images of the whole source.
     usable: int32[n], the images that are kept, in order.
+    shown: int32[n], the images that kept examples have.
   """
 
   def __init__(
@@ -64,6 +65,7 @@ class FilteredSource:
       )
     kept = self._kept()
     self.usable = np.flatnonzero(kept.pop("images")).astype(np.int32)
+    self.shown = np.flatnonzero(kept.pop("shown")).astype(np.int32)
     self._examples = {
       task: np.flatnonzero(chosen).astype(np.int32)
       for task, chosen in kept.items()
@@ -91,7 +93,8 @@ class FilteredSource:
     what = repr((_RULES, *of_data, self._filters))
     digest = hashlib.sha256(what.encode()).hexdigest()[:32]
     path = stored.folder() / "filters" / f"{digest}.npz"
-    kept = _read(path, counts | {"images": source.num_images})
+    both = dict.fromkeys(("images", "shown"), source.num_images)
+    kept = _read(path, counts | both)
     if kept is None:
       kept = self._choose()
       _write(path, kept)
@@ -99,7 +102,8 @@ class FilteredSource:
 
   def _choose(self):
     images = self._choose_images()
-    kept = {"images": images}
+    shown = np.zeros(len(images), bool)
+    kept = {"images": images, "shown": shown}
     captioned = np.zeros((2, len(images)), bool)  # before and after
     for task in self.source.tasks():
       count = self.source.num_examples(task)
@@ -107,9 +111,10 @@ class FilteredSource:
       for i in range(count):
         example = self.source.example(task, i)
         kept[task][i] = keeps = self._keeps(example, images)
-        if task == "image_text":
-          for part in example.parts:
-            if isinstance(part, examples.ImagePart):
+        for part in example.parts:
+          if isinstance(part, examples.ImagePart):
+            shown[part.image] |= keeps
+            if task == "image_text":
               captioned[:, part.image] |= (True, keeps)
     # An image whose captions are all left out is left out, too.
     kept["images"] = images & (captioned[1] | ~captioned[0])

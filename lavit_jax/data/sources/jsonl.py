@@ -41,7 +41,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -127,7 +127,13 @@ class JsonlSource:
     self.num_images = len(self._paths)
     self._check_usable(split, only)
     kept = max(1, _MAX_DECODED // (3 * self.image_size**2))
-    self._decoded = functools.lru_cache(maxsize=kept)(self._decode)
+    self._decoded: Callable[[int], np.ndarray] = functools.lru_cache(
+      maxsize=kept
+    )(self._decode)
+
+  def decode_anew(self) -> None:
+    """Keeps no decoded images from now on, so that decoding is measured."""
+    self._decoded = self._decode
 
   def _read(self, reader, split, held_out_share, only, limit):
     """Adds the lines of the split; bad ones go to `faults`."""
@@ -235,7 +241,8 @@ class JsonlSource:
     """Refuses a file without examples, or whose images do not exist."""
     if not self.tasks() and not self.num_images:
       raise errors.DataError(
-        f"{self.path}: no usable line for split={split!r}, only={only}; it"
+        f"{self.path}: no usable line for split={split!r}"
+        f"{f', only={only}' if only else ''}; it"
         f" has {self.faults.seen} lines. Choose another split (or give a file"
         " of its own as config.data.held_out_path), or add lines such as"
         ' {"image": "a.jpg", "caption": "a cat"}.'

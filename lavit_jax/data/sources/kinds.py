@@ -87,6 +87,11 @@ def parts_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     parts[name] = {**shared, "weight": 1.0, **fields}
     _check_part(name, parts[name])
   later = config.get("reweighted") or {}
+  if not hasattr(later, "values"):
+    raise errors.ConfigError(
+      f"config.data.reweighted={later!r}: expected weights by the document from"
+      ' which they hold, such as {"100000": {"coco": 2.0}}.'
+    )
   changed = {
     name for some in later.values() if hasattr(some, "items") for name in some
   }
@@ -151,6 +156,7 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
       limit_share that is not a share.
     errors.DataError: the data cannot be read.
   """
+  _check_numbers(config)
   if parts := parts_of(config):
     return mixed.MixedSource(
       [
@@ -237,6 +243,29 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
     f"config.data.kind={kind!r} is unknown; expected shapes, jsonl,"
     " webdataset, parquet, hf, arrayrecord or tfds."
   )
+
+
+def _check_numbers(config) -> None:
+  """Checks the numbers that all kinds have.
+
+  Raises:
+    errors.ConfigError: one of them is none.
+  """
+  size = config["image_size"]
+  if type(size) is not int or size < 1:
+    raise errors.ConfigError(
+      f"config.data.image_size={size!r}: expected pixels of a side, 1 or more."
+    )
+  share = faults.share_of(config)
+  if isinstance(share, bool) or not isinstance(share, int | float):
+    raise errors.ConfigError(
+      f"config.data.limit_share={share!r}: expected a share, 0 to 1."
+    )
+  if config.get("sources") and not parts_of(config):
+    raise errors.ConfigError(
+      "config.data.sources: all have weight 0, so that there are no data. Give"
+      " one of them a weight above 0."
+    )
 
 
 def _is_in_place(config) -> bool:

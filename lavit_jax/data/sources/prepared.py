@@ -394,12 +394,19 @@ class _Reader:
 
 def is_named(path: str | os.PathLike[str]) -> bool:
   """Returns whether a path is a folder of prepared data."""
-  folder = files.input_path(os.fspath(path).rstrip("/") or "/")
+  folder = files.path_of(os.fspath(path).rstrip("/") or "/")
   if not files.is_remote(path) and not os.path.isdir(folder):
     return False
   if files.is_remote(path) and any(c in str(path) for c in "*{["):
     return False
-  return (folder / MANIFEST).exists()
+  manifest = folder / MANIFEST
+  if not manifest.exists():
+    return False
+  try:
+    found = json.loads(manifest.read_text())
+    return isinstance(found, dict) and {"shards", "files"} <= set(found)
+  except (OSError, ValueError, RecursionError):  # perhaps ours, and damaged
+    return any(folder.glob(f"images-*{SUFFIX}"))
 
 
 def read_manifest(folder: Any) -> dict[str, Any]:
@@ -411,27 +418,72 @@ def read_manifest(folder: Any) -> dict[str, Any]:
   path = folder / MANIFEST
   try:
     found = json.loads(path.read_text())
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-      raise ValueError(f"format {found.get('format')!r}, expected {FORMAT}")
-    for kind in ("images", "examples"):
-      counts = found["shards"][kind]
-      if not all(type(count) is int and count >= 0 for count in counts):
-        raise ValueError(f"shards {counts!r:.40}")
-    names = [name for name in found["files"] if "/" not in name]
-    if len(names) < len(found["files"]):
-      raise ValueError("it names files elsewhere")
+    _check_manifest(found)
   except FileNotFoundError as error:
     begun = folder.with_name(folder.name + ".partial").exists()
     more = " It is unfinished: give the same command again." if begun else ""
     raise errors.DataError(
       f"{folder} has no {MANIFEST}, as lavit data prepare writes it.{more}"
     ) from error
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except PermissionError as error:
+    raise errors.DataError(f"{path} may not be read ({error}).") from error
+  except (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError),
+    RecursionError,
+  ) as error:
     raise errors.DataError(
       f"{path} is damaged or of another version ({error}). Prepare the data"
       " again: lavit data prepare."
     ) from error
   return found
+
+
+def _check_manifest(found: Any) -> None:
+  """Checks that a manifest fits together.
+
+  Raises:
+    ValueError: it does not; also KeyError, TypeError and AttributeError.
+  """
+  if type(found["format"]) is not int or found["format"] != FORMAT:
+    raise ValueError(f"format {found['format']!r}, expected {FORMAT}")
+  for name in ("shards", "files", "examples", "left_out", "from", "settings"):
+    if not isinstance(found[name], dict):
+      raise ValueError(f"{name} {found[name]!r:.40}")
+  counts = {kind: found["shards"][kind] for kind in ("images", "examples")}
+  numbers_of = {
+    **{f"shards of {kind}": part for kind, part in counts.items()},
+    "images, captions, bytes": [
+      found[n] for n in ("images", "captions", "bytes")
+    ],
+    "examples": list(found["examples"].values()),
+    "left_out": list(found["left_out"].values()),
+    "files": [size for _, size in found["files"].values()],
+  }
+  for name, values in numbers_of.items():
+    if not all(type(value) is int and value >= 0 for value in values):
+      raise ValueError(f"{name} {values!r:.40}")
+  sums = {
+    "images": (found["images"], sum(counts["images"])),
+    "examples": (sum(found["examples"].values()), sum(counts["examples"])),
+    "bytes": (found["bytes"], sum(numbers_of["files"])),
+  }
+  for name, (one, two) in sums.items():
+    if one != two:
+      raise ValueError(f"{one} {name}, of which its shards have {two}")
+  expected = {
+    file_name(kind, number, len(counts[columns]), suffix)
+    for columns, kind, suffix in (
+      *(("images", "images", suffix) for suffix in (SUFFIX, ".npy")),
+      ("images", "about", SUFFIX),
+      *(("examples", "examples", suffix) for suffix in (SUFFIX, ".npy")),
+      ("examples", "joined", ".npy"),
+    )
+    for number in range(len(counts[columns]))
+  }
+  if odd := expected ^ set(found["files"]):
+    raise ValueError(
+      f"its list of files is not of its shards: {min(odd)!r:.60}"
+    )
 
 
 def overlap(one: PreparedSource, other: PreparedSource) -> int:

@@ -247,14 +247,28 @@ def main() -> None:
   for line in sys.stdin:
     try:
       if function is None:
-        function = getattr(importlib.import_module(module), name)(start[1])
+        function = _made(getattr(importlib.import_module(module), name), start)
       answer = ["answer", function(json.loads(line))]
     except errors.LavitError as error:
       answer = ["error", str(error)]
     except Exception as error:  # told to the parent, which raises it
       answer = ["fault", f"{type(error).__name__}: {error}"]
-    answers.write(json.dumps(answer).encode() + b"\n")
-    answers.flush()
+    try:
+      answers.write(json.dumps(answer).encode() + b"\n")
+      answers.flush()
+    except BrokenPipeError:  # nobody is there any more to be told
+      os._exit(1)
+
+
+def _made(make, start):
+  """Returns make(setup); what it warns of, the parent has said already."""
+  log = logging.getLogger("lavit_jax")
+  level = log.level
+  log.setLevel(logging.ERROR)
+  try:
+    return make(start[1])
+  finally:
+    log.setLevel(level)
 
 
 if __name__ == "__main__":

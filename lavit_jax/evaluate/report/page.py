@@ -15,6 +15,7 @@ import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from lavit_jax.core.storage import files
 from lavit_jax.evaluate.report import figures, plots
 
 Cell = figures.ImageLike | str | float | int | None
@@ -160,9 +161,7 @@ def write(report: Report, path: str | os.PathLike) -> pathlib.Path:
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f"{path.name}.partial")
-  partial.write_text(render(report), encoding="utf-8")
-  partial.replace(path)
+  files.write_whole(files.path_of(path), render(report).encode())
   return path
 
 

@@ -5,31 +5,32 @@ appears when all is written.
 """
 
 import collections
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-
-import numpy as np
 
 from lavit_jax.core import errors
 from lavit_jax.core.storage import files
-from lavit_jax.data import contents, examples, faults
+from lavit_jax.data import contents, faults
 from lavit_jax.data.caches import shards as cache_shards
 from lavit_jax.data.images import image_bytes
-from lavit_jax.data.sources import kinds, mixed, prepared
+from lavit_jax.data.sources import filtered, kinds, mixed, prepared
 from lavit_jax.data.workers import pool
 from lavit_jax.jobs.prepare import looks, shards
 from lavit_jax.jobs.prepare import plan as plan_lib
 
-_BEGUN, _LOOKS, _PLAN = "begun.json", "looks", "plan.npz"
+_BEGUN, _LOOKS, _PLAN, _LOCK = "begun.json", "looks", "plan.npz", "lock"
 _BAD = "bad.jsonl"  # every image that cannot be used, and why
 _NAMED = 3  # bad images in a message
+_NAMES = {"image_text": "captions"}  # of tasks
 _VERSIONS = ("lavit_jax", "pillow", "array_record")
 
 
@@ -81,14 +82,16 @@ def prepare(
   partial = cache_shards.partial_of(folder)
   job = _Job(source, config, split, partial, settings, workers, quiet)
   try:
-    _begin(partial, begun)
-    manifest = job.run()
-    manifest |= {"from": begun["data"], "settings": begun["settings"]}
-    cache_shards.replace_text(
-      partial / prepared.MANIFEST, json.dumps(manifest, indent=1)
-    )
-    _clean(partial)
-    os.replace(partial, folder)
+    with _begin(partial, begun):
+      manifest = _finished(partial, begun)
+      if manifest is None:
+        manifest = job.run()
+        manifest |= {"from": begun["data"], "settings": begun["settings"]}
+        cache_shards.replace_text(
+          partial / prepared.MANIFEST, json.dumps(manifest, indent=1)
+        )
+      _clean(partial)
+      os.replace(partial, folder)
   except OSError as error:
     raise errors.DataError(
       f"{partial} could not be written ({error}). What is finished stays there:"
@@ -164,12 +167,40 @@ def _complete(folder, begun) -> dict[str, Any] | None:
   manifest = prepared.read_manifest(folder)
   made = {"data": manifest.get("from"), "settings": manifest.get("settings")}
   _check_same(folder, made, begun)
+  if wrong := _wrong_files(folder, manifest["files"]):
+    raise errors.DataError(
+      f"{folder} was complete, and is not: {'; '.join(wrong[:3])}. Delete it"
+      " and give the same command again."
+    )
   return manifest
+
+
+def _finished(partial, begun) -> dict[str, Any] | None:
+  """Returns the manifest of what only has to be renamed, None without one.
+
+  As an end between the last file and the renaming leaves it.
+  """
+  if not (partial / prepared.MANIFEST).exists():
+    return None
+  return _complete(partial, begun)
+
+
+def _wrong_files(folder, listed) -> list[str]:
+  """Returns which listed files are missing or of another length."""
+  wrong = []
+  for name, (_, size) in listed.items():
+    path = folder / name
+    if not path.exists():
+      wrong.append(f"{name} is missing")
+    elif path.stat().st_size != size:
+      wrong.append(f"{name} has {path.stat().st_size} bytes, expected {size}")
+  return wrong
 
 
 def _check_same(folder, made, begun) -> None:
   for name in ("data", "settings"):
-    here, there = begun[name], made.get(name) or {}
+    here, there = begun[name], made.get(name)
+    there = there if isinstance(there, dict) else {}
     differ = [
       f"{k}={there.get(k)!r}, here {here[k]!r}"
       for k in here
@@ -182,13 +213,36 @@ def _check_same(folder, made, begun) -> None:
       )
 
 
-def _begin(partial, begun) -> None:
-  """Makes the folder, or checks that it was begun alike."""
+@contextlib.contextmanager
+def _begin(partial, begun) -> Iterator[None]:
+  """Makes the folder, or checks that it was begun alike; nobody else may.
+
+  Raises:
+    errors.DataError: it is something else, or another process writes it.
+  """
+  ours = cache_shards.is_begun(partial, _BEGUN, prepared.MANIFEST)
+  partial.mkdir(parents=True, exist_ok=True)
+  with (partial / _LOCK).open("a") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise errors.DataError(
+        f"{partial} is being written by another process. Wait for its end, or"
+        " give another folder."
+      ) from error
+    for path in partial.rglob("*.tmp"):
+      path.unlink(missing_ok=True)  # of a process that was killed
+    if not ours:
+      cache_shards.replace_text(partial / _BEGUN, json.dumps(begun))
+    elif not (partial / prepared.MANIFEST).exists():
+      _check_begun(partial, begun)
+    (partial / _LOOKS).mkdir(exist_ok=True)
+    yield
+
+
+def _check_begun(partial, begun) -> None:
+  """Checks that a folder was begun with the same data and settings."""
   path = partial / _BEGUN
-  (partial / _LOOKS).mkdir(parents=True, exist_ok=True)
-  if not path.exists():
-    cache_shards.replace_text(path, json.dumps(begun))
-    return
   try:
     found = json.loads(path.read_text())
     if not isinstance(found, dict):
@@ -202,10 +256,10 @@ def _begin(partial, begun) -> None:
 
 def _clean(partial) -> None:
   """Deletes what only resuming needs; the manifest is there."""
-  shutil.rmtree(partial / _LOOKS)
-  for pattern in (_PLAN, "*.done.json", _BEGUN, "*.tmp"):
+  shutil.rmtree(partial / _LOOKS, ignore_errors=True)
+  for pattern in (_PLAN, "*.done.json", _BEGUN, "*.tmp", _LOCK):
     for path in partial.glob(pattern):
-      path.unlink()
+      path.unlink(missing_ok=True)
 
 
 class _Job:
@@ -222,7 +276,8 @@ class _Job:
     self._look()
     plan, bad = self._plan()
     done = self._write(plan)
-    left_out = collections.Counter(plan.left_out)
+    left_out = collections.Counter(plan.left_out) + _left_out(self._source)
+    bad = [*_faults(self._source).reasons.items(), *bad]
     tasks: collections.Counter[str] = collections.Counter()
     listed: dict[str, Any] = {}
     shards_: dict[str, list[int]] = {}
@@ -232,6 +287,12 @@ class _Job:
         listed |= part["files"]
         left_out.update(part.get("left_out", {}))
         tasks.update(part.get("tasks", {}))
+    if not len(plan.old) and not tasks:
+      shutil.rmtree(self._folder)
+      raise errors.DataError(
+        f"{self._source.name}: nothing is left to be prepared"
+        f" ({_counted(left_out)} are left out)."
+      )
     if bad:
       lines = [json.dumps({"name": name, "reason": why}) for name, why in bad]
       text = "".join(f"{line}\n" for line in lines)
@@ -273,25 +334,21 @@ class _Job:
     source, folder = self._source, self._folder / _LOOKS
     found, bad = looks.read(folder, "images", source.num_images)
     texts, _ = looks.read(folder, "texts", source.num_examples("text"))
-    usable = np.zeros(source.num_images, bool)
-    usable[examples.usable(source)] = True
+    usable = looks.needed(source)
     log = faults.FaultLog(f"images of {source.name}", self._limit)
     log.good(int(usable.sum()) - len(bad))
     if bad:  # also those that an earlier call looked at
       log.fault_all([name for name, _ in bad[:_NAMED]], len(bad), bad[0][1])
+      log.reasons.update(bad[:_NAMED])
       log.check()
     plan = plan_lib.of(found, usable, texts, self._settings)
-    if not len(plan.old) and not any(
-      source.num_examples(task) for task in prepared.TASKS
-    ):
-      raise errors.DataError(f"{source.name}: nothing is left to be prepared.")
     plan.write(self._folder / _PLAN)
     return plan, bad
 
   def _write(self, plan) -> dict[str, list[dict[str, Any]]]:
     totals = shards.total(self._source, plan, self._settings)
     items = [[kind, k] for kind, total in totals.items() for k in range(total)]
-    there = lambda item: shards.done_file(self._folder, *item).exists()
+    there = lambda item: _is_written(self._folder, *item)
     self._setup["settings"] = dataclasses.asdict(self._settings)
     self._each(
       f"write {len(items)} shards",
@@ -330,6 +387,40 @@ class _Job:
     )
     for answer in answers:
       note(answer)
+
+
+def _is_written(folder, kind, number) -> bool:
+  """Returns whether a shard is written, and its files are there."""
+  try:
+    listed = json.loads(shards.done_file(folder, kind, number).read_text())
+    return not _wrong_files(folder, listed["files"])
+  except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    return False  # it is written again
+
+
+def _faults(source) -> faults.FaultLog:
+  """Returns what a source has left out of its lines, rows or samples."""
+  whole = (
+    source.source if isinstance(source, filtered.FilteredSource) else source
+  )
+  return getattr(whole, "faults", None) or faults.FaultLog()
+
+
+def _left_out(source) -> collections.Counter[str]:
+  """Returns how much the source and its filters have left out already."""
+  found = collections.Counter(
+    {"bad lines, rows or samples of the source": _faults(source).bad}
+  )
+  if isinstance(source, filtered.FilteredSource):
+    for task in source.source.tasks():
+      if task != "text_image":  # the captions again
+        count = source.source.num_examples(task) - source.num_examples(task)
+        found[f"filters: {_NAMES.get(task, task)}"] = count
+  return +found
+
+
+def _counted(left_out) -> str:
+  return ", ".join(f"{n:,} {why}" for why, n in left_out.items()) or "none"
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lavit_jax.core.storage import array_files, files
 from lavit_jax.data import examples
 from lavit_jax.data.caches import shards
 from lavit_jax.data.images import hashes
-from lavit_jax.data.sources import kinds
+from lavit_jax.data.sources import filtered, kinds
 
 CHUNK = 512  # images or texts
 LOOK = np.dtype(
@@ -44,7 +44,17 @@ def chunks(source: examples.Source) -> Iterator[list[Any]]:
 
 def is_done(folder: pathlib.Path, kind: str, number: int) -> bool:
   """Returns whether a chunk has been looked at."""
-  return (folder / f"{kind}-{number:05d}.npy").exists()
+  path = folder / f"{kind}-{number:05d}.npy"
+  return path.exists() and path.with_suffix(".json").exists()
+
+
+def needed(source: examples.Source) -> np.ndarray:
+  """Returns which images are used, or shown by an example that is, bool[n]."""
+  found = np.zeros(source.num_images, bool)
+  found[examples.usable(source)] = True
+  if isinstance(source, filtered.FilteredSource):
+    found[source.shown] = True
+  return found
 
 
 def maker(setup: Mapping[str, Any]) -> Callable[[Any], dict[str, Any]]:
@@ -55,8 +65,7 @@ def maker(setup: Mapping[str, Any]) -> Callable[[Any], dict[str, Any]]:
   """
   source = kinds.build(setup["config"], setup["split"])
   folder = pathlib.Path(setup["folder"])
-  usable = np.zeros(source.num_images, bool)
-  usable[examples.usable(source)] = True
+  usable = needed(source)
 
   def look(item):
     kind, number = item
@@ -95,8 +104,14 @@ def look_at(source: examples.Source, i: int) -> tuple[Any, ...]:
   Raises:
     image_io.ImageError: it cannot be read.
   """
-  data = encoded(source, i)
-  image = image_io.load(data, name=source.image_key(i))
+  data, name = encoded(source, i), source.image_key(i)
+  if isinstance(source, examples.HasEncodedImages):
+    found = source.encoded(i)
+    if isinstance(found, str | os.PathLike) and not os.fspath(found).endswith(
+      name
+    ):
+      name = f"{name} ({os.fspath(found)})"
+  image = image_io.load(data, name=name)
   return (
     *(False, image.height, image.width, len(data)),
     *(hashes.of_bytes(data), hashes.perceptual(image)),
@@ -142,10 +157,9 @@ def _hash_of_text(source, i) -> int:
 
 def write_array(path: pathlib.Path, array: np.ndarray) -> None:
   """Writes an array as a whole."""
-  unfinished = path.with_suffix(".tmp")
-  with unfinished.open("wb") as file:
-    np.save(file, array)
-  shards.replace(unfinished, path)
+  data = io.BytesIO()
+  np.save(data, array)
+  shards.replace_bytes(path, data.getvalue())
 
 
 def read(

@@ -4,10 +4,12 @@ A pure function of what `looks.py` found, so that each process decides alike.
 """
 
 import dataclasses
+import io
 import pathlib
 
 import numpy as np
 
+from lavit_jax.data.caches import shards
 from lavit_jax.data.images import hashes
 
 DUPLICATES = ("keep", "exact", "near")
@@ -46,6 +48,7 @@ class Plan:
 
   Attributes:
     old: int64[n], number in the source of each prepared image.
+    content: uint64[n], hash of its bytes, see `hashes.of_bytes`.
     new: int32[num_images], number of each image of the source among these: its
       own, that of the one that it equals, or -1.
     merged: int64[m], images that equal an earlier one; they leave it captions.
@@ -54,6 +57,7 @@ class Plan:
   """
 
   old: np.ndarray
+  content: np.ndarray
   new: np.ndarray
   merged: np.ndarray
   texts: np.ndarray
@@ -61,12 +65,10 @@ class Plan:
 
   def write(self, path: pathlib.Path) -> None:
     """Writes the arrays, for other processes."""
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("wb") as file:
-      np.savez(
-        file, old=self.old, new=self.new, merged=self.merged, texts=self.texts
-      )
-    unfinished.replace(path)
+    names = ("old", "content", "new", "merged", "texts")
+    data = io.BytesIO()
+    np.savez(data, **{name: getattr(self, name) for name in names})
+    shards.replace_bytes(path, data.getvalue())
 
   @classmethod
   def read(cls, path: pathlib.Path) -> "Plan":
@@ -89,7 +91,7 @@ def of(
   good = np.flatnonzero(~found["bad"])
   leader = np.arange(len(good))
   left_out = {
-    "filters": int((~usable).sum()),
+    "filters: images": int((~usable).sum()),
     "cannot be read": int((found["bad"] & usable).sum()),
   }
   if settings.duplicates != "keep":
@@ -114,6 +116,7 @@ def of(
     left_out["text that was there before"] = int((~keep).sum())
   return Plan(
     old=good[kept],
+    content=found["content"][good[kept]],
     new=new,
     merged=good[~kept],
     texts=keep,

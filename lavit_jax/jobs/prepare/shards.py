@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import pathlib
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 from lavit_jax.core import image_io
 from lavit_jax.data import examples
 from lavit_jax.data.caches import shards as cache_shards
+from lavit_jax.data.images import hashes
 from lavit_jax.data.records import held_out
 from lavit_jax.data.sources import kinds, prepared
 from lavit_jax.jobs.prepare import looks
@@ -76,6 +78,7 @@ class _Writer:
   def __init__(self, source, folder, settings, plan, totals):
     self._source, self._folder, self._plan = source, folder, plan
     self._settings, self._totals = settings, totals
+    self._content = plan.content.tolist()
     self._merged: dict[int, list[int]] = collections.defaultdict(list)
     for old in plan.merged.tolist():
       self._merged[int(plan.new[old])].append(old)
@@ -93,7 +96,7 @@ class _Writer:
     ):
       for row, new in enumerate(numbers):
         old = int(self._plan.old[new])
-        images.write(self._encoded(old))
+        images.write(self._encoded(old, new))
         about = self._about(old, new)
         abouts.write(_json(about))
         hashed = held_out.hash_of(about["key"])
@@ -104,8 +107,13 @@ class _Writer:
     more = {"captions": int(columns["captions"].sum(dtype=np.int64))}
     return self._finish("images", number, len(numbers), names, more)
 
-  def _encoded(self, old) -> bytes:
+  def _encoded(self, old, new) -> bytes:
     data = looks.encoded(self._source, old)
+    if hashes.of_bytes(data) != self._content[new]:
+      raise image_io.ImageError(
+        f"{self._source.image_key(old)} has changed since it was looked at."
+        f" Delete {self._folder} and give the same command again."
+      )
     side = self._settings.side
     if not side:
       return data
@@ -126,9 +134,10 @@ class _Writer:
     for one in (old, *self._merged.get(new, ())):
       captions |= dict.fromkeys(self._source.captions(one))
     about = {"key": self._source.image_key(old), "captions": list(captions)}
-    if isinstance(self._source, examples.HasFields):
-      about["fields"] = dict(self._source.fields(old))
-    return about
+    # A filtered source has the numbers of the whole one.
+    whole = getattr(self._source, "source", self._source)
+    fields = whole.fields(old) if isinstance(whole, examples.HasFields) else {}
+    return about | ({"fields": dict(fields)} if fields else {})
 
   def examples(self, number: int) -> dict[str, Any]:
     """Writes a shard of examples; returns what `done_file` holds."""
@@ -211,7 +220,7 @@ class _Records:
 
   def __init__(self, path, kind):
     self._path = path
-    self._unfinished = path.with_name(f"{path.name}.tmp")
+    self._unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     self._options = _OPTIONS[kind]
 
   def __enter__(self):

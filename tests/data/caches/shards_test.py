@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
+from lavit_jax.core import errors
 from lavit_jax.data.batching import buckets
 from lavit_jax.data.caches import codes, latents, shards
 
@@ -138,3 +139,13 @@ def test_messages_show_what_a_fingerprint_is_of():
   digest = "0123456789abcdef"
   assert shards.described(digest, "my.jsonl") == "my.jsonl (0123456789ab)"
   assert shards.described(digest, "") == digest
+
+
+@pytest.mark.parametrize("kind", _WRITERS)
+def test_a_folder_of_something_else_is_left_alone(kind, tmp_path):
+  partial = tmp_path / "out.partial"
+  partial.mkdir()
+  (partial / "mine.txt").write_text("mine")
+  with pytest.raises(errors.DataError, match=r"something else \(mine.txt\)"):
+    _WRITERS[kind](tmp_path / "out")
+  assert [path.name for path in partial.iterdir()] == ["mine.txt"]

@@ -135,3 +135,23 @@ def test_datasets_of_other_kinds_do_not_import_tfds():
     "assert 'tensorflow_datasets' not in sys.modules"
   )
   subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+  ("fields", "says"),
+  [
+    ({"image_size": 0}, "image_size=0: expected pixels"),
+    ({"image_size": "x"}, "image_size='x': expected pixels"),
+    ({"image_size": -3}, "image_size=-3: expected pixels"),
+    ({"limit_share": "x"}, "limit_share='x': expected a share"),
+    ({"reweighted": [1]}, r"reweighted=\[1\]: expected weights"),
+    ({"sources": {"a": {"weight": 0.0}}}, "all have weight 0"),
+  ],
+)
+def test_numbers_that_are_none_are_told(tmp_path, fields, says):
+  path = str(_file(tmp_path, [{"text": "words"}]))
+  data = _FIELDS | {"path": path, "held_out_path": path}
+  if "reweighted" in fields:
+    data |= {"sources": {"a": {}}}
+  with pytest.raises(errors.ConfigError, match=says):
+    kinds.build(data | fields, "train")
