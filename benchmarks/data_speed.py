@@ -98,10 +98,12 @@ def _worker_init(_):
 
 def _data_loader(dataset, **kwargs):
   import torch
+  import torchvision  # noqa: F401  # here, so that no worker has to
 
   return torch.utils.data.DataLoader(
     dataset,
     num_workers=WORKERS,
+    persistent_workers=True,
     worker_init_fn=_worker_init,
     prefetch_factor=4,
     **{"batch_size": BATCH, "shuffle": True} | kwargs,
@@ -135,7 +137,11 @@ def webdataset(root):
   )
   return _forever(
     lambda: wds.WebLoader(
-      dataset, num_workers=WORKERS, batch_size=None, prefetch_factor=4
+      dataset,
+      num_workers=WORKERS,
+      batch_size=None,
+      prefetch_factor=4,
+      persistent_workers=True,
     )
   )
 
@@ -160,6 +166,7 @@ def hf_datasets(root):
 
 def litdata(root):
   import litdata as ld
+  import torchvision  # noqa: F401
 
   tokenizer = []
 
@@ -176,6 +183,7 @@ def litdata(root):
       batch_size=BATCH,
       num_workers=WORKERS,
       prefetch_factor=4,
+      persistent_workers=True,
     )
   )
 
@@ -236,9 +244,10 @@ LOADERS = {
 
 
 def _forever(make):
-  """Iterates over a loader again and again."""
+  """Iterates over a loader again and again, whose workers go on."""
+  loader = make()
   while True:
-    yield from make()
+    yield from loader
 
 
 def _limit(root, way):
@@ -439,9 +448,10 @@ def main():
     print(f"{name:20s} {rate:6.0f} images/s ({spread})")
   for way, limit in limits.items():
     print(f"limit, {way:13s} {limit:6.0f} images/s")
-  print(f"ours is {found['ours'] / best:.2f} x the fastest other")
+  ours_, name = max((v, n) for n, v in found.items() if n.startswith("ours"))
+  print(f"{name} is {ours_ / best:.2f} x the fastest other")
   if limits:
-    print(f"ours is {found['ours'] / limits['ours']:.0%} of its limit")
+    print(f"{name} is {ours_ / limits['ours']:.0%} of its limit")
 
 
 if __name__ == "__main__":
