@@ -69,7 +69,7 @@ def test_two_processes_of_four_devices_write_what_one_device_does(
   assert sealed
   assert len(codes.CodeCache.load(out)) == _IMAGES
   # Again, it is there.
-  assert tokenize_part.write(model, out, (1, 2), _SCENES)["part"] == 1
+  assert tokenize_part.write(model, out, (1, 2), _SCENES)["part"] == 2
   assert _one(model, out, monkeypatch) == summary | {"out": str(out)}
 
 
