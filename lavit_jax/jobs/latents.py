@@ -114,7 +114,8 @@ def _meta(source, buckets, net, params, description, model):
 class _Encoder:
   """Encodes images on all devices of this process, a group on each.
 
-  What is encoded together does not depend on how many there are.
+  What is encoded together, and by which program, does not depend on how many
+  there are.
   """
 
   def __init__(self, net, params, group: int):

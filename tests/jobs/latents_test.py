@@ -80,8 +80,8 @@ def _alone(root, out, monkeypatch, devices):
 def test_two_joined_processes_write_what_one_does(root, tmp_path, monkeypatch):
   """They are killed in between, and begin again.
 
-  On a CPU, XLA convolves in another way where it has a single device: the
-  latents of one differ in the last bits.
+  As tests compile, a program for one device rounds otherwise than one for two;
+  as users do, the bits are the same.
   """
   alone = _alone(root, tmp_path / "one", monkeypatch, 2)
   single = _alone(root, tmp_path / "single", monkeypatch, 1)
