@@ -241,6 +241,7 @@ check_run() {
 }
 
 check_job() {
+  local word
   case $JOB in
   train) ;;
   tokenize | latents)
@@ -248,6 +249,14 @@ check_job() {
       mistake "--job $JOB writes caches to a folder that all hosts see" \
         "(Filestore, NFS), not to '$WORKDIR'; copy them to a bucket afterwards"
     fi
+    for word in ${OVERRIDES[@]+"${OVERRIDES[@]}"}; do
+      case $word in
+      --out | --out=* | --part | --part=*)
+        mistake "--job $JOB sets ${word%%=*} itself: caches go to --workdir," \
+          "and each host writes a part"
+        ;;
+      esac
+    done
     ;;
   *) mistake "--job takes train, tokenize or latents, not '$JOB'" ;;
   esac

@@ -59,10 +59,12 @@ def shared_by(given: tuple[int, int] | None) -> dict[str, tuple[int, int]]:
     given: the value of `--part`; without it, each of the processes that the
       environment joins writes a part.
   """
+  if given is not None:
+    return {"part": given}
   distributed.initialize()
-  if given is None and jax.distributed.is_initialized():
-    given = jax.process_index(), jax.process_count()
-  return {} if given is None else {"part": given}
+  if not jax.distributed.is_initialized():
+    return {}
+  return {"part": (jax.process_index(), jax.process_count())}
 
 
 def show(

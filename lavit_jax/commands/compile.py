@@ -16,7 +16,6 @@ from etils import epy
 
 from lavit_jax.commands import common, train
 from lavit_jax.core import errors
-from lavit_jax.core.storage import files
 
 with epy.lazy_imports():  # after JAX_PLATFORMS is set, see `run`
   import jax
@@ -174,11 +173,11 @@ def _parse(argv):
 
 def _check_flags(args, rest) -> None:
   """Raises UsageError for flags that do not go together."""
-  if args.hlo:
-    files.require_local(args.hlo, "a program")
-    common.require_output(args.hlo, "--hlo")
+  if args.hlo is not None:
     words = (word.partition("=")[2] or word for word in rest)
     common.require_not_read(args.hlo, "--hlo", words)
+    is_program = lambda line: line.startswith("HloModule")
+    common.require_report(args.hlo, "--hlo", is_program)
   if args.cache:
     common.require_output_folder(args.cache, "--cache")
   for flag in ("batches", "remats"):

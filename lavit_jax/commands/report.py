@@ -48,6 +48,8 @@ def add(subparsers: Any) -> None:
 
 def _report(args: argparse.Namespace) -> None:
   workdir = files.input_path(args.workdir)
+  if args.out is not None and not files.is_remote(args.out):
+    common.require_report(args.out, "--out", common.is_page)
   path = run_page.write(args.workdir, args.out or workdir / _FILE)
   summary = run_page.report(workdir)
   metrics = {metric.name: metric.value for metric in summary.metrics}

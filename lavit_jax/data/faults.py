@@ -7,7 +7,7 @@ samples that are not bad, but are not used as they are.
 import collections
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lavit_jax.core import errors
@@ -87,24 +87,23 @@ class FaultLog:
       _LOG.warning("skipped from %s: %s: %s", self.kind, name, reason)
     self.check(least=_MIN_SAMPLES)
 
-  def fault_all(self, names: Sequence[str], count: int, reason: str) -> None:
+  def fault_all(self, reasons: Mapping[str, str], count: int) -> None:
     """Counts bad samples that were found together, and logs them in one line.
 
     Raises nothing: `check` does.
 
     Args:
-      names: of the first ones.
+      reasons: why the first ones are bad, by name; at least one.
       count: how many they are.
-      reason: why each of them is bad.
     """
     with self._lock:
       self.seen += count
       self.bad += count
-      for name in names:
-        self.names[name] += 1
-        self.reasons[name] = reason
+      self.names.update(reasons.keys())
+      self.reasons.update(reasons)
+    name, reason = next(iter(reasons.items()))
     _LOG.warning(
-      "skipped %d from %s, such as %s: %s", count, self.kind, names[0], reason
+      "skipped %d from %s, such as %s: %s", count, self.kind, name, reason
     )
 
   def check(self, least: int = 1) -> None:

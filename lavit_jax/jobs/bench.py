@@ -9,7 +9,7 @@ from lavit_jax.core import errors, image_io
 from lavit_jax.data import examples
 from lavit_jax.data.batching import pipeline
 from lavit_jax.data.images import decoding
-from lavit_jax.data.sources import jsonl, kinds
+from lavit_jax.data.sources import filtered, jsonl, kinds
 from lavit_jax.jobs.prepare import job, looks
 
 _DECODED = 256  # images that are decoded alone, at the most
@@ -46,8 +46,7 @@ def measure(
   source = kinds.build(config, split)
   if not source.num_images:
     raise errors.DataError(f"{source.name} holds no images.")
-  whole = getattr(source, "source", source)  # of a filtered one
-  if isinstance(whole, jsonl.JsonlSource):
+  if isinstance(whole := filtered.whole(source), jsonl.JsonlSource):
     whole.decode_anew()
   alone = _alone(source, decoding.way(config.get("decoding", "exact")))
   batches = pipeline.image_batches(source, batch_size, seed=0, limit_share=1.0)

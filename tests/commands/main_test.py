@@ -87,6 +87,8 @@ def test_info_is_flat_for_people_and_nested_for_programs(model, capsys):
     ("compile --topology v5e:2x4 --hlo a.png/x", "a.png is a file, but a fo"),
     ("compile --topology v5e:2x4 --cache a.png", "a.png is a file, but a fol"),
     ("compile --config a.png --topology v5e:2x4 --hlo a.png", "which is read"),
+    ("compile --topology v5e:2x4 --hlo=", "--hlo is empty"),
+    ("compile --topology v5e:2x4 --hlo a.png", "is there already"),
     ("compile --config=a.png --topology v5e:2x4 --hlo a.png", "which is read"),
     ("reconstruct --codes codes.png --out codes.png", "which is read"),
     ("reconstruct a.png --out linked.png", "which is read"),

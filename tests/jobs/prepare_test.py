@@ -374,6 +374,10 @@ def test_a_folder_that_is_no_unfinished_one_is_left_alone(tmp_path):
   ):
     _prepare(path, tmp_path / "out")
   assert {p.name for p in partial.iterdir()} == set(names)
+  for name in names[1:]:
+    (partial / name).unlink()  # even one that looks as if it were temporary
+  with pytest.raises(errors.DataError, match=r"something else \(notes.tmp"):
+    _prepare(path, tmp_path / "out")
   shutil.rmtree(partial)
   partial.write_text("a file")
   with pytest.raises(errors.DataError, match="is a file"):

@@ -540,6 +540,8 @@ def test_caches_are_written_by_all_hosts(world):
 MISTAKES = {
   "--job takes train, tokenize or latents, not 'x'": ["--job", "x"],
   "--job tokenize takes no --config": ["--job", "tokenize"],
+  "--job latents sets --out itself": ["--job", "latents", "--", "--out=x"],
+  "--job latents sets --part itself": ["--job=latents", "--", "--part", "1/2"],
   "to a folder that all hosts see": [
     *("--job", "latents", "--workdir", "gs://bucket/run"),
   ],

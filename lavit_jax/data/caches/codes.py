@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import pathlib
-import secrets
 from collections.abc import Callable, Iterable, Sequence
 
 import grain.python as grain
@@ -66,8 +65,7 @@ class Meta:
   def size_of(self, part: tuple[int, int]) -> int:
     """Returns the number of images in the shards of a part: see `write`."""
     number, parts = part
-    firsts = range(0, self.num_images, self.shard_size)[number::parts]
-    return sum(min(self.shard_size, self.num_images - f) for f in firsts)
+    return sum(shards.sizes_of(self.num_images, self.shard_size)[number::parts])
 
   @property
   def code_type(self) -> str:
@@ -222,6 +220,8 @@ def resume_point(
 class _Writer(shards.Writer[Meta, Record]):
   """Each shard is a file of records; the file of its counts seals it."""
 
+  first_files = ("begun.json",)
+
   @property
   def shard_size(self):
     return self.meta.shard_size
@@ -244,7 +244,7 @@ class _Writer(shards.Writer[Meta, Record]):
   def write_shard(self, first, records):
     path = self.partial / _shard(first // self.shard_size)
     counts = np.empty(len(records), np.int32)
-    temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
+    temporary = shards.temporary_of(path)
     try:
       writer = array_record_module.ArrayRecordWriter(
         str(temporary), "group_size:1"

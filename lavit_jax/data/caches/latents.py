@@ -227,12 +227,13 @@ def size_of(assigned: np.ndarray, part: tuple[int, int]) -> int:
     part: (number, number of parts).
   """
   total, (number, parts) = int((assigned != buckets_lib.NONE).sum()), part
-  starts = range(number * _SHARD_SIZE, total, parts * _SHARD_SIZE)
-  return sum(min(_SHARD_SIZE, total - start) for start in starts)
+  return sum(shards.sizes_of(total, _SHARD_SIZE)[number::parts])
 
 
 class _Writer(shards.Writer[Meta, Record]):
   """Each shard has its place in the files of its buckets."""
+
+  first_files = ("assigned.npy", "done.json")
 
   def __init__(self, kind, directory, meta, assigned=None):
     super().__init__(kind, directory, meta)

@@ -15,9 +15,10 @@ import json
 import logging
 import os
 import pathlib
+import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -181,6 +182,7 @@ class Writer(abc.ABC, Generic[M, Record]):
   """
 
   shard_size: int  # images between two seals
+  first_files: Sequence[str]  # that `begin` writes, in this order
 
   def __init__(
     self, kind: Format[M], directory: str | os.PathLike[str], meta: M
@@ -246,8 +248,7 @@ class Writer(abc.ABC, Generic[M, Record]):
 
   def _sizes(self, total: int) -> list[int]:
     """Returns the number of images in each shard of so many."""
-    size = self.shard_size
-    return [min(size, total - first) for first in range(0, total, size)]
+    return sizes_of(total, self.shard_size)
 
   def write(
     self,
@@ -292,21 +293,28 @@ class Writer(abc.ABC, Generic[M, Record]):
           while together and self._complete() != self.directory:
             time.sleep(_PAUSE)
           return
-        self._await_others(quiet)
+        if not self._await_others(quiet):
+          return
         self.finish()
         self.kind.write_meta(self.partial, self.meta)
       for path in (*self.journal(), *self.partial.glob("*.tmp")):
         path.unlink(missing_ok=True)
       os.replace(self.partial, self.directory)
     except OSError as error:
+      if self._complete() == self.directory:
+        return  # another process wrote the same part, and was first
       raise errors.DataError(
         f"The {self.kind.name} could not be written ({error}). Finished shards"
         f" are kept in {self.partial}; make room and run the same command"
         " again, which resumes there."
       ) from error
 
-  def _await_others(self, quiet):
-    """Waits until the shards of all parts are sealed."""
+  def _await_others(self, quiet) -> bool:
+    """Waits until the shards of all parts are sealed.
+
+    Returns:
+      False if another process that writes this part has completed the cache.
+    """
     shards = range(len(self._sizes(self.count_all(self.partial))))
     next_say = time.monotonic()
     while missing := sum(not self.is_sealed(shard) for shard in shards):
@@ -318,10 +326,13 @@ class Writer(abc.ABC, Generic[M, Record]):
           missing,
         )
       time.sleep(_PAUSE)
+      if self._complete() == self.directory:
+        return False
+    return True
 
   def _fill(self, records, part):
     """Writes the shards of a part that are missing."""
-    is_begun(self.partial, "begun.json", "done.json", "meta.json")
+    is_begun(self.partial, self.first_files)
     self.partial.mkdir(parents=True, exist_ok=True)
     if not self._check_begun():
       self.begin()
@@ -357,6 +368,12 @@ class Writer(abc.ABC, Generic[M, Record]):
     return begun is not None
 
 
+def sizes_of(total: int, shard_size: int) -> list[int]:
+  """Returns the images in each shard, of which a part has every Nth."""
+  firsts = range(0, total, shard_size)
+  return [min(shard_size, total - first) for first in firsts]
+
+
 def label(verb: str, split: str, part: tuple[int, int]) -> str:
   """Returns what a progress bar says of the writing of a part of a cache."""
   number, parts = part
@@ -379,12 +396,13 @@ def partial_of(folder: Folder) -> Folder:
   return folder.with_name(folder.name + _PARTIAL)
 
 
-def is_begun(partial: pathlib.Path, *signs: str) -> bool:
+def is_begun(partial: pathlib.Path, first_files: Sequence[str]) -> bool:
   """Returns whether an unfinished folder was begun; False if it is not there.
 
   Args:
     partial: the folder.
-    signs: names of files, of which one is in a folder that was begun.
+    first_files: names of the files with which it begins, in the order in which
+      they are written; the last one says that it was begun.
 
   Raises:
     errors.DataError: it holds something else.
@@ -393,10 +411,10 @@ def is_begun(partial: pathlib.Path, *signs: str) -> bool:
     raise errors.DataError(
       f"{partial} is a file; move it or give another name."
     )
-  if any((partial / name).exists() for name in signs):
+  if (partial / first_files[-1]).exists():
     return True
-  found = [p.name for p in partial.glob("*") if p.suffix != ".tmp"]
-  if strange := sorted(set(found) - {"lock", "assigned.npy"}):
+  found = {p.name for p in partial.glob("*") if not is_temporary(p)}
+  if strange := sorted(found - set(first_files)):
     raise errors.DataError(
       f"{partial} would be written to, and holds something else"
       f" ({', '.join(strange[:3])}). Move it, or give another name."
@@ -418,6 +436,16 @@ def replace_text(path: pathlib.Path, text: str) -> None:
 
 def replace_bytes(path: pathlib.Path, data: bytes) -> None:
   """Does the same with bytes."""
-  temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+  temporary = temporary_of(path)
   temporary.write_bytes(data)
   replace(temporary, path)
+
+
+def temporary_of(path: pathlib.Path) -> pathlib.Path:
+  """Returns a name beside a file that no other process has."""
+  return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def is_temporary(path: pathlib.Path) -> bool:
+  """Returns whether a file is one of `temporary_of`."""
+  return bool(re.search(r"\.[0-9a-f]{16}\.tmp$", path.name))

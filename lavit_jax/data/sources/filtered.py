@@ -202,6 +202,11 @@ class FilteredSource:
     return source.stored() if isinstance(source, examples.HasStorage) else ""
 
 
+def whole(source: examples.Source) -> examples.Source:
+  """Returns the source that filters choose from; without filters, itself."""
+  return source.source if isinstance(source, FilteredSource) else source
+
+
 def _read(path: pathlib.Path, counts) -> dict[str, np.ndarray] | None:
   """Returns what was chosen before; None if it is not kept, or damaged."""
   try:

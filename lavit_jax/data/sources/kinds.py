@@ -166,6 +166,11 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
         for name, part in parts.items()
       ]
     )
+  if config.get("sources"):
+    raise errors.ConfigError(
+      "config.data.sources: all have weight 0, so that there are no data. Give"
+      " one of them a weight above 0."
+    )
   chosen = filters.Filters.of(config.get("filters"))
   if not chosen.keep_all:
     whole = build({**config, "filters": {}}, split)
@@ -261,11 +266,6 @@ def _check_numbers(config) -> None:
     raise errors.ConfigError(
       f"config.data.limit_share={share!r}: expected a share, 0 to 1."
     )
-  if config.get("sources") and not parts_of(config):
-    raise errors.ConfigError(
-      "config.data.sources: all have weight 0, so that there are no data. Give"
-      " one of them a weight above 0."
-    )
 
 
 def _is_in_place(config) -> bool:
@@ -346,8 +346,8 @@ def describe(
     )
   if config["kind"] in _EXAMPLES:
     part = "a tenth" if split == "held_out" else "nine tenths"
-    whole = getattr(source, "source", source)  # of a filtered one
-    apart = config.get("held_out_path") or getattr(whole, "split", "") == "all"
+    split_of = getattr(filtered.whole(source), "split", "")
+    apart = config.get("held_out_path") or split_of == "all"
     part = "all" if apart else f"{split}, {part} by hash,"
     name = f"{part} of {name}"
   return f"{name}: {source.num_images} images of {source.image_size} pixels"

@@ -134,7 +134,7 @@ class WebDatasetSource:
       archive = os.fspath(index.path).rpartition("/")[2]
       for reason, (count, names) in index.samples.faults.items():
         named = [f"{archive}/{name}" for name in names]
-        log.fault_all(named, count, reason)
+        log.fault_all(dict.fromkeys(named, reason), count)
     log.check()
     return log
 

@@ -220,7 +220,8 @@ def _begin(partial, begun) -> Iterator[None]:
   Raises:
     errors.DataError: it is something else, or another process writes it.
   """
-  ours = cache_shards.is_begun(partial, _BEGUN, prepared.MANIFEST)
+  finished = (partial / prepared.MANIFEST).exists()
+  ours = finished or cache_shards.is_begun(partial, (_LOCK, _BEGUN))
   partial.mkdir(parents=True, exist_ok=True)
   with (partial / _LOCK).open("a") as lock:
     try:
@@ -230,11 +231,11 @@ def _begin(partial, begun) -> Iterator[None]:
         f"{partial} is being written by another process. Wait for its end, or"
         " give another folder."
       ) from error
-    for path in partial.rglob("*.tmp"):
+    for path in filter(cache_shards.is_temporary, partial.rglob("*.tmp")):
       path.unlink(missing_ok=True)  # of a process that was killed
     if not ours:
       cache_shards.replace_text(partial / _BEGUN, json.dumps(begun))
-    elif not (partial / prepared.MANIFEST).exists():
+    elif not finished:
       _check_begun(partial, begun)
     (partial / _LOOKS).mkdir(exist_ok=True)
     yield
@@ -338,8 +339,7 @@ class _Job:
     log = faults.FaultLog(f"images of {source.name}", self._limit)
     log.good(int(usable.sum()) - len(bad))
     if bad:  # also those that an earlier call looked at
-      log.fault_all([name for name, _ in bad[:_NAMED]], len(bad), bad[0][1])
-      log.reasons.update(bad[:_NAMED])
+      log.fault_all(dict(bad[:_NAMED]), len(bad))
       log.check()
     plan = plan_lib.of(found, usable, texts, self._settings)
     plan.write(self._folder / _PLAN)
@@ -400,10 +400,7 @@ def _is_written(folder, kind, number) -> bool:
 
 def _faults(source) -> faults.FaultLog:
   """Returns what a source has left out of its lines, rows or samples."""
-  whole = (
-    source.source if isinstance(source, filtered.FilteredSource) else source
-  )
-  return getattr(whole, "faults", None) or faults.FaultLog()
+  return getattr(filtered.whole(source), "faults", None) or faults.FaultLog()
 
 
 def _left_out(source) -> collections.Counter[str]:

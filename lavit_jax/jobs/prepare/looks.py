@@ -104,13 +104,7 @@ def look_at(source: examples.Source, i: int) -> tuple[Any, ...]:
   Raises:
     image_io.ImageError: it cannot be read.
   """
-  data, name = encoded(source, i), source.image_key(i)
-  if isinstance(source, examples.HasEncodedImages):
-    found = source.encoded(i)
-    if isinstance(found, str | os.PathLike) and not os.fspath(found).endswith(
-      name
-    ):
-      name = f"{name} ({os.fspath(found)})"
+  data, name = _read(source, i)
   image = image_io.load(data, name=name)
   return (
     *(False, image.height, image.width, len(data)),
@@ -124,25 +118,38 @@ def encoded(source: examples.Source, i: int) -> bytes:
   Raises:
     image_io.ImageError: they cannot be read.
   """
+  return _read(source, i)[0]
+
+
+def _read(source, i) -> tuple[bytes, str]:
+  """Returns (encoded bytes of an image, its name, with its file if it has)."""
+  name = source.image_key(i)
   if not isinstance(source, examples.HasEncodedImages):
-    file = io.BytesIO()
-    image_io.to_pil(source.image(i)).save(file, "PNG")
-    return file.getvalue()
+    return _png(source.image(i)), name
   found = source.encoded(i)
   if isinstance(found, str | os.PathLike):
-    name, path = source.image_key(i), files.input_path(found)
-    try:
-      with files.open_bytes(path) as stream:
-        found = stream.read(_MOST + 1)
-    except OSError as error:
-      reason = error.strerror or str(error)
-      raise image_io.ImageError(f"{name}: cannot be read ({reason})") from error
-    if len(found) > _MOST:
-      raise image_io.ImageError(f"{name}: is larger than {_MOST >> 20} MiB")
-  if isinstance(found, bytes):
-    return found
+    path = files.input_path(found)
+    if not str(path).endswith(name):
+      name = f"{name} ({path})"
+    found = _bytes_of(path, name)
+  return (found if isinstance(found, bytes) else _png(found)), name
+
+
+def _bytes_of(path, name) -> bytes:
+  try:
+    with files.open_bytes(path) as stream:
+      found = stream.read(_MOST + 1)
+  except OSError as error:
+    reason = error.strerror or str(error)
+    raise image_io.ImageError(f"{name}: cannot be read ({reason})") from error
+  if len(found) > _MOST:
+    raise image_io.ImageError(f"{name}: is larger than {_MOST >> 20} MiB")
+  return found
+
+
+def _png(image) -> bytes:
   file = io.BytesIO()
-  image_io.to_pil(np.asarray(found)).save(file, "PNG")
+  image_io.to_pil(np.asarray(image)).save(file, "PNG")
   return file.getvalue()
 
 

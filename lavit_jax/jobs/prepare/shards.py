@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import pathlib
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ from lavit_jax.data import examples
 from lavit_jax.data.caches import shards as cache_shards
 from lavit_jax.data.images import hashes
 from lavit_jax.data.records import held_out
-from lavit_jax.data.sources import kinds, prepared
+from lavit_jax.data.sources import filtered, kinds, prepared
 from lavit_jax.jobs.prepare import looks
 from lavit_jax.jobs.prepare import plan as plan_lib
 
@@ -78,7 +77,6 @@ class _Writer:
   def __init__(self, source, folder, settings, plan, totals):
     self._source, self._folder, self._plan = source, folder, plan
     self._settings, self._totals = settings, totals
-    self._content = plan.content.tolist()
     self._merged: dict[int, list[int]] = collections.defaultdict(list)
     for old in plan.merged.tolist():
       self._merged[int(plan.new[old])].append(old)
@@ -109,7 +107,7 @@ class _Writer:
 
   def _encoded(self, old, new) -> bytes:
     data = looks.encoded(self._source, old)
-    if hashes.of_bytes(data) != self._content[new]:
+    if hashes.of_bytes(data) != int(self._plan.content[new]):
       raise image_io.ImageError(
         f"{self._source.image_key(old)} has changed since it was looked at."
         f" Delete {self._folder} and give the same command again."
@@ -135,7 +133,7 @@ class _Writer:
       captions |= dict.fromkeys(self._source.captions(one))
     about = {"key": self._source.image_key(old), "captions": list(captions)}
     # A filtered source has the numbers of the whole one.
-    whole = getattr(self._source, "source", self._source)
+    whole = filtered.whole(self._source)
     fields = whole.fields(old) if isinstance(whole, examples.HasFields) else {}
     return about | ({"fields": dict(fields)} if fields else {})
 
@@ -220,7 +218,7 @@ class _Records:
 
   def __init__(self, path, kind):
     self._path = path
-    self._unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    self._unfinished = cache_shards.temporary_of(path)
     self._options = _OPTIONS[kind]
 
   def __enter__(self):

@@ -149,3 +149,19 @@ def test_a_folder_of_something_else_is_left_alone(kind, tmp_path):
   with pytest.raises(errors.DataError, match=r"something else \(mine.txt\)"):
     _WRITERS[kind](tmp_path / "out")
   assert [path.name for path in partial.iterdir()] == ["mine.txt"]
+
+
+def test_two_that_write_the_same_part_write_one_cache(tmp_path, monkeypatch):
+  """The second finds that the first has completed it meanwhile."""
+  monkeypatch.setattr(shards, "_PAUSE", 0.01)
+  real = shards.Writer._fill
+  caches = []
+
+  def fill(self, *args):
+    real(self, *args)
+    monkeypatch.setattr(shards.Writer, "_fill", real)
+    caches.append(_write_codes(tmp_path / "out"))
+
+  monkeypatch.setattr(shards.Writer, "_fill", fill)
+  caches.append(_write_codes(tmp_path / "out"))
+  assert [len(cache) for cache in caches] == [_CODES.num_images] * 2

@@ -369,7 +369,7 @@ def _faults(name, indexes, limit_share) -> faults.FaultLog:
     log.good(len(index.scanned.columns) - bad)
     for reason, (count, rows) in index.scanned.faults.items():
       named = [f"{index.file.name}:{row}" for row in rows]
-      log.fault_all(named, count, reason)
+      log.fault_all(dict.fromkeys(named, reason), count)
   log.check()
   return log
 
