@@ -417,7 +417,7 @@ def require_report(
   Raises:
     errors.UsageError: see `require_output`, or another file is there.
   """
-  files.require_local(path, "a report")
+  files.require_local(path, f"the file of {option}")
   require_output(path, option)
   if not os.path.exists(path) or not os.path.getsize(path):
     return

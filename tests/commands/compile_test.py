@@ -140,6 +140,6 @@ def test_what_belongs_to_a_sweep_is_refused_without_one(
 
 def test_a_program_is_written_to_a_disk(compiling, capsys):
   assert main.main([*_COMPILE, "--hlo", "gs://bucket/x"]) == 2
-  assert "gs://bucket/x: a program is written to a disk" in (
+  assert "gs://bucket/x: the file of --hlo is written to a disk" in (
     capsys.readouterr().err
   )
