@@ -12,8 +12,10 @@ from lavit_jax.models import layers, low_precision
 from lavit_jax.models import matmul as matmul_lib
 
 # lecun_normal over [D, 3, H * Dh], where only the first axis is fan-in.
-_QKV_INIT = nn.initializers.variance_scaling(
-  1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=(1, 2)
+_QKV_INIT = layers.traced_once(
+  nn.initializers.variance_scaling(
+    1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=(1, 2)
+  )
 )
 
 
@@ -33,7 +35,7 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps float[..., D] to dtype[..., F]."""
-    init = layers.partitioned(nn.initializers.lecun_normal(), self.axes)
+    init = layers.partitioned(layers.LECUN, self.axes)
     kernel = self.param("kernel", init, (x.shape[-1], self.features))
     scale: Any = self.get_variable("params", "scale")
     x = x.astype(self.dtype)

@@ -48,6 +48,21 @@ _KERNELS = {"tpu": tpu, "gpu": gpu}
 _LOG = logging.getLogger(__name__)
 
 
+def traced_once(init: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns an initializer that is traced once for each shape and dtype.
+
+  flax traces that of every parameter again whenever `apply` is traced, to
+  compare shapes: findings/flax_initializers_at_apply.sh.
+
+  Args:
+    init: maps (key, shape, dtype) to an array, without a side effect.
+  """
+  return jax.jit(init, static_argnums=(1, 2))
+
+
+LECUN = traced_once(nn.initializers.lecun_normal())
+
+
 def attention(
   query: jax.Array,
   key: jax.Array,
@@ -192,11 +207,16 @@ def remat(block: type[nn.Module], name: str) -> type[nn.Module]:
 
 
 def stack(
-  block: type[nn.Module], depth: int, remat_name: str, unroll: int = 1
+  parent: nn.Module,
+  block: type[nn.Module],
+  depth: int,
+  remat_name: str,
+  unroll: int = 1,
 ) -> type[nn.Module]:
   """Returns `depth` blocks as one scan over stacked parameters.
 
   Args:
+    parent: module that has the stack.
     block: maps (carry, context) to (carry, output). The context, one pytree,
       is the same for all layers.
     depth: number of layers; parameters get it as a first axis, "layers".
@@ -211,6 +231,9 @@ def stack(
     length=depth,
     unroll=unroll,
     metadata_params={nn.PARTITION_NAME: "layers"},
+    # The check traces the body once more, for outputs that depend on no layer:
+    # there are none. Without it, though, a seed draws other parameters.
+    check_constancy_invariants=parent.is_initializing(),
   )
 
 
@@ -290,11 +313,10 @@ def dense(
   *,
   use_bias: bool = True,
   dtype: Any = "float32",
-  kernel_init: Callable[..., Any] | None = None,
+  kernel_init: Callable[..., Any] = LECUN,
   name: str | None = None,
 ) -> nn.Dense:
   """Returns an `nn.Dense` whose kernel has logical axes, its bias the last."""
-  kernel_init = kernel_init or nn.initializers.lecun_normal()
   return nn.Dense(
     features,
     use_bias=use_bias,

@@ -284,7 +284,9 @@ class Llama(nn.Module):
     self.embedding_scale: Any = self.get_variable("params", "embedding_scale")
     self.head_scale: Any = self.get_variable("params", "head_scale")
     if c.scan:
-      self.layers: Any = layers.stack(Block, c.depth, c.remat, c.unroll)(c)
+      self.layers: Any = layers.stack(self, Block, c.depth, c.remat, c.unroll)(
+        c
+      )
     else:
       self.layers = [layers.remat(Block, c.remat)(c) for _ in range(c.depth)]
     self.norm = layers.RMSNorm(c.norm_eps, dtype=c.dtype)

@@ -28,7 +28,7 @@ class UnifiedModel(nn.Module):
   def setup(self) -> None:
     self.llm = llama.Llama(self.llama_config)
     self.merger = merger.TokenMerger(self.tokenizer_config.merger)
-    init = nn.initializers.lecun_normal()
+    init = layers.LECUN
     self.projection = nn.Dense(
       self.llama_config.width,
       dtype=jnp.dtype(self.tokenizer_config.merger.dtype),

@@ -160,7 +160,7 @@ class EvaVit(nn.Module):
         " head."
       )
     x = self._embed(pixels, patch_mask)
-    scan = layers.stack(Block, c.depth, c.remat, c.unroll)
+    scan = layers.stack(self, Block, c.depth, c.remat, c.unroll)
     x, outputs = scan(c, return_layers, name="blocks")(x, None)
     if c.head_dim_out and (use_head or self.is_initializing()):
       normed = layers.LayerNorm(_NORM_EPS, c.dtype, name="norm")(x)

@@ -125,7 +125,7 @@ class SafetyChecker(nn.Module):
     shape = (1 + c.num_patches, c.width)
     x = x + self._param("pos_embed", ("position", "embed"), shape)
     x = layers.LayerNorm(c.norm_eps, name="pre_norm")(x)
-    scan = layers.stack(Block, c.depth, "none")
+    scan = layers.stack(self, Block, c.depth, "none")
     x, _ = scan(c, name="blocks")(x, None)
     x = layers.LayerNorm(c.norm_eps, name="post_norm")(x[:, 0])
     project = layers.dense(

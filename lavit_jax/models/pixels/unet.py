@@ -22,7 +22,9 @@ from lavit_jax.models import activations, layers
 from lavit_jax.models.pixels import unet_blocks
 
 MASK_BIAS = -10000.0  # diffusers adds it to the logits of masked tokens
-_TINY_INIT = nn.initializers.variance_scaling(1e-4, "fan_in", "normal")
+_TINY_INIT = layers.traced_once(
+  nn.initializers.variance_scaling(1e-4, "fan_in", "normal")
+)
 _PER_LEVEL = ("attention", "transformer_layers", "num_heads")
 
 

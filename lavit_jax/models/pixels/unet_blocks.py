@@ -63,7 +63,7 @@ def conv(
     axes: logical axes of the kernel [3, 3, C, features].
     padding: pixels before and after, for each of height and width.
   """
-  kernel_init = init or nn.initializers.lecun_normal()
+  kernel_init = init or layers.LECUN
   return Conv(
     features,
     (3, 3),
@@ -302,7 +302,7 @@ class Transformer2D(nn.Module):
     h = layers.dense(channels, axes, name="proj_in", dtype=self.dtype)(h)
     sizes = (self.num_heads, self.ff_mult, self.dtype, self.mask_bias)
     if self.scan and self.num_layers > 1:
-      kind = layers.stack(_ScannedBlock, self.num_layers, self.remat)
+      kind = layers.stack(self, _ScannedBlock, self.num_layers, self.remat)
       h, _ = kind(*sizes, name=SCAN_NAME)(h, (condition, mask))
     else:
       kind = remat(TransformerBlock, self.remat)

@@ -135,7 +135,7 @@ class SemanticDecoder(nn.Module):
     half = nn.initializers.normal(0.5)
     self.pos_embed = self.param("pos_embed", boxed(half, axes), shape)
     self.query_embed = self.param("query_embed", boxed(unit, axes), shape)
-    self.blocks = layers.stack(Block, c.depth, c.remat, c.unroll)(c)
+    self.blocks = layers.stack(self, Block, c.depth, c.remat, c.unroll)(c)
     self.norm = layers.LayerNorm(1e-5, c.dtype)
     self.fc1 = layers.dense(c.width, ("embed", "mlp"), dtype=c.dtype)
     self.fc2 = layers.dense(c.out_dim, ("mlp", "embed"), dtype=c.dtype)

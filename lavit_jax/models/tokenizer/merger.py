@@ -141,7 +141,7 @@ class TokenMerger(nn.Module):
   def setup(self) -> None:
     c = self.config
     self.ln_vision = layers.LayerNorm(1e-5, c.dtype)
-    self.blocks = layers.stack(Block, c.depth, c.remat, c.unroll)(c)
+    self.blocks = layers.stack(self, Block, c.depth, c.remat, c.unroll)(c)
     self.norm = layers.LayerNorm(1e-5, c.dtype)
 
   def __call__(

@@ -6,11 +6,12 @@ version all need the same libraries. `versions.txt` is in the format of
 launch/lib/worker.sh does so on each new TPU.
 """
 
+import functools
 import json
 import logging
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 
 from etils import epath
@@ -33,10 +34,7 @@ def installed() -> dict[str, str]:
   That part says how a version was built; an index such as PyPI has the version
   without it.
   """
-  versions = {
-    name: found.version.partition("+")[0] for name, found in _distributions()
-  }
-  return dict(sorted(versions.items()))
+  return {name: version for name, (version, _) in _distributions().items()}
 
 
 def unpinned() -> set[str]:
@@ -46,19 +44,24 @@ def unpinned() -> set[str]:
   from a repository or editable. Packages that came from a file are not among
   them: conda installs all of its packages from one.
   """
-  local = {name for name, found in _distributions() if _is_local(found)}
-  return local | {_PACKAGE}
+  found = _distributions().items()
+  return {_PACKAGE} | {name for name, (_, is_local) in found if is_local}
 
 
-def _distributions() -> Iterator[tuple[str, metadata.Distribution]]:
-  """Yields (normalized name, distribution), the first on the path alone."""
-  seen = set()
+@functools.cache  # hundreds of files, which the readers parse to their ends
+def _distributions() -> Mapping[str, tuple[str, bool]]:
+  """Returns (version, whether it is local) by normalized name, sorted.
+
+  Of two of one name, the first on the path.
+  """
+  found: dict[str, tuple[str, bool]] = {}
   for distribution in metadata.distributions():
     name = distribution.metadata["Name"] or ""
     name = re.sub(r"[-_.]+", "-", name).lower()
-    if name and name not in seen:
-      seen.add(name)
-      yield name, distribution
+    if name and name not in found:
+      version = distribution.version.partition("+")[0]
+      found[name] = version, _is_local(distribution)
+  return dict(sorted(found.items()))
 
 
 def _is_local(distribution: metadata.Distribution) -> bool:

@@ -78,7 +78,14 @@ _SOURCES = {  # as PEP 610 has them in direct_url.json
 }
 
 
-def test_only_what_no_index_has_is_kept_from_pip(tmp_path, monkeypatch):
+@pytest.fixture
+def forget():
+  """Forgets what was found installed, which a process looks for once."""
+  yield versions._distributions.cache_clear
+  versions._distributions.cache_clear()
+
+
+def test_only_what_no_index_has_is_kept_from_pip(tmp_path, monkeypatch, forget):
   """But all is noted and compared."""
 
   def put(version):
@@ -90,6 +97,7 @@ def test_only_what_no_index_has_is_kept_from_pip(tmp_path, monkeypatch):
       )
       if text:
         (info / "direct_url.json").write_text(text)
+    forget()
 
   found = lambda: metadata.MetadataPathFinder.find_distributions(
     metadata.DistributionFinder.Context(path=[str(tmp_path / "site")])
