@@ -293,8 +293,9 @@ class PretrainObjective(base.Objective):
       llm_start.check_text_tokenizer(self.config)
       # A plain LLaMA brings no merger: stage 1's stays.
       names = ("merger", "projection", "llm")[: 2 if self.lora["rank"] else 3]
-      stored = {n: llm_start.branch(self.config, n) for n in names}
-      start |= {n: b for n, b in stored.items() if branches.is_there(b)}
+      start |= branches.present(
+        {name: llm_start.branch(self.config, name) for name in names}
+      )
     loaded = self.artifacts.load_like(start, state.params)
     return state.params | loaded, state.extra
 

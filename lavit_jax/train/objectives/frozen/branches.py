@@ -38,14 +38,28 @@ class Branch:
 
 
 def is_there(branch: Branch) -> bool:
-  """Returns whether the part has any array of a branch.
+  """Returns whether the part has any array of a branch; see `present`."""
+  return bool(present({"": branch}))
+
+
+def present(branches: Mapping[str, Branch]) -> dict[str, Branch]:
+  """Returns those branches of which their part has any array.
+
+  Args:
+    branches: by any names. Each part is opened once.
 
   Raises:
-    errors.CheckpointError: the part itself is missing or damaged.
+    errors.CheckpointError: a part itself is missing or damaged.
   """
-  arrays = checkpoints.StoredPart(branch.directory, branch.part).arrays
-  start = f"{branch.top}/" if branch.top else ""
-  return any(f"{path}/".startswith(start) for path in arrays)
+  parts = {(branch.directory, branch.part) for branch in branches.values()}
+  stored = {part: checkpoints.StoredPart(*part).arrays for part in parts}
+
+  def has_any(branch):
+    start = f"{branch.top}/" if branch.top else ""
+    paths = stored[branch.directory, branch.part]
+    return any(f"{path}/".startswith(start) for path in paths)
+
+  return {name: branch for name, branch in branches.items() if has_any(branch)}
 
 
 def check(branches: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:

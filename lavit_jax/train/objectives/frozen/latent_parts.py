@@ -89,15 +89,20 @@ def read_conditioner(
     meta = checkpoints.read_meta(directory, kind)
     _check_sizes(directory, kind, meta, sizes)
     fields = meta["decoder"]
-    semantic = branches.Branch(directory, kind, "decoder")
-    names = ("unet_proj", "unet_proj_1", "unet_proj_2", "unet_attnpool")
-    candidates = {n: branches.Branch(directory, kind, n) for n in names}
-    projection = {n: b for n, b in candidates.items() if branches.is_there(b)}
+    names = (
+      "decoder",
+      *("unet_proj", "unet_proj_1", "unet_proj_2", "unet_attnpool"),
+    )
+    projection = branches.present(
+      {name: branches.Branch(directory, kind, name) for name in names}
+    )
+    semantic = projection.pop("decoder", None)
   else:
     stored = checkpoints.read_meta(directory, "tokenizer")["tokenizer"]
     fields = stored["decoder"]
-    semantic = branches.Branch(directory, "tokenizer", "params/decoder")
-  if not branches.is_there(semantic):
+    branch = branches.Branch(directory, "tokenizer", "params/decoder")
+    semantic = branch if branches.is_there(branch) else None
+  if semantic is None:
     raise errors.CheckpointError(
       f"{directory} has no part {kind!r}, and its tokenizer has no semantic"
       f" decoder. Import the {kind} decoder of an official model, or train a"
