@@ -12,6 +12,7 @@ Two ways:
 How far the second is from the first, and how fast, benchmarks/decoders.py says.
 """
 
+import functools
 import importlib
 import os
 import struct
@@ -100,6 +101,7 @@ def way(name: str) -> Decode:
   return fast
 
 
+@functools.cache
 def _libraries() -> tuple[Any, Any]:
   return (
     importlib.import_module("simplejpeg"),
@@ -114,11 +116,11 @@ def _bytes_of(source) -> bytes | None:
   if not isinstance(source, str | os.PathLike) or files.is_remote(source):
     return None
   try:
-    with open(source, "rb") as file:
-      data = file.read(_MOST + 1)
+    with open(source, "rb", buffering=0) as file:
+      size = os.fstat(file.fileno()).st_size
+      return file.read(size) if 0 < size <= _MOST else None
   except (OSError, ValueError):
     return None  # the exact way says why
-  return data if len(data) <= _MOST else None
 
 
 def _of_jpeg(data, side) -> np.ndarray | None:
