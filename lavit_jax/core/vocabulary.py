@@ -90,8 +90,8 @@ class Vocabulary:
       errors.DataError: a value is not a code.
     """
     codes = np.asarray(codes)
-    bad = (codes < 0) | (codes >= self.num_codes)
-    if bad.any():
+    if codes.size and (codes.min() < 0 or codes.max() >= self.num_codes):
+      bad = (codes < 0) | (codes >= self.num_codes)
       raise errors.DataError(
         f"{codes[bad].flat[0]} is not a code: codes run from 0 to"
         f" {self.num_codes - 1}. Was the data tokenized with another tokenizer?"

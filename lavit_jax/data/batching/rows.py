@@ -272,6 +272,7 @@ class Rows:
     """Reads nothing yet."""
     self._plan, self._documents = plan, documents
     self._length, self._slots = plan.limits
+    self._positions = np.arange(self._length, dtype=np.int32)
 
   def __call__(self, number: int) -> dict[str, Any]:
     """Returns the arrays of a row, see `pipeline.packed_mixture`."""
@@ -283,12 +284,13 @@ class Rows:
       span = slice(start, start + len(doc))
       row["tokens"][span], row["targets"][span] = doc.tokens, doc.targets
       row["weights"][span] = doc.weights
-      row["image_index"][span] = np.where(
-        doc.image_index < 0, -1, doc.image_index + images
-      )
-      row["token_index"][span] = doc.token_index
       row["segments"][span] = segment
-      row["positions"][span] = np.arange(len(doc))
+      row["positions"][span] = self._positions[: len(doc)]
+      if doc.images:  # -1 and 0 stand where no image is read
+        row["image_index"][span] = np.where(
+          doc.image_index < 0, -1, doc.image_index + images
+        )
+        row["token_index"][span] = doc.token_index
       for i in doc.images:
         assert component.cache is not None
         pixels, valid = self._documents.image(component, i)
