@@ -23,12 +23,12 @@ def unit(rng, *shape):
 @functools.cache
 def clusters(count=8, each=16, dim=6):
   """Unit vectors round `count` far apart directions; vectors, directions."""
-  directions = unit(jax.random.key(3), 200, dim)
+  directions = np.asarray(unit(jax.random.key(3), 200, dim))
   picked = [0]
   for _ in range(count - 1):  # farthest first
-    nearest = (directions @ directions[jnp.array(picked)].T).max(1)
+    nearest = (directions @ directions[picked].T).max(1)
     picked.append(int(nearest.argmin()))
-  centres = directions[jnp.array(picked)]
+  centres = jnp.asarray(directions[picked])
   noise = 0.02 * jax.random.normal(jax.random.key(4), (each, count, dim))
   return layers.l2_normalize(centres + noise).reshape(-1, dim), centres
 
