@@ -35,7 +35,7 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps float[..., D] to dtype[..., F]."""
-    init = layers.partitioned(layers.LECUN, self.axes)
+    init = layers.partitioned(layers.LECUN_NORMAL, self.axes)
     kernel = self.param("kernel", init, (x.shape[-1], self.features))
     scale: Any = self.get_variable("params", "scale")
     x = x.astype(self.dtype)

@@ -60,7 +60,7 @@ def traced_once(init: Callable[..., Any]) -> Callable[..., Any]:
   return jax.jit(init, static_argnums=(1, 2))
 
 
-LECUN = traced_once(nn.initializers.lecun_normal())
+LECUN_NORMAL = traced_once(nn.initializers.lecun_normal())
 
 
 def attention(
@@ -216,7 +216,7 @@ def stack(
   """Returns `depth` blocks as one scan over stacked parameters.
 
   Args:
-    parent: module that has the stack.
+    parent: module that has the stack, initializing or applied.
     block: maps (carry, context) to (carry, output). The context, one pytree,
       is the same for all layers.
     depth: number of layers; parameters get it as a first axis, "layers".
@@ -232,7 +232,8 @@ def stack(
     unroll=unroll,
     metadata_params={nn.PARTITION_NAME: "layers"},
     # The check traces the body once more, for outputs that depend on no layer:
-    # there are none. Without it, though, a seed draws other parameters.
+    # there are none. Without it, though, a seed draws other parameters
+    # (findings/flax_scan_constancy.sh), so it stays while they are drawn.
     check_constancy_invariants=parent.is_initializing(),
   )
 
@@ -313,7 +314,7 @@ def dense(
   *,
   use_bias: bool = True,
   dtype: Any = "float32",
-  kernel_init: Callable[..., Any] = LECUN,
+  kernel_init: Callable[..., Any] = LECUN_NORMAL,
   name: str | None = None,
 ) -> nn.Dense:
   """Returns an `nn.Dense` whose kernel has logical axes, its bias the last."""

@@ -28,7 +28,7 @@ class UnifiedModel(nn.Module):
   def setup(self) -> None:
     self.llm = llama.Llama(self.llama_config)
     self.merger = merger.TokenMerger(self.tokenizer_config.merger)
-    init = layers.LECUN
+    init = layers.LECUN_NORMAL
     self.projection = nn.Dense(
       self.llama_config.width,
       dtype=jnp.dtype(self.tokenizer_config.merger.dtype),

@@ -116,7 +116,7 @@ def _bytes_of(source) -> bytes | None:
   if not isinstance(source, str | os.PathLike) or files.is_remote(source):
     return None
   try:
-    with open(source, "rb", buffering=0) as file:
+    with open(source, "rb") as file:
       size = os.fstat(file.fileno()).st_size
       return file.read(size) if 0 < size <= _MOST else None
   except (OSError, ValueError):

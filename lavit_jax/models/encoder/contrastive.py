@@ -41,7 +41,7 @@ class Contrastive(nn.Module):
 
   def setup(self) -> None:
     config = self.config
-    init = layers.LECUN
+    init = layers.LECUN_NORMAL
     self.vit = vision.EvaVit(config.vit)
     self.text = llama.Llama(config.text)
     self.captioner = llama.Llama(config.captioner)

@@ -63,7 +63,7 @@ def conv(
     axes: logical axes of the kernel [3, 3, C, features].
     padding: pixels before and after, for each of height and width.
   """
-  kernel_init = init or layers.LECUN
+  kernel_init = init or layers.LECUN_NORMAL
   return Conv(
     features,
     (3, 3),

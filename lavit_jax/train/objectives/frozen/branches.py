@@ -38,7 +38,11 @@ class Branch:
 
 
 def is_there(branch: Branch) -> bool:
-  """Returns whether the part has any array of a branch; see `present`."""
+  """Returns whether the part has any array of a branch.
+
+  Raises:
+    errors.CheckpointError: the part itself is missing or damaged.
+  """
   return bool(present({"": branch}))
 
 

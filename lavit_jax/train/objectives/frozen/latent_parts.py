@@ -89,12 +89,9 @@ def read_conditioner(
     meta = checkpoints.read_meta(directory, kind)
     _check_sizes(directory, kind, meta, sizes)
     fields = meta["decoder"]
-    names = (
-      "decoder",
-      *("unet_proj", "unet_proj_1", "unet_proj_2", "unet_attnpool"),
-    )
+    names = ("unet_proj", "unet_proj_1", "unet_proj_2", "unet_attnpool")
     projection = branches.present(
-      {name: branches.Branch(directory, kind, name) for name in names}
+      {n: branches.Branch(directory, kind, n) for n in ("decoder", *names)}
     )
     semantic = projection.pop("decoder", None)
   else:
