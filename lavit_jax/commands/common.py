@@ -179,6 +179,14 @@ def number(text: str) -> float:
   return value
 
 
+def share(text: str) -> float:
+  """Parses a share, 0 to 1, of the command line."""
+  value = number(text)
+  if not 0 <= value <= 1:
+    raise argparse.ArgumentTypeError(f"{text}: expected a share, 0 to 1")
+  return value
+
+
 def require_text(what: str, texts: Sequence[str], hint: str) -> None:
   """Checks that no text is the name of an image file.
 
@@ -215,10 +223,17 @@ def add_data_fields(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument(
     "--limit-share",
-    type=number,
+    type=share,
     metavar="X",
     help="with --data: largest share of bad lines or images (0.05)",
   )
+  for name, meaning in (("image", "images"), ("text", "words")):
+    parser.add_argument(
+      f"--{name}-feature",
+      metavar="NAME",
+      help=f"with --data: column or field of the {meaning}, where it is not"
+      " found by itself (Parquet, folders of datasets, JSON lines)",
+    )
 
 
 def data_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -227,7 +242,9 @@ def data_fields(args: argparse.Namespace) -> dict[str, Any]:
   Raises:
     errors.UsageError: they are set without `--data`.
   """
-  fields = chosen(args, "allow_absolute", "limit_share")
+  fields = chosen(
+    args, "allow_absolute", "limit_share", "image_feature", "text_feature"
+  )
   if fields and not args.data:
     flags = " and ".join(f"--{name.replace('_', '-')}" for name in fields)
     raise errors.UsageError(f"{flags} goes with --data FILE.")
@@ -369,6 +386,8 @@ def require_data(path: str) -> None:
   if kind != "webdataset":
     require_files([path])
     return
+  if kinds.is_empty(path):
+    raise errors.DataError(kinds.nothing_in(path))
   first, *_ = archives.of(path)
   if not first.exists():
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(first))

@@ -48,24 +48,11 @@ def _add_source(parser, workers="processes (as many as there are cores)"):
   parser.add_argument("data", metavar="SRC")
   common.add_data_fields(parser)
   parser.add_argument(
-    "--image-feature", metavar="NAME", help="column of the images"
-  )
-  parser.add_argument(
-    "--text-feature", metavar="NAME", help="column of the words"
-  )
-  parser.add_argument(
     "--workers",
     type=common.integer(0),
     default=0,
     metavar="N",
     help=workers,
-  )
-
-
-def _fields(args) -> dict[str, Any]:
-  """Returns the fields of config.data that options set."""
-  return common.data_fields(args) | common.chosen(
-    args, "image_feature", "text_feature"
   )
 
 
@@ -226,7 +213,7 @@ def _bench(args: argparse.Namespace) -> None:
   common.require_data(args.data)
   found = bench.measure(
     args.data,
-    fields=_fields(args)
+    fields=common.data_fields(args)
     | {
       "image_size": args.image_size,
       "workers": args.workers,
@@ -263,7 +250,7 @@ def _prepare(args: argparse.Namespace) -> None:
     args.data,
     args.out,
     settings=settings,
-    fields=_fields(args) | ({"filters": filters} if filters else {}),
+    fields=common.data_fields(args) | ({"filters": filters} if filters else {}),
     workers=args.workers,
     quiet=args.json,
   )
@@ -305,7 +292,7 @@ def _check(args: argparse.Namespace) -> int:
     if path is not None:
       flag = f"--{option.replace('_', '-')}"
       common.require_report(path, flag, functools.partial(_is_list, keys))
-  fields = _fields(args)
+  fields = common.data_fields(args)
   limit = fields.pop("limit_share", faults.LIMIT_SHARE)
   found = check.check(
     args.data, fields=fields, workers=args.workers, quiet=args.json
@@ -380,7 +367,10 @@ def _show(args: argparse.Namespace) -> None:
   common.require_data(args.data)
   common.require_report(args.html, "--html", common.is_page)
   found = check.check(
-    args.data, fields=_fields(args), workers=args.workers, quiet=args.json
+    args.data,
+    fields=common.data_fields(args),
+    workers=args.workers,
+    quiet=args.json,
   )
   path = data_page.write(found, args.html)
   common.print_answer(

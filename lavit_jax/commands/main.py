@@ -30,6 +30,7 @@ from lavit_jax.commands import (
 )
 from lavit_jax.commands import compile as compile_command
 from lavit_jax.core import errors
+from lavit_jax.data.workers import process
 
 _DESCRIPTION = """\
 LaVIT: a language model that reads and generates images as visual tokens.
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   """
   if argv is None:
     argv = sys.argv[1:]
+    process.quiet_pillow()
     _collect_less_garbage(argv)
   argv = list(argv)
   status: int | None = None

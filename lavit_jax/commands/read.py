@@ -62,7 +62,9 @@ def _add_tokenize(subparsers) -> None:
     help="keep exactly K patches per image",
   )
   parser.add_argument(
-    "--data", metavar="X", help="a .jsonl file, .tar archives, or shapes"
+    "--data",
+    metavar="X",
+    help="what lavit data check takes (docs/data.md), or shapes",
   )
   parser.add_argument(
     "--held-out",

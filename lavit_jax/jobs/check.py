@@ -176,7 +176,12 @@ def write_lines(
   text = "".join(
     json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in rows
   )
+  target = files.path_of(path)
   try:
-    files.write_whole(files.path_of(path), text.encode())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files.write_whole(target, text.encode())
   except OSError as error:
-    raise errors.DataError(f"{path} cannot be written ({error}).") from error
+    raise errors.DataError(
+      f"{path} cannot be written ({error.strerror or error}). Give another"
+      " name."
+    ) from error

@@ -105,10 +105,16 @@ def tokenized(model, monkeypatch, tmp_path):
 def test_tokenize_passes_on_what_goes_for_the_data(tokenized, capsys):
   argv = ("tokenize", "--data", "my.jsonl", "--out", "codes")
   fields = ("--allow-absolute", "--limit-share", "0.2")
+  fields += ("--image-feature", "photo", "--text-feature", "said")
   assert fakes.run(capsys, *argv, *fields)[0] == 0
   assert fakes.run(capsys, *argv, *fields, "--split", "train")[0] == 0
   for call in tokenized:
-    assert call[3]["fields"] == {"allow_absolute": True, "limit_share": 0.2}
+    assert call[3]["fields"] == {
+      "allow_absolute": True,
+      "limit_share": 0.2,
+      "image_feature": "photo",
+      "text_feature": "said",
+    }
 
 
 @pytest.mark.parametrize("name", ["my.jsonl", "shapes"])

@@ -163,8 +163,13 @@ def test_a_source_reads_back_equal(tmp_path, name):
   }  # fmt: skip
   # The same command finds it done; another is told.
   assert _prepare(path, tmp_path / "out") == manifest
-  with pytest.raises(errors.DataError, match="with other settings: side=0"):
+  with pytest.raises(
+    errors.DataError, match=r"other settings: .*side=0, here 3"
+  ):
     _prepare(path, tmp_path / "out", plan_lib.Settings(side=3))
+  filters = {"filters": {"min_chars": 3}}
+  with pytest.raises(errors.DataError, match="filters=None, here"):
+    job.prepare(path, tmp_path / "out", fields=filters, workers=1, quiet=True)
 
 
 def test_prepared_data_become_batches(tmp_path):

@@ -1,8 +1,10 @@
 """Which archives a path names: one, a folder of them, or a pattern."""
 
 import fnmatch
+import functools
 import glob
 import itertools
+import logging
 import os
 import re
 from typing import Any
@@ -10,10 +12,14 @@ from typing import Any
 from lavit_jax.core import errors
 from lavit_jax.core.storage import files
 
+_LOG = logging.getLogger(__name__)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)|([a-z])\.\.([a-z])|([A-Z])\.\.([A-Z])")
 _MOST = 1_000_000  # archives that a pattern may name
 _SUFFIX = ".tar"
+_COMPRESSED = (".tgz", ".tar.gz", ".tar.zst", ".tar.xz", ".tar.bz2")
+_DATA = (_SUFFIX, ".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".arrow")
+_LOOKED_AT = 1000  # entries of a folder
 
 
 def is_named(path: str | os.PathLike[str]) -> bool:
@@ -22,7 +28,7 @@ def is_named(path: str | os.PathLike[str]) -> bool:
   A folder does, a pattern, and a file of that suffix or with their mark.
   """
   path = os.fspath(path)
-  if path.lower().endswith((_SUFFIX, ".tgz", ".tar.gz", ".tar.zst")):
+  if path.lower().endswith((_SUFFIX, *_COMPRESSED)):
     return True
   if os.path.isfile(path):
     with open(path, "rb") as file:
@@ -49,7 +55,8 @@ def of(
     kind: what these are, for the message.
 
   Raises:
-    errors.DataError: there are none.
+    errors.DataError: there are none; or a folder has compressed archives, which
+      would be left out.
   """
   path = os.fspath(path)
   suffixes = (suffix,) if isinstance(suffix, str) else suffix
@@ -61,6 +68,8 @@ def of(
       f"{path} names no {kind}. Give one, a folder with {suffixes[0]} files, or"
       f" a pattern such as 'data/{{00000..00331}}{suffixes[0]}'."
     )
+  if not files.is_remote(path) and os.path.isdir(path):
+    _check_others(path, suffixes)
   if len(set(found)) < len(found):
     twice = next(p for p in found if found.count(p) > 1)
     raise errors.DataError(f"{path} names {twice} twice. Name each once.")
@@ -126,6 +135,51 @@ def _matching(path, suffix):
   if os.path.exists(path) or not glob.has_magic(path):
     return [path]
   return sorted(glob.glob(path))
+
+
+@functools.cache  # said once
+def _check_others(path, suffixes) -> None:
+  """Warns of data in a folder that are not read; refuses packed archives."""
+  names = sorted(os.listdir(path))
+  read = [name for name in names if name.lower().endswith(suffixes)]
+  stems = {name.partition(".")[0] for name in read}
+  packed = [
+    name
+    for name in names
+    if name.lower().endswith(_COMPRESSED)
+    and name.partition(".")[0] not in stems
+  ]
+  if packed and _SUFFIX in suffixes:
+    raise errors.DataError(
+      f"{os.path.join(path, packed[0])} is compressed, and can only be read in"
+      " place when it is unpacked: gunzip or unzstd it, or leave it out by a"
+      f" pattern such as '{os.path.join(path, '*.tar')}'."
+    )
+  others = [
+    name
+    for name in names
+    if name.lower().endswith(_DATA)
+    and name not in read
+    and name.partition(".")[0] not in stems  # img2dataset's own table
+  ]
+  folders = [
+    f"{name}/"
+    for name in names[:_LOOKED_AT]
+    if os.path.isdir(inner := os.path.join(path, name))
+    and any(n.lower().endswith(suffixes) for n in os.listdir(inner))
+  ]
+  if left := others + folders:
+    more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+    example = os.path.join(path, "*", f"*{suffixes[0]}")
+    _LOG.warning(
+      "%s: only %s files in it are read, not %s%s. Name others by a pattern,"
+      " such as '%s'.",
+      path,
+      suffixes[0],
+      left[0],
+      more,
+      example if left == folders else os.path.join(path, left[0]),
+    )
 
 
 def _remote(path, suffix):

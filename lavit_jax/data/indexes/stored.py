@@ -144,6 +144,8 @@ def make(path: Any) -> None:
   """
   version, length, _ = _version(path)
   try:
+    if not length:
+      raise tar_members.NoTar("is an empty file")
     with _Reader(path) as read:
       samples = tar_samples.of(read, length)
   except tar_members.NoTar as error:

@@ -64,6 +64,11 @@ class NoTar(ValueError):
   """The file is no tar archive, or none that can be read in place."""
 
 
+def loses_more(reason: str) -> bool:
+  """Returns whether the reason of an `Odd` is that an archive ends with it."""
+  return "cut off" in reason or "the rest of the archive" in reason
+
+
 def members(window: "Window") -> Iterator[Member | Odd]:
   """Yields the plain files of an archive in order, and what else it holds.
 

@@ -59,6 +59,7 @@ def rewritten(row: Mapping[str, Any]) -> Mapping[str, Any]:
   """
   present = {name for name, value in row.items() if value is not None}
   if not (named := fields_of(present)):
+    _check_edit(present)
     return _captions(row)
   if named[0] in _BEFORE:
     return _edit(dict(row), *named)
@@ -199,6 +200,21 @@ def _edit(row: Row, before: str, instruction: str, after: str) -> Row:
   """Rewrites an image, an instruction and the edited image."""
   edit = {"instruction": row.pop(instruction), "image": row.pop(after)}
   return row | {"image": row.pop(before), "edits": [edit]}
+
+
+def _check_edit(present) -> None:
+  """Refuses half an edit, of which an image would be lost."""
+  edit = (_BEFORE, _INSTRUCTIONS, _AFTER)
+  given = [next((n for n in some if n in present), "") for some in edit]
+  before, instruction, after = given
+  if not (before or after) or ("image" in present and not instruction):
+    return
+  has = " and ".join(filter(None, given))
+  lacks = [some[0] for some, name in zip(edit, given, strict=True) if not name]
+  raise lines.BadLine(
+    f"has {has}, but no {' and no '.join(lacks)}: an edit has"
+    f" {', '.join(some[0] for some in edit)}"
+  )
 
 
 def _preference(row: Row) -> Row:

@@ -18,6 +18,7 @@ from lavit_jax.data.records import (
 )
 
 Question = fields.Question
+_SPLIT = ", are not of 'train' and read all the same"  # of others none is said
 
 
 @dataclasses.dataclass
@@ -115,6 +116,7 @@ class Reader:
     """Returns one paragraph on unread fields, "" if there are none."""
     unread = [
       f"{count} lines have a field {field!r} (line {number}: {example!r:.60})"
+      f"{_SPLIT if field == 'split' else ''}"
       for field, (count, number, example) in self.unread.items()
     ]
     if not unread:
@@ -189,6 +191,11 @@ def _image(row):
 
 def _check_has_targets(entry, row):
   """Refuses a row with nothing to learn, unless it is an image alone."""
+  if entry.parts and not any(part.weight for part in entry.parts):
+    field = next(f for f in known_fields.MESSAGES if f in row)
+    raise lines.BadLine(
+      f"holds nothing to learn: {field} has no words or images of the assistant"
+    )
   named = sorted(row.keys() & known_fields.LEARNABLE)
   if entry.has_targets() or (entry.image is not None and not named):
     return

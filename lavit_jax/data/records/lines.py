@@ -28,6 +28,8 @@ _SIGNATURES = (  # first bytes of other files, what they are, what to do
     "write its rows with pandas' or datasets' to_json",
   ),
   (b"PK\x03\x04", "a zip archive", "unzip it"),
+  (b"\xff\xd8\xff", "an image", "give its folder, or write a list of images"),
+  (b"\x89PNG", "an image", "give its folder, or write a list of images"),
 )
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -94,6 +96,8 @@ def _check(path, start):
       f"{path} is text in UTF-16 or UTF-32, expected UTF-8. Save it as UTF-8:"
       " iconv -f UTF-16 -t UTF-8 OLD > NEW."
     )
+  if b"\0" in start:
+    raise errors.DataError(f"{path} is no text; {_EXPECTED}. Check the path.")
   first = start.removeprefix(codecs.BOM_UTF8).lstrip().split(b"\n")[0]
   if first.strip() == b"{":
     raise errors.DataError(

@@ -79,8 +79,19 @@ class FilteredSource:
     if not left and not len(self.usable):
       raise errors.DataError(
         f"{self.name}: filters keep none of {self.num_images} images and of"
-        f" {total} examples. Loosen them: {filters}."
+        f" {total} examples. Loosen them: {filters}.{self._lacking()}"
       )
+
+  def _lacking(self) -> str:
+    """Returns which fields of filters the first sample does not have."""
+    if not self._filters.fields or not self.num_images:
+      return ""
+    assert isinstance(self.source, examples.HasFields)
+    found = self.source.fields(0)
+    lacking = sorted(set(self._filters.fields) - set(found))
+    if not lacking:
+      return ""
+    return f" The first sample has no {lacking}, but {sorted(found)[:8]}."
 
   def _kept(self) -> dict[str, np.ndarray]:
     """Returns bool[n] of the images, and of the examples of each task."""

@@ -39,6 +39,7 @@ objects.
 import collections
 import dataclasses
 import functools
+import glob
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -254,4 +255,15 @@ class JsonlSource:
       raise errors.DataError(
         f"{self.path}: none of its first {len(first)} images exists, such"
         f" as {first[0]}; paths are relative to the folder of the file."
+        f"{self._elsewhere(first[0].name)}"
       )
+
+  def _elsewhere(self, name) -> str:
+    """Returns where an image is, if it is beside the folder of the file."""
+    root = self.path.parent.parent
+    if files.is_remote(root):
+      return ""
+    found = next(iter(sorted(root.glob(f"*/{glob.escape(name)}"))), None)
+    if found is None:
+      return ""
+    return f" It is in {found.parent}: copy {self.name} to {root}."

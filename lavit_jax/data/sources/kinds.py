@@ -41,6 +41,7 @@ _LOG = logging.getLogger(__name__)
 # Fields of a source that config.data may not have.
 _OF_MIXTURES = ("weight", "mixture", "cache_dir", "held_out_cache_dir")
 _MOST_WORKERS = 512
+_USUAL = columns.IMAGE, columns.TEXT  # the columns that are found by themselves
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _EXAMPLES = {  # of config.data.path, by kind
   "jsonl": ("a file of JSON lines", "my.jsonl"),
@@ -143,8 +144,8 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
       `held_out_split`, `data_dir`, `image_feature`, `text_feature`; the others
       `path`,
       `held_out_path` (empty: a tenth of `path`, by hash); jsonl, parquet and
-      hf `allow_absolute`; parquet and hf `image_feature`, `text_feature`; hf
-      `train_split`, `held_out_split`. `limit_share` is the share of bad lines,
+      hf `allow_absolute`, `image_feature`, `text_feature`; hf `train_split`,
+      `held_out_split`. `limit_share` is the share of bad lines,
       samples, rows or records that is an error; `filters` choose images and
       texts (`filters.py`); `workers` is the number of processes that decode
       images, and `decoding` how (`images/decoding.py`). Or `sources`, see
@@ -161,7 +162,10 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
     return mixed.MixedSource(
       [
         mixed.Part(
-          name, build(part, split), part["weight"], part.get("mixture", {})
+          name,
+          _build_part(name, part, split),
+          part["weight"],
+          part.get("mixture", {}),
         )
         for name, part in parts.items()
       ]
@@ -171,15 +175,34 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
       "config.data.sources: all have weight 0, so that there are no data. Give"
       " one of them a weight above 0."
     )
+  _check_features(config)
+  return _build_one(config, split)
+
+
+def _build_part(name, part, split) -> examples.Source:
+  """Returns a source of a mixture; errors tell which.
+
+  Names of columns that are meant for another source are none of its own.
+  """
+  try:
+    return _build_one(part, split)
+  except errors.LavitError as error:
+    raise type(error)(f"config.data.sources.{name}: {error}") from error
+
+
+def _build_one(config, split) -> examples.Source:
+  """Returns the only source that a config describes."""
+  _check_numbers(config)
   chosen = filters.Filters.of(config.get("filters"))
   if not chosen.keep_all:
-    whole = build({**config, "filters": {}}, split)
+    whole = _build_one({**config, "filters": {}}, split)
     return filtered.FilteredSource(whole, chosen)
   common: dict[str, Any] = dict(
     limit_share=faults.share_of(config), decode=_decoding(config)
   )
   kind = config["kind"]
   if kind == "shapes":
+    _check_no_path(config)
     return shapes.ShapesSource(
       split,
       size=config["train_size" if split == "train" else "held_out_size"],
@@ -250,6 +273,31 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
   )
 
 
+def _check_no_path(config) -> None:
+  """Raises ConfigError for a path beside the scenes, which would be ignored."""
+  for field in ("path", "held_out_path"):
+    if path := config.get(field):
+      raise errors.ConfigError(
+        f"config.data.{field}={path!r} is given, but config.data.kind='shapes'"
+        " draws scenes and reads no files. Say of what kind the files are:"
+        f" --config.data.kind={kind_of(path)}."
+      )
+
+
+def _check_features(config) -> None:
+  """Raises ConfigError for names of columns, where there are no columns."""
+  if config["kind"] not in ("webdataset", "arrayrecord"):
+    return
+  fields = ("image_feature", "text_feature")
+  for field, usual in zip(fields, _USUAL, strict=True):
+    if (given := config.get(field, usual)) != usual:
+      raise errors.ConfigError(
+        f"config.data.{field}={given!r} names a column, and data of kind"
+        f" {config['kind']!r} have none: images and captions of archives are"
+        " found by the names of their files (docs/data.md). Leave it out."
+      )
+
+
 def _check_numbers(config) -> None:
   """Checks the numbers that all kinds have.
 
@@ -271,8 +319,12 @@ def _check_numbers(config) -> None:
 def _is_in_place(config) -> bool:
   """Whether JSON lines are read in place.
 
-  Both halves are, or none, so that it is seen whether they share files.
+  Both halves are, or none, so that it is seen whether they share files. What
+  reads them so knows fields of other names.
   """
+  image = config.get("image_feature", columns.IMAGE)
+  if (image, config.get("text_feature", columns.TEXT)) != _USUAL:
+    return True
   paths = filter(None, (config["path"], config.get("held_out_path")))
   return any(map(json_lines.is_meant, paths))
 
@@ -313,6 +365,34 @@ def kind_of(path: str | os.PathLike[str]) -> str:
   if hf.is_named(path):
     return "hf"
   return "webdataset" if archives.is_named(path) else "jsonl"
+
+
+def is_empty(path: str | os.PathLike[str]) -> bool:
+  """Returns whether a path is a folder without data that are known."""
+  if files.is_remote(path) or not os.path.isdir(path):
+    return False
+  names = os.listdir(path)
+  return kind_of(path) == "webdataset" and not any(
+    name.lower().endswith((".tar", ".tar.gz", ".tgz")) for name in names
+  )
+
+
+def nothing_in(path: str | os.PathLike[str]) -> str:
+  """Returns what to say of a folder that holds no data that are known."""
+  path = os.fspath(path)
+  names = sorted(os.listdir(path))
+  some = ", ".join(names[:5]) or "nothing"
+  more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+  said = (
+    f"{path} is a folder without data that are known: tar archives, Parquet"
+    " files, JSON lines, metadata.csv, images, what `datasets` saved or lavit"
+    f" data prepare wrote. It holds {some}{more}."
+  )
+  if any(name.endswith(".array_record") for name in names):
+    return f"{said} The manifest.json of prepared data is missing."
+  inner = [os.path.join(path, name) for name in names[:100]]
+  known = [one for one in inner if os.path.isdir(one) and not is_empty(one)]
+  return f"{said} Give one of its folders, {known[0]}." if known else said
 
 
 def _path_of(config, split):

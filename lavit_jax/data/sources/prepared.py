@@ -419,7 +419,7 @@ def read_manifest(folder: Any) -> dict[str, Any]:
   try:
     found = json.loads(path.read_text())
     _check_manifest(found)
-  except FileNotFoundError as error:
+  except (FileNotFoundError, NotADirectoryError) as error:
     begun = folder.with_name(folder.name + ".partial").exists()
     more = " It is unfinished: give the same command again." if begun else ""
     raise errors.DataError(

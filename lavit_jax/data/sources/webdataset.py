@@ -11,6 +11,7 @@ import collections
 import functools
 import hashlib
 import json
+import logging
 import os
 import threading
 import zlib
@@ -22,8 +23,9 @@ from lavit_jax.core import errors, image_io
 from lavit_jax.core.storage import fetched, files
 from lavit_jax.data import examples, faults
 from lavit_jax.data.images import decoding
-from lavit_jax.data.indexes import archives, stored, tar_samples
+from lavit_jax.data.indexes import archives, stored, tar_members, tar_samples
 
+_LOG = logging.getLogger(__name__)
 _BLOCK = 512
 _MOST_JSON = 1 << 20  # bytes
 _OPEN = 512  # archives and indexes kept open
@@ -125,6 +127,8 @@ class WebDatasetSource:
     self._files: collections.OrderedDict[os.PathLike[str], _File]
     self._files = collections.OrderedDict()
     self._lock = threading.Lock()
+    if not len(captioned):
+      self._warn_of_words()
 
   def _faults(self, indexes, limit_share):
     """Returns the log of all samples that are left out of the indexes."""
@@ -135,8 +139,33 @@ class WebDatasetSource:
       for reason, (count, names) in index.samples.faults.items():
         named = [f"{archive}/{name}" for name in names]
         log.fault_all(dict.fromkeys(named, reason), count)
+    broken = [
+      os.fspath(index.path)
+      for index in indexes
+      if any(map(tar_members.loses_more, index.samples.faults))
+    ]
+    if broken:
+      _LOG.warning(
+        "%d of %d archives are cut off or broken, such as %s: what follows in"
+        " them is lost, and nobody can tell how much. Download or write them"
+        " again.",
+        len(broken),
+        len(indexes),
+        broken[0],
+      )
     log.check()
     return log
+
+  def _warn_of_words(self):
+    """Warns that no sample has a caption, and which words are not read."""
+    words = [name for name, text in self.fields(0).items() if _is_text(text)]
+    beside = f"; the json of {self.image_key(0)} has {words}" if words else ""
+    _LOG.warning(
+      "%s: no sample has a caption, which is its file .txt, or the 'caption' of"
+      " its .json%s.",
+      self.name,
+      beside,
+    )
 
   def image(self, i: int) -> np.ndarray:
     """Returns image i, uint8[size, size, 3]; ImageError for a bad one."""
@@ -291,6 +320,12 @@ class WebDatasetSource:
     for name in names:
       digest.update(np.ascontiguousarray(self._columns[name]).tobytes())
     return digest.hexdigest()[:32]
+
+
+def _is_text(value) -> bool:
+  """Whether a field of a json holds words, and no address."""
+  value = value[0] if isinstance(value, list) and value else value
+  return isinstance(value, str | dict) and "://" not in value
 
 
 def _chosen(hashes, split, share):

@@ -220,6 +220,7 @@ def main() -> None:
   questions = sys.stdin.buffer
   answers = os.fdopen(os.dup(1), "wb", buffering=0)
   os.dup2(2, 1)  # what is printed meanwhile is no answer
+  process.quiet_pillow()
   decode = decoding.way(questions.readline().decode().strip())
   while question := questions.read(_QUESTION.size):
     is_path, length, named, side = _QUESTION.unpack(question)

@@ -242,6 +242,7 @@ def main() -> None:
   """Answers the items that standard input has, one a line."""
   answers = os.fdopen(os.dup(1), "wb")
   os.dup2(2, 1)  # what is printed meanwhile is no answer
+  process.quiet_pillow()
   module, name = (start := json.loads(sys.stdin.readline()))[0].split(":")
   function = None
   for line in sys.stdin:

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 
 _ROOT = pathlib.Path(__file__).parents[3]  # where this package is
@@ -32,6 +33,14 @@ def start(module: str, fds: Sequence[int] = ()) -> subprocess.Popen:
     pass_fds=fds,
     start_new_session=True,
   )
+
+
+def quiet_pillow() -> None:
+  """Keeps Pillow from printing lines of its source for each odd image.
+
+  What is bad of images is counted and said by us.
+  """
+  warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def kill(process: subprocess.Popen) -> None:

@@ -148,7 +148,8 @@ def _begun(source, config, settings) -> dict[str, Any]:
       "contents": contents.of(source),
       "pictures": image_bytes.of(source),
     },
-    "settings": dataclasses.asdict(settings),
+    "settings": dataclasses.asdict(settings)
+    | ({"filters": plain(config["filters"])} if config.get("filters") else {}),
   }
 
 
@@ -198,13 +199,14 @@ def _wrong_files(folder, listed) -> list[str]:
 
 
 def _check_same(folder, made, begun) -> None:
-  for name in ("data", "settings"):
+  # Filters are a part of what is read, too: what is said of them comes first.
+  for name in ("settings", "data"):
     here, there = begun[name], made.get(name)
     there = there if isinstance(there, dict) else {}
     differ = [
-      f"{k}={there.get(k)!r}, here {here[k]!r}"
-      for k in here
-      if here[k] != there.get(k)
+      f"{k}={there.get(k)!r}, here {here.get(k)!r}"
+      for k in sorted({*here, *there})
+      if here.get(k) != there.get(k)
     ]
     if differ:
       raise errors.DataError(

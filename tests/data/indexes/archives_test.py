@@ -48,6 +48,36 @@ def test_files_of_another_suffix_are_named_alike(folder):
     of(f"{folder}/*.zip")
 
 
+def test_what_a_folder_holds_beside_is_named_once(folder, caplog):
+  (folder / "00003.parquet").write_text("")  # img2dataset's own
+  archives.of(folder)
+  assert not caplog.records
+  for name in ("more.jsonl", "table.parquet"):
+    (folder / name).write_text("")
+  tars.shards(folder / "deeper", 1)
+  archives._check_others.cache_clear()
+  for _ in range(2):
+    assert len(archives.of(folder)) == 12
+  (said,) = [record.getMessage() for record in caplog.records]
+  assert "only .tar files in it are read, not more.jsonl and 2 more" in said
+
+
+def test_archives_in_folders_are_named(folder, caplog):
+  tars.shards(folder / "deeper", 1)
+  archives.of(folder)
+  assert "not deeper/. Name others by a pattern, such as" in caplog.text
+  assert f"{folder}/*/*.tar" in caplog.text
+
+
+def test_a_compressed_archive_among_others_is_refused(folder):
+  (folder / "00003.tar.gz").write_bytes(b"")  # that of one which is unpacked
+  assert len(archives.of(folder)) == 12
+  (folder / "00012.tar.gz").write_bytes(b"")
+  archives._check_others.cache_clear()
+  with pytest.raises(errors.DataError, match=r"00012\.tar\.gz is compressed"):
+    archives.of(folder)
+
+
 def test_a_name_with_brackets_is_itself(tmp_path):
   path = tars.write(tmp_path / "a{1}[2].tar", tars.sample("1"))
   assert archives.of(path) == [path]

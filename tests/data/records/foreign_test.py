@@ -142,6 +142,24 @@ def test_edits_under_other_names(before, instruction, after):
   assert (entry.image, entry.edits) == ("a.jpg", [("red", "b.jpg")])
 
 
+@pytest.mark.parametrize(
+  ("row", "said"),
+  [
+    ({"source_image": "a.jpg", "instruction": "red"}, "no target_image"),
+    ({"image": "a.jpg", "edit": "red", "edited_image": "b.jpg"}, "no source_i"),
+    ({"source_image": "a.jpg"}, "no instruction and no target_image"),
+  ],
+)
+def test_half_an_edit_is_refused(row, said):
+  with pytest.raises(lines.BadLine, match=said):
+    _entry(row)
+
+
+def test_an_image_with_another_of_its_origin_is_no_edit():
+  row = {"image": "a.jpg", "caption": "a cat", "original_image": "big.jpg"}
+  assert _entry(row).captions == ["a cat"]
+
+
 def test_captions_as_a_json_object():
   row = {"image": "a.jpg", "captions": '{"0": "a cat", "1": "a pet"}'}
   assert _entry(row).captions == ["a cat", "a pet"]

@@ -152,6 +152,13 @@ def test_a_field_about_the_origin_is_known_by_its_name_or_its_last_part():
   assert {field: found[2] for field, found in unread.items()} == content
 
 
+def test_messages_without_an_answer_hold_nothing_to_learn():
+  row = {"image": "a.jpg", "messages": [_ASKED | {"content": "<image> What?"}]}
+  assert "holds nothing to learn: messages has no words" in _refused(row)
+  row["messages"].append(_ANSWERED)
+  assert len(_entry(row)[0].parts) == 3
+
+
 @pytest.mark.parametrize("field", known_fields.MESSAGES)
 @pytest.mark.parametrize("content", ["<image>\nWhat is it?", "What is it?"])
 def test_messages_need_as_many_marks_as_images(field, content):

@@ -107,6 +107,19 @@ def test_another_kind_of_file_is_refused_with_advice(tmp_path, data, said):
     _rows(tmp_path, data)
 
 
+@pytest.mark.parametrize(
+  ("data", "said"),
+  [
+    (b"\xff\xd8\xff\xe0 JFIF", "is an image; expected"),
+    (b"\x89PNG\r\n", "is an image; expected"),
+    (b"some \0 bytes", "is no text; expected"),
+  ],
+)
+def test_a_file_that_is_no_text_is_told_in_one_line(tmp_path, data, said):
+  with pytest.raises(errors.DataError, match=said):
+    _rows(tmp_path, data)
+
+
 def test_an_unreadable_file_is_reported_with_the_cause(tmp_path, monkeypatch):
   def broken(path):
     raise OSError("the store does not answer")  # without a strerror

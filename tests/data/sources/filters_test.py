@@ -142,6 +142,8 @@ def test_samples_are_kept_by_numbers_of_their_json(config):
   none = {"name": (0, None)}  # a text, not a number
   with pytest.raises(errors.DataError, match="filters keep none"):
     _kept(config, fields=none)
+  with pytest.raises(errors.DataError, match=r"sample has no \['likeness'\]"):
+    _kept(config, fields={"likeness": (0, None)})
 
 
 def test_batches_hold_kept_images_alone(config):

@@ -290,6 +290,27 @@ def test_folders_of_classes_are_captions(tmp_path):
   assert kinds.kind_of(folder) == "hf"
 
 
+def test_one_folder_alone_is_no_class_and_annotations_are_named(
+  tmp_path, caplog
+):
+  """As in the library: a folder called images says nothing of them."""
+  folder = pictures(tmp_path / "mine", "images/1.png", "images/2.png")
+  assert captions(opened(folder)) == [[], []]
+  assert not caplog.records
+  (folder / "llava.json").write_text("[]")
+  (folder / "notes.csv").write_text("a,b\n")
+  assert captions(opened(folder)) == [[], []]
+  assert "llava.json and 1 more files" in caplog.text
+  assert "give its path in place of the folder's" in caplog.text
+
+
+def test_folders_of_splits_are_known_by_the_images_in_their_classes(tmp_path):
+  folder = pictures(tmp_path / "mine", "train/cat/1.png", "test/dog/2.png")
+  assert kinds.kind_of(folder) == "hf"
+  with pytest.raises(errors.DataError, match="has the splits test, train"):
+    opened(folder)
+
+
 def test_what_is_no_dataset_is_refused(tmp_path):
   with pytest.raises(errors.DataError, match="There is no folder"):
     opened(tmp_path / "gone")

@@ -455,6 +455,18 @@ def test_a_file_whose_images_do_not_exist_is_refused(tmp_path):
     _source(tmp_path, rows)
 
 
+def test_images_beside_the_folder_of_the_file_are_found_for_the_message(
+  tmp_path,
+):
+  """As COCO's own layout has them: annotations/ beside val2017/."""
+  (tmp_path / "val2017").mkdir()
+  (tmp_path / "val2017" / "0.jpg").write_bytes(b"")
+  folder = tmp_path / "annotations"
+  folder.mkdir()
+  with pytest.raises(errors.DataError, match=r"is in .*val2017: copy d\.jsonl"):
+    _source(folder, [{"image": "0.jpg", "caption": "x"}])
+
+
 @pytest.mark.parametrize("text", ["", "\n\n"])
 def test_an_empty_file_is_refused(tmp_path, text):
   with pytest.raises(errors.DataError, match="no usable line"):

@@ -43,6 +43,51 @@ def test_images_outside_the_folder_need_a_field_that_the_error_mentions(
   assert source.num_images == 1
 
 
+def test_a_path_beside_drawn_scenes_is_refused(tmp_path):
+  path = _file(tmp_path, [{"image": "b.png", "caption": "x"}])
+  data = {"kind": "shapes", "image_size": 32, "seed": 0, "train_size": 4}
+  with pytest.raises(errors.ConfigError, match=r"data\.kind=jsonl"):
+    kinds.build(data | {"path": str(path)}, "train")
+  assert kinds.build(data | {"path": ""}, "train").num_images == 8
+
+
+def test_fields_of_other_names_are_read_of_a_single_file_too(tmp_path):
+  path = _file(tmp_path, [{"image": "b.png", "said": "x"}])
+  data = _FIELDS | {"path": str(path), "held_out_path": str(path)}
+  assert not kinds.build(data, "train").tasks()
+  source = kinds.build(data | {"text_feature": "said"}, "train")
+  assert source.captions(0) == ["x"]
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "arrayrecord"])
+def test_names_of_columns_where_there_are_none_are_refused(kind):
+  data = {"kind": kind, "path": "x", "image_size": 8, "text_feature": "said"}
+  with pytest.raises(errors.ConfigError, match="names a column, and data"):
+    kinds.build(data, "train")
+
+
+def test_errors_of_a_mixture_name_the_source(tmp_path):
+  sources = {"mine": {"kind": "nonsense"}}
+  data = _FIELDS | {"path": "", "sources": sources}
+  with pytest.raises(
+    errors.ConfigError, match=r"^config\.data\.sources\.mine:"
+  ):
+    kinds.build(data, "train")
+
+
+def test_a_folder_without_data_says_what_is_there_and_which_one_is_meant(
+  tmp_path,
+):
+  (tmp_path / "README.md").write_text("")
+  assert kinds.is_empty(tmp_path)
+  assert "It holds README.md." in kinds.nothing_in(tmp_path)
+  (tmp_path / "data").mkdir()
+  (tmp_path / "data" / "a.parquet").write_text("")
+  said = kinds.nothing_in(tmp_path)
+  assert f"Give one of its folders, {tmp_path / 'data'}." in said
+  assert not kinds.is_empty(tmp_path / "data")
+
+
 def _pair(tmp_path, caplog, train, held_out, **more):
   """Returns the warnings of `kinds.pair` for two files, (path, rows) each."""
   data = _FIELDS | more

@@ -127,6 +127,29 @@ def test_bad_samples_are_counted_and_too_many_are_refused(tmp_path, caplog):
   assert "skipped 2 from samples of a.tar, such as a.tar/900" in caplog.text
 
 
+def test_an_archive_that_is_cut_off_is_named(folder, caplog):
+  path = folder / "00001.tar"
+  path.write_bytes(path.read_bytes()[:1500])
+  webdataset.WebDatasetSource(folder, 16, limit_share=0.5)
+  assert "1 of 4 archives are cut off or broken, such as" in caplog.text
+  assert str(path) in caplog.text
+
+
+def test_an_empty_archive_is_refused(folder):
+  (folder / "00001.tar").write_bytes(b"")
+  with pytest.raises(errors.DataError, match=r"00001\.tar is an empty file"):
+    webdataset.WebDatasetSource(folder, 16)
+
+
+def test_words_that_are_no_captions_are_named(tmp_path, caplog):
+  path = tmp_path / "a.tar"
+  meta = {"text": "words", "url": "http://x", "width": 3}
+  tars.write(path, tars.sample("1", meta=meta))
+  assert webdataset.WebDatasetSource(path, 16).tasks() == ()
+  assert "no sample has a caption" in caplog.text
+  assert "the json of a.tar/1 has ['text']" in caplog.text
+
+
 def test_archives_without_samples_are_refused(tmp_path):
   tars.write(tmp_path / "a.tar", [])
   with pytest.raises(errors.DataError, match="no usable sample"):

@@ -32,7 +32,7 @@ from lavit_jax.data.indexes.tables import (
 from lavit_jax.data.indexes.tables.parquet import reader
 
 _LOG = logging.getLogger(__name__)
-_FORMAT = 2
+_FORMAT = 3
 _THREADS = 8  # tables that are read at once
 _FEW = 4  # tables that are not worth a bar
 _MOST_HEAD = 16 << 20  # bytes of the line of JSON

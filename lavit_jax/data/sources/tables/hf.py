@@ -5,7 +5,8 @@ split or of several. And what it calls an imagefolder: images beside a
 metadata.csv, .jsonl or .parquet, whose file_name (or mask_file_name, or
 file_names) names them, in the folder or in folders below it; or images with a
 .txt of the same name beside them, their caption; or, where there is no such
-text, in a folder for each class, whose name is their caption.
+text, in a folder for each class, whose name is their caption (of one folder
+alone the name says nothing).
 
 A row is what a row of `parquet.py` is.
 """
@@ -14,6 +15,7 @@ import filecmp
 import hashlib
 import itertools
 import json
+import logging
 import os
 import pathlib
 import secrets
@@ -27,6 +29,7 @@ from lavit_jax.data.indexes.tables import tables as tables_lib
 from lavit_jax.data.records import columns
 from lavit_jax.data.sources.tables import source
 
+_LOG = logging.getLogger(__name__)
 _STATE, _DICT, _INFO = "state.json", "dataset_dict.json", "dataset_info.json"
 _LISTINGS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _SPLITS = {
@@ -36,6 +39,8 @@ _SPLITS = {
 _MOST_TEXT = 1 << 20  # bytes of a text beside an image
 _LOOKED_AT = 1000  # entries of a folder that tell what it is
 _SUFFIXES = {f".{kind.decode()}" for kind in tar_samples.IMAGES}
+# What may hold words of images that it lies beside.
+_OF_WORDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
 
 
 class HfSource(source.TableSource):
@@ -93,9 +98,10 @@ def is_named(path: str | os.PathLike[str]) -> bool:
   some = _first(folder)
   if any(entry.name.lower().endswith(".tar") for entry in some):
     return False
-  return _has_images(some) or any(
-    _has_images(_first(entry.path)) for entry in some if entry.is_dir()
-  )
+  below = [entry.path for entry in some if entry.is_dir()]
+  if _has_images(some) or any(_has_images(_first(path)) for path in below):
+    return True
+  return bool(splits_of(folder)) and any(map(is_named, below))
 
 
 def part_of(
@@ -251,6 +257,7 @@ def _of_classes(folder, below, options) -> tables_lib.File:
       f" metadata.csv, .jsonl or .parquet, nor images{more}"
     )
   texts = {name for name in below if name.endswith(".txt")}
+  _warn_of_words(folder, images, below)
   digest = hashlib.sha256(os.fsencode(files.absolute(folder))).hexdigest()
   path = stored.folder() / digest[:32] / "classes.jsonl"
   unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
@@ -287,11 +294,13 @@ def _rows(folder, images, texts) -> Iterator[dict[str, str]]:
     texts: paths of the texts beside them. If any image has one, the names of
       folders are no captions.
   """
-  beside = {name: f"{os.path.splitext(name)[0]}.txt" for name in images}
+  beside = {name: _text_of(name) for name in images}
   if not texts.intersection(beside.values()):
-    for name in images:
-      label = name.rpartition("/")[0].rpartition("/")[2]
-      yield {"file_name": name} | ({"caption": label} if label else {})
+    labels = [name.rpartition("/")[0].rpartition("/")[2] for name in images]
+    several = len({label for label in labels if label}) > 1
+    for name, label in zip(images, labels, strict=True):
+      known = {"caption": label} if label and several else {}
+      yield {"file_name": name} | known
     return
   for name in images:
     row = {"file_name": name}
@@ -299,6 +308,27 @@ def _rows(folder, images, texts) -> Iterator[dict[str, str]]:
       data = (folder / beside[name]).read_bytes()[:_MOST_TEXT]
       row["caption"] = data.decode("utf-8-sig", "surrogateescape").strip()
     yield row
+
+
+def _text_of(image) -> str:
+  """Returns the path of the text beside an image."""
+  return f"{os.path.splitext(image)[0]}.txt"
+
+
+def _warn_of_words(folder, images, below) -> None:
+  """Warns of files that may hold words of the images, and are not read."""
+  read = {_text_of(name) for name in images}
+  others = [n for n in below if n.lower().endswith(_OF_WORDS) and n not in read]
+  if others:
+    more = f" and {len(others) - 1} more files" if len(others) > 1 else ""
+    _LOG.warning(
+      "%s: %s%s beside the images %s not read. If the words of the images are"
+      " in a file of its own, give its path in place of the folder's.",
+      folder,
+      others[0],
+      more,
+      "are" if more else "is",
+    )
 
 
 def _files(folder) -> list[str]:

@@ -101,6 +101,7 @@ class TableSource:
     indexes = kept.of(self.tables, quiet=quiet)
     self.faults = _faults(name, indexes, limit_share)
     _warn_of_unread(name, indexes)
+    _warn_of_empty(name, indexes)
     rows = np.concatenate([index.scanned.columns for index in indexes])
     self._places = numbers.Places(
       [file.name for file in self.tables],
@@ -383,10 +384,22 @@ def _warn_of_unread(name, indexes) -> None:
     more = f" and {len(some) - 5} more" if len(some) > 5 else ""
     _LOG.warning(
       "%s: columns with text that are not read: %s%s. To read one of them, name"
-      " it as config.data.text_feature.",
+      " it as config.data.text_feature (--text-feature of a command).",
       name,
       ", ".join(some[:5]),
       more,
+    )
+
+
+def _warn_of_empty(name, indexes) -> None:
+  empty = [i.file.name for i in indexes if not len(i.scanned.columns)]
+  if empty and len(empty) < len(indexes):
+    _LOG.warning(
+      "%s: %d of %d files hold no rows, such as %s",
+      name,
+      len(empty),
+      len(indexes),
+      empty[0],
     )
 
 

@@ -158,6 +158,12 @@ class Artifacts:
     if hosts.is_lead() and not path.exists():
       path.parent.mkdir(parents=True, exist_ok=True)
       sentences = kinds.sentences(source, limit=_SENTENCES)
+      if not sentences:
+        raise errors.DataError(
+          f"{source.name} has {source.num_images} images and no words, and this"
+          " stage learns from words, too: its text tokenizer is trained on"
+          " them. `lavit data check` says which words of the data are read."
+        )
       vocabulary.TextTokenizer.train(sentences, path, config.data.text_vocab)
     hosts.barrier("lavit_text_tokenizer")
     text = vocabulary.TextTokenizer.load(path)

@@ -14,6 +14,7 @@ from lavit_jax.data.caches import codes as codes_lib
 from lavit_jax.data.caches import latents as latents_lib
 from lavit_jax.data.caches import shards
 from lavit_jax.data.images import image_bytes
+from lavit_jax.data.records import columns
 from lavit_jax.data.sources import kinds, mixed
 from lavit_jax.models.pixels import vae as vae_lib
 from lavit_jax.train.objectives.frozen import latent_parts
@@ -148,6 +149,15 @@ def _command(data, model, folder, split) -> str:
   words += ["--data", data["path"] if kind != "shapes" else kind]
   if kind != "shapes" and data["held_out_path"]:
     words += ["--held-out", data["held_out_path"]]
+  if data.get("allow_absolute"):
+    words += ["--allow-absolute"]
+  if kind in ("jsonl", "parquet", "hf"):
+    for field, usual in (
+      ("image_feature", columns.IMAGE),
+      ("text_feature", columns.TEXT),
+    ):
+      if (name := data.get(field, usual)) != usual:
+        words += [f"--{field.replace('_', '-')}", name]
   return shlex.join(words)
 
 
