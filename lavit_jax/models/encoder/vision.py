@@ -179,7 +179,8 @@ class EvaVit(nn.Module):
     if pixels.shape[1:] != size:
       raise ValueError(
         f"pixels have shape {pixels.shape}, but the encoder takes [B, *{size}]:"
-        " resize the image (lavit_jax.core.image_io.to_uint8 does)."
+        " resize the image (lavit_jax.core.image_io.to_uint8 does); of a run"
+        f" set config.data.image_size={c.image_size}."
       )
     boxed, small = layers.partitioned, nn.initializers.normal(0.02)
     axes = ("patch", "embed")

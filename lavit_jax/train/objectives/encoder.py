@@ -49,6 +49,12 @@ class EncoderObjective(base.Objective):
   ):
     super().__init__(config, artifacts)
     precision.applied(config)  # the stage reads no network
+    if config.data.image_size != config.model.vit.image_size:
+      raise errors.ConfigError(
+        f"config.data.image_size={config.data.image_size}, but the encoder is"
+        f" made for config.model.vit.image_size={config.model.vit.image_size}."
+        " Set both to the same number of pixels."
+      )
     text = self.artifacts.text_tokenizer(config, self.source)
     vocab = {"vocab_size": text.size}
     self.model_config = contrastive.ContrastiveConfig(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lavit_jax.core import averages
+from lavit_jax.core import averages, errors
 from lavit_jax.train import losses
 from tests.train import outlines, stubs
 
@@ -98,6 +98,11 @@ def test_whitening_is_of_covariance_and_mean_of_valid_images():
   white = np.array([[1, 1], [-1, -1], [1, -1], [-1, 1]], np.float32)[:, None]
   loss = jax.jit(losses.whitening_loss)(white, np.ones(4, np.float32))
   np.testing.assert_allclose(loss, 0, atol=1e-6)
+
+
+def test_images_of_another_size_than_the_encoder_are_refused_at_once():
+  with pytest.raises(errors.ConfigError, match="Set both to the same number"):
+    outlines.build("encoder", data__image_size=32)
 
 
 @pytest.fixture(scope="module")
