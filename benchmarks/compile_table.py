@@ -35,7 +35,8 @@ _MOST_S = 400.0  # to compile a step
 _OUT = pathlib.Path(__file__).parents[1] / "build" / "compile_table.json"
 
 _INT8 = "--config.model.llm.matmul=int8"
-_512 = "--config.batch_size=512"
+_512, _1024 = "--config.batch_size=512", "--config.batch_size=1024"
+_MOST = "--config.model.llm.remat=most", "--config.optimizer.moments=bfloat16"
 _NO_REMAT = "--config.model.unet.remat=none"
 
 
@@ -58,10 +59,14 @@ class Row:
 ROWS = (
   Row("pretrain", "v5e:16x16"),
   Row("pretrain", "v5e:16x16", (_INT8,)),
+  Row("pretrain", "v5e:16x16", (_512, *_MOST)),
   Row("pretrain", "v5p:4x4x8"),
+  Row("pretrain", "v5p:4x4x8", (_512,)),
   Row("pretrain", "v6e:16x16", (_512,)),
   Row("pretrain", "v6e:16x16", (_512, _INT8)),
+  Row("pretrain", "v6e:16x16", (_1024,)),
   Row("pretrain", "tpu7x:4x4x4"),
+  Row("pretrain", "tpu7x:4x4x4", (_1024,)),
   Row("tokenizer", "v5e:16x16", phases=True),
   Row("tokenizer", "tpu7x:4x4x4"),
   Row("pixels_sd15", "v5e:4x8"),

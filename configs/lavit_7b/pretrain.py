@@ -25,6 +25,10 @@ in place of 8.8, and 5.0 GB of the host's, by libtpu 0.0.52), or factored
 moments. With fewer chips `accumulate` runs the batch in parts, each at least a
 row a chip: on 64, --config.mesh.fsdp=64 --config.accumulate=4. On 256 it has
 nothing to cut.
+More rows a chip make better use of it (docs/compile.md): on v5e:16x16
+--config.batch_size=512 with --config.model.llm.remat=most and
+--config.optimizer.moments=bfloat16; twice to four times the rows on v5p, v6e
+and TPU7x as they are.
 --config.model.llm.matmul=int8 multiplies most of the LLM in int8, at twice the
 peak of these chips, and sends its weights as int8
 (lavit_jax/models/low_precision.py).

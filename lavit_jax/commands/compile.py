@@ -71,7 +71,7 @@ examples:
   lavit compile --config lavit_7b/pretrain.py --topology v5p:4x4x8 --sweep
 """
 DOES_NOT_FIT = 3
-_REMATS = ("dots", "attention", "full")
+_REMATS = ("dots", "most", "attention", "full")
 
 
 def add(subparsers: Any) -> None:

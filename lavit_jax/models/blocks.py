@@ -24,13 +24,14 @@ class Linear(nn.Module):
 
   A kernel int8[D, F] has `scale` float32[F] beside it. If the collection
   "lora" has `a` float[D, R] and `b` float[R, F] under the layer's name, x a b
-  is added to the result.
+  is added to the result. `saved_as` is that of `matmul.linear`.
   """
 
   features: int
   axes: tuple[str, str]
   dtype: str
   matmul: str = ""
+  saved_as: str = "product"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -40,9 +41,10 @@ class Linear(nn.Module):
     scale: Any = self.get_variable("params", "scale")
     x = x.astype(self.dtype)
     if scale is None and self.matmul:
-      y = low_precision.linear(x, kernel.astype(self.dtype), self.matmul)
+      kernel = kernel.astype(self.dtype)
+      y = low_precision.linear(x, kernel, self.matmul, self.saved_as)
     elif scale is None:
-      y = matmul_lib.linear(x, kernel.astype(self.dtype))
+      y = matmul_lib.linear(x, kernel.astype(self.dtype), self.saved_as)
     else:
       y = matmul_lib.scaled(x, kernel, scale)
     a: Any = self.get_variable("lora", "a")

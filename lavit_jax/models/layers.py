@@ -23,18 +23,22 @@ with epy.lazy_imports():  # Pallas is imported where there is a TPU alone
 _POLICIES = jax.checkpoint_policies
 # Rematerialization policies: which activations of a layer are saved for the
 # backward pass, by the name that configs give in `remat`. Results of
-# `matmul.linear` are named "product", those of attention "attention_out".
+# `matmul.linear` are named "product", that of a LLaMA's attention behind its
+# heads "projection", those of attention itself "attention_out".
 REMAT = {
   "none": None,  # save everything
   # Save results of matrix products and attention, recompute the rest.
   "dots": _POLICIES.save_from_both_policies(
     _POLICIES.dots_with_no_batch_dims_saveable,
-    _POLICIES.save_only_these_names("product", "attention_out"),
+    _POLICIES.save_only_these_names("product", "projection", "attention_out"),
   ),
+  # The same without the projection: a LLaMA's layer takes an eleventh less
+  # memory, and a twelfth of its forward products is computed twice.
+  "most": _POLICIES.save_only_these_names("product", "attention_out"),
   # Save attention on the device, products in the host's memory.
   "offload": _POLICIES.save_and_offload_only_these_names(
     names_which_can_be_saved=["attention_out"],
-    names_which_can_be_offloaded=["product"],
+    names_which_can_be_offloaded=["product", "projection"],
     offload_src="device",
     offload_dst="pinned_host",
   ),

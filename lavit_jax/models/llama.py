@@ -227,7 +227,10 @@ class Attention(nn.Module):
       segment_ids=context.segment_ids,
     )
     out = einops.rearrange(out, "b l h d -> b l (h d)")
-    return dense(c.width, ("heads", "embed"), name="out")(out), cache
+    project = dense(
+      c.width, ("heads", "embed"), saved_as="projection", name="out"
+    )
+    return project(out), cache
 
 
 class Mlp(nn.Module):

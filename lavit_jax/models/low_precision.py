@@ -53,17 +53,18 @@ def check(name: str) -> None:
       ) from e
 
 
-def linear(x: jax.Array, kernel: jax.Array, name: str) -> jax.Array:
+def linear(
+  x: jax.Array, kernel: jax.Array, name: str, saved_as: str = "product"
+) -> jax.Array:
   """Maps float[..., D] by float[D, F] to float[..., F] in low precision.
-
-  The result is named "product", as that of `matmul.linear`.
 
   Args:
     x: float32 or bfloat16; the result and the gradients have its dtype.
     kernel: of the dtype of x.
     name: one of `FORMATS`.
+    saved_as: name of the result, as of `matmul.linear`.
   """
-  return checkpoint_name(_linear(x, kernel, name), "product")
+  return checkpoint_name(_linear(x, kernel, name), saved_as)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

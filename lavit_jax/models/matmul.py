@@ -26,12 +26,17 @@ def dot_general(
   return linear(x, kernel)
 
 
-def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def linear(
+  x: jax.Array, kernel: jax.Array, saved_as: str = "product"
+) -> jax.Array:
   """Maps float[..., D] by float[D, F] to float[..., F].
 
-  The result is named "product", so that a remat policy can keep it.
+  Args:
+    x: float[..., D].
+    kernel: float[D, F].
+    saved_as: name of the result, by which a remat policy keeps it.
   """
-  return checkpoint_name(_linear(x, kernel), "product")
+  return checkpoint_name(_linear(x, kernel), saved_as)
 
 
 @jax.custom_vjp

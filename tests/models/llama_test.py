@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import math
 import pathlib
 
 import flax.linen as nn
@@ -225,12 +226,32 @@ def test_remat_and_unroll_change_no_gradient(params, tokens):
 
   plain = gradient()
   assert max(np.abs(x).max() for x in jax.tree.leaves(plain)) > 1e-3
-  for changes in ({"remat": "full"}, {"remat": "dots"}, {"unroll": 2}):
+  changed = [{"remat": name} for name in ("full", "dots", "most")]
+  for changes in [*changed, {"unroll": 2}]:
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
       gradient(**changes),
       plain,
     )
+
+
+def test_most_products_are_kept_but_for_the_projection(params, tokens):
+  def kept(remat):  # floats of all layers, for the backward pass
+    config = dataclasses.replace(CONFIG, remat=remat)
+    loss = lambda p: _apply(p, tokens, config=config, return_hidden=True).sum()
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params)
+    equations = list(jaxpr.eqns)
+    for e in equations:  # those of jitted functions behind the others
+      if "jaxpr" in e.params and e.primitive.name != "scan":
+        equations += getattr(e.params["jaxpr"], "eqns", ())
+    forward = next(e for e in equations if e.primitive.name == "scan")
+    shapes = [v.aval.shape for v in forward.outvars]
+    return sum(math.prod(s) for s in shapes if s[:1] == (CONFIG.depth,))
+
+  batch, length = tokens.shape
+  rows = CONFIG.depth * batch * length
+  assert kept("dots") - kept("most") == rows * CONFIG.width
+  assert kept("most") > kept("full")
 
 
 def test_the_program_does_not_grow_with_depth(tokens):
