@@ -215,6 +215,19 @@ def start(objective, phase, tree):
   return step, state, frozen, mesh
 
 
+def _use_cores(sizes, batch):
+  """Makes the devices that `lavit train` would."""
+  together = False
+  if isinstance(sizes, steps.Llama):
+    fields = {
+      "model": {"llm": dataclasses.asdict(sizes)},
+      "data": {"length": sizes.length},
+      "batch_size": batch,
+    }
+    together = train_command.is_bound_by_weights(fields)
+  train_command.use_cpu_cores(batch, together=together)
+
+
 class Side:
   """The work of each case, as calls that begin and end in numpy."""
 
@@ -230,7 +243,7 @@ class Side:
   def work(self, case, batch: int):
     """A function of no arguments: one step; it gives the loss."""
     del case
-    train_command.use_cpu_cores(batch)
+    _use_cores(self._sizes, batch)
     objective, phase = build(self._sizes, batch)
     tree = steps.read(self._folder)
     step, self._state, frozen, mesh = start(objective, phase, tree)

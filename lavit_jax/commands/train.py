@@ -6,7 +6,7 @@ import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epy
@@ -27,6 +27,8 @@ with epy.lazy_imports():
 
 # Read before the config goes to its stage, which asks for the others.
 _FIELDS = ("batch_size", "mesh")
+_LARGE = 30_000_000  # weights in the layers of a language model
+_FEW_TOKENS = 1024  # of a step, see `is_bound_by_weights`
 
 _TRAIN_HELP = """\
 usage: lavit train --config FILE --workdir DIR [--config.FIELD=VALUE ...]
@@ -151,7 +153,7 @@ def train(argv: Sequence[str]) -> int:
   keep_compiled(workdir)
   distributed.initialize()
   if config.mesh.data == -1:
-    use_cpu_cores(config.batch_size)
+    use_cpu_cores(config.batch_size, together=is_bound_by_weights(config))
   loop.train(config, workdir)
   return 0
 
@@ -172,15 +174,35 @@ def keep_compiled(workdir: str) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
 
 
-def use_cpu_cores(batch_size: int) -> None:
+def is_bound_by_weights(config: Mapping[str, Any]) -> bool:
+  """Returns whether a large language model learns few tokens a step.
+
+  Then devices would spend a fifth of a step and more on sending each other its
+  weights and gradients, which is done once a step.
+
+  Args:
+    config: of a run, or what it has of `model`, `data` and `batch_size`.
+  """
+  llm = (config.get("model") or {}).get("llm") or {}
+  length = (config.get("data") or {}).get("length", 0)
+  tokens = config["batch_size"] * length
+  names = ("depth", "width", "mlp_dim")
+  depth, width, hidden = (llm.get(name, 0) for name in names)
+  weights = depth * width * (4 * width + 3 * hidden)
+  return weights >= _LARGE and 0 < tokens <= _FEW_TOKENS
+
+
+def use_cpu_cores(batch_size: int, *, together: bool = False) -> None:
   """Makes one CPU device per core, at most 8, which share each batch.
 
   Two devices of one thread each are faster than one device of two threads,
-  most of all with convolutions. There is no effect on TPUs and GPUs, nor where
-  XLA_FLAGS or JAX_NUM_CPU_DEVICES set the number of devices.
+  most of all with convolutions and small models. There is no effect on TPUs
+  and GPUs, nor where XLA_FLAGS or JAX_NUM_CPU_DEVICES set the number of
+  devices.
 
   Args:
     batch_size: of the run; the number of devices divides it.
+    together: make one device of all cores, see `is_bound_by_weights`.
   """
   xla_flags = os.environ.get("XLA_FLAGS", "")
   if (
@@ -188,7 +210,7 @@ def use_cpu_cores(batch_size: int) -> None:
     or "xla_force_host_platform_device_count" in xla_flags
   ):
     return
-  count, cores = 1, min(os.cpu_count() or 1, 8)
+  count, cores = 1, 1 if together else min(os.cpu_count() or 1, 8)
   while 2 * count <= cores and batch_size % (2 * count) == 0:
     count *= 2
   jax.config.update("jax_num_cpu_devices", count)

@@ -137,3 +137,28 @@ def test_what_the_shipped_configs_share_is_not_offered():
     train_command.read_config(["--config=tiny/nothing.py", "--workdir", "w"])
   assert "tiny/encoder.py" in str(caught.value)
   assert "common.py" not in str(caught.value)
+
+
+def _llm(width, tokens):
+  return {
+    "model": {"llm": dict(width=width, depth=12, mlp_dim=3 * width)},
+    "data": {"length": tokens // 2},
+    "batch_size": 2,
+  }
+
+
+def test_a_large_language_model_with_few_tokens_has_one_cpu_device(monkeypatch):
+  for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(train_command.os, "cpu_count", lambda: 2)
+  made = {}
+  monkeypatch.setattr(train_command.jax.config, "update", made.__setitem__)
+  for config, devices in (
+    (_llm(640, 512), 1),
+    (_llm(640, 16_384), 2),  # what is sent is little beside the products
+    (_llm(128, 512), 2),
+    ({"batch_size": 2, "model": {"vit": {}}, "data": {}}, 2),
+  ):
+    together = train_command.is_bound_by_weights(config)
+    train_command.use_cpu_cores(2, together=together)
+    assert made == {"jax_num_cpu_devices": devices}
