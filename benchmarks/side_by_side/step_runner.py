@@ -57,14 +57,14 @@ def _arguments(doc, batch, argv):
   return args
 
 
-def run(args, folder, sizes, apart: float) -> dict | None:
-  """The report, or None where the losses differ."""
+def run(args, folder, sizes, apart: float, device: str = "cpu") -> dict | None:
+  """The report, or None where the losses differ; `device` as of a Worker."""
   say = functools.partial(print, file=sys.stderr if args.json else sys.stdout)
   case = sizes.case()
   parameters = worker.apart("steps_ours.make", folder, sizes)
   say(f"{parameters / 1e6:.1f} M parameters train", flush=True)
   workers = {
-    name: worker.Worker(name, folder, sizes, args.threads, MODULES)
+    name: worker.Worker(name, folder, sizes, args.threads, MODULES, device)
     for name in MODULES
   }
   losses, firsts = {}, {}
@@ -91,6 +91,7 @@ def run(args, folder, sizes, apart: float) -> dict | None:
   if args.profile:
     folder = pathlib.Path(args.profile)
     common.profile(todo, workers, args.repeats, folder)
+  found["about"] = {name: one.ask("about") for name, one in workers.items()}
   for one in workers.values():
     found["versions"] |= one.ask("versions")
     one.close()

@@ -33,6 +33,7 @@ class Llama:
   mlp_dim: int = 1728
   vocab_size: int = 32000
   length: int = 256
+  dtype: str = "float32"  # of the computation; parameters are float32
 
   def case(self) -> Case:
     """The step; `count` is of a row."""
@@ -62,6 +63,7 @@ class Tokenizer:
   detail_weight: float = 1.0
   commitment: float = 0.25
   decay: float = 0.99
+  dtype: str = "float32"
 
   @property
   def mlp_dim(self) -> int:

@@ -12,6 +12,7 @@ from flax import traverse_util
 
 from lavit_jax.commands import train as train_command
 from lavit_jax.core import averages, sharding
+from lavit_jax.cost import chips, jaxpr
 from lavit_jax.models import llama
 from lavit_jax.models.encoder import vision
 from lavit_jax.models.tokenizer import (
@@ -157,6 +158,7 @@ def _tokenizer(sizes: steps.Tokenizer):
     "width": sizes.width,
     "num_heads": sizes.num_heads,
     "mlp_dim": sizes.mlp_dim,
+    "dtype": sizes.dtype,
   }
   config = tokenizer.TokenizerConfig(
     vit=vision.ViTConfig(
@@ -215,6 +217,21 @@ def start(objective, phase, tree):
   return step, state, frozen, mesh
 
 
+def _model_flops(objective, phase, tree, batch) -> float:
+  """Model FLOPs of a step: products of the loss, and of its gradient."""
+  params = tree["params"]
+  labels = objective.labels(phase, params)
+  trained = jax.tree.map(lambda label: label != optimizer.FROZEN, labels)
+  extra, frozen = tree.get("extra", {}), tree.get("frozen", {})
+  draws = objective.draws(phase, batch, jax.random.key(0))
+
+  def loss(params):
+    sums, _ = objective.sums(phase, params, frozen, extra, batch, draws)
+    return objective.combine(phase, sums)[0]
+
+  return sum(jaxpr.count(loss, params, trained=trained).values())
+
+
 def _use_cores(sizes, batch):
   """Makes the devices that `lavit train` would."""
   together = False
@@ -250,6 +267,7 @@ class Side:
     host = self._sizes.batch(batch)
     if isinstance(self._sizes, steps.Tokenizer):
       host["valid"] = np.ones((batch,), np.float32)
+    self._flops = _model_flops(objective, phase, tree, host)
 
     def run():
       with sharding.use(mesh):
@@ -264,6 +282,18 @@ class Side:
     """A function that makes further steps and gives their losses."""
     del case, batch
     return lambda: [self._run()["loss"] for _ in range(steps.STEPS)]
+
+  def about(self) -> dict:
+    """The device, its peak in bf16, and the model FLOPs of a step."""
+    device = jax.devices()[0]
+    chip = chips.of_device(device)
+    stats = device.memory_stats() or {}
+    return {
+      "device": device.device_kind,
+      "peak_flops": chip.flops if chip else None,
+      "model_flops": self._flops,
+      "memory_gb": stats.get("peak_bytes_in_use", 0) / 1e9,
+    }
 
   @contextlib.contextmanager
   def profile(self, directory):

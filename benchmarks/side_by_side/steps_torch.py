@@ -1,7 +1,9 @@
 """PyTorch's side of the training steps: eager modules, SDPA, fused AdamW."""
 
 import contextlib
+import functools
 import importlib.metadata
+import os
 import pathlib
 
 import torch
@@ -78,6 +80,9 @@ class Side:
   def __init__(self, folder, sizes, threads: int):
     """Nothing is made before a case needs it."""
     torch.set_num_threads(threads)
+    # Only a worker on a GPU sees one: `worker` restricts the others.
+    self._device = "cuda" if os.environ["JAX_PLATFORMS"] == "cuda" else "cpu"
+    torch.set_default_device(self._device)
     transformers.utils.logging.disable_progress_bar()
     self._folder, self._sizes = folder, sizes
 
@@ -102,10 +107,19 @@ class Side:
       loss = lambda: model(arrays["image"])
     optimizer = _adamw(model)
     trained = [p for p in model.parameters() if p.requires_grad]
+    if self._device == "cuda":
+      loss = torch.compile(loss)
+    mixed = functools.partial(
+      torch.autocast,
+      self._device,
+      torch.bfloat16,
+      enabled=sizes.dtype == "bfloat16",
+    )
 
     def run():
       optimizer.zero_grad(set_to_none=True)
-      value = loss()
+      with mixed():
+        value = loss()
       value.backward()
       torch.nn.utils.clip_grad_norm_(trained, steps.OPTIMIZER["clip_norm"])
       optimizer.step()
@@ -118,6 +132,13 @@ class Side:
     """A function that makes further steps and gives their losses."""
     del case, batch
     return lambda: [self._run()["loss"] for _ in range(steps.STEPS)]
+
+  def about(self) -> dict:
+    """The device, and the memory it needed at the most."""
+    if self._device == "cpu":
+      return {"device": "cpu"}
+    used = torch.cuda.max_memory_allocated() / 1e9
+    return {"device": torch.cuda.get_device_name(), "memory_gb": used}
 
   @contextlib.contextmanager
   def profile(self, directory):

@@ -317,7 +317,7 @@ class Stage(nn.Module):
   @torch.no_grad()
   def _move(self, z, ids, valid):
     """Exponential means of the vectors that chose each code."""
-    decay, ids, z = self.sizes.decay, ids[valid], z[valid]
+    decay, ids, z = self.sizes.decay, ids[valid], z[valid].float()
     counts = torch.bincount(ids, minlength=len(self.codes)).float()
     sums = torch.zeros_like(self.sums).index_add_(0, ids, z)
     self.sums.mul_(decay).add_(sums, alpha=1.0 - decay)

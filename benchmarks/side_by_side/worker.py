@@ -13,16 +13,22 @@ import time
 
 # A process of its own for each side: nothing here may import JAX or PyTorch.
 SIDES = {"torch": "pytorch", "ours": "ours"}
+_SHARE = ".55"  # of a GPU's memory that JAX takes at once: PyTorch needs some
 
 
 class Worker:
   """One side, in its process."""
 
-  def __init__(self, side: str, folder, sizes, threads: int, modules=SIDES):
-    """Starts it; `side` is a key of `modules`, which name files here."""
+  def __init__(
+    self, side: str, folder, sizes, threads: int, modules=SIDES, device="cpu"
+  ):
+    """Starts it; `side` is a key of `modules`, which name files here.
+
+    `device` is "cpu", or "gpu" for the first one of the machine.
+    """
     spawn = multiprocessing.get_context("spawn")
     self._pipe, other = spawn.Pipe()
-    args = (other, modules[side], str(folder), sizes, threads)
+    args = (other, modules[side], str(folder), sizes, threads, device)
     self._process = spawn.Process(target=_serve, args=args, daemon=True)
     self._process.start()
     other.close()
@@ -59,19 +65,23 @@ def _call(function, args):
   return getattr(importlib.import_module(f"side_by_side.{module}"), name)(*args)
 
 
-def _restrict(threads):
-  """Before JAX or PyTorch is imported: CPU only, on so many cores."""
-  os.environ["JAX_PLATFORMS"] = "cpu"
+def _restrict(threads, device="cpu"):
+  """Before JAX or PyTorch is imported: CPU only, on so many cores; or a GPU."""
   os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # compiling is timed
+  if device == "gpu":
+    os.environ["JAX_PLATFORMS"] = "cuda"
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = _SHARE
+    return
+  os.environ["JAX_PLATFORMS"] = "cpu"
   os.environ["OMP_NUM_THREADS"] = str(threads)
   if hasattr(os, "sched_setaffinity"):  # XLA has as many threads as cores
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[:threads])
 
 
-def _serve(pipe, module, folder, sizes, threads):
+def _serve(pipe, module, folder, sizes, threads, device):
   """Answers until the parent closes the pipe."""
-  _restrict(threads)
+  _restrict(threads, device)
   side = importlib.import_module(f"side_by_side.{module}").Side
   timer = _Timer(side(folder, sizes, threads))
   while True:
@@ -95,6 +105,10 @@ class _Timer:
   def peak(self):
     """Most memory held so far, in MB."""
     return self._side.peak()
+
+  def about(self):
+    """What the side says of its device and its work, of a training step."""
+    return self._side.about()
 
   def convolutions(self, shapes):
     """GFLOP/s of each, see `unet_cases.CONVOLUTIONS`."""
