@@ -360,7 +360,8 @@ def _refuses_other_caches(root, source, out):
       objectives.build(_config("lowres", root, source, **updates))
 
   build("another buckets", data__buckets=((24, 32),))
-  build("another source", data__image_size=32, data__kind="shapes")
+  scenes = dict(data__kind="shapes", data__path="", data__held_out_path="")
+  build("another source", data__image_size=32, **scenes)
   build("random", errors.ConfigError, data__crop="random")
   build("samples new", errors.ConfigError, phases__train__sample_latents=True)
   meta = latents.LatentCache.load(out).meta
