@@ -166,7 +166,7 @@ def _check_others(path, suffixes) -> None:
     f"{name}/"
     for name in names[:_LOOKED_AT]
     if os.path.isdir(inner := os.path.join(path, name))
-    and any(n.lower().endswith(suffixes) for n in os.listdir(inner))
+    and any(n.lower().endswith(suffixes) for n in _first(inner))
   ]
   if left := others + folders:
     more = f" and {len(left) - 1} more" if len(left) > 1 else ""
@@ -180,6 +180,12 @@ def _check_others(path, suffixes) -> None:
       more,
       example if left == folders else os.path.join(path, left[0]),
     )
+
+
+def _first(folder) -> list[str]:
+  """Returns the names of some entries: there may be a million images."""
+  with os.scandir(folder) as entries:
+    return [entry.name for entry in itertools.islice(entries, _LOOKED_AT)]
 
 
 def _remote(path, suffix):
