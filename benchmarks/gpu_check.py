@@ -21,6 +21,7 @@ run alone: --only pretrain. Exit status 1 where a part failed.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -32,6 +33,8 @@ import tempfile
 import time
 import types
 
+import pretrain_step
+import tokenizer_step
 from side_by_side import step_runner, steps
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -79,34 +82,11 @@ _FULL = {
   ),
 }
 _TOY = {
-  "pretrain": (
-    steps.Llama(
-      width=32,
-      depth=2,
-      num_heads=2,
-      mlp_dim=64,
-      vocab_size=128,
-      length=16,
-      dtype="bfloat16",
-    ),
-    2,
-  ),
-  "tokenizer": (
-    steps.Tokenizer(
-      image_size=32,
-      patch_size=8,
-      width=32,
-      num_heads=2,
-      vit_depth=1,
-      merger_depth=1,
-      decoder_depth=1,
-      num_codes=16,
-      code_dim=8,
-      capacity=12,
-      dtype="bfloat16",
-    ),
-    2,
-  ),
+  name: (dataclasses.replace(small, dtype="bfloat16"), 2)
+  for name, small in (
+    ("pretrain", pretrain_step.SMALL),
+    ("tokenizer", tokenizer_step.SMALL),
+  )
 }
 _LOSSES_APART = 2e-2  # relative, in bfloat16
 _SIDE, _TOY_SIDE = 8192, 256  # of the matrices that are multiplied

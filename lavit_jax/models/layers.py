@@ -32,8 +32,8 @@ REMAT = {
     _POLICIES.dots_with_no_batch_dims_saveable,
     _POLICIES.save_only_these_names("product", "projection", "attention_out"),
   ),
-  # The same without the projection: a LLaMA's layer takes an eleventh less
-  # memory, and a twelfth of its forward products is computed twice.
+  # The same without the projection: of a LLaMA's layer a twelfth of the forward
+  # products is computed twice, and less is kept.
   "most": _POLICIES.save_only_these_names("product", "attention_out"),
   # Save attention on the device, products in the host's memory.
   "offload": _POLICIES.save_and_offload_only_these_names(

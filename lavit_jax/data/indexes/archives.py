@@ -17,7 +17,8 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)|([a-z])\.\.([a-z])|([A-Z])\.\.([A-Z])")
 _MOST = 1_000_000  # archives that a pattern may name
 _SUFFIX = ".tar"
-_COMPRESSED = (".tgz", ".tar.gz", ".tar.zst", ".tar.xz", ".tar.bz2")
+# Archives that cannot be read in place.
+COMPRESSED = (".tgz", ".tar.gz", ".tar.zst", ".tar.xz", ".tar.bz2")
 _DATA = (_SUFFIX, ".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".arrow")
 _LOOKED_AT = 1000  # entries of a folder
 
@@ -28,7 +29,7 @@ def is_named(path: str | os.PathLike[str]) -> bool:
   A folder does, a pattern, and a file of that suffix or with their mark.
   """
   path = os.fspath(path)
-  if path.lower().endswith((_SUFFIX, *_COMPRESSED)):
+  if path.lower().endswith((_SUFFIX, *COMPRESSED)):
     return True
   if os.path.isfile(path):
     with open(path, "rb") as file:
@@ -63,13 +64,13 @@ def of(
   found: list[str] = []
   for one in [path] if _exists(path) else _unbraced(path):
     found += _matching(one, suffixes)
+  if not files.is_remote(path) and os.path.isdir(path):
+    _check_others(path, suffixes)
   if not found:
     raise errors.DataError(
       f"{path} names no {kind}. Give one, a folder with {suffixes[0]} files, or"
       f" a pattern such as 'data/{{00000..00331}}{suffixes[0]}'."
     )
-  if not files.is_remote(path) and os.path.isdir(path):
-    _check_others(path, suffixes)
   if len(set(found)) < len(found):
     twice = next(p for p in found if found.count(p) > 1)
     raise errors.DataError(f"{path} names {twice} twice. Name each once.")
@@ -146,8 +147,7 @@ def _check_others(path, suffixes) -> None:
   packed = [
     name
     for name in names
-    if name.lower().endswith(_COMPRESSED)
-    and name.partition(".")[0] not in stems
+    if name.lower().endswith(COMPRESSED) and name.partition(".")[0] not in stems
   ]
   if packed and _SUFFIX in suffixes:
     raise errors.DataError(

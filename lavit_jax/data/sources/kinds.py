@@ -157,7 +157,6 @@ def build(config: Mapping[str, Any], split: str) -> examples.Source:
       limit_share that is not a share.
     errors.DataError: the data cannot be read.
   """
-  _check_numbers(config)
   if parts := parts_of(config):
     return mixed.MixedSource(
       [
@@ -372,8 +371,9 @@ def is_empty(path: str | os.PathLike[str]) -> bool:
   if files.is_remote(path) or not os.path.isdir(path):
     return False
   names = os.listdir(path)
+  archive = (".tar", *archives.COMPRESSED)
   return kind_of(path) == "webdataset" and not any(
-    name.lower().endswith((".tar", ".tar.gz", ".tgz")) for name in names
+    name.lower().endswith(archive) for name in names
   )
 
 

@@ -78,6 +78,13 @@ def test_a_compressed_archive_among_others_is_refused(folder):
     archives.of(folder)
 
 
+@pytest.mark.parametrize("suffix", archives.COMPRESSED)
+def test_compressed_archives_alone_are_refused_as_such(tmp_path, suffix):
+  (tmp_path / f"0{suffix}").write_bytes(b"")
+  with pytest.raises(errors.DataError, match="is compressed, and can only"):
+    archives.of(tmp_path)
+
+
 def test_a_name_with_brackets_is_itself(tmp_path):
   path = tars.write(tmp_path / "a{1}[2].tar", tars.sample("1"))
   assert archives.of(path) == [path]
